@@ -1,0 +1,34 @@
+# make run [ARGS="optimizer=galore beta=0.2"]   the main job, on the embedded default
+# make test                                     the quick tests
+# make check                                    what CI runs, less the slow tests
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+
+.PHONY: install run test test-slow check lint tiny
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+run: install
+	@$(BIN)/python launch.py $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint test
+
+# Make the embedded model again (about eight minutes on two cores)
+tiny: install
+	$(BIN)/python -m orpo_lab.tiny.make
