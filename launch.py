@@ -1,0 +1,131 @@
+"""Run an ORPO experiment: `python launch.py [option ...]`, e.g. `python launch.py optimizer=galore`.
+
+Only composes and checks the configuration; torch and its friends are imported once it is known to
+be good, so that `--help` and a typo answer within a second.
+"""
+
+import difflib
+import os
+import re
+import sys
+import traceback
+from dataclasses import fields
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from orpo_lab import config
+from orpo_lab.errors import UserError, one_line
+
+# One line per failed job: Hydra's basic launcher would go on and exit 0
+failures: list[str] = []
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def launch(composed: DictConfig) -> None:
+    """Run one job in the folder that Hydra has made for it; a failure is said and remembered."""
+    folder = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
+    try:
+        run_job(composed, folder)
+    except UserError as error:
+        failures.append(f"error: {error}")
+        print(failures[-1], file=sys.stderr)
+    except Exception as error:
+        failures.append(f"error: {type(error).__name__}: {one_line(error)} (in {folder})")
+        traceback.print_exc()
+
+
+def run_job(composed: DictConfig, folder: Path) -> None:
+    """Check one job's configuration, then run it."""
+    try:
+        loaded = config.load(composed)
+    except UserError:
+        _remove_if_empty(folder)
+        raise
+    hydra_config = HydraConfig.get()
+    is_sweep = hydra_config.mode == RunMode.MULTIRUN
+
+    from orpo_lab import run
+
+    run.train(
+        loaded,
+        folder,
+        choices=dict(hydra_config.runtime.choices),
+        overrides=list(hydra_config.overrides.task),
+        sweep=Path(hydra_config.sweep.dir).name if is_sweep else None,
+    )
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """Take back the folder of a run that never began: Hydra makes it before anything is checked."""
+    try:
+        folder.rmdir()
+    except OSError:
+        pass  # a resumed run's folder, which is not empty
+
+
+def explain(error: Exception) -> str:
+    """Return an error of Hydra's or OmegaConf's as one line that names the key."""
+    text = str(error)
+    if isinstance(error.__cause__, OmegaConfBaseException):
+        text += f"\n{error.__cause__}"
+    text = re.sub(r"\s*(full_key|object_type|reference_type)[:=].*", "", text)
+    text = re.sub(r"\s*To append to your config use \S+", "", text)
+    text = re.sub(r"\s*Config search path:.*", "", text, flags=re.DOTALL)
+    text = re.sub(r"^In '.*?': ", "", text)
+    return one_line(text) + _did_you_mean(text)
+
+
+def _did_you_mean(text: str) -> str:
+    unknown = re.search(r"Could not (?:override|find) '(?:.*[./])?(.+?)'", text)
+    if unknown is None:
+        return ""
+    schemas = [config.Config, *(one for group in config.SCHEMAS.values() for one in group.values())]
+    names = {one.name for schema in schemas for one in fields(schema)}
+    names |= set(re.findall(r"^\t(.+)$", text, flags=re.MULTILINE))  # the options Hydra listed
+    close = difflib.get_close_matches(unknown.group(1), sorted(names), n=1)
+    return f". Did you mean '{close[0]}'?" if close and close[0] != unknown.group(1) else ""
+
+
+def help_text() -> str:
+    """Return every option of every config group with the first line of its file.
+
+    Hydra's own help loads each of them twice and takes longer than a second.
+    """
+    lines = [__doc__ or "", "Options are group=name; -m sweeps over lists (beta=0.1,0.2)."]
+    for group in sorted(path for path in Path(__file__).with_name("conf").iterdir() if path.is_dir()):
+        lines.append(f"\n{group.name}")
+        for option in sorted(group.glob("*.yaml")):
+            comments = (line[2:] for line in option.read_text().splitlines() if line[:2] == "# ")
+            about = next(line for line in comments if not line.startswith("@package"))
+            lines.append(f"  {option.stem:18} {about}")
+    lines.append("\nEvery key with its value: python launch.py --cfg job; its meaning: conf/")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Entry point: what the user can put right ends in one line and exit code 1."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(help_text())
+        return
+    config.register()
+    # Hydra then raises its errors as they are, and `explain` can say them in one line
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        launch()
+    except (HydraException, OmegaConfBaseException) as error:
+        sys.exit(f"error: {explain(error)}")
+    except OSError as error:
+        # The run folder cannot be made
+        sys.exit(f"error: {one_line(error)}; choose another folder with hydra.run.dir=...")
+    if failures:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

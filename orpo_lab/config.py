@@ -1,0 +1,520 @@
+"""Names, types and ranges of every configuration key; the values stand in `conf/`.
+
+`register` makes the dataclasses known to Hydra, so that a misspelt key or a value of the wrong type
+is refused while the configuration is composed. `load` turns the composed configuration into plain
+dataclasses, once; everything after it sees dataclasses only.
+
+A dataclass checks its own ranges in `__post_init__`; `Config.__post_init__` checks what must fit
+together. Both raise a `ValueError` that names the key to change.
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from orpo_lab.errors import UserError, one_line
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _at_least(low: float, **values: float | None) -> None:
+    """Refuse a given value below `low`; NaN is below everything."""
+    for key, value in values.items():
+        key = key.replace("__", ".")
+        _check(value is None or value >= low, f"{key}={value} must be at least {low:g}")
+
+
+def _one_of(allowed: tuple[str, ...], **values: str) -> None:
+    for key, value in values.items():
+        key = key.replace("__", ".")
+        _check(value in allowed, f"{key}={value} must be one of {', '.join(allowed)}")
+
+
+@dataclass(kw_only=True)
+class Model:
+    """A causal language model: a hub name or a local folder."""
+
+    path: str = MISSING
+    revision: str | None = MISSING
+    attention: str = MISSING
+    dtype: str = MISSING
+    trust_remote_code: bool = MISSING
+    learning_rate: float = MISSING
+
+    def __post_init__(self) -> None:
+        _check(bool(self.path.strip()), "model.path is empty; give a hub name or a folder")
+        _one_of(("auto", "flash_attention_2", "sdpa", "eager"), model__attention=self.attention)
+        _one_of(("bf16", "fp16", "fp32"), model__dtype=self.dtype)
+
+
+@dataclass(kw_only=True)
+class Quantization:
+    """How the frozen base weights are stored."""
+
+
+@dataclass(kw_only=True)
+class Nf4(Quantization):
+    """4-bit NormalFloat (Dettmers et al. 2023, arXiv:2305.14314)."""
+
+    double_quantization: bool = MISSING
+
+
+@dataclass(kw_only=True)
+class Int8(Quantization):
+    """LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339)."""
+
+    outlier_threshold: float = MISSING
+
+    def __post_init__(self) -> None:
+        _at_least(0, quantization__outlier_threshold=self.outlier_threshold)
+
+
+@dataclass(kw_only=True)
+class Unquantized(Quantization):
+    """Weights in `model.dtype`, or in fp32 where they are trained themselves."""
+
+
+@dataclass(kw_only=True)
+class Optimizer:
+    """What every optimizer has; alone it is never used."""
+
+    learning_rate: float = MISSING
+    weight_decay: float = MISSING
+    adam_beta1: float = MISSING
+    adam_beta2: float = MISSING
+    adam_epsilon: float = MISSING
+
+    def __post_init__(self) -> None:
+        _check(
+            0 <= self.learning_rate < math.inf,
+            f"optimizer.learning_rate={self.learning_rate} must be a number of at least 0",
+        )
+        _at_least(0, optimizer__weight_decay=self.weight_decay)
+        _check(0 < self.adam_epsilon, f"optimizer.adam_epsilon={self.adam_epsilon} must be above 0")
+        for key in ("adam_beta1", "adam_beta2"):
+            _check(0 <= getattr(self, key) < 1, f"optimizer.{key} must be in [0, 1)")
+
+
+@dataclass(kw_only=True)
+class Lora(Optimizer):
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on unquantized weights."""
+
+    r: int = MISSING
+    alpha: float = MISSING
+    dropout: float = MISSING
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(1, optimizer__r=self.r)
+        _check(self.alpha > 0, f"optimizer.alpha={self.alpha} must be above 0")
+        _check(0 <= self.dropout < 1, f"optimizer.dropout={self.dropout} must be in [0, 1)")
+
+
+@dataclass(kw_only=True)
+class Qlora(Lora):
+    """The same adapters on a quantized base."""
+
+
+@dataclass(kw_only=True)
+class AdamW(Optimizer):
+    """Full parameters, fp32 master weights."""
+
+
+@dataclass(kw_only=True)
+class Galore(Optimizer):
+    """Full parameters with low-rank gradients (Zhao et al. 2024, arXiv:2403.03507)."""
+
+    rank: int | None = MISSING
+    update_proj_gap: int | None = MISSING
+    scale: float = MISSING
+    proj_type: str = MISSING
+    bits: int = MISSING
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(1, optimizer__rank=self.rank, optimizer__update_proj_gap=self.update_proj_gap)
+        _check(self.scale > 0, f"optimizer.scale={self.scale} must be above 0")
+        _one_of(("std", "reverse_std", "left", "right"), optimizer__proj_type=self.proj_type)
+        _check(self.bits in (8, 32), f"optimizer.bits={self.bits} must be 8 or 32")
+
+
+@dataclass(kw_only=True)
+class BetaSchedule:
+    """How beta moves from `beta` to `beta_end`; alone it is never used."""
+
+
+@dataclass(kw_only=True)
+class Constant(BetaSchedule):
+    """beta throughout; beta_end is not read."""
+
+
+@dataclass(kw_only=True)
+class Linear(BetaSchedule):
+    """A straight line from the first step to the last."""
+
+
+@dataclass(kw_only=True)
+class Cosine(BetaSchedule):
+    """Half a cosine: slow, fast, slow."""
+
+
+@dataclass(kw_only=True)
+class Step(BetaSchedule):
+    """Equal jumps at the milestones."""
+
+    milestones: list[float] = MISSING
+
+    def __post_init__(self) -> None:
+        rising = self.milestones == sorted(set(self.milestones))
+        inside = all(0 < milestone < 1 for milestone in self.milestones)
+        _check(
+            bool(self.milestones) and rising and inside,
+            f"beta_schedule.milestones={self.milestones} must rise and lie between 0 and 1",
+        )
+
+
+@dataclass(kw_only=True)
+class HoldThenAnneal(BetaSchedule):
+    """beta, then a straight line to beta_end over the final part of the run."""
+
+    anneal_fraction: float = MISSING
+
+    def __post_init__(self) -> None:
+        _check(
+            0 < self.anneal_fraction <= 1,
+            f"beta_schedule.anneal_fraction={self.anneal_fraction} must be in (0, 1]",
+        )
+
+
+@dataclass(kw_only=True)
+class Dataset:
+    """What every source of preference pairs has; alone it is never used."""
+
+    max_length: int = MISSING
+    max_prompt_length: int = MISSING
+    overlong: str = MISSING
+    num_train: int | None = MISSING
+    num_eval: int = MISSING
+    num_generations: int = MISSING
+    max_new_tokens: int = MISSING
+    num_proc: int | None = MISSING
+
+    def __post_init__(self) -> None:
+        _at_least(2, dataset__max_length=self.max_length)
+        _at_least(
+            1,
+            dataset__max_prompt_length=self.max_prompt_length,
+            dataset__num_train=self.num_train,
+            dataset__num_eval=self.num_eval,
+            dataset__max_new_tokens=self.max_new_tokens,
+            dataset__num_proc=self.num_proc,
+        )
+        _at_least(0, dataset__num_generations=self.num_generations)
+        _one_of(("drop", "cut_prompt", "cut_completion"), dataset__overlong=self.overlong)
+        _check(
+            self.max_prompt_length < self.max_length,
+            f"dataset.max_prompt_length={self.max_prompt_length} must be below "
+            f"dataset.max_length={self.max_length}, or no completion fits behind such a prompt",
+        )
+
+
+@dataclass(kw_only=True)
+class EmbeddedDataset(Dataset):
+    """Generated by `orpo_lab.data.embedded`."""
+
+
+@dataclass(kw_only=True)
+class Columns:
+    """Which column of the source holds what; `prompt: null` where there is none."""
+
+    prompt: str | None = MISSING
+    chosen: str = MISSING
+    rejected: str = MISSING
+
+
+@dataclass(kw_only=True)
+class HubDataset(Dataset):
+    """A dataset of the Hugging Face hub, or a local folder laid out like one."""
+
+    path: str = MISSING
+    revision: str | None = MISSING
+    train_split: str = MISSING
+    eval_split: str | None = MISSING
+    columns: Columns = field(default_factory=Columns)
+
+
+@dataclass(kw_only=True)
+class JsonlDataset(Dataset):
+    """Files with one JSON object a line."""
+
+    train_path: str = MISSING
+    eval_path: str | None = MISSING
+    columns: Columns = field(default_factory=Columns)
+
+
+@dataclass(kw_only=True)
+class Objective:
+    """Which reading of the ORPO objective is optimised (see docs/method.md)."""
+
+    nll_scope: str = MISSING
+    nll_mean: str = MISSING
+    penalty: str = MISSING
+
+    def __post_init__(self) -> None:
+        _one_of(("prompt_and_completion", "completion"), objective__nll_scope=self.nll_scope)
+        _one_of(("tokens", "sequences"), objective__nll_mean=self.nll_mean)
+        _one_of(("log_sigmoid", "log_odds"), objective__penalty=self.penalty)
+
+
+@dataclass(kw_only=True)
+class Engine:
+    """What computes one optimizer step; alone it is never used."""
+
+
+@dataclass(kw_only=True)
+class TrlEngine(Engine):
+    """TRL's own ORPO step."""
+
+    micro_batch_size: int = MISSING
+
+    def __post_init__(self) -> None:
+        _at_least(1, engine__micro_batch_size=self.micro_batch_size)
+
+
+@dataclass(kw_only=True)
+class Train:
+    """Length, batch and rhythm of a run."""
+
+    max_steps: int | None = MISSING
+    num_epochs: float | None = MISSING
+    batch_size: int = MISSING
+    lr_scheduler_type: str = MISSING
+    warmup_steps: float = MISSING
+    max_grad_norm: float = MISSING
+    gradient_checkpointing: bool = MISSING
+    logging_steps: int = MISSING
+    eval_steps: int | None = MISSING
+    save_steps: int | None = MISSING
+    num_checkpoints: int = MISSING
+
+    def __post_init__(self) -> None:
+        _at_least(
+            1,
+            train__max_steps=self.max_steps,
+            train__batch_size=self.batch_size,
+            train__logging_steps=self.logging_steps,
+            train__eval_steps=self.eval_steps,
+            train__save_steps=self.save_steps,
+            train__num_checkpoints=self.num_checkpoints,
+        )
+        _at_least(0, train__warmup_steps=self.warmup_steps, train__max_grad_norm=self.max_grad_norm)
+        _check(
+            (self.max_steps is None) != (self.num_epochs is None),
+            "set exactly one of train.max_steps and train.num_epochs, and the other to null",
+        )
+        _check(
+            self.num_epochs is None or 0 < self.num_epochs < math.inf,
+            f"train.num_epochs={self.num_epochs} must be above 0",
+        )
+        _check(
+            self.warmup_steps < 1 or self.warmup_steps == int(self.warmup_steps),
+            f"train.warmup_steps={self.warmup_steps} must be a whole number, or a fraction below 1",
+        )
+        _one_of(
+            ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"),
+            train__lr_scheduler_type=self.lr_scheduler_type,
+        )
+
+
+@dataclass(kw_only=True)
+class Tracker:
+    """Where a run is logged beside its own folder."""
+
+
+@dataclass(kw_only=True)
+class WandbTracker(Tracker):
+    """Weights & Biases."""
+
+    mode: str = MISSING
+    project: str = MISSING
+    entity: str | None = MISSING
+    group: str | None = MISSING
+    tags: list[str] = MISSING
+
+    def __post_init__(self) -> None:
+        _one_of(("auto", "online", "offline"), tracker__mode=self.mode)
+
+
+@dataclass(kw_only=True)
+class NoTracker(Tracker):
+    """The run folder only."""
+
+
+@dataclass(kw_only=True)
+class Config:
+    """A whole run."""
+
+    name: str | None = MISSING
+    seed: int = MISSING
+    beta: float = MISSING
+    beta_end: float = MISSING
+    resume: str | None = MISSING
+    model: Model = MISSING
+    quantization: Quantization = MISSING
+    optimizer: Optimizer = MISSING
+    beta_schedule: BetaSchedule = MISSING
+    dataset: Dataset = MISSING
+    objective: Objective = MISSING
+    engine: Engine = MISSING
+    train: Train = MISSING
+    tracker: Tracker = MISSING
+
+    def __post_init__(self) -> None:
+        _at_least(0, seed=self.seed)
+        for key in ("beta", "beta_end"):
+            value = getattr(self, key)
+            _check(0 <= value < math.inf, f"{key}={value} must be a number of at least 0")
+        self._check_quantization()
+        self._check_engine()
+
+    def _check_quantization(self) -> None:
+        quantized = not isinstance(self.quantization, Unquantized)
+        match self.optimizer:
+            case Qlora():
+                _check(
+                    quantized,
+                    "optimizer=qlora trains adapters on a quantized base; "
+                    "use quantization=nf4 or int8, or optimizer=lora for an unquantized one",
+                )
+            case Lora():
+                _check(
+                    not quantized,
+                    "optimizer=lora keeps the base unquantized; "
+                    "use quantization=none, or optimizer=qlora for a quantized base",
+                )
+            case _:
+                _check(
+                    not quantized,
+                    f"optimizer={kind(self.optimizer)} trains every weight, and quantized weights "
+                    "cannot be trained; use quantization=none, or optimizer=qlora",
+                )
+
+    def _check_engine(self) -> None:
+        if isinstance(self.engine, TrlEngine):
+            size, micro = self.train.batch_size, self.engine.micro_batch_size
+            _check(
+                size % micro == 0,
+                f"train.batch_size={size} must be a multiple of engine.micro_batch_size={micro}",
+            )
+            trl = Objective(
+                nll_scope="prompt_and_completion", nll_mean="tokens", penalty="log_sigmoid"
+            )
+            _check(
+                self.objective == trl,
+                "engine=trl can only compute objective=trl: TRL's step has its objective built in",
+            )
+
+
+# Each option of a group and the dataclass that types it. Options that share a dataclass (the named
+# models, the hub datasets) share a schema, under the name that stands here.
+SCHEMAS: dict[str, dict[str, type]] = {
+    "model": {"model": Model},
+    "quantization": {"nf4": Nf4, "int8": Int8, "none": Unquantized},
+    "optimizer": {"qlora": Qlora, "lora": Lora, "galore": Galore, "adamw": AdamW},
+    "beta_schedule": {
+        "constant": Constant,
+        "linear": Linear,
+        "cosine": Cosine,
+        "step": Step,
+        "hold_then_anneal": HoldThenAnneal,
+    },
+    "dataset": {"embedded": EmbeddedDataset, "hub": HubDataset, "jsonl": JsonlDataset},
+    "objective": {"objective": Objective},
+    "engine": {"trl": TrlEngine},
+    "train": {"train": Train},
+    "tracker": {"wandb": WandbTracker, "none": NoTracker},
+}
+
+
+def kind(section: Any) -> str:
+    """Return the option's name that a typed section came from, e.g. `galore`.
+
+    Raises:
+        KeyError: the section is of a type that no group offers.
+    """
+    for options in SCHEMAS.values():
+        for name, schema in options.items():
+            if type(section) is schema:
+                return name
+    raise KeyError(type(section).__name__)
+
+
+def slug(text: str) -> str:
+    """Return `text` as one safe folder name of at most 120 characters.
+
+    A cut name ends in a hash of the whole, so that two long names stay apart.
+    """
+    safe = re.sub(r"[^A-Za-z0-9=.,_-]+", "-", text).strip("-.") or "run"
+    if len(safe) <= 120:
+        return safe
+    return f"{safe[:107]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def run_folder(resume: str | None, fresh: str) -> str:
+    """Return the folder a run writes to: the one it resumes, or a fresh one."""
+    return resume or "/".join(slug(part) for part in fresh.split("/"))
+
+
+def register() -> None:
+    """Make the schemas and our resolvers known to Hydra. Calling it twice does no harm."""
+    store = ConfigStore.instance()
+    store.store(group="schema", name="config", node=Config, package="_global_")
+    for group, options in SCHEMAS.items():
+        for name, schema in options.items():
+            store.store(group=f"schema/{group}", name=name, node=schema)
+    OmegaConf.register_new_resolver("slug", slug, replace=True)
+    OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
+
+
+def load(composed: DictConfig) -> Config:
+    """Check a composed configuration and return it as dataclasses.
+
+    Raises:
+        UserError: a key that no dataclass has, a value out of its range, a missing value, or
+            choices that do not fit together; the message names the key to change.
+    """
+    try:
+        unknown = sorted(_unknown_keys(composed, ""))
+        _check(not unknown, f"unknown key{'s' * (len(unknown) > 1)}: {', '.join(unknown)}")
+        loaded = OmegaConf.to_object(composed)
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key} has no value here; set it") from error
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    except ValueError as error:
+        raise UserError(one_line(error)) from error
+    assert isinstance(loaded, Config), "conf/config.yaml no longer starts from /schema/config"
+    return loaded
+
+
+def _unknown_keys(node: DictConfig, prefix: str) -> Iterator[str]:
+    """Yield the keys that `+key=value` added beside a node's dataclass fields."""
+    schema = OmegaConf.get_type(node)
+    if schema is None or not is_dataclass(schema):
+        return
+    known = {one.name for one in fields(schema)}
+    for key in node:
+        if key not in known:
+            yield f"{prefix}{key}"
+        elif not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(node[key]):
+            yield from _unknown_keys(node[key], f"{prefix}{key}.")
