@@ -1,0 +1,22 @@
+"""What computes one optimizer step: `build` is the only way in."""
+
+from typing import Any
+
+from transformers import Trainer
+
+from orpo_lab.config import Config, TrlEngine
+
+
+def build(config: Config, **parts: Any) -> Trainer:
+    """Return the engine's trainer.
+
+    Every engine's trainer has an attribute `beta`, read at each step, and logs under TRL's names
+    plus `preference_accuracy` and `logp_margin`, which are free of beta. See
+    `engine.trl.build` for the parts.
+    """
+    match config.engine:
+        case TrlEngine():
+            from orpo_lab.engine import trl
+
+            return trl.build(config, **parts)
+    raise TypeError(f"no engine: {config.engine!r}")

@@ -1,0 +1,214 @@
+"""Held-out evaluation: what a model prefers, and how well it writes.
+
+All figures are free of beta, so they compare across betas and along an annealed run.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from orpo_lab.config import Dataset
+from orpo_lab.data import Data, embedded
+from orpo_lab.loss import log_odds_ratio
+
+# Padded tokens in one forward pass without gradients; bounds memory, does not change the figures
+TOKENS_PER_FORWARD = 4096
+GENERATIONS_PER_BATCH = 64
+# Repeated n-grams of this length make the repetition figure (Welleck et al. 2019, arXiv:1908.04319)
+REPETITION_NGRAM = 3
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One held-out prompt, answered greedily."""
+
+    prompt: str
+    chosen: str
+    answer: str
+    num_tokens: int
+    repetition: float
+    # Whether the answer is right; None where that cannot be checked
+    correct: bool | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The held-out metrics and the generations they rest on."""
+
+    metrics: dict[str, float]
+    generations: list[Generation]
+
+
+def evaluate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Data,
+    config: Dataset,
+    *,
+    dtype: torch.dtype,
+    desc: str,
+) -> Evaluation:
+    """Measure a model on the held-out pairs.
+
+    Args:
+        model: on its device; left in the mode it came in.
+        tokenizer: with a pad token.
+        data: tokenized pairs.
+        config: how many prompts to answer, and how long.
+        dtype: precision of the arithmetic, as in training.
+        desc: what the progress bars say.
+    """
+    was_training = model.training
+    model.eval()
+    on = next(model.parameters()).device.type
+    try:
+        with torch.no_grad(), torch.autocast(on, dtype, enabled=dtype != torch.float32):
+            metrics = preference_metrics(model, tokenizer, data.held_out, desc)
+            asked = data.held_out.select(range(min(config.num_generations, len(data.held_out))))
+            generations = generate(
+                model, tokenizer, asked, config.max_new_tokens, check=data.checkable, desc=desc
+            )
+    finally:
+        model.train(was_training)
+    return Evaluation(metrics | generation_metrics(generations), generations)
+
+
+def preference_metrics(
+    model: Any, tokenizer: PreTrainedTokenizerBase, pairs: datasets.Dataset, desc: str
+) -> dict[str, float]:
+    """Return what the model makes of the pairs: see docs/reading_curves.md for each figure."""
+    chosen, chosen_sizes = completion_logps(model, tokenizer, pairs, "chosen_ids", desc)
+    rejected, _ = completion_logps(model, tokenizer, pairs, "rejected_ids", desc)
+    nll = -float((chosen * chosen_sizes).sum() / chosen_sizes.sum())
+    return {
+        "num_pairs": len(pairs),
+        "preference_accuracy": float((chosen > rejected).double().mean()),
+        "logp_margin": float((chosen - rejected).mean()),
+        "log_odds": float(log_odds_ratio(chosen, rejected).mean()),
+        "chosen_logp": float(chosen.mean()),
+        "rejected_logp": float(rejected.mean()),
+        "chosen_nll": nll,
+        "chosen_perplexity": math.exp(min(nll, 700.0)),
+    }
+
+
+def completion_logps(
+    model: Any, tokenizer: PreTrainedTokenizerBase, pairs: datasets.Dataset, side: str, desc: str
+) -> tuple[Tensor, Tensor]:
+    """Return log P(y|x), the mean over each completion's tokens (Eq. 3), and their number, [N]."""
+    prompts, completions = pairs["prompt_ids"][:], pairs[side][:]
+    lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
+    logps = torch.zeros(len(pairs), dtype=torch.float32)
+    on = next(model.parameters()).device
+    batches = _batches(lengths)
+    for batch in tqdm(batches, desc=f"{desc}: score {side[:-4]}", leave=False, disable=None):
+        width = max(lengths[i] for i in batch)
+        ids = torch.full((len(batch), width), tokenizer.pad_token_id)
+        mask = torch.zeros((len(batch), width), dtype=torch.bool)
+        is_completion = torch.zeros((len(batch), width), dtype=torch.bool)
+        for row, i in enumerate(batch):
+            ids[row, : lengths[i]] = torch.tensor(prompts[i] + completions[i])
+            mask[row, : lengths[i]] = True
+            is_completion[row, len(prompts[i]) : lengths[i]] = True
+        ids, mask, is_completion = ids.to(on), mask.to(on), is_completion.to(on)
+        logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
+        # The token at t is predicted at t - 1; only completions become fp32 rows of the vocabulary
+        predicted = logits[:, :-1][is_completion[:, 1:]].float()
+        token_logps = -torch.nn.functional.cross_entropy(
+            predicted, ids[:, 1:][is_completion[:, 1:]], reduction="none"
+        )
+        sizes = [len(completions[i]) for i in batch]
+        for i, one in zip(batch, token_logps.split(sizes), strict=True):
+            logps[i] = one.mean()
+    return logps, torch.tensor([len(one) for one in completions], dtype=torch.float32)
+
+
+def _batches(lengths: list[int]) -> list[list[int]]:
+    """Group indices of similar length into batches of at most TOKENS_PER_FORWARD padded tokens."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= TOKENS_PER_FORWARD:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def generate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: datasets.Dataset,
+    max_new_tokens: int,
+    *,
+    check: bool,
+    desc: str,
+) -> list[Generation]:
+    """Answer the pairs' prompts greedily; `check` says that the rows can tell a right answer."""
+    on = next(model.parameters()).device
+    greedy = GenerationConfig(
+        do_sample=False,
+        use_cache=True,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    generations = []
+    starts = range(0, len(pairs), GENERATIONS_PER_BATCH)
+    for start in tqdm(starts, desc=f"{desc}: generate", leave=False, disable=None):
+        rows = pairs.select(range(start, min(start + GENERATIONS_PER_BATCH, len(pairs)))).to_list()
+        width = max(len(row["prompt_ids"]) for row in rows)
+        ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+        mask = torch.zeros((len(rows), width), dtype=torch.long)
+        for index, row in enumerate(rows):
+            size = len(row["prompt_ids"])
+            ids[index, width - size :] = torch.tensor(row["prompt_ids"])
+            mask[index, width - size :] = 1
+        out = model.generate(
+            input_ids=ids.to(on),
+            attention_mask=mask.to(on),
+            generation_config=greedy,
+        )
+        for row, answer in zip(rows, out[:, width:].tolist(), strict=True):
+            if tokenizer.eos_token_id in answer:
+                answer = answer[: answer.index(tokenizer.eos_token_id)]
+            text = tokenizer.decode(answer, skip_special_tokens=True)
+            generations.append(
+                Generation(
+                    prompt=row["prompt_text"],
+                    chosen=row["chosen_text"],
+                    answer=text,
+                    num_tokens=len(answer),
+                    repetition=repetition(answer),
+                    correct=embedded.is_correct(text, row) if check else None,
+                )
+            )
+    return generations
+
+
+def repetition(ids: list[int]) -> float:
+    """Return the share of a text's n-grams that it has already said, 0 to 1."""
+    size = REPETITION_NGRAM
+    ngrams = [tuple(ids[i : i + size]) for i in range(len(ids) - size + 1)]
+    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+
+
+def generation_metrics(generations: list[Generation]) -> dict[str, float]:
+    """Return the generations' mean length (tokens), repetition and, where checked, exact match."""
+    if not generations:
+        return {}
+    num = len(generations)
+    metrics = {
+        "num_generations": num,
+        "generated_tokens": sum(one.num_tokens for one in generations) / num,
+        "repetition": sum(one.repetition for one in generations) / num,
+    }
+    if generations[0].correct is not None:
+        metrics["exact_match"] = sum(bool(one.correct) for one in generations) / num
+    return metrics

@@ -1,0 +1,144 @@
+"""The files of a run folder, and nothing else: what a run leaves is here (docs/configuration.md)."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from orpo_lab.config import Config
+from orpo_lab.errors import UserError
+
+# What a token or a password looks like, wherever it stands in a value
+SECRET = re.compile(
+    r"hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|wandb_v1_\w{16,}"
+    r"|\b[0-9a-f]{40}\b|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+)
+PACKAGES = (
+    "torch", "transformers", "trl", "peft", "bitsandbytes", "galore-torch", "datasets", "hydra-core", "wandb",
+)  # fmt: skip
+# What a resumed run may change: none of it moves a weight
+FREE_ON_RESUME = ("resume", "name", "tracker", "train.logging_steps", "train.eval_steps",
+                  "train.save_steps", "train.num_checkpoints")  # fmt: skip
+
+
+def mask(value: Any) -> Any:
+    """Return a value with every secret in its texts replaced by ***."""
+    if isinstance(value, str):
+        return SECRET.sub("***", value)
+    if isinstance(value, dict):
+        return {key: mask(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [mask(one) for one in value]
+    return value
+
+
+class RunFolder:
+    """A run's folder; every file is written whole and renamed into place, or appended to."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def begin(
+        self, config: Config, choices: dict[str, str], overrides: list[str]
+    ) -> dict[str, Any]:
+        """Write what the run is, and that it runs; return the configuration as written.
+
+        Raises:
+            UserError: the folder holds another run, or the run to resume had another config.
+        """
+        resolved = mask(dataclasses.asdict(config))
+        self.path.mkdir(parents=True, exist_ok=True)
+        if config.resume:
+            self._check_same(resolved)
+        elif self._file("status.json").exists():
+            raise UserError(f"{self.path} holds a run already; choose another with hydra.run.dir")
+        groups = {group: one for group, one in choices.items() if "/" not in group}
+        self.write("config.yaml", yaml.safe_dump(resolved, sort_keys=False))
+        chosen = {"choices": groups, "overrides": mask(overrides)}
+        self.write("choices.yaml", yaml.safe_dump(chosen, sort_keys=False))
+        self.set_status("running")
+        return {**resolved, "choices": groups}
+
+    def _check_same(self, resolved: dict[str, Any]) -> None:
+        if not self._file("config.yaml").is_file():
+            raise UserError(f"resume={self.path} is not a run folder: no config.yaml in it")
+        before = _flat(yaml.safe_load(self._file("config.yaml").read_text()))
+        now = _flat(resolved)
+        changed = [
+            f"{key}: {before.get(key)} -> {now.get(key)}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key) and not key.startswith(FREE_ON_RESUME)
+        ]
+        if changed:
+            raise UserError(
+                f"resume={self.path} continues another run: {'; '.join(changed)}; "
+                "give the overrides it was started with (choices.yaml)"
+            )
+
+    def _file(self, name: str) -> Path:
+        return self.path / name
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file whole: a reader sees the old one or the new one."""
+        part = self._file(name + ".part")
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, self._file(name))
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a value as JSON, secrets masked."""
+        self.write(name, json.dumps(mask(value), indent=2) + "\n")
+
+    def set_status(self, state: str, reason: str = "", exit_code: int | None = None) -> None:
+        """Write `status.json`: running, finished, failed or stopped, why, and the exit code."""
+        status = {"state": state, "reason": reason, "exit_code": exit_code}
+        self.write_json("status.json", status)
+
+    def append_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Append a line to `metrics.jsonl`."""
+        with self._file("metrics.jsonl").open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop the lines after `step`: a resumed run writes them again."""
+        kept = [line for line in self.metrics() if line["step"] <= step]
+        self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+
+    def metrics(self) -> list[dict[str, float]]:
+        """Return the lines of `metrics.jsonl`."""
+        file = self._file("metrics.jsonl")
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages a result depends on."""
+    return {name: version(name) for name in PACKAGES}
+
+
+def git_commit() -> str | None:
+    """Return the commit of this checkout, marked where files differ from it; None outside one."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + (" (modified)" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,184 @@
+"""Weights & Biases, or nothing. A run never stops because its tracker does."""
+
+import logging
+import netrc
+import os
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import Any, Protocol
+
+from orpo_lab.config import NoTracker, Tracker, WandbTracker
+from orpo_lab.errors import one_line
+
+log = logging.getLogger(__name__)
+
+# How long the server may take to answer before the run goes offline
+PROBE_SECONDS = 3.0
+# How long a run waits at its end for what is not uploaded yet; it stays on disk
+FINISH_SECONDS = 30.0
+
+
+class Run(Protocol):
+    """One tracked run."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Log the metrics of an optimizer step."""
+
+    def finish(self, exit_code: int) -> None:
+        """Close the run as finished (0) or failed."""
+
+    def report(
+        self, summary: dict[str, Any], plots: list[Path], samples: list[dict[str, str]]
+    ) -> None:
+        """Log what a finished run came to."""
+
+
+class Untracked:
+    """`tracker=none`: the run folder has it all."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Do nothing."""
+
+    def finish(self, exit_code: int) -> None:
+        """Do nothing."""
+
+    def report(self, *parts: Any) -> None:
+        """Do nothing."""
+
+
+def start(
+    tracker: Tracker, *, folder: Path, name: str, config: dict[str, Any], sweep: str | None
+) -> Run:
+    """Begin tracking a run.
+
+    Args:
+        tracker: which tracker, and its settings.
+        folder: the run folder; W&B keeps its files in `wandb/` in it.
+        name: what the run is called.
+        config: our own configuration, under our own names, secrets masked.
+        sweep: the group, unless the tracker's settings name one.
+    """
+    match tracker:
+        case NoTracker():
+            return Untracked()
+        case WandbTracker():
+            return WandbRun(tracker, folder=folder, name=name, config=config, sweep=sweep)
+    raise TypeError(f"no tracker: {tracker!r}")
+
+
+class WandbRun:
+    """A W&B run of its own, also where several runs share a process."""
+
+    def __init__(
+        self,
+        tracker: WandbTracker,
+        *,
+        folder: Path,
+        name: str,
+        config: dict[str, Any],
+        sweep: str | None,
+    ) -> None:
+        import wandb
+
+        self._wandb = wandb
+        online, why = self._decide(tracker)
+        choices = config["choices"]
+        tags = [choices[group] for group in ("model", "dataset", "optimizer", "beta_schedule")]
+        options: dict[str, Any] = {
+            "project": tracker.project,
+            "entity": tracker.entity,
+            "group": tracker.group or sweep,
+            "tags": [*tags, *tracker.tags],
+            "name": name,
+            "config": config,
+            "dir": folder,
+            # Two runs in one process (a sweep) would otherwise log into one
+            "reinit": "finish_previous",
+            "settings": wandb.Settings(
+                silent=True,
+                console="off",
+                disable_code=True,
+                # Its metadata holds the command line, where a token may stand
+                x_disable_meta=True,
+                init_timeout=30,
+                finish_timeout=FINISH_SECONDS,
+                finish_timeout_raises=False,
+            ),
+        }
+        if online:
+            try:
+                self._run = wandb.init(mode="online", **options)
+            except Exception as error:  # whatever W&B's client or its service process raises
+                online, why = False, f"the server does not take the run ({one_line(error)[:150]})"
+        if not online:
+            self._run = wandb.init(mode="offline", **options)
+            log.info("W&B: offline, %s; to upload it: wandb sync %s", why, Path(self._run.dir).parent)
+        else:
+            log.info("W&B: online, %s", self._run.url)
+
+    def _decide(self, tracker: WandbTracker) -> tuple[bool, str]:
+        """Return whether to go online, and if not, why."""
+        if tracker.mode == "offline" or os.environ.get("WANDB_MODE") == "offline":
+            return False, "as asked"
+        settings = self._wandb.setup().settings
+        server = settings.base_url
+        if not (settings.api_key or settings.identity_token_file or _in_netrc(server)):
+            return False, "no key is configured (wandb login)"
+        if tracker.mode == "auto" and not _answers(server):
+            return False, f"{server} does not answer within {PROBE_SECONDS:g} s"
+        return True, ""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Log the metrics of an optimizer step."""
+        self._safely(lambda: self._run.log(metrics, step=step))
+
+    def report(
+        self, summary: dict[str, Any], plots: list[Path], samples: list[dict[str, str]]
+    ) -> None:
+        """Log summary metrics, the plots and the samples as a table."""
+
+        def send() -> None:
+            self._run.summary.update(summary)
+            images = {f"plots/{path.stem}": self._wandb.Image(str(path)) for path in plots}
+            columns = list(samples[0]) if samples else []
+            rows = [list(sample.values()) for sample in samples]
+            table = self._wandb.Table(columns=columns, data=rows)
+            self._run.log({**images, "samples": table})
+
+        self._safely(send)
+
+    def finish(self, exit_code: int) -> None:
+        """Close the run as finished (0) or failed."""
+        self._safely(lambda: self._run.finish(exit_code=exit_code))
+
+    def _safely(self, send: Any) -> None:
+        """A tracker that fails is said and does not end the training it watches."""
+        try:
+            send()
+        except Exception as error:
+            log.warning("W&B: %s; the run goes on, its folder has everything", one_line(error)[:200])
+
+
+def _in_netrc(server: str) -> bool:
+    """Return whether `wandb login` has left a key for the server."""
+    host = urllib.parse.urlsplit(server).hostname or ""
+    places = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
+    for file in (Path(place).expanduser() for place in places if place):
+        try:
+            if netrc.netrc(file).authenticators(host):
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False
+
+
+def _answers(server: str) -> bool:
+    try:
+        urllib.request.urlopen(server, timeout=PROBE_SECONDS).close()
+    except urllib.error.HTTPError:
+        return True  # an answer, if not a page
+    except (OSError, ValueError):
+        return False
+    return True
