@@ -1,9 +1,10 @@
-"""Run an ORPO experiment: `python launch.py [option ...]`, e.g. `python launch.py optimizer=galore`.
+"""Run an ORPO experiment: `python launch.py [option ...]`, e.g. `launch.py optimizer=galore`.
 
 Only composes and checks the configuration; torch and its friends are imported once it is known to
 be good, so that `--help` and a typo answer within a second.
 """
 
+import contextlib
 import difflib
 import os
 import re
@@ -33,6 +34,7 @@ def launch(composed: DictConfig) -> None:
     try:
         run_job(composed, folder)
     except UserError as error:
+        _remove_if_empty(folder)
         failures.append(f"error: {error}")
         print(failures[-1], file=sys.stderr)
     except Exception as error:
@@ -42,11 +44,7 @@ def launch(composed: DictConfig) -> None:
 
 def run_job(composed: DictConfig, folder: Path) -> None:
     """Check one job's configuration, then run it."""
-    try:
-        loaded = config.load(composed)
-    except UserError:
-        _remove_if_empty(folder)
-        raise
+    loaded = config.load(composed)
     hydra_config = HydraConfig.get()
     is_sweep = hydra_config.mode == RunMode.MULTIRUN
 
@@ -63,10 +61,8 @@ def run_job(composed: DictConfig, folder: Path) -> None:
 
 def _remove_if_empty(folder: Path) -> None:
     """Take back the folder of a run that never began: Hydra makes it before anything is checked."""
-    try:
+    with contextlib.suppress(OSError):  # it holds something
         folder.rmdir()
-    except OSError:
-        pass  # a resumed run's folder, which is not empty
 
 
 def explain(error: Exception) -> str:
@@ -98,7 +94,9 @@ def help_text() -> str:
     Hydra's own help loads each of them twice and takes longer than a second.
     """
     lines = [__doc__ or "", "Options are group=name; -m sweeps over lists (beta=0.1,0.2)."]
-    for group in sorted(path for path in Path(__file__).with_name("conf").iterdir() if path.is_dir()):
+    for group in sorted(
+        path for path in Path(__file__).with_name("conf").iterdir() if path.is_dir()
+    ):
         lines.append(f"\n{group.name}")
         for option in sorted(group.glob("*.yaml")):
             comments = (line[2:] for line in option.read_text().splitlines() if line[:2] == "# ")
@@ -118,7 +116,7 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         launch()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         sys.exit(f"error: {explain(error)}")
     except OSError as error:
         # The run folder cannot be made

@@ -32,5 +32,10 @@ def attach(model: PreTrainedModel, lora: Lora, *, gradient_checkpointing: bool) 
         ),
     )
     trained, total = adapted.get_nb_trainable_parameters()
-    log.info("adapters on %s: %s of %s weights are trained", ", ".join(targets), f"{trained:,}", f"{total:,}")
+    log.info(
+        "adapters on %s: %s of %s weights are trained",
+        ", ".join(targets),
+        f"{trained:,}",
+        f"{total:,}",
+    )
     return adapted

@@ -100,7 +100,7 @@ class Optimizer:
             f"optimizer.learning_rate={self.learning_rate} must be a number of at least 0",
         )
         _at_least(0, optimizer__weight_decay=self.weight_decay)
-        _check(0 < self.adam_epsilon, f"optimizer.adam_epsilon={self.adam_epsilon} must be above 0")
+        _check(self.adam_epsilon > 0, f"optimizer.adam_epsilon={self.adam_epsilon} must be above 0")
         for key in ("adam_beta1", "adam_beta2"):
             _check(0 <= getattr(self, key) < 1, f"optimizer.{key} must be in [0, 1)")
 

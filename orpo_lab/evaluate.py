@@ -41,8 +41,24 @@ class Generation:
 class Evaluation:
     """The held-out metrics and the generations they rest on."""
 
-    metrics: dict[str, float]
+    metrics: dict[str, Any]
     generations: list[Generation]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """log P(y|x) of every held-out pair, the mean over a completion's tokens (Eq. 3), [N]."""
+
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    # Tokens of each chosen completion
+    chosen_sizes: Tensor
+
+    def __getitem__(self, indices: list[int]) -> "Scores":
+        """Return the scores of some pairs."""
+        return Scores(
+            self.chosen_logps[indices], self.rejected_logps[indices], self.chosen_sizes[indices]
+        )
 
 
 def evaluate(
@@ -69,25 +85,37 @@ def evaluate(
     on = next(model.parameters()).device.type
     try:
         with torch.no_grad(), torch.autocast(on, dtype, enabled=dtype != torch.float32):
-            metrics = preference_metrics(model, tokenizer, data.held_out, desc)
+            scores = score(model, tokenizer, data.held_out, desc)
             asked = data.held_out.select(range(min(config.num_generations, len(data.held_out))))
             generations = generate(
                 model, tokenizer, asked, config.max_new_tokens, check=data.checkable, desc=desc
             )
     finally:
         model.train(was_training)
-    return Evaluation(metrics | generation_metrics(generations), generations)
+    metrics = preference_metrics(scores) | generation_metrics(generations)
+    if data.checkable:
+        metrics["by_wording"] = by_wording(data.held_out["wording"][:], scores, generations)
+    return Evaluation(metrics, generations)
 
 
-def preference_metrics(
+def score(
     model: Any, tokenizer: PreTrainedTokenizerBase, pairs: datasets.Dataset, desc: str
-) -> dict[str, float]:
+) -> Scores:
+    """Return how likely the model finds both sides of every pair."""
+    chosen, rejected = (
+        completion_logps(model, tokenizer, pairs, side, desc)
+        for side in ("chosen_ids", "rejected_ids")
+    )
+    sizes = [len(ids) for ids in pairs["chosen_ids"]]
+    return Scores(chosen, rejected, torch.tensor(sizes, dtype=torch.float32))
+
+
+def preference_metrics(scores: Scores) -> dict[str, Any]:
     """Return what the model makes of the pairs: see docs/reading_curves.md for each figure."""
-    chosen, chosen_sizes = completion_logps(model, tokenizer, pairs, "chosen_ids", desc)
-    rejected, _ = completion_logps(model, tokenizer, pairs, "rejected_ids", desc)
-    nll = -float((chosen * chosen_sizes).sum() / chosen_sizes.sum())
+    chosen, rejected, sizes = scores.chosen_logps, scores.rejected_logps, scores.chosen_sizes
+    nll = -float((chosen * sizes).sum() / sizes.sum())
     return {
-        "num_pairs": len(pairs),
+        "num_pairs": len(chosen),
         "preference_accuracy": float((chosen > rejected).double().mean()),
         "logp_margin": float((chosen - rejected).mean()),
         "log_odds": float(log_odds_ratio(chosen, rejected).mean()),
@@ -98,10 +126,26 @@ def preference_metrics(
     }
 
 
+def by_wording(
+    wordings: list[str], scores: Scores, generations: list[Generation]
+) -> dict[str, dict[str, Any]]:
+    """Return the embedded pairs' metrics for free and terse answers apart.
+
+    Where the answer is a bare token, SFT alone separates the pairs; what beta buys shows in the
+    answers in free wording.
+    """
+    slices = {}
+    for wording in sorted(set(wordings)):
+        indices = [index for index, one in enumerate(wordings) if one == wording]
+        answered = [generations[index] for index in indices if index < len(generations)]
+        slices[wording] = preference_metrics(scores[indices]) | generation_metrics(answered)
+    return slices
+
+
 def completion_logps(
     model: Any, tokenizer: PreTrainedTokenizerBase, pairs: datasets.Dataset, side: str, desc: str
-) -> tuple[Tensor, Tensor]:
-    """Return log P(y|x), the mean over each completion's tokens (Eq. 3), and their number, [N]."""
+) -> Tensor:
+    """Return log P(y|x), the mean over each completion's tokens (Eq. 3), [N]."""
     prompts, completions = pairs["prompt_ids"][:], pairs[side][:]
     lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
     logps = torch.zeros(len(pairs), dtype=torch.float32)
@@ -126,7 +170,7 @@ def completion_logps(
         sizes = [len(completions[i]) for i in batch]
         for i, one in zip(batch, token_logps.split(sizes), strict=True):
             logps[i] = one.mean()
-    return logps, torch.tensor([len(one) for one in completions], dtype=torch.float32)
+    return logps
 
 
 def _batches(lengths: list[int]) -> list[list[int]]:
@@ -199,7 +243,7 @@ def repetition(ids: list[int]) -> float:
     return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
-def generation_metrics(generations: list[Generation]) -> dict[str, float]:
+def generation_metrics(generations: list[Generation]) -> dict[str, Any]:
     """Return the generations' mean length (tokens), repetition and, where checked, exact match."""
     if not generations:
         return {}

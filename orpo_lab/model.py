@@ -73,7 +73,7 @@ def resolve_attention(name: str, on: torch.device, dtype: torch.dtype) -> str:
     )
     if not possible and name == "flash_attention_2":
         log.info(
-            "model.attention: flash_attention_2 needs its package, a GPU and bf16 or fp16; using sdpa"
+            "model.attention: flash_attention_2 needs its package, a GPU, bf16 or fp16; using sdpa"
         )
     return "flash_attention_2" if possible else "sdpa"
 
@@ -231,10 +231,19 @@ def projections(model: nn.Module) -> dict[str, nn.Linear]:
     """Return the linear layers of attention and MLP by name: all but the output head.
 
     The one rule for what LoRA adapts and GaLore projects. Quantized layers are `nn.Linear` too.
+
+    Raises:
+        UserError: there are none.
     """
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    return {
+    found = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not head
     }
+    if not found:
+        raise UserError(
+            f"{type(model).__name__} has no linear layers that could be adapted or projected; "
+            "use optimizer=adamw"
+        )
+    return found

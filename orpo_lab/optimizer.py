@@ -1,6 +1,7 @@
 """From a typed config to a `torch.optim.Optimizer`."""
 
 import logging
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from orpo_lab.config import AdamW, Galore, Lora, Optimizer
 log = logging.getLogger(__name__)
 
 
-def build(config: Optimizer, model: nn.Module, num_steps: int) -> torch.optim.Optimizer:
+def build(config: Optimizer, model: Any, num_steps: int) -> torch.optim.Optimizer:
     """Return the optimizer of the model's trainable parameters.
 
     Args:
@@ -35,7 +36,7 @@ def build(config: Optimizer, model: nn.Module, num_steps: int) -> torch.optim.Op
     raise TypeError(f"no optimizer: {config!r}")
 
 
-def adam_arguments(config: Optimizer) -> dict[str, object]:
+def adam_arguments(config: Optimizer) -> dict[str, Any]:
     """Return Adam's settings under torch's names."""
     return {
         "lr": config.learning_rate,
@@ -44,9 +45,7 @@ def adam_arguments(config: Optimizer) -> dict[str, object]:
     }
 
 
-def decay_groups(
-    config: Optimizer, parameters: dict[str, nn.Parameter]
-) -> list[dict[str, object]]:
+def decay_groups(config: Optimizer, parameters: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
     """Return parameter groups: matrices with weight decay, norms and biases without."""
     trained = [one for one in parameters.values() if one.requires_grad]
     groups = [

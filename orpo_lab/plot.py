@@ -8,14 +8,24 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
 
 PANELS: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
     ("loss (nats)", (("loss", "total", BLUE), ("nll_loss", "SFT (NLL)", GREEN))),
-    ("odds-ratio loss (nats)", (("odds_ratio_loss", "$-\\log\\,\\sigma$(log odds ratio)", ORANGE),)),
+    (
+        "odds-ratio loss (nats)",
+        (("odds_ratio_loss", "$-\\log\\,\\sigma$(log odds ratio)", ORANGE),),
+    ),
     ("beta", (("beta", "beta", GREY),)),
-    ("preference accuracy", (("preference_accuracy", "training", BLUE),
-                             ("eval_preference_accuracy", "held out", ORANGE))),
-    ("logp margin (nats)", (("logp_margin", "training", BLUE),
-                            ("eval_logp_margin", "held out", ORANGE))),
+    (
+        "preference accuracy",
+        (
+            ("preference_accuracy", "training", BLUE),
+            ("eval_preference_accuracy", "held out", ORANGE),
+        ),
+    ),
+    (
+        "logp margin (nats)",
+        (("logp_margin", "training", BLUE), ("eval_logp_margin", "held out", ORANGE)),
+    ),
     ("learning rate", (("learning_rate", "learning rate", GREY),)),
-)  # fmt: skip
+)
 
 
 def draw_training(metrics: list[dict[str, float]], title: str, file: Path) -> None:
@@ -50,7 +60,9 @@ def _draw_panel(
         points = [(line["step"], line[key]) for line in metrics if key in line]
         if points:
             marker = "o" if len(points) < 12 else None
-            axes.plot(*zip(*points, strict=True), color=colour, label=name, marker=marker, markersize=3)
+            axes.plot(
+                *zip(*points, strict=True), color=colour, label=name, marker=marker, markersize=3
+            )
             drawn += 1
     axes.set_title(label, fontsize=9, loc="left")
     axes.set_xlabel("optimizer step", fontsize=8)

@@ -110,8 +110,13 @@ def publish(
     ][:NUM_SAMPLES]
     place.write("samples.md", samples_text(samples))
     run.report(summary, [plot], samples)
-    log.info("\n%s\n\nrun folder  %s\nmodel       %s\nplot        %s", _table(summary), place.path,
-             place.path / "final", plot)  # fmt: skip
+    log.info(
+        "\n%s\n\nrun folder  %s\nmodel       %s\nplot        %s",
+        _table(summary),
+        place.path,
+        place.path / "final",
+        plot,
+    )
 
 
 def samples_text(samples: list[dict[str, str]]) -> str:

@@ -1,4 +1,4 @@
-"""The files of a run folder, and nothing else: what a run leaves is here (docs/configuration.md)."""
+"""The files of a run folder: what a run leaves is here (docs/configuration.md lists them)."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from orpo_lab.config import Config
-from orpo_lab.errors import UserError
+from orpo_lab.errors import UserError, one_line
 
 # What a token or a password looks like, wherever it stands in a value
 SECRET = re.compile(
@@ -20,11 +20,30 @@ SECRET = re.compile(
     r"|\b[0-9a-f]{40}\b|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
 )
 PACKAGES = (
-    "torch", "transformers", "trl", "peft", "bitsandbytes", "galore-torch", "datasets", "hydra-core", "wandb",
-)  # fmt: skip
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "bitsandbytes",
+    "galore-torch",
+    "datasets",
+    "hydra-core",
+    "wandb",
+)
 # What a resumed run may change: none of it moves a weight
-FREE_ON_RESUME = ("resume", "name", "tracker", "train.logging_steps", "train.eval_steps",
-                  "train.save_steps", "train.num_checkpoints")  # fmt: skip
+FREE_ON_RESUME = (
+    "resume",
+    "name",
+    "tracker",
+    "train.logging_steps",
+    "train.eval_steps",
+    "train.save_steps",
+    "train.num_checkpoints",
+)
+
+
+# Commits, which look like old W&B keys
+NOT_SECRET = ("revision", "git_commit")
 
 
 def mask(value: Any) -> Any:
@@ -32,7 +51,7 @@ def mask(value: Any) -> Any:
     if isinstance(value, str):
         return SECRET.sub("***", value)
     if isinstance(value, dict):
-        return {key: mask(one) for key, one in value.items()}
+        return {key: one if key in NOT_SECRET else mask(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
         return [mask(one) for one in value]
     return value
@@ -50,19 +69,22 @@ class RunFolder:
         """Write what the run is, and that it runs; return the configuration as written.
 
         Raises:
-            UserError: the folder holds another run, or the run to resume had another config.
+            UserError: the folder cannot be written to or holds another run, or the run to resume
+                had another configuration.
         """
         resolved = mask(dataclasses.asdict(config))
-        self.path.mkdir(parents=True, exist_ok=True)
         if config.resume:
             self._check_same(resolved)
         elif self._file("status.json").exists():
             raise UserError(f"{self.path} holds a run already; choose another with hydra.run.dir")
         groups = {group: one for group, one in choices.items() if "/" not in group}
-        self.write("config.yaml", yaml.safe_dump(resolved, sort_keys=False))
         chosen = {"choices": groups, "overrides": mask(overrides)}
-        self.write("choices.yaml", yaml.safe_dump(chosen, sort_keys=False))
-        self.set_status("running")
+        try:
+            self.write("config.yaml", yaml.safe_dump(resolved, sort_keys=False))
+            self.write("choices.yaml", yaml.safe_dump(chosen, sort_keys=False))
+            self.set_status("running")
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written to: {one_line(error)}") from error
         return {**resolved, "choices": groups}
 
     def _check_same(self, resolved: dict[str, Any]) -> None:

@@ -63,6 +63,9 @@ def start(
     match tracker:
         case NoTracker():
             return Untracked()
+        case WandbTracker() if os.environ.get("WANDB_MODE") == "disabled":
+            log.info("W&B: disabled by WANDB_MODE")
+            return Untracked()
         case WandbTracker():
             return WandbRun(tracker, folder=folder, name=name, config=config, sweep=sweep)
     raise TypeError(f"no tracker: {tracker!r}")
@@ -114,7 +117,9 @@ class WandbRun:
                 online, why = False, f"the server does not take the run ({one_line(error)[:150]})"
         if not online:
             self._run = wandb.init(mode="offline", **options)
-            log.info("W&B: offline, %s; to upload it: wandb sync %s", why, Path(self._run.dir).parent)
+            log.info(
+                "W&B: offline, %s; to upload it: wandb sync %s", why, Path(self._run.dir).parent
+            )
         else:
             log.info("W&B: online, %s", self._run.url)
 
@@ -158,7 +163,9 @@ class WandbRun:
         try:
             send()
         except Exception as error:
-            log.warning("W&B: %s; the run goes on, its folder has everything", one_line(error)[:200])
+            log.warning(
+                "W&B: %s; the run goes on, its folder has everything", one_line(error)[:200]
+            )
 
 
 def _in_netrc(server: str) -> bool:

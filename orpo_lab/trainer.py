@@ -5,6 +5,7 @@ What computes a step is the engine's; the loop, the learning rate, the checkpoin
 """
 
 import logging
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from orpo_lab.run_folder import RunFolder
 from orpo_lab.tracker import Run
 
 log = logging.getLogger(__name__)
+
 
 class NonFiniteError(UserError):
     """A loss or a gradient was NaN or infinite; the weights are those before that step."""
@@ -67,6 +69,9 @@ def fit(
         NonFiniteError: a loss or a gradient is not finite; no weight was touched by it.
     """
     num_steps = count_steps(config, len(data.train))
+    left_over = len(data.train) % config.train.batch_size
+    if left_over:
+        log.info("%d training pairs are left over from whole batches and not used", left_over)
     guard = NonFiniteGuard(fp16=dtype == torch.float16)
     trainer = engine.build(
         config,
@@ -102,7 +107,7 @@ def fit(
 
 
 def count_steps(config: Config, num_pairs: int) -> int:
-    """Return the run's optimizer steps.
+    """Return the run's optimizer steps; an epoch is as many whole batches as there are.
 
     Raises:
         UserError: one batch needs more pairs than there are.
@@ -116,7 +121,7 @@ def count_steps(config: Config, num_pairs: int) -> int:
     if config.train.max_steps is not None:
         return config.train.max_steps
     assert config.train.num_epochs is not None
-    return max(1, round(per_epoch * config.train.num_epochs))
+    return math.ceil(per_epoch * config.train.num_epochs)
 
 
 def arguments(config: Config, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
@@ -128,7 +133,6 @@ def arguments(config: Config, folder: Path, dtype: torch.dtype) -> dict[str, Any
         "seed": config.seed,
         "max_steps": train.max_steps or -1,
         "num_train_epochs": train.num_epochs or 0,
-        # A last, smaller batch would weigh its pairs more than the others
         "dataloader_drop_last": True,
         "learning_rate": optimizer.learning_rate,
         "lr_scheduler_type": train.lr_scheduler_type,
@@ -179,7 +183,9 @@ class MetricsCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the bar; it hides itself where there is no terminal."""
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", disable=None)
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc="train", disable=None
+        )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move the bar."""
@@ -237,7 +243,7 @@ class NonFiniteGuard(TrainerCallback):
 
     def _error(self, what: str, value: float, step: int) -> NonFiniteError:
         return NonFiniteError(
-            f"step {step + 1}: the {what} is {value}; the run stops with the weights of step {step}. "
+            f"step {step + 1}: the {what} is {value}; the run stops with step {step}'s weights. "
             "Likely causes: optimizer.learning_rate or beta too high for this model, too short a "
             "train.warmup_steps, or model.dtype=fp16 overflowing (try bf16 or fp32)"
         )
@@ -249,7 +255,7 @@ def latest_checkpoint(folder: Path) -> Path:
     Raises:
         UserError: it has none.
     """
-    found = sorted((folder / "checkpoints").glob("checkpoint-*"), key=_step_of)
+    found = sorted((folder / "checkpoints").glob("checkpoint-*[0-9]"), key=_step_of)
     if not found:
         raise UserError(f"resume={folder}: no checkpoint in it; set train.save_steps to write some")
     return found[-1]

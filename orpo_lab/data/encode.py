@@ -1,8 +1,8 @@
 """A preference pair -> token ids that fit, or the fault for which it is dropped.
 
 For pairs that fit, the ids are those of TRL's `ORPOTrainer` on the same row; a test holds them
-against it. What TRL does with the others (empty completions, answers cut down to 24 tokens) does
-not happen here: see `fit`.
+against it. What TRL does with the others (completions cut to nothing, which turn every weight to
+NaN) does not happen here: see `fit`.
 """
 
 from collections.abc import Mapping
@@ -87,15 +87,14 @@ def render(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, st
     """
     if isinstance(pair.prompt, str):
         return pair.prompt, str(pair.chosen), str(pair.rejected)
-    assert isinstance(pair.chosen, list) and isinstance(pair.rejected, list)
+    assert isinstance(pair.chosen, list)
+    assert isinstance(pair.rejected, list)
     answered = pair.prompt[-1]["role"] == "assistant"
 
     def apply(messages: list[Message], **options: bool) -> str:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
-    prompt = apply(
-        pair.prompt, add_generation_prompt=not answered, continue_final_message=answered
-    )
+    prompt = apply(pair.prompt, add_generation_prompt=not answered, continue_final_message=answered)
     chosen = apply(pair.prompt + pair.chosen)
     rejected = apply(pair.prompt + pair.rejected)
     # Some templates add to the generation prompt what they leave out before an answer

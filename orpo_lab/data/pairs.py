@@ -6,7 +6,7 @@ and the contradiction is counted.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from orpo_lab.errors import UserError
@@ -79,14 +79,14 @@ def _split_text(prompt: str | None, chosen: str, rejected: str) -> Pair:
     return Pair(prompt, chosen, rejected)
 
 
-def _split_messages(
-    prompt: Content | None, chosen: list[Message], rejected: list[Message]
-) -> Pair:
+def _split_messages(prompt: Content | None, chosen: list[Message], rejected: list[Message]) -> Pair:
     if isinstance(prompt, list):
         size = len(prompt)
         if size and chosen[:size] == prompt and rejected[:size] == prompt:
             return Pair(prompt, chosen[size:], rejected[size:], repeated=True)
-        return Pair(prompt, chosen, rejected)
+        if not _begin_alike_with_a_question(chosen, rejected):
+            return Pair(prompt, chosen, rejected)
+        return replace(_split_messages(None, chosen, rejected), contradicted=True)
     # Identical conversations share everything; their last turn still is the completion
     size = min(num_shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
     if size <= 0:
@@ -96,6 +96,11 @@ def _split_messages(
     said = [message["content"].strip() for message in shared if message["role"] == "user"]
     contradicted = prompt is not None and prompt.strip() not in said
     return Pair(shared, chosen[size:], rejected[size:], contradicted=contradicted)
+
+
+def _begin_alike_with_a_question(chosen: list[Message], rejected: list[Message]) -> bool:
+    """Whether both sides are whole conversations rather than answers."""
+    return chosen[:1] == rejected[:1] and bool(chosen) and chosen[0]["role"] != "assistant"
 
 
 def num_shared(left: Any, right: Any) -> int:

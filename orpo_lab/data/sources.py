@@ -14,7 +14,7 @@ from datasets import Dataset
 from orpo_lab.config import Columns, EmbeddedDataset, HubDataset, JsonlDataset
 from orpo_lab.config import Dataset as DatasetConfig
 from orpo_lab.data import embedded
-from orpo_lab.data.pairs import to_content
+from orpo_lab.data.pairs import num_shared, to_content
 from orpo_lab.errors import UserError, one_line
 
 # The embedded pairs are the same in every run: what differs between seeds is training alone
@@ -65,10 +65,7 @@ def _generate(split: embedded.Split, num: int | None) -> Dataset:
 
 
 def _read_hub(config: HubDataset, split: str) -> Dataset:
-    if Path(config.path).is_dir():
-        source = config.path
-    else:
-        source = f"dataset.path={config.path}"
+    source = config.path if Path(config.path).is_dir() else f"dataset.path={config.path}"
     try:
         rows = datasets.load_dataset(config.path, revision=config.revision, split=split)
     except Exception as error:  # datasets raises a dozen types here, from the network to YAML
@@ -125,9 +122,9 @@ def _hold_out(rows: Dataset, num_eval: int, columns: Columns) -> tuple[Dataset, 
     """Split rows by the hash of their prompt, so that no prompt is on both sides."""
 
     def rank(row: dict[str, Any]) -> str:
-        prompt = row[columns.prompt] if columns.prompt else row[columns.chosen]
-        if isinstance(prompt, list):
-            prompt = next((m["content"] for m in prompt if m["role"] == "user"), "")
+        chosen, rejected = row[columns.chosen], row[columns.rejected]
+        shared = chosen[: num_shared(chosen, rejected)]
+        prompt = row[columns.prompt] if columns.prompt else shared
         return hashlib.sha256(json.dumps(prompt).encode()).hexdigest()
 
     ranks = [rank(row) for row in rows]

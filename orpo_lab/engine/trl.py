@@ -12,7 +12,7 @@ from orpo_lab.data import Data
 
 
 class TrlTrainer(ORPOTrainer):
-    """TRL's trainer, with rows that are tokenized already and two metrics that beta cannot scale."""
+    """TRL's trainer, on rows tokenized already, with two metrics that beta cannot scale."""
 
     def tokenize_row(self, feature: dict[str, Any], model: Any = None) -> dict[str, list[int]]:
         """Return our ids under TRL's names; every row fits, so TRL has nothing to cut."""
@@ -45,6 +45,14 @@ class TrlTrainer(ORPOTrainer):
         metrics[f"{prefix}odds_ratio_loss"] = -metrics[f"{prefix}log_odds_ratio"]
         return loss, metrics
 
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate every pair: only training drops a last, smaller micro-batch."""
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: the card in `final/` says what was measured."""
 
@@ -71,11 +79,11 @@ def build(
         callbacks: beside transformers' own.
     """
     assert isinstance(config.engine, TrlEngine)
-    micro_batch_size = config.engine.micro_batch_size
+    batch_size, micro_batch_size = config.train.batch_size, config.engine.micro_batch_size
     args = ORPOConfig(
         per_device_train_batch_size=micro_batch_size,
         per_device_eval_batch_size=micro_batch_size,
-        gradient_accumulation_steps=config.train.batch_size // micro_batch_size,
+        gradient_accumulation_steps=batch_size // micro_batch_size,
         beta=config.beta,
         max_length=config.dataset.max_length,
         # TRL would zero the adapters' dropout too; that of the base is off since model.load
@@ -83,6 +91,8 @@ def build(
         remove_unused_columns=False,
         **arguments,
     )
+    # transformers would end every epoch in a smaller step, whose pairs weigh more
+    train = data.train.select(range(len(data.train) // batch_size * batch_size))
     ids = ["prompt_ids", "chosen_ids", "rejected_ids"]
     bars = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()  # TRL maps six times over rows that are ready
@@ -90,7 +100,7 @@ def build(
         return TrlTrainer(
             model=model,
             args=args,
-            train_dataset=data.train.select_columns(ids),
+            train_dataset=train.select_columns(ids),
             eval_dataset=data.held_out.select_columns(ids) if config.train.eval_steps else None,
             processing_class=tokenizer,
             optimizers=(optimizer, None),

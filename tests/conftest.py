@@ -1,0 +1,106 @@
+"""What the tests share: configurations, the real tiny model, the command line, the assets."""
+
+import os
+
+# Before any import of transformers, datasets or wandb: no test may reach a network
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from orpo_lab import config
+from orpo_lab.quiet import silence_upstream
+
+ROOT = Path(__file__).parents[1]
+silence_upstream()
+
+
+def compose_config(*overrides: str) -> DictConfig:
+    """Compose as launch.py does."""
+    config.register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", list(overrides))
+
+
+@pytest.fixture
+def load() -> Callable[..., config.Config]:
+    """Compose and check overrides, as launch.py does before a run."""
+    return lambda *overrides: config.load(compose_config(*overrides))
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the real command line in a process of its own; runs land in the test's folder."""
+
+    def run(
+        *arguments: str, expect: int = 0, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "launch.py"), *arguments],
+            cwd=tmp_path,
+            env={**os.environ, **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == expect, done.stdout + done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The folder of real models and pairs; where there is none, the test is skipped."""
+    folder = os.environ.get("ORPO_LAB_ASSETS")
+    if not folder:
+        pytest.skip("ORPO_LAB_ASSETS names no folder of real models and pairs")
+    return Path(folder).resolve()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """The embedded model's tokenizer."""
+    from orpo_lab import model
+
+    tiny = config.load(compose_config()).model
+    return model.load_tokenizer(tiny, model.load_config(tiny))
+
+
+@pytest.fixture
+def build_model(tokenizer: Any) -> Callable[..., Any]:
+    """Build the model of a configuration, with its adapter, as `run.train` does."""
+    from transformers import set_seed
+
+    from orpo_lab import model
+    from orpo_lab.adapter import attach
+
+    def build(loaded: config.Config) -> Any:
+        set_seed(loaded.seed)
+        dtype = model.resolve_dtype(loaded.model.dtype, model.device())
+        network = model.load(loaded, tokenizer, dtype)
+        if isinstance(loaded.optimizer, config.Lora):
+            return attach(network, loaded.optimizer, gradient_checkpointing=False)
+        return network
+
+    return build
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """One thread, whatever the machine: sums come in the same order, and no thread spins."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

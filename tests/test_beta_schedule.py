@@ -1,0 +1,56 @@
+import math
+
+import pytest
+
+from orpo_lab.beta_schedule import beta_at, progress
+from orpo_lab.config import BetaSchedule, Constant, Cosine, HoldThenAnneal, Linear, Step
+
+ANNEALING = [Linear(), Cosine(), Step(milestones=[0.5, 0.75]), HoldThenAnneal(anneal_fraction=0.4)]
+
+
+def curve(schedule: BetaSchedule, num_steps: int, beta: float, beta_end: float) -> list[float]:
+    return [
+        beta_at(schedule, progress(step, num_steps), beta=beta, beta_end=beta_end)
+        for step in range(num_steps)
+    ]
+
+
+@pytest.mark.parametrize("schedule", ANNEALING)
+@pytest.mark.parametrize("ends", [(0.3, 0.05), (0.05, 0.3)])
+def test_annealing_runs_from_beta_to_beta_end_and_never_turns_back(
+    schedule: BetaSchedule, ends: tuple[float, float]
+) -> None:
+    betas = curve(schedule, 101, *ends)
+    assert betas[0] == ends[0]
+    assert betas[-1] == pytest.approx(ends[1], abs=1e-12)
+    ordered = sorted(betas, reverse=ends[0] > ends[1])
+    assert betas == ordered
+
+
+def test_constant_does_not_read_beta_end() -> None:
+    assert set(curve(Constant(), 50, 0.1, 9.0)) == {0.1}
+
+
+def test_linear_and_cosine_follow_their_formulas() -> None:
+    assert curve(Linear(), 5, 0.4, 0.0) == pytest.approx([0.4, 0.3, 0.2, 0.1, 0.0])
+    half = (1 - math.cos(math.pi / 4)) / 2
+    expected = [0.4, 0.4 * (1 - half), 0.2, 0.4 * half, 0.0]
+    assert curve(Cosine(), 5, 0.4, 0.0) == pytest.approx(expected)
+
+
+def test_step_jumps_at_its_milestones() -> None:
+    betas = curve(Step(milestones=[0.5, 0.75]), 101, 0.3, 0.1)
+    assert betas[49] == 0.3
+    assert betas[50] == pytest.approx(0.2)
+    assert betas[74] == pytest.approx(0.2)
+    assert betas[75] == pytest.approx(0.1)
+
+
+def test_hold_then_anneal_holds_and_falls_in_the_final_part() -> None:
+    betas = curve(HoldThenAnneal(anneal_fraction=0.4), 101, 0.3, 0.05)
+    assert set(betas[:61]) == {0.3}
+    assert betas[80] == pytest.approx(0.175)
+
+
+def test_a_run_of_one_step_uses_beta() -> None:
+    assert curve(Linear(), 1, 0.2, 0.0) == [0.2]

@@ -1,0 +1,149 @@
+import itertools
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from orpo_lab import config
+from orpo_lab.errors import UserError
+from tests.conftest import ROOT
+
+CONF = ROOT / "conf"
+FILES = sorted(CONF.rglob("*.yaml"))
+GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
+# What an option needs before it can be loaded
+NEEDS = {
+    "model/hub": ["model.path=org/name"],
+    "model/local": ["model.path=folder"],
+    "dataset/hub": ["dataset.path=org/name"],
+    "dataset/jsonl": ["dataset.train_path=pairs.jsonl"],
+    "quantization/none": ["optimizer=lora"],
+    "quantization/int8": ["optimizer=qlora"],
+}
+EXPERIMENTS = [None, *sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))]
+
+
+def options(group: str) -> list[str]:
+    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+
+
+def test_there_are_files_in_every_group() -> None:
+    assert len(FILES) >= 35
+    assert all(options(group) for group in GROUPS)
+    assert not (CONF / "beta").exists(), "a group `beta` would make beta=0.2 choose an option"
+
+
+@pytest.mark.parametrize(
+    ("group", "option"),
+    [(group, option) for group in GROUPS if group != "experiment" for option in options(group)],
+)
+def test_every_option_loads(load: Callable[..., config.Config], group: str, option: str) -> None:
+    overrides = [*NEEDS.get(f"{group}/{option}", []), f"{group}={option}"]
+    if (group, option) == ("objective", "paper"):
+        with pytest.raises(UserError, match="engine=trl can only compute objective=trl"):
+            load(*overrides)
+    else:
+        load(*overrides)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_optimizer_schedule_and_experiment_compose(
+    load: Callable[..., config.Config], experiment: str | None
+) -> None:
+    for optimizer, schedule in itertools.product(options("optimizer"), options("beta_schedule")):
+        chosen = [f"experiment={experiment}"] if experiment else []
+        loaded = load(*chosen, f"optimizer={optimizer}", f"beta_schedule={schedule}")
+        assert config.kind(loaded.optimizer) == optimizer.removesuffix("_8bit")
+        assert config.kind(loaded.beta_schedule) == schedule
+
+
+def test_a_galore_run_and_a_qlora_run_differ_by_one_override(
+    load: Callable[..., config.Config],
+) -> None:
+    assert isinstance(load().quantization, config.Nf4)
+    assert isinstance(load("optimizer=galore").quantization, config.Unquantized)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONF)))
+def test_every_yaml_key_has_a_comment(file: Path) -> None:
+    lines = file.read_text().splitlines()
+    inside_hydra = False
+    for above, line in itertools.pairwise(lines):
+        if line and not line.startswith((" ", "#")):
+            inside_hydra = line.startswith("hydra:")
+        key = line.split(":")[0].strip()
+        is_key = ":" in line and not line.lstrip().startswith(("#", "-"))
+        if is_key and not inside_hydra and key not in (*GROUPS, "defaults", "train"):
+            assert above.lstrip().startswith("#"), f"{file.name}: no comment above '{key}'"
+
+
+def test_every_dataclass_field_has_a_value_in_yaml(load: Callable[..., config.Config]) -> None:
+    written = {key for file in FILES for key in _keys(yaml.safe_load(file.read_text()))}
+    named = {one.name for schema in (config.Config, *_schemas()) for one in fields(schema)}
+    assert named - set(GROUPS) - {"train"} <= written
+
+
+def _schemas() -> list[type]:
+    return [schema for group in config.SCHEMAS.values() for schema in group.values()]
+
+
+def _keys(tree: Any) -> set[str]:
+    if not isinstance(tree, dict):
+        return set()
+    return set(tree) | {key for value in tree.values() for key in _keys(value)}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["beta=-1"], "beta=-1"),
+        (["beta=nan"], "beta=nan"),
+        (["beta=inf"], "beta=inf"),
+        (["beta_end=-0.1"], "beta_end"),
+        (["+betta=0.2"], "unknown key: betta"),
+        (["+optimizer.rank=4"], "unknown key: optimizer.rank"),
+        (["+dataset.columns={prompt: a}"], "unknown key: dataset.columns"),
+        (["optimizer=galore", "quantization=nf4"], "trains every weight"),
+        (["optimizer=adamw", "quantization=int8"], "trains every weight"),
+        (["optimizer=qlora", "quantization=none"], "quantized base"),
+        (["optimizer=lora", "quantization=nf4"], "base unquantized"),
+        (["dataset.max_prompt_length=96"], "must be below"),
+        (["train.max_steps=null"], "exactly one of"),
+        (["train.num_epochs=1"], "exactly one of"),
+        (["train.batch_size=12"], "multiple of engine.micro_batch_size"),
+        (["train.warmup_steps=1.5"], "train.warmup_steps"),
+        (["optimizer.learning_rate=nan"], "optimizer.learning_rate"),
+        (["optimizer.dropout=1"], "optimizer.dropout"),
+        (["optimizer=galore", "optimizer.bits=16"], "must be 8 or 32"),
+        (["optimizer=galore", "optimizer.rank=0"], "optimizer.rank=0"),
+        (["beta_schedule=step", "beta_schedule.milestones=[0.7,0.5]"], "must rise"),
+        (["beta_schedule=hold_then_anneal", "beta_schedule.anneal_fraction=0"], "anneal_fraction"),
+        (["dataset.overlong=keep"], "must be one of drop"),
+        (["model.dtype=bfloat16"], "must be one of bf16"),
+        (["model=hub"], "model.path has no value"),
+        (["seed=${nowhere}"], "seed: Interpolation key 'nowhere' not found"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_is_refused_in_one_line(
+    load: Callable[..., config.Config], overrides: list[str], message: str
+) -> None:
+    with pytest.raises(UserError) as refusal:
+        load(*overrides)
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_annealing_keys_are_ignored_by_constant(load: Callable[..., config.Config]) -> None:
+    assert load("beta_end=0.05").beta_end == 0.05
+
+
+def test_slugs_are_safe_and_stay_apart() -> None:
+    assert config.slug("0-dataset.path=org/name,beta=0.1") == "0-dataset.path=org-name,beta=0.1"
+    assert config.slug("../..") == "run"
+    long = [config.slug("x" * 300 + end) for end in "ab"]
+    assert long[0] != long[1]
+    assert max(map(len, long)) <= 120

@@ -1,0 +1,243 @@
+"""`engine=trl` through our runner against a stock `ORPOTrainer` fed the raw rows."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from transformers import TrainerCallback
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+from orpo_lab import config, data, model, trainer
+from orpo_lab.data import embedded
+from orpo_lab.run_folder import RunFolder
+from orpo_lab.tracker import Untracked
+
+Load = Callable[..., config.Config]
+ROWS = embedded.pairs("train", num=80, seed=3)
+PLAIN = [
+    {
+        "prompt": row["prompt"][0]["content"] + " ",
+        "chosen": row["chosen"][0]["content"],
+        "rejected": row["rejected"][0]["content"],
+    }
+    for row in ROWS
+]
+IMPLICIT = [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in ROWS]
+CONVERSATIONS = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in ROWS]
+
+
+class Spy(TrainerCallback):
+    """Keeps every gradient of every optimizer step, as the optimizer is about to see it."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        self.steps.append(
+            {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        )
+
+
+def stock(
+    loaded: config.Config, rows: list[dict[str, Any]], network: Any, tokenizer: Any, folder: Path
+) -> tuple[list[float], Spy]:
+    """Train as TRL's documentation does it: raw rows, TRL's defaults where the lab has none."""
+    spy = Spy()
+    optimizer = torch.optim.AdamW(
+        [p for p in network.parameters() if p.requires_grad],
+        lr=loaded.optimizer.learning_rate,
+        weight_decay=0.0,
+    )
+    theirs = ORPOTrainer(
+        model=network,
+        args=ORPOConfig(
+            output_dir=str(folder),
+            beta=loaded.beta,
+            max_length=loaded.dataset.max_length,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=loaded.train.batch_size // 4,
+            max_steps=loaded.train.max_steps,
+            lr_scheduler_type="linear",
+            warmup_steps=0.1,
+            bf16=False,
+            gradient_checkpointing=False,
+            logging_steps=1,
+            use_cpu=True,
+            report_to="none",
+            seed=loaded.seed,
+            dataloader_drop_last=True,
+            disable_tqdm=True,
+        ),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+        optimizers=(optimizer, None),
+        callbacks=[spy],
+    )
+    theirs.train()
+    return [line["loss"] for line in theirs.state.log_history if "loss" in line], spy
+
+
+def ours(
+    loaded: config.Config,
+    rows: list[dict[str, Any]],
+    network: Any,
+    tokenizer: Any,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> tuple[list[float], Spy]:
+    """Train through `data.load` and `trainer.fit`, as `run.train` does."""
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert isinstance(loaded.dataset, config.JsonlDataset)
+    loaded.dataset.train_path = loaded.dataset.eval_path = str(file)
+    if "prompt" not in rows[0]:
+        loaded.dataset.columns.prompt = None
+    pairs = data.load(loaded.dataset, tokenizer)
+    assert len(pairs.train) == len(rows)
+    spy = Spy()
+    guard = trainer.NonFiniteGuard
+
+    class GuardAndSpy(guard):  # type: ignore[valid-type, misc]
+        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            spy.on_pre_optimizer_step(*args, **kwargs)
+            super().on_pre_optimizer_step(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "NonFiniteGuard", GuardAndSpy)
+    place = RunFolder(folder)
+    trainer.fit(
+        loaded,
+        model=network,
+        tokenizer=tokenizer,
+        data=pairs,
+        dtype=torch.float32,
+        place=place,
+        log_to=Untracked(),
+        checkpoint=None,
+    )
+    return [line["loss"] for line in place.metrics() if "loss" in line], spy
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_steps", "batch_size"),
+    [(PLAIN, 10, 4), (CONVERSATIONS, 10, 4), (IMPLICIT, 10, 4), (CONVERSATIONS, 2, 8)],
+    ids=["plain", "conversations", "implicit", "accumulated"],
+)
+def test_loss_and_every_gradient_equal_a_stock_trainer_bit_for_bit(
+    load: Load,
+    build_model: Any,
+    tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rows: list[dict[str, Any]],
+    num_steps: int,
+    batch_size: int,
+) -> None:
+    loaded = load(
+        "dataset=jsonl",
+        "dataset.train_path=given",
+        "dataset.max_length=128",
+        "dataset.max_prompt_length=96",
+        "optimizer=adamw",
+        "optimizer.learning_rate=1e-3",
+        f"train.max_steps={num_steps}",
+        f"train.batch_size={batch_size}",
+        "train.logging_steps=1",
+        "engine.micro_batch_size=4",
+        "tracker=none",
+        "beta=0.3",
+    )
+    our_losses, our_spy = ours(loaded, rows, build_model(loaded), tokenizer, tmp_path, monkeypatch)
+    their_losses, their_spy = stock(loaded, rows, build_model(loaded), tokenizer, tmp_path / "trl")
+
+    assert len(our_losses) == len(their_losses) == num_steps
+    assert our_losses == their_losses
+    for mine, reference in zip(our_spy.steps, their_spy.steps, strict=True):
+        assert mine.keys() == reference.keys()
+        assert len(mine) > 40
+        assert all(torch.equal(mine[name], reference[name]) for name in mine)
+
+
+def test_adapter_dropout_is_applied_in_training_and_not_in_evaluation(
+    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    from orpo_lab import engine, optimizer
+
+    def losses(dropout: float, *, training: bool) -> set[float]:
+        loaded = load(
+            f"optimizer.dropout={dropout}",
+            "dataset.num_train=16",
+            "dataset.num_eval=4",
+            "train.batch_size=4",
+            "engine.micro_batch_size=4",
+        )
+        network = build_model(loaded)
+        for name, p in network.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.constant_(p, 0.05)
+        pairs = data.load(loaded.dataset, tokenizer)
+        built = engine.build(
+            loaded,
+            model=network,
+            tokenizer=tokenizer,
+            data=pairs,
+            arguments=trainer.arguments(loaded, tmp_path, torch.float32),
+            optimizer=optimizer.build(loaded.optimizer, network, 10),
+            callbacks=[],
+        )
+        batch = next(iter(built.get_train_dataloader()))
+        network.train(training)
+        return {built.compute_loss(network, batch).item() for _ in range(3)}
+
+    assert len(losses(0.3, training=True)) == 3
+    assert len(losses(0.3, training=False)) == 1
+    assert len(losses(0.0, training=True)) == 1
+
+
+def test_preference_accuracy_does_not_vanish_at_beta_zero(
+    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    loaded = load(
+        "beta=0",
+        "dataset.num_train=32",
+        "dataset.num_eval=4",
+        "train.max_steps=2",
+        "tracker=none",
+        "train.logging_steps=1",
+    )
+    place = RunFolder(tmp_path)
+    trainer.fit(
+        loaded,
+        model=build_model(loaded),
+        tokenizer=tokenizer,
+        data=data.load(loaded.dataset, tokenizer),
+        dtype=torch.float32,
+        place=place,
+        log_to=Untracked(),
+        checkpoint=None,
+    )
+    for line in place.metrics():
+        assert line["rewards/accuracies"] == 0  # TRL's
+        assert line["preference_accuracy"] > 0.1
+        assert line["logp_margin"] == pytest.approx(
+            line["logps/chosen"] - line["logps/rejected"], abs=1e-5
+        )
+        assert line["odds_ratio_loss"] == -line["log_odds_ratio"] > 0
+
+
+def test_trl_is_imported_in_one_module_only() -> None:
+    root = Path(model.__file__).parent
+    using = {
+        file.relative_to(root).as_posix()
+        for file in root.rglob("*.py")
+        if any(
+            line.strip().startswith(("import trl", "from trl"))
+            for line in file.read_text().splitlines()
+        )
+    }
+    assert using == {"engine/trl.py"}

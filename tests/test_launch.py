@@ -1,0 +1,194 @@
+"""The command line, in processes of its own."""
+
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+# One thread: processes that run side by side otherwise wait for each other
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+GOOD = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+
+
+def cpu_seconds(*arguments: str) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, str(ROOT / "launch.py"), *arguments], capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_help_and_a_typo_answer_within_a_second_of_cpu_time() -> None:
+    assert min(cpu_seconds("--help") for _ in range(3)) < 1
+    assert min(cpu_seconds("betta=0.2") for _ in range(3)) < 1
+
+
+def test_help_lists_every_option(launch: Launch) -> None:
+    text = launch("--help").stdout
+    for file in (ROOT / "conf").glob("*/*.yaml"):
+        assert f"  {file.stem} " in text
+
+
+def refused(done: subprocess.CompletedProcess[str]) -> str:
+    """Return a refusal's one line."""
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["betta=0.2"], "Could not override 'betta'. .* Did you mean 'beta'?"),
+        (["+betta=0.2"], "unknown key: betta"),
+        (["beta=abc"], "beta=abc .* could not be converted to Float"),
+        (["beta=-1"], "beta=-1.0 must be a number of at least 0"),
+        (["beta=nan"], "beta=nan must be a number of at least 0"),
+        (["optimizer=galor"], "'optimizer/galor' .* adamw galore .* Did you mean 'galore'?"),
+        (["optimizer=galore", "quantization=nf4"], "quantized weights cannot be trained"),
+        (["experiment=null"], "must be a string"),
+        (["model=hub"], "model.path has no value"),
+        (["hydra.run.dir=/proc/nowhere"], "/proc/nowhere.* choose another folder"),
+        (["hydra.run.dir=/proc/self"], "cannot be written to"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_bad_command_line_ends_in_one_line(
+    launch: Launch, tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    line = refused(launch(*overrides, expect=1))
+    assert re.search(message.replace("?", r"\?"), line), line
+    assert not list(tmp_path.glob("outputs/*")), "a run that never began leaves nothing"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "rows.jsonl cannot be read"),
+        ("", "rows.jsonl holds no rows"),
+        ('{"prompt": "a", "chosen": "b"}\n', "line 1 lacks column 'rejected'"),
+        (GOOD + "null\n", "line 2 holds null"),
+        (GOOD + "7\n", "line 2 holds 7"),
+        (GOOD + '{"prompt": "a", "chosen": "b", "rejected": null}\n', "line 2: rejected is null"),
+        (GOOD + '{"prompt": "a", "chosen": 7, "rejected": "c"}\n', "line 2: chosen is of type int"),
+    ],
+    ids=["missing", "empty", "lacks rejected", "null row", "int row", "null value", "int value"],
+)
+def test_a_bad_dataset_ends_in_one_line_and_a_failed_status(
+    launch: Launch, tmp_path: Path, text: str | None, message: str
+) -> None:
+    if text is not None:
+        (tmp_path / "rows.jsonl").write_text(text)
+    line = refused(
+        launch(
+            "dataset=jsonl",
+            "dataset.train_path=rows.jsonl",
+            "dataset.eval_path=rows.jsonl",
+            "dataset.max_length=128",
+            "dataset.max_prompt_length=64",
+            "tracker=none",
+            "hydra.run.dir=run",
+            expect=1,
+        )
+    )
+    assert message in line
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert message in status["reason"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model=local", "model.path=."], "not a model folder: no config.json"),
+        (["model=local", "model.path=./nowhere"], "neither a folder nor a hub name"),
+        (["model=mistral_7b"], "mistralai/Mistral-7B-v0.1 cannot be loaded"),
+        (["optimizer=galore_8bit"], "use optimizer.bits=32"),
+        (["dataset.max_length=300"], "above the model's context of 256"),
+        (["dataset.num_eval=100000"], "dataset.num_eval=100000 is more than"),
+        (["train.batch_size=4000"], "train.batch_size=4000 is above the 1920 training pairs"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_run_is_refused_before_training(
+    launch: Launch, overrides: list[str], message: str
+) -> None:
+    assert message in refused(launch("tracker=none", *overrides, expect=1))
+
+
+def test_an_unreachable_hub_is_one_line_with_and_without_offline_mode(launch: Launch) -> None:
+    online = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    line = refused(launch("model=hub", "model.path=org/name", "tracker=none", env=online, expect=1))
+    assert "org/name cannot be loaded" in line
+
+
+@pytest.mark.slow
+def test_a_sweep_leaves_a_folder_and_a_wandb_run_for_every_job(
+    launch: Launch, tmp_path: Path
+) -> None:
+    launch(
+        "-m",
+        "beta=0.05,0.2",
+        "beta_schedule=constant,hold_then_anneal",
+        "train.max_steps=5",
+        "dataset.num_eval=16",
+        "dataset.num_generations=4",
+        "train.logging_steps=1",
+    )
+    folders = sorted((tmp_path / "multirun").glob("*/*/"))
+    assert len(folders) == 4
+    seen = set()
+    for folder in folders:
+        for name in (
+            "config.yaml",
+            "choices.yaml",
+            "metrics.jsonl",
+            "summary.json",
+            "samples.md",
+            "data_report.json",
+            "plots/training.png",
+            "final/adapter_model.safetensors",
+            "final/README.md",
+            "run.log",
+        ):
+            assert (folder / name).stat().st_size > 0, name
+        assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+        (run,) = (folder / "wandb").glob("offline-run-*")
+        inspected = subprocess.run(
+            ["wandb", "leet", "inspect", "--summary", str(next(run.glob("run-*.wandb")))],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PATH": _path()},
+            check=True,
+        ).stdout
+        beta = yaml.safe_load((folder / "config.yaml").read_text())["beta"]
+        schedule = yaml.safe_load((folder / "choices.yaml").read_text())["choices"]["beta_schedule"]
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+        assert lines[0]["beta"] == beta
+        assert (lines[-1]["beta"] == beta) == (schedule == "constant")
+        assert re.search(rf"beta\W+{lines[-1]['beta']:g}\b", inspected), inspected
+        seen.add((beta, schedule, run.name))
+    assert len(seen) == 4
+
+
+def _path() -> str:
+    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+
+def test_a_failed_job_of_a_sweep_is_named_and_the_exit_code_is_not_zero(
+    launch: Launch, tmp_path: Path
+) -> None:
+    done = launch("-m", "beta=-1,-2", expect=1)
+    assert "error: beta=-1.0" in done.stderr
+    assert "error: beta=-2.0" in done.stderr

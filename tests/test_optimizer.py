@@ -1,0 +1,150 @@
+"""Optimizers: each setting reaches the arithmetic, held against torch AdamW and galore-torch."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from orpo_lab import config, galore, optimizer
+from orpo_lab.errors import UserError
+from orpo_lab.model import projections
+
+Load = Callable[..., config.Config]
+SETTINGS = (
+    "optimizer.learning_rate=3e-3",
+    "optimizer.weight_decay=0.1",
+    "optimizer.adam_beta1=0.8",
+    "optimizer.adam_beta2=0.95",
+    "optimizer.adam_epsilon=1e-6",
+)
+
+
+def steps(network: Any, made: torch.optim.Optimizer, num: int = 3) -> dict[str, torch.Tensor]:
+    """Take optimizer steps on fixed random gradients and return the weights."""
+    random = torch.Generator().manual_seed(0)
+    for _ in range(num):
+        for p in network.parameters():
+            if p.requires_grad:
+                p.grad = torch.randn(p.shape, generator=random) * 0.01
+        made.step()
+    return {name: p.detach().clone() for name, p in network.named_parameters()}
+
+
+def torch_adamw(network: Any, config: config.Optimizer) -> torch.optim.Optimizer:
+    """An independent reference: decay on matrices alone."""
+    trained = [p for p in network.parameters() if p.requires_grad]
+    return torch.optim.AdamW(
+        [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+    )
+
+
+def test_adamw_is_torch_adamw_with_every_setting(load: Load, build_model: Any) -> None:
+    loaded = load("optimizer=adamw", *SETTINGS)
+    ours, theirs = build_model(loaded), build_model(loaded)
+    one = steps(ours, optimizer.build(loaded.optimizer, ours, 10))
+    other = steps(theirs, torch_adamw(theirs, loaded.optimizer))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_lora_takes_8bit_adamw_with_every_setting(load: Load, build_model: Any) -> None:
+    import bitsandbytes as bnb
+
+    loaded = load("optimizer=lora", *SETTINGS)
+    network, reference = build_model(loaded), build_model(loaded)
+    made = optimizer.build(loaded.optimizer, network, 10)
+    assert isinstance(made, bnb.optim.AdamW8bit)
+    one = steps(network, made)
+    other = steps(reference, torch_adamw(reference, loaded.optimizer))
+    # Adapters of the tiny model lie below bitsandbytes' 4096 elements or are quantized in blocks
+    for name, p in network.named_parameters():
+        if p.requires_grad:
+            assert torch.allclose(one[name], other[name], atol=2e-3), name
+
+
+def galore_torch(network: Any, config: config.Galore, rank: int, gap: int) -> torch.optim.Optimizer:
+    """galore-torch as its own README sets it up, with every setting given."""
+    from galore_torch import GaLoreAdamW
+
+    low_rank = [layer.weight for layer in projections(network).values()]
+    chosen = {id(p) for p in low_rank}
+    others = [p for p in network.parameters() if id(p) not in chosen]
+    decay = config.weight_decay
+    return GaLoreAdamW(
+        [
+            {
+                "params": low_rank,
+                "rank": rank,
+                "update_proj_gap": gap,
+                "scale": config.scale,
+                "proj_type": config.proj_type,
+                "weight_decay": decay,
+            },
+            {"params": [p for p in others if p.ndim > 1], "weight_decay": decay},
+            {"params": [p for p in others if p.ndim == 1], "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        no_deprecation_warning=True,
+    )
+
+
+def test_galore_is_galore_torch_with_every_setting(load: Load, build_model: Any) -> None:
+    loaded = load(
+        "optimizer=galore",
+        *SETTINGS,
+        "optimizer.rank=8",
+        "optimizer.update_proj_gap=2",
+        "optimizer.scale=0.5",
+    )
+    assert isinstance(loaded.optimizer, config.Galore)
+    ours, theirs = build_model(loaded), build_model(loaded)
+    one = steps(ours, optimizer.build(loaded.optimizer, ours, 10))
+    other = steps(theirs, galore_torch(theirs, loaded.optimizer, rank=8, gap=2))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    defaults = load("optimizer=galore").optimizer
+    plain = build_model(loaded)
+    assert any(
+        not torch.equal(one[name], changed)
+        for name, changed in steps(plain, optimizer.build(defaults, plain, 10)).items()
+    )
+
+
+def test_galore_defaults_follow_the_model_and_the_run() -> None:
+    assert galore.default_rank(128) == 32
+    assert galore.default_rank(4096) == 128
+    assert galore.default_gap(120) == 24
+    assert galore.default_gap(2000) == 200
+    assert galore.num_refreshes(120, 24) == 5
+
+
+def test_galore_says_what_it_projects_and_warns_where_it_is_plain_adam(
+    load: Load, build_model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("orpo_lab").propagate = True
+    caplog.set_level("INFO")
+    loaded = load("optimizer=galore", "optimizer.rank=64", "optimizer.update_proj_gap=50")
+    network = build_model(loaded)
+    optimizer.build(loaded.optimizer, network, 100)
+    num = 7 * network.config.num_hidden_layers
+    assert f"galore: {num} weights (" in caplog.text
+    assert "not below half the smaller side" in caplog.text
+    assert "take a basis 2 times, fewer than 3" in caplog.text
+    caplog.clear()
+    optimizer.build(load("optimizer=galore").optimizer, network, 100)
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+
+
+def test_8bit_galore_is_refused_with_the_reason(load: Load) -> None:
+    refused = load("optimizer=galore_8bit").optimizer
+    assert isinstance(refused, config.Galore)
+    with pytest.raises(UserError, match=r"max_unorm=100 .* use optimizer\.bits=32"):
+        galore.check(refused)

@@ -1,0 +1,188 @@
+"""Whole runs, as a user starts them."""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import ROOT
+
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+QUICK = (
+    "train.max_steps=4",
+    "dataset.num_train=64",
+    "dataset.num_eval=16",
+    "dataset.num_generations=4",
+)
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def all_finite(folder: Path) -> bool:
+    file = next((folder / "final").glob("*.safetensors"))
+    return all(torch.isfinite(one).all() for one in load_file(file).values())
+
+
+@pytest.mark.parametrize("optimizer", ["qlora", "lora", "galore", "adamw"])
+def test_a_run_leaves_everything_and_a_clean_terminal(
+    launch: Launch, tmp_path: Path, optimizer: str
+) -> None:
+    done = launch(f"optimizer={optimizer}", *QUICK, "hydra.run.dir=run")
+    assert done.stderr == "", "no upstream warning in a normal run"
+    assert "| preference_accuracy |" in done.stdout
+    run = tmp_path / "run"
+    summary = summary_of(run)
+    for when in ("before", "after"):
+        keys = {"preference_accuracy", "logp_margin", "chosen_nll", "num_pairs", "exact_match"}
+        assert keys <= summary[when].keys()
+        assert summary[when]["num_pairs"] == 16
+    assert summary["train"]["steps"] == 4
+    assert summary["train"]["wall_seconds"] > 0
+    assert summary["versions"]["torch"] == torch.__version__
+    assert len(summary["dataset_fingerprint"]["train"]) == 64
+    assert json.loads((run / "status.json").read_text()) == {
+        "state": "finished",
+        "reason": "",
+        "exit_code": 0,
+    }
+    assert (run / "plots" / "training.png").stat().st_size > 20_000
+    assert (run / "samples.md").read_text().count("Before") + 1
+    assert all_finite(run)
+
+
+def test_without_a_tracker_wandb_is_not_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys, launch; launch.main(); "
+        "sys.exit('wandb was imported' if 'wandb' in sys.modules else 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "tracker=none", *QUICK, "hydra.run.dir=run"],
+        cwd=tmp_path,
+        env={**__import__("os").environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "run" / "wandb").exists()
+
+
+def test_faulty_rows_are_counted_and_never_reach_a_weight(launch: Launch, tmp_path: Path) -> None:
+    good = [
+        {"prompt": f"add {i} and 2.", "chosen": f"{i + 2}", "rejected": f"{i + 3}"}
+        for i in range(20)
+    ]
+    faulty = [
+        {"prompt": "count " * 300, "chosen": "1", "rejected": "2"},
+        {"prompt": "add 1 and 2.", "chosen": "", "rejected": "4"},
+        {"prompt": "add 1 and 2.", "chosen": "3", "rejected": "3"},
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in good + faulty))
+    launch(
+        "dataset=jsonl",
+        "dataset.train_path=rows.jsonl",
+        "dataset.eval_path=rows.jsonl",
+        "dataset.max_length=128",
+        "dataset.max_prompt_length=64",
+        "dataset.max_new_tokens=8",
+        "train.max_steps=3",
+        "tracker=none",
+        "hydra.run.dir=run",
+    )
+    report = json.loads((tmp_path / "run" / "data_report.json").read_text())["train"]
+    assert report["num_kept"] == 20
+    assert {fault: one["num"] for fault, one in report["dropped"].items()} == {
+        "prompt_too_long": 1,
+        "empty_completion": 1,
+        "chosen_equals_rejected": 1,
+    }
+    assert all_finite(tmp_path / "run")
+    assert math.isfinite(summary_of(tmp_path / "run")["after"]["chosen_nll"])
+
+
+@pytest.mark.parametrize("optimizer", ["qlora", "adamw"])
+def test_the_model_card_shows_how_to_load_final_and_generate(
+    launch: Launch, tmp_path: Path, optimizer: str
+) -> None:
+    launch(f"optimizer={optimizer}", *QUICK, "tracker=none", "hydra.run.dir=run")
+    card = (tmp_path / "run" / "final" / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0]
+    code += (
+        "\nmessages = [{'role': 'user', 'content': 'add 20 and 3.'}]\n"
+        "inputs = tokenizer.apply_chat_template(\n"
+        "    messages, add_generation_prompt=True, return_tensors='pt', return_dict=True)\n"
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=12)[0]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "run", capture_output=True, text=True
+    )
+    assert "<|user|>add 20 and 3.<|assistant|>" in done.stdout, done.stderr
+
+
+RECIPES = sorted(file.stem for file in (ROOT / "conf" / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_runs_on_a_small_local_model(
+    launch: Launch, tmp_path: Path, assets: Path, recipe: str
+) -> None:
+    import datasets
+
+    rows = [
+        json.loads(line)
+        for line in (assets / "data/chat_pairs/train_prefs.jsonl").read_text().splitlines()
+    ]
+    for name in ("train_prefs", "test_prefs", "train"):
+        file = tmp_path / "uf" / "data" / f"{name}-00000-of-00001.parquet"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_list(rows).to_parquet(file)
+    shrink = [
+        "train.max_steps=2",
+        "train.num_epochs=null",
+        "train.batch_size=4",
+        "train.eval_steps=2",
+        "train.save_steps=2",
+        "dataset.max_length=256",
+        "dataset.max_prompt_length=128",
+        "dataset.num_eval=4",
+        "dataset.num_generations=2",
+        "dataset.max_new_tokens=8",
+    ]
+    if recipe == "mistral_galore":
+        shrink.append("optimizer=galore")  # its 8 bits are refused: test_launch
+    launch(
+        f"experiment={recipe}",
+        "model=local",
+        f"model.path={assets}/models/stories15M",
+        f"dataset.path={tmp_path / 'uf'}",
+        *shrink,
+        "tracker=none",
+        "hydra.run.dir=run",
+    )
+    summary = summary_of(tmp_path / "run")
+    assert summary["train"]["steps"] == 2
+    assert all_finite(tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides", [[], ["optimizer=galore", "beta=0.2"]], ids=["default", "galore"]
+)
+def test_the_main_job_learns(launch: Launch, tmp_path: Path, overrides: list[str]) -> None:
+    launch(*overrides, "tracker=none", "hydra.run.dir=run")
+    summary = summary_of(tmp_path / "run")
+    before, after = summary["before"], summary["after"]
+    assert after["num_pairs"] >= 200
+    assert 0.4 <= before["preference_accuracy"] <= 0.6
+    assert after["preference_accuracy"] >= 0.90
+    assert after["exact_match"] >= before["exact_match"] + 0.3

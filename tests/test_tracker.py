@@ -1,0 +1,185 @@
+"""W&B through its real client: offline runs, and servers that do not behave."""
+
+import http.server
+import json
+import logging
+import os
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orpo_lab import tracker
+from orpo_lab.config import NoTracker, WandbTracker
+from tests.test_launch import _path
+
+RECORD = {
+    "beta": 0.3,
+    "optimizer": {"learning_rate": 1e-3},
+    "choices": {
+        "model": "tiny",
+        "dataset": "embedded",
+        "optimizer": "galore",
+        "beta_schedule": "linear",
+    },
+}
+# The shape of a key, not one
+KEY = "local" + "0" * 35
+
+
+def settings(mode: str = "auto", **changes: Any) -> WandbTracker:
+    values: dict[str, Any] = {
+        "project": "orpo_lab",
+        "entity": None,
+        "group": None,
+        "tags": ["mine"],
+    }
+    return WandbTracker(mode=mode, **(values | changes))
+
+
+def start(folder: Path, mode: str = "auto", **changes: Any) -> tracker.Run:
+    return tracker.start(
+        settings(mode, **changes), folder=folder, name="a-run", config=RECORD, sweep="a-sweep"
+    )
+
+
+def inspect(folder: Path, *options: str) -> str:
+    """Read an offline run back with W&B's own command line."""
+    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    return subprocess.run(
+        ["wandb", "leet", "inspect", *options, str(file)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PATH": _path()},
+    ).stdout
+
+
+@pytest.fixture(autouse=True)
+def _own_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No key and no mode from the machine the tests run on; every test its own W&B process."""
+    import wandb
+
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    logging.getLogger("orpo_lab").propagate = True
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+def test_without_a_key_a_run_is_offline_and_says_how_to_sync(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    run = start(tmp_path)
+    run.log(1, {"loss": 2.0, "beta": 0.3})
+    run.log(5, {"loss": 1.0, "beta": 0.1})
+    plot = tmp_path / "plot.png"
+    from orpo_lab.plot import draw_training
+
+    draw_training([{"step": 1, "loss": 2.0}], "a run", plot)
+    sample = {"prompt": "p", "chosen": "c", "before": "b", "after": "a"}
+    run.report({"after": {"preference_accuracy": 0.9}}, [plot], [sample])
+    run.finish(0)
+    assert "W&B: offline, no key is configured" in caplog.text
+    assert "wandb sync" in caplog.text
+    text = inspect(tmp_path, "--json")
+    for expected in ("a-run", "a-sweep", "galore", "mine", "preference_accuracy", "samples"):
+        assert expected in text
+    assert "beta" in inspect(tmp_path, "--summary")
+
+
+def test_the_command_line_is_not_in_the_run(tmp_path: Path) -> None:
+    run = start(tmp_path)
+    run.finish(0)
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    written = b"".join(file.read_bytes() for file in folder.rglob("*") if file.is_file())
+    assert b"pytest" not in written.replace(str(tmp_path).encode(), b"")
+
+
+def test_two_runs_in_one_process_stay_two(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        run = start(tmp_path / name)
+        run.log(1, {"beta": 0.1})
+        run.finish(0)
+        assert len(list((tmp_path / name).glob("wandb/offline-run-*"))) == 1
+
+
+class Failing(http.server.BaseHTTPRequestHandler):
+    """A server that answers every request with an error: what a W&B outage looks like."""
+
+    def _fail(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = json.dumps({"error": "out of order"}).encode()
+        self.send_response(403)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_POST = do_PUT = do_HEAD = _fail  # noqa: N815  (http.server's names)
+
+    def log_message(self, *arguments: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def failing_server() -> Iterator[str]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Failing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_dead_server_means_offline_within_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    run = start(tmp_path)
+    run.log(1, {"loss": 1.0})
+    run.finish(0)
+    assert "W&B: offline, http://127.0.0.1:9 does not answer within 3 s" in caplog.text
+
+
+@pytest.mark.parametrize("mode", ["auto", "online"])
+def test_a_server_that_refuses_the_run_means_offline(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    failing_server: str,
+    mode: str,
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", failing_server)
+    run = start(tmp_path, mode)
+    run.log(1, {"loss": 1.0})
+    run.finish(0)
+    assert "W&B: offline, the server does not take the run" in caplog.text
+    assert "loss" in inspect(tmp_path, "--summary")
+
+
+def test_a_tracker_that_breaks_is_said_and_does_not_stop_a_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = start(tmp_path)
+    run.finish(0)
+    run.log(1, {"loss": 1.0})
+    assert "the run goes on" in caplog.text
+
+
+def test_none_and_disabled_track_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tracker.start(NoTracker(), folder=tmp_path, name="a", config=RECORD, sweep=None)
+    run.log(1, {"loss": 1.0})
+    run.finish(0)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert isinstance(start(tmp_path), tracker.Untracked)
+    assert not (tmp_path / "wandb").exists()
