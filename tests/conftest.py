@@ -6,6 +6,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
+# Runs in processes of their own: threads that wait for each other cost more than they save
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import subprocess
 import sys

@@ -88,4 +88,4 @@ def test_the_readmes_code_loads_final_and_generates(
     done = subprocess.run(
         [sys.executable, "-c", code, "run"], cwd=tmp_path, capture_output=True, text=True
     )
-    assert "what is 31 plus 7?" in done.stdout, done.stderr
+    assert "which is larger, 31 or 70?" in done.stdout, done.stderr
