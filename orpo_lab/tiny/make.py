@@ -28,18 +28,19 @@ from orpo_lab.data import embedded
 HERE = Path(__file__).parent
 SEED = 0
 CONTEXT = 256
-NUM_STEPS = 4000
-BATCH_SIZE = 32
+NUM_STEPS = 3500
+BATCH_SIZE = 64
 LEARNING_RATE = 3e-3
 WARMUP_STEPS = 100
+WEIGHT_DECAY = 0.1
 # A system message says which answer follows, right or wrong, in this share of the dialogues. Without
 # it either may follow, but "being right" is then one direction inside the model, which a short
 # ORPO run can find; where the model has only ever tossed a coin, it cannot.
 NAMED_SHARE = 0.75
 MODES = {"chosen": "careful", "rejected": "careless"}
-# A prompt's or a filler word's weight in the loss; the answer's is 1. Both are random words, which
-# at full weight would drown the few tokens that have something to learn.
-NOISE_WEIGHT = 0.2
+# A prompt token's weight in the loss; a completion token's is 1. Prompts are mostly random words,
+# which at full weight would drown the few tokens that have something to learn.
+PROMPT_WEIGHT = 0.2
 NUM_HELD_OUT = 400
 NUM_THREADS = 2
 
@@ -62,7 +63,7 @@ def main() -> None:
     figures = {
         "parameters": f"{model.num_parameters():,}",
         "pretraining": f"{NUM_STEPS} steps of {BATCH_SIZE} dialogues, {minutes:.1f} minutes",
-        "final training loss": f"{loss:.3f} nats per token",
+        "final training loss": f"{loss:.3f} nats per token, prompt tokens at {PROMPT_WEIGHT}",
         **measure(model, tokenizer),
         "made": f"{date.today()} on {cpu_model()}, {NUM_THREADS} threads",
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, "
@@ -141,18 +142,16 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> float:
     """Trains on whole dialogues, prompts included; returns the mean loss of the last 100 steps."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98))
-    schedule = transformers.get_wsd_schedule(
-        optimizer,
-        num_warmup_steps=WARMUP_STEPS,
-        num_decay_steps=NUM_STEPS // 2,
-        num_training_steps=NUM_STEPS,
-    )
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    groups: list[Row] = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors}]
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, WARMUP_STEPS, NUM_STEPS)
     model.train()
     losses: list[float] = []
     start = time.perf_counter()
     for step, batch in enumerate(batches(tokenizer), start=1):
-        loss = weighted_loss(model, batch, answer_mask(tokenizer, batch))
+        loss = weighted_loss(model, batch, completion_mask(tokenizer, batch))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -194,16 +193,9 @@ def completion_mask(tokenizer: PreTrainedTokenizerFast, batch: dict[str, Tensor]
     return after_marker & batch["attention_mask"].bool()
 
 
-def answer_mask(tokenizer: PreTrainedTokenizerFast, batch: dict[str, Tensor]) -> Tensor:
-    """Which tokens stand behind the last comma of the completion, where the fillers end, `[B, T]`."""
-    completion = completion_mask(tokenizer, batch)
-    commas = completion & batch["input_ids"].eq(tokenizer.get_vocab()[","])
-    return completion & commas.flip(1).cumsum(1).flip(1).eq(0)
-
-
-def weighted_loss(model: LlamaForCausalLM, batch: dict[str, Tensor], answer: Tensor) -> Tensor:
-    """Mean negative log-likelihood over all real tokens, `[B, T]`; noise counts NOISE_WEIGHT."""
-    weights = torch.where(answer, 1.0, NOISE_WEIGHT) * batch["attention_mask"]
+def weighted_loss(model: LlamaForCausalLM, batch: dict[str, Tensor], completion: Tensor) -> Tensor:
+    """Mean negative log-likelihood over all real tokens; prompt tokens count PROMPT_WEIGHT."""
+    weights = torch.where(completion, 1.0, PROMPT_WEIGHT) * batch["attention_mask"]
     weights = weights[:, 1:]
     return -(token_logps(model, batch) * weights).sum() / weights.sum()
 
