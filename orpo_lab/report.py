@@ -72,13 +72,13 @@ def model_card(place: RunFolder, config: Config, summary: dict[str, Any]) -> str
     is_adapter = isinstance(config.optimizer, Lora)
     library = "peft" if is_adapter else "transformers"
     loader = "AutoPeftModelForCausalLM" if is_adapter else "AutoModelForCausalLM"
-    base = mask(config.model.path)
+    base, name = mask([config.model.path, config.name or place.path.name])
     return f"""---
 base_model: {base}
 library_name: {library}
 tags: [orpo, orpo_lab]
 ---
-# {config.name or place.path.name}
+# {name}
 
 {base}, aligned with ORPO (Hong, Lee and Thorne 2024, arXiv:2403.07691) by orpo_lab:
 beta {config.beta:g}, {summary["train"]["steps"]} steps of {config.train.batch_size} pairs, seed

@@ -13,7 +13,7 @@ from typing import Any
 from orpo_lab.config import Config, Galore, Lora
 from orpo_lab.errors import UserError, one_line
 from orpo_lab.quiet import silence_upstream
-from orpo_lab.run_folder import RunFolder
+from orpo_lab.run_folder import RunFolder, mask
 
 log = logging.getLogger("orpo_lab")
 
@@ -88,7 +88,7 @@ def _train(
     run = tracker.start(
         config.tracker,
         folder=place.path,
-        name=config.name or place.path.name,
+        name=mask(config.name or place.path.name),
         config=record,
         sweep=sweep,
     )

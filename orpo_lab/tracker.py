@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from orpo_lab.config import NoTracker, Tracker, WandbTracker
 from orpo_lab.errors import one_line
+from orpo_lab.run_folder import mask
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ class WandbRun:
             "project": tracker.project,
             "entity": tracker.entity,
             "group": tracker.group or sweep,
-            "tags": [*tags, *tracker.tags],
+            "tags": mask([*tags, *tracker.tags]),
             "name": name,
             "config": config,
             "dir": folder,

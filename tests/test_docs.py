@@ -47,6 +47,9 @@ def test_every_command_composes(file: Path) -> None:
     for command in commands(file):
         if command[:1] == ["--help"]:
             continue
+        if "--cfg" in command:
+            at = command.index("--cfg")
+            del command[at : at + 2]
         for job in jobs(command):
             try:
                 config.load(compose_config(*job))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -55,8 +56,16 @@ def test_a_run_leaves_everything_and_a_clean_terminal(
         "exit_code": 0,
     }
     assert (run / "plots" / "training.png").stat().st_size > 20_000
-    assert (run / "samples.md").read_text().count("Before") + 1
+    assert (run / "samples.md").read_text().count("\nafter:\n") == 4
     assert all_finite(run)
+
+
+def test_a_token_on_the_command_line_is_in_no_file(launch: Launch, tmp_path: Path) -> None:
+    token = "hf_" + "q" * 34
+    launch(*QUICK, f"name=run-{token}", f"tracker.tags=[{token}]", "hydra.run.dir=run")
+    files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
+    assert any(file.suffix == ".wandb" for file in files)
+    assert not [file for file in files if token.encode() in file.read_bytes()]
 
 
 def test_without_a_tracker_wandb_is_not_imported(tmp_path: Path) -> None:
@@ -67,7 +76,7 @@ def test_without_a_tracker_wandb_is_not_imported(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code, "tracker=none", *QUICK, "hydra.run.dir=run"],
         cwd=tmp_path,
-        env={**__import__("os").environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )

@@ -95,14 +95,6 @@ def test_without_a_key_a_run_is_offline_and_says_how_to_sync(
     assert "beta" in inspect(tmp_path, "--summary")
 
 
-def test_the_command_line_is_not_in_the_run(tmp_path: Path) -> None:
-    run = start(tmp_path)
-    run.finish(0)
-    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
-    written = b"".join(file.read_bytes() for file in folder.rglob("*") if file.is_file())
-    assert b"pytest" not in written.replace(str(tmp_path).encode(), b"")
-
-
 def test_two_runs_in_one_process_stay_two(tmp_path: Path) -> None:
     for name in ("one", "two"):
         run = start(tmp_path / name)

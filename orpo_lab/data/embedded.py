@@ -25,15 +25,17 @@ from typing import Any, Literal
 Split = Literal["train", "eval"]
 Wording = Literal["free", "terse"]
 
-_WORDS = tuple(
+_WORD_LIST = (
     "apple bird boat book cake chair cloud desk dog door drum fish fork frog glass green hat hill "
-    "house key lamp leaf lemon map moon mouse paper pear plate red ring river".split()
+    "house key lamp leaf lemon map moon mouse paper pear plate red ring river"
 )
+_WORDS = tuple(_WORD_LIST.split())
 # Most frequent first: word i is drawn with weight 1 / (i + 1) ** _FILLER_EXPONENT.
-_FILLERS = tuple(
+_FILLER_LIST = (
     "so well now right okay sure yes look see fine hmm then alright indeed clearly simply "
-    "basically actually honestly naturally".split()
+    "basically actually honestly naturally"
 )
+_FILLERS = tuple(_FILLER_LIST.split())
 _FILLER_EXPONENT = 1.5
 _NUM_FILLERS = (2, 4)
 _OPENERS = ("it is", "that makes", "we get", "i say")
