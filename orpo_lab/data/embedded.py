@@ -69,17 +69,6 @@ def _larger(rng: random.Random) -> _Task:
     return _Task(f"{min(a, b)} {max(a, b)}", question, str(max(a, b)), str(min(a, b)))
 
 
-def _count(rng: random.Random) -> _Task:
-    size = rng.randint(4, 8)
-    count = rng.randint(1, min(6, size - 1))
-    word, *others = rng.sample(_WORDS, 1 + size - count)
-    items = [word] * count + others
-    rng.shuffle(items)
-    text = " ".join(items)
-    question = rng.choice((f"how often is {word} in: {text}?", f"count each {word} in: {text}."))
-    return _Task(f"{word}: {text}", question, str(count), str(count + 1))
-
-
 def _first_word(rng: random.Random) -> _Task:
     words = rng.sample(_WORDS, rng.randint(3, 5))
     text = " ".join(words)
@@ -94,20 +83,6 @@ def _last_word(rng: random.Random) -> _Task:
     return _Task(text, question, words[-1], words[0])
 
 
-def _sort(rng: random.Random) -> _Task:
-    numbers = sorted(rng.sample(range(10, 100), 3))
-    shown = rng.sample(numbers, 3)
-    question = rng.choice(("sort up: {}.", "put in rising order: {}.")).format(_joined(shown))
-    return _Task(_joined(numbers), question, _joined(numbers), _joined(numbers[::-1]))
-
-
-def _reverse(rng: random.Random) -> _Task:
-    words = rng.sample(_WORDS, 3)
-    question = rng.choice(("reverse: {}.", "say it backwards: {}.")).format(_joined(words))
-    content = min(_joined(words), _joined(words[::-1]))
-    return _Task(content, question, _joined(words[::-1]), _joined(words))
-
-
 def _joined(items: list[Any]) -> str:
     return " ".join(str(item) for item in items)
 
@@ -115,16 +90,10 @@ def _joined(items: list[Any]) -> str:
 _MAKERS: dict[str, Callable[[random.Random], _Task]] = {
     "sum": _sum,
     "larger": _larger,
-    "count": _count,
     "first_word": _first_word,
     "last_word": _last_word,
-    "sort": _sort,
-    "reverse": _reverse,
 }
 FAMILIES: tuple[str, ...] = tuple(_MAKERS)
-# A free sentence has one decisive token, so families that answer with a list are terse only.
-_LIST_FAMILIES = ("sort", "reverse")
-_FREE_FAMILIES = tuple(family for family in FAMILIES if family not in _LIST_FAMILIES)
 
 
 def _split_of(family: str, content: str) -> Split:
@@ -155,7 +124,7 @@ def _row(rng: random.Random, family: str, wording: Wording, task: _Task) -> dict
     else:
         prompt = f"{task.question} answer in square brackets."
         chosen, rejected = f"[{task.right}]", f"[{task.wrong}]"
-        if family in _LIST_FAMILIES:
+        if family == "first_word":
             rejected = f"({task.right})"  # right, but not in the format asked for
         answer = chosen
     return {
@@ -170,8 +139,7 @@ def _row(rng: random.Random, family: str, wording: Wording, task: _Task) -> dict
 
 def _draw(rng: random.Random, split: Split, index: int) -> dict[str, Any]:
     wording: Wording = "free" if index % 2 == 0 else "terse"
-    families = _FREE_FAMILIES if wording == "free" else FAMILIES
-    family = families[index // 2 % len(families)]
+    family = FAMILIES[index // 2 % len(FAMILIES)]
     task = _MAKERS[family](rng)
     while _split_of(family, task.content) != split:
         task = _MAKERS[family](rng)

@@ -34,8 +34,8 @@ LEARNING_RATE = 3e-3
 WARMUP_STEPS = 100
 WEIGHT_DECAY = 0.1
 # A system message says which answer follows, right or wrong, in this share of the dialogues.
-# Without it either may follow, but "being right" is then one direction inside the model, which a short
-# ORPO run can find; where the model has only ever tossed a coin, it cannot.
+# Without it either may follow, but "being right" is then one direction inside the model, which a
+# short ORPO run can find; where the model has only ever tossed a coin, it cannot.
 NAMED_SHARE = 0.75
 MODES = {"chosen": "careful", "rejected": "careless"}
 # A prompt token's weight in the loss; a completion token's is 1. Prompts are mostly random words,
