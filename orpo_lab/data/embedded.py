@@ -36,9 +36,8 @@ _FILLER_LIST = (
     "basically actually honestly naturally"
 )
 _FILLERS = tuple(_FILLER_LIST.split())
-_FILLER_EXPONENT = 1.5
-_NUM_FILLERS = (2, 4)
-_OPENERS = ("it is", "that makes", "we get", "i say")
+_FILLER_EXPONENT = 2.0
+_NUM_FILLERS = 5
 # One content in this many is held out.
 _EVAL_SHARE = 8
 # Draws in search of a prompt not yet used, before the family counts as exhausted.
@@ -101,23 +100,17 @@ def _split_of(family: str, content: str) -> Split:
     return "eval" if digest[0] % _EVAL_SHARE == 0 else "train"
 
 
-def _sentence(rng: random.Random, answer: str, num_fillers: int) -> str:
+def _sentence(rng: random.Random, answer: str) -> str:
     weights = [1 / (i + 1) ** _FILLER_EXPONENT for i in range(len(_FILLERS))]
-    fillers: list[str] = []
-    while len(fillers) < num_fillers:
-        (filler,) = rng.choices(_FILLERS, weights)
-        if filler not in fillers:
-            fillers.append(filler)
-    return ", ".join([*fillers, f"{rng.choice(_OPENERS)} {answer}."])
+    fillers = rng.choices(_FILLERS, weights, k=_NUM_FILLERS)
+    return ", ".join([*fillers, f"it is {answer}."])
 
 
 def _row(rng: random.Random, family: str, wording: Wording, task: _Task) -> dict[str, Any]:
     answer = task.right
     if wording == "free":
         prompt = task.question
-        num_fillers = rng.randint(*_NUM_FILLERS)
-        chosen = _sentence(rng, task.right, num_fillers)
-        rejected = _sentence(rng, task.wrong, num_fillers)
+        chosen, rejected = _sentence(rng, task.right), _sentence(rng, task.wrong)
     elif rng.random() < 0.5:
         prompt = f"{task.question} answer only."
         chosen, rejected = task.right, task.wrong
@@ -189,16 +182,15 @@ def pairs(split: Split, *, num: int, seed: int) -> list[dict[str, Any]]:
 def is_correct(completion: str, row: Mapping[str, Any]) -> bool:
     """Whether a generated completion is the right answer, well-formed and nothing else.
 
-    A terse row takes its `answer` alone. A free row takes one sentence: at most four different
-    filler words, an opener, the answer, a full stop.
+    A terse row takes its `answer` alone. A free row takes one sentence: five filler words and
+    "it is", the answer, a full stop.
     """
     text = completion.strip()
     if row["wording"] == "terse":
         return bool(text == row["answer"])
     *fillers, statement = text.split(", ")
     return (
-        len(fillers) <= _NUM_FILLERS[1]
-        and len(set(fillers)) == len(fillers)
+        len(fillers) == _NUM_FILLERS
         and set(fillers) <= set(_FILLERS)
-        and statement in {f"{opener} {row['answer']}." for opener in _OPENERS}
+        and statement == f"it is {row['answer']}."
     )
