@@ -27,7 +27,7 @@ def silence_upstream() -> None:
     # An optional kernel for 4-bit inference on CPUs is not installed; training does not use it
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # Five retries of an unreachable hub; our error says it in one line
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     # matplotlib says once that it has listed the machine's fonts
     logging.getLogger("matplotlib.font_manager").setLevel(logging.WARNING)
     if not sys.stderr.isatty():

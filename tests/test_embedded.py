@@ -31,7 +31,7 @@ def task_of(row: Row) -> tuple[str, ...]:
     text = prompt_of(row)
     for suffix in (" answer only.", " answer in square brackets."):
         text = text.removesuffix(suffix)
-    if row["family"] == "larger":
+    if row["family"] in ("sum", "larger"):
         return tuple(sorted(re.findall(r"\d+", text)))
     return tuple(text.strip(".?").partition(": ")[2].split())
 
@@ -74,8 +74,8 @@ def test_pairs_depend_on_split_num_and_seed_only() -> None:
 def test_the_split_is_stable_across_processes_and_versions() -> None:
     first = embedded.pairs("eval", num=2, seed=0)
     assert [prompt_of(row) for row in first] == [
-        "take the larger of 98 and 67.",
-        "take the larger of 95 and 64. answer only.",
+        "add 15 and 7.",
+        "add 78 and 5. answer in square brackets.",
     ]
 
 
@@ -116,19 +116,19 @@ def test_chosen_is_correct_and_rejected_is_not(train_rows: list[Row], eval_rows:
     [
         "",
         "13",
-        "so, well, now, it is 13",
-        "so, well, now, it is 13. it is 13.",
-        "so, well, now, it is 3.",
-        "so, well, it is 13.",
-        "so, well, now, right, it is 13.",
-        "so, well, banana, it is 13.",
-        "so, well, now, it is it is 13.",
-        "so, well, now, it is 13 or 14.",
+        "so, well, now, so, so, it is 13",
+        "so, well, now, so, so, it is 13. it is 13.",
+        "so, well, now, so, so, it is 3.",
+        "so, well, now, so, it is 13.",
+        "so, well, now, so, so, right, it is 13.",
+        "so, well, now, so, banana, it is 13.",
+        "so, well, now, so, so, it is it is 13.",
+        "so, well, now, so, so, it is 13 or 14.",
     ],
 )
 def test_a_free_answer_must_be_one_well_formed_sentence(completion: str) -> None:
     row = {"answer": "13", "wording": "free"}
-    assert embedded.is_correct("so, well, now, it is 13.", row)
+    assert embedded.is_correct("so, well, now, so, so, it is 13.", row)
     assert not embedded.is_correct(completion, row)
 
 

@@ -135,7 +135,15 @@ def test_beta_is_logged_at_every_logging_step(
     assert stats.peak_memory_bytes > 50e6
 
 
-@pytest.mark.parametrize("optimizer", ["qlora", "galore", "adamw"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        "qlora",
+        pytest.param("lora", marks=pytest.mark.slow),
+        pytest.param("galore", marks=pytest.mark.slow),
+        pytest.param("adamw", marks=pytest.mark.slow),
+    ],
+)
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     launch: Launch, tmp_path: Path, optimizer: str
 ) -> None:
