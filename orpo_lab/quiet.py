@@ -7,6 +7,8 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # Start of the message -> reason
 WARNINGS = {
@@ -32,6 +34,19 @@ def silence_upstream() -> None:
     logging.getLogger("matplotlib.font_manager").setLevel(logging.WARNING)
     if not sys.stderr.isatty():
         _hide_bars()
+
+
+@contextmanager
+def hidden(package: str) -> Iterator[None]:
+    """Make a package look absent to what is imported meanwhile."""
+    before = sys.modules.get(package)
+    sys.modules[package] = None  # type: ignore[assignment]  # find_spec then finds nothing
+    try:
+        yield
+    finally:
+        del sys.modules[package]
+        if before is not None:
+            sys.modules[package] = before
 
 
 def _hide_bars() -> None:

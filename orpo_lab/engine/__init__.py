@@ -5,6 +5,7 @@ from typing import Any
 from transformers import Trainer
 
 from orpo_lab.config import Config, TrlEngine
+from orpo_lab.quiet import hidden
 
 
 def build(config: Config, **parts: Any) -> Trainer:
@@ -16,7 +17,9 @@ def build(config: Config, **parts: Any) -> Trainer:
     """
     match config.engine:
         case TrlEngine():
-            from orpo_lab.engine import trl
+            # TRL imports wandb wherever it is installed; its own logging is off, and ours may be
+            with hidden("wandb"):
+                from orpo_lab.engine import trl
 
             return trl.build(config, **parts)
     raise TypeError(f"no engine: {config.engine!r}")
