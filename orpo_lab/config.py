@@ -513,7 +513,7 @@ def _unknown_keys(node: DictConfig, prefix: str) -> Iterator[str]:
     if schema is None or not is_dataclass(schema):
         return
     known = {one.name for one in fields(schema)}
-    for key in node:
+    for key in map(str, node):
         if key not in known:
             yield f"{prefix}{key}"
         elif not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(node[key]):

@@ -59,9 +59,7 @@ def build(config: Galore, model: PreTrainedModel, num_steps: int) -> torch.optim
 
     # A checkpoint holds the projector object, which torch refuses to load otherwise
     torch.serialization.add_safe_globals([GaLoreProjector])
-    projected = [
-        layer.weight for layer in projections(model).values() if layer.weight.requires_grad
-    ]
+    projected = [layer.weight for layer in projections(model).values()]
     rank = config.rank or default_rank(model.config.get_text_config().hidden_size)
     gap = config.update_proj_gap or default_gap(num_steps)
     _say(projected, rank, gap, num_steps, model)
@@ -89,7 +87,7 @@ def num_refreshes(num_steps: int, gap: int) -> int:
 
 
 def _say(
-    projected: list[nn.Parameter], rank: int, gap: int, num_steps: int, model: nn.Module
+    projected: list[torch.Tensor], rank: int, gap: int, num_steps: int, model: nn.Module
 ) -> None:
     log.info(
         "galore: %d weights (%s of %s parameters) are projected to rank %d, anew every %d steps",

@@ -224,7 +224,7 @@ def keep_4bit_exact(model: nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  (not in its type)
 
 
 def projections(model: nn.Module) -> dict[str, nn.Linear]:

@@ -137,7 +137,7 @@ def _table(summary: dict[str, Any]) -> str:
     rows = [("held out", "before", "after", "")]
     for key, about in SHOWN:
         if key in summary["after"]:
-            values = (f"{summary[when][key]:.3f}" for when in ("before", "after"))
-            rows.append((key, *values, about))
+            before, after = (f"{summary[when][key]:.3f}" for when in ("before", "after"))
+            rows.append((key, before, after, about))
     lines = [f"| {name:19} | {old:>8} | {new:>8} | {about} |" for name, old, new, about in rows]
     return "\n".join([lines[0], f"|{'-' * 21}|{'-' * 9}:|{'-' * 9}:|---|", *lines[1:]])

@@ -136,7 +136,8 @@ def _status_kept(place: RunFolder) -> Iterator[None]:
 @contextmanager
 def _said_in(place: RunFolder) -> Iterator[None]:
     """Send our own lines to the terminal and to the run's `run.log`, for as long as it lasts."""
-    handlers = [logging.StreamHandler(sys.stdout), logging.FileHandler(place.path / "run.log")]
+    file = logging.FileHandler(place.path / "run.log")
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), file]
     for handler in handlers:
         log.addHandler(handler)
     log.setLevel(logging.INFO)

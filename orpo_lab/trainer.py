@@ -93,7 +93,7 @@ def fit(
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
     done = trainer.state.global_step - (_step_of(checkpoint) if checkpoint else 0)
     pairs = done * config.train.batch_size

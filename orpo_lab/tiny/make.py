@@ -246,7 +246,7 @@ def generate(
     batch = tokenizer(
         prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
     )
-    output = model.generate(  # type: ignore[misc]  # `self` is mistyped upstream
+    output = model.generate(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
         do_sample=False,
