@@ -134,11 +134,16 @@ class AdamW(Optimizer):
 class Galore(Optimizer):
     """Full parameters with low-rank gradients (Zhao et al. 2024, arXiv:2403.03507)."""
 
+    implementation: str = MISSING
     rank: int | None = MISSING
     update_proj_gap: int | None = MISSING
     scale: float = MISSING
     proj_type: str = MISSING
     bits: int = MISSING
+    refresh: str | None = MISSING
+    stagger_refresh: bool | None = MISSING
+    rotate_moments: bool = MISSING
+    layerwise: bool = MISSING
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -146,6 +151,32 @@ class Galore(Optimizer):
         _check(self.scale > 0, f"optimizer.scale={self.scale} must be above 0")
         _one_of(("std", "reverse_std", "left", "right"), optimizer__proj_type=self.proj_type)
         _check(self.bits in (8, 32), f"optimizer.bits={self.bits} must be 8 or 32")
+        refresh = self.refresh or "exact"
+        _one_of(("exact", "randomized", "warm"), optimizer__refresh=refresh)
+        _one_of(("orpo_lab", "galore_torch"), optimizer__implementation=self.implementation)
+        if self.implementation == "galore_torch":
+            self._check_galore_torch()
+
+    def _check_galore_torch(self) -> None:
+        """Refuse what galore-torch 1.0 would drop, or do wrong."""
+        _check(
+            self.bits == 32,
+            "optimizer.implementation=galore_torch cannot do optimizer.bits=8: its 8-bit class "
+            "passes its settings in an order that bitsandbytes has since changed (it would run "
+            "with max_unorm=100 and skip_zeros=True); use optimizer.implementation=orpo_lab",
+        )
+        asked = {
+            "layerwise=true": self.layerwise,
+            "rotate_moments=true": self.rotate_moments,
+            "stagger_refresh=true": self.stagger_refresh,
+            f"refresh={self.refresh}": self.refresh not in (None, "exact"),
+        }
+        for setting, is_asked in asked.items():
+            _check(
+                not is_asked,
+                f"optimizer.{setting} is not in galore-torch, which takes exact bases, all at "
+                "once; use optimizer.implementation=orpo_lab",
+            )
 
 
 @dataclass(kw_only=True)

@@ -1,118 +1,540 @@
-"""Full parameters with low-rank gradients (GaLore, Zhao et al. 2024, arXiv:2403.03507).
+"""GaLore: every weight trained, with the optimizer state of a low rank (Zhao et al. 2024,
+arXiv:2403.03507, Algorithm 2). Needs torch, and bitsandbytes for 8-bit moments.
 
-Each projected weight's gradient G [m, n] is projected to P^T G [r, n] (or G Q [m, r]), Adam runs
-there, and the update is projected back and multiplied by `scale` (the paper's alpha). P and Q are
-G's first r singular vectors, taken anew every `update_proj_gap` steps. galore-torch does it.
+The gradient G [m, n] of a weight matrix is projected to R = G Q [m, r], where Q [n, r] is an
+orthonormal basis of the directions in which G is largest (side "right"), or to R = P^T G [r, n]
+(side "left"). Adam runs on R. Its update is projected back, multiplied by `scale` (the paper's
+alpha) and added to the weight. The basis is taken anew every `update_proj_gap` steps.
+
+    optimizer = GaLore([{"params": linears, "rank": 128}, {"params": others}], lr=1e-4)
+
+Adam itself is not written here. The projected gradients of a group lie one after another in one
+flat fp32 tensor: the gradient of one flat parameter, which is zero. A well-kept optimizer (torch's
+fused AdamW, or bitsandbytes' in 8 bits) moves that parameter away from zero, and how far it went
+is the update to project back. Weights of half precision that are not projected go the same way,
+whole, so that every moment is kept in fp32 or 8 bits and every update is added in fp32.
 """
 
-import logging
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
-from orpo_lab.config import Galore
-from orpo_lab.errors import UserError
-from orpo_lab.model import projections
-from orpo_lab.optimizer import adam_arguments, decay_groups
+Side = Literal["left", "right"]
+Group = dict[str, Any]
 
-log = logging.getLogger(__name__)
+REFRESHES = ("exact", "randomized", "warm")
+PROJ_TYPES = ("std", "reverse_std", "left", "right")
+# bitsandbytes quantizes moments in blocks of so many; every weight's part starts a new block
+BLOCK = 256
+# bitsandbytes keeps smaller tensors' moments in fp32
+MIN_8BIT_SIZE = 4096
+KINDS = ("weights", "gradients", "moments", "bases", "updates")
+# Directions followed beside those that are kept, and passes over G to find them (Halko, Martinsson
+# and Tropp 2011, arXiv:0909.4061, sections 4.2 and 4.5)
+OVERSAMPLING = 8
+NUM_PASSES = 2
 
-# The published values (GaLore's README), which a small model or a short run has no room for
-MAX_RANK = 128
-MAX_GAP = 200
-# With fewer refreshes the subspace hardly moves, and the run tells nothing about GaLore
-MIN_REFRESHES = 3
+
+@dataclass
+class _Slot:
+    """A weight that is updated through its group's flat parameter, and its part of it."""
+
+    weight: nn.Parameter
+    group: int
+    """Index of its parameter group."""
+    index: int
+    """Among all slots; seeds its random numbers."""
+    side: Side | None
+    """None: not projected."""
+    flat: nn.Parameter
+    start: int
+    shape: tuple[int, ...]
+    """Of the projected gradient: [m, r] or [r, n]; of the weight, where it is not projected."""
+    phase: int = 0
+    """Step of a period at which it takes a new basis."""
+    refreshed: bool = False
+    """Whether it has taken one for the step under way."""
+
+    def view(self, flat: Tensor) -> Tensor:
+        """Return this weight's part of a tensor laid out as the flat parameter."""
+        return flat[self.start : self.start + math.prod(self.shape)].view(self.shape)
 
 
-def check(config: Galore) -> None:
-    """Refuse what galore-torch 1.0 cannot do, before a model is loaded.
+class GaLore(torch.optim.Optimizer):
+    """AdamW on projected gradients.
+
+    A parameter group with a `rank` is projected; one without gets plain AdamW. Groups may have
+    their own `lr`, `betas`, `eps`, `weight_decay`, and if projected their own `rank`,
+    `update_proj_gap`, `scale` and `proj_type`. The weights of a group share device and dtype.
+
+    Weight decay is decoupled (Loshchilov and Hutter 2019, arXiv:1711.05101) and acts on the whole
+    weight, as torch's AdamW applies it. bf16 weights are rounded stochastically: an update below
+    half a unit in the last place still moves the weight in the mean. A weight without a gradient
+    is treated as if its gradient were zero.
+
+    A new basis is taken in the backward pass from the first micro-batch's gradient, unless several
+    processes train together: then in `step`, from the gradient they have averaged.
+
+    Args:
+        params: parameters, or groups of them.
+        lr: learning rate.
+        betas: decay of the moments.
+        eps: added to the denominator, after the bias correction (as in torch's AdamW).
+        weight_decay: as a share of the learning rate.
+        rank: columns of a basis; None: not projected.
+        update_proj_gap: steps from one basis to the next (the paper's T).
+        scale: the paper's alpha.
+        proj_type: "std" projects the smaller side, "reverse_std" the larger, "left" and "right"
+            always that one.
+        bits: 32, or 8 for bitsandbytes' block-wise quantized moments.
+        refresh: "exact" by a full SVD; "randomized" by subspace iteration from random directions;
+            "warm" by one from the last basis.
+        stagger_refresh: spread the refreshes of the weights over a period. The first basis is
+            always taken at the first step.
+        rotate_moments: express the moments in the new basis: M -> M (Q_old^T Q_new) for the first
+            one, and with the squared entries of that matrix for the second, as if directions were
+            uncorrelated. Otherwise they stay as they are, as in the paper.
+        layerwise: project each gradient as soon as autograd has it, add it up in rank r and free
+            it. Gradients are then seen by this optimizer only, which has to clip them itself.
+        max_grad_norm: layer-wise only: clip the norm of the projected gradients; 0: never.
+        refresh_in_backward: false: take bases in `step`, where gradients are unscaled (fp16).
+        seed: of random directions and stochastic rounding; the same seed on every process.
 
     Raises:
-        UserError: `optimizer.bits=8`.
+        ValueError: an unknown or impossible setting.
     """
-    if config.bits == 8:
-        raise UserError(
-            "optimizer.bits=8: galore-torch's 8-bit class passes its settings in an order that "
-            "bitsandbytes has since changed (it would run with max_unorm=100 and skip_zeros=True) "
-            "and needs a GPU; use optimizer.bits=32"
-        )
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter] | Iterable[Group],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        rank: int | None = None,
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        proj_type: str = "std",
+        *,
+        bits: int = 32,
+        refresh: str = "warm",
+        stagger_refresh: bool = True,
+        rotate_moments: bool = False,
+        layerwise: bool = False,
+        max_grad_norm: float = 0.0,
+        refresh_in_backward: bool = True,
+        seed: int = 0,
+    ) -> None:
+        if refresh not in REFRESHES:
+            raise ValueError(f"refresh={refresh!r} is not one of {', '.join(REFRESHES)}")
+        if bits not in (8, 32):
+            raise ValueError(f"bits={bits} is neither 8 nor 32")
+        if layerwise and _num_processes() > 1:
+            raise ValueError(
+                "layerwise=True frees each gradient in the backward pass, before the processes "
+                "could average it; use one process, or layerwise=False"
+            )
+        if layerwise and not refresh_in_backward:
+            raise ValueError("layerwise=True needs refresh_in_backward=True")
+        if max_grad_norm and not layerwise:
+            raise ValueError(
+                "max_grad_norm is for layerwise=True; otherwise clip with "
+                "torch.nn.utils.clip_grad_norm_ as for any optimizer"
+            )
+        settings = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "rank": rank,
+            "update_proj_gap": update_proj_gap,
+            "scale": scale,
+            "proj_type": proj_type,
+        }
+        self._slots: list[_Slot] = []
+        self._inner_groups: list[Group] = []
+        super().__init__(params, settings)
+        self.refresh = refresh
+        self.rotate_moments = rotate_moments
+        self.layerwise = layerwise
+        self.max_grad_norm = max_grad_norm
+        self.bits = bits
+        self.seed = seed
+        self.num_steps = 0
+        self.grad_norm: Tensor | None = None
+        """Layer-wise only: norm of the last step's projected gradients, before clipping."""
+        self.inner = _adamw(self._inner_groups, bits)
+        self._generators: dict[torch.device, torch.Generator] = {}
+        self._hooks: list[Any] = []
+        if stagger_refresh:
+            projected = [slot for slot in self._slots if slot.side]
+            for i, slot in enumerate(projected):
+                slot.phase = i * self._setting(slot, "update_proj_gap") // len(projected)
+        if refresh_in_backward and _num_processes() == 1:
+            self._hooks = [self._hook(slot) for slot in self._slots if layerwise or slot.side]
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Lay out a group's flat parameter; called for every group by the constructor.
+
+        Raises:
+            ValueError: an unknown setting, a rank or a dtype that does not fit, or a late call.
+        """
+        unknown = set(param_group) - {*self.defaults, "params"}
+        if unknown:
+            raise ValueError(f"unknown setting of a parameter group: {', '.join(sorted(unknown))}")
+        if hasattr(self, "inner"):
+            raise ValueError("GaLore takes all its parameter groups when it is made")
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if group["proj_type"] not in PROJ_TYPES:
+            raise ValueError(f"proj_type={group['proj_type']!r}: not of {', '.join(PROJ_TYPES)}")
+        half = (torch.bfloat16, torch.float16)
+        through_flat = [p for p in group["params"] if group["rank"] or p.dtype in half]
+        direct = [p for p in group["params"] if not group["rank"] and p.dtype not in half]
+        inner = [*self._lay_out(group, through_flat), *direct]
+        self._inner_groups.append({"params": inner, **_adam_settings(group)})
+
+    def _lay_out(self, group: Group, weights: list[nn.Parameter]) -> list[nn.Parameter]:
+        """Give every weight its place in one flat parameter, and return that."""
+        if not weights:
+            return []
+        if len({(p.device, p.dtype) for p in weights}) > 1:
+            raise ValueError("the weights of one parameter group must share device and dtype")
+        if weights[0].dtype == torch.float16:
+            raise ValueError("fp16 weights have too little range to be trained; use bf16 or fp32")
+        sides = [_side(p, group["proj_type"]) if group["rank"] else None for p in weights]
+        shapes = [_shape(p, s, group["rank"]) for p, s in zip(weights, sides, strict=True)]
+        sizes = [-(-math.prod(shape) // BLOCK) * BLOCK for shape in shapes]
+        wide = torch.promote_types(weights[0].dtype, torch.float32)
+        flat = nn.Parameter(torch.zeros(sum(sizes), dtype=wide, device=weights[0].device))
+        flat.grad = torch.zeros_like(flat)
+        for i, weight in enumerate(weights):
+            slot = _Slot(
+                weight=weight,
+                group=len(self.param_groups) - 1,
+                index=len(self._slots),
+                side=sides[i],
+                flat=flat,
+                start=sum(sizes[:i]),
+                shape=shapes[i],
+            )
+            self._slots.append(slot)
+            if slot.side:
+                length = weight.shape[1] if slot.side == "right" else weight.shape[0]
+                basis = torch.eye(length, group["rank"], dtype=weight.dtype, device=weight.device)
+                self.state[weight]["basis"] = basis
+        return [flat]
+
+    def _setting(self, slot: _Slot, key: str) -> Any:
+        return self.param_groups[slot.group][key]
+
+    def _hook(self, slot: _Slot) -> Any:
+        """Look at a gradient as soon as autograd has added it up; layer-wise, take it."""
+
+        @torch.no_grad()
+        def collect(weight: Tensor) -> None:
+            assert weight.grad is not None
+            self._refresh_if_due(slot, weight.grad)
+            if self.layerwise:
+                self._project(slot, weight.grad)
+                weight.grad = None
+
+        return slot.weight.register_post_accumulate_grad_hook(collect)
+
+    def remove_hooks(self) -> None:
+        """Let go of the model, before another optimizer takes it."""
+        for hook in self._hooks:
+            hook.remove()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every weight once."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        if self.layerwise:
+            limit = self.max_grad_norm or math.inf
+            self.grad_norm = nn.utils.clip_grad_norm_(self._inner_parameters(), limit)
+        else:
+            for slot in self._slots:
+                if slot.weight.grad is not None:
+                    self._refresh_if_due(slot, slot.weight.grad)
+                    self._project(slot, slot.weight.grad)
+        for ours, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
+            inner.update(_adam_settings(ours))  # where a scheduler writes
+        self.inner.step()
+        for slot in self._slots:
+            self._write_back(slot)
+        self._clear()
+        self.num_steps += 1
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, those already projected included."""
+        super().zero_grad(set_to_none)
+        self._clear()
+
+    def _clear(self) -> None:
+        for flat in {id(slot.flat): slot.flat for slot in self._slots}.values():
+            assert flat.grad is not None
+            flat.grad.zero_()
+            flat.data.zero_()
+        for slot in self._slots:
+            slot.refreshed = False
+
+    def memory(self) -> dict[str, dict[str, int]]:
+        """Return bytes, for "projected" weights and the "others".
+
+        `gradients` at their peak: layer-wise, one full gradient and everything in rank r; else all
+        of both. `updates` are the flat parameters. bitsandbytes' two code books of 1 KiB are
+        shared, and counted with the first moments that use them.
+        """
+        account = {name: dict.fromkeys(KINDS, 0) for name in ("projected", "others")}
+        code_books = 2 * 256 * 4
+        for i, group in enumerate(self.param_groups):
+            row = account["projected" if group["rank"] else "others"]
+            inner = self.inner.param_groups[i]["params"]
+            slots = [slot for slot in self._slots if slot.group == i]
+            in_flight = [slot.weight.nbytes for slot in slots]
+            bases = [self.state[slot.weight]["basis"] for slot in slots if slot.side]
+            row["weights"] += sum(p.nbytes for p in group["params"])
+            row["gradients"] += sum(p.nbytes for p in inner)
+            row["gradients"] += max(in_flight, default=0) if self.layerwise else sum(in_flight)
+            row["bases"] += sum(basis.nbytes for basis in bases)
+            row["updates"] += slots[0].flat.nbytes if slots else 0
+            row["moments"] += sum(moment_bytes(p, self.bits) for p in inner)
+            if self.bits == 8 and any(p.numel() >= MIN_8BIT_SIZE for p in inner):
+                row["moments"] += code_books
+                code_books = 0
+        return account
+
+    def gradients(self) -> list[Tensor]:
+        """Return the gradients that the next step takes; layer-wise, projected ones."""
+        if self.layerwise:
+            parameters = self._inner_parameters()
+        else:
+            parameters = [p for group in self.param_groups for p in group["params"]]
+        return [p.grad for p in parameters if p.grad is not None]
+
+    def _inner_parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.inner.param_groups for p in group["params"]]
+
+    def _project(self, slot: _Slot, gradient: Tensor) -> None:
+        """Add a gradient to its part of the flat one."""
+        assert slot.flat.grad is not None
+        if slot.side is None:
+            low = gradient
+        elif slot.side == "right":
+            low = gradient @ self.state[slot.weight]["basis"]
+        else:
+            low = self.state[slot.weight]["basis"].mT @ gradient
+        slot.view(slot.flat.grad).add_(low)
+
+    def _write_back(self, slot: _Slot) -> None:
+        """Decay the weight and add its update."""
+        weight, update = slot.weight, slot.view(slot.flat)
+        keep = 1 - self._setting(slot, "lr") * self._setting(slot, "weight_decay")
+        wide = weight.to(update.dtype)  # the weight itself, unless it is of half precision
+        if slot.side is None:
+            wide.mul_(keep).add_(update)
+        else:
+            basis = self.state[weight]["basis"].to(update.dtype)
+            factors = (update, basis.mT) if slot.side == "right" else (basis, update)
+            wide.addmm_(*factors, beta=keep, alpha=self._setting(slot, "scale"))
+        if wide is not weight:
+            weight.copy_(stochastic_round(wide, self._generator(slot, purpose=0)))
+
+    def _refresh_if_due(self, slot: _Slot, gradient: Tensor) -> None:
+        if slot.side is None or slot.refreshed:
+            return
+        gap = self._setting(slot, "update_proj_gap")
+        if self.num_steps == 0 or self.num_steps % gap == slot.phase:
+            self._refresh(slot, gradient)
+            slot.refreshed = True
+
+    def _refresh(self, slot: _Slot, gradient: Tensor) -> None:
+        """Take a new basis from a gradient; keep the old one where that is not finite."""
+        basis, rank = self.state[slot.weight]["basis"], self._setting(slot, "rank")
+        wide = gradient.to(slot.flat.dtype)
+        try:
+            if self.refresh == "exact":
+                u, _, vh = torch.linalg.svd(wide, full_matrices=False)
+                new = vh[:rank].mT if slot.side == "right" else u[:, :rank]
+            else:
+                matrix = wide if slot.side == "right" else wide.mT
+                last = None if self.refresh == "randomized" or self.num_steps == 0 else basis
+                new = iterated_basis(matrix, rank, last, self._generator(slot, purpose=1))
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            return
+        new = torch.where(new.isfinite().all(), new, basis)
+        if self.rotate_moments and self.num_steps:
+            self._rotate_moments(slot, basis.to(new.dtype).mT @ new)
+        basis.copy_(new)
+
+    def _rotate_moments(self, slot: _Slot, turn: Tensor) -> None:
+        """Express both moments in a new basis, given Q_old^T Q_new [r, r]."""
+        state = self.inner.state[slot.flat]
+        for names, matrix in ((_FIRST, turn), (_SECOND, turn.square())):
+            moment = _read_moment(state, names, slot)
+            turned = moment @ matrix if slot.side == "right" else matrix.mT @ moment
+            _write_moment(state, names, slot, turned)
+
+    def _generator(self, slot: _Slot, *, purpose: int) -> torch.Generator:
+        """Return a generator whose numbers depend on seed, step and weight only.
+
+        So they are the same after a resume, on every process and in whatever order autograd runs.
+        """
+        device = slot.weight.device
+        generator = self._generators.setdefault(device, torch.Generator(device))
+        key = hash((self.seed, self.num_steps, slot.index, purpose))
+        return generator.manual_seed(key % 2**63)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return bases, moments and counts: tensors and plain values, nothing to unpickle."""
+        counted = {"num_steps": torch.tensor(self.num_steps), "inner": self.inner.state_dict()}
+        return {**super().state_dict(), **counted}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken.
+
+        Raises:
+            ValueError: it is of an optimizer with another rank or other sides.
+        """
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            for key in ("rank", "proj_type"):
+                if saved[key] != group[key]:
+                    raise ValueError(f"the state is of {key}={saved[key]}, not {group[key]}")
+        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        self.inner.load_state_dict(state_dict["inner"])
+        self.num_steps = int(state_dict["num_steps"])
+        for slot in self._slots:
+            slot.refreshed = False
 
 
-def default_rank(hidden_size: int) -> int:
-    """Return a quarter of the hidden size, at most 128."""
-    return max(1, min(MAX_RANK, hidden_size // 4))
+# Names of a moment in the state of torch's AdamW, of bitsandbytes', and of the latter's code book
+# and block scales
+_FIRST = ("exp_avg", "state1", "qmap1", "absmax1")
+_SECOND = ("exp_avg_sq", "state2", "qmap2", "absmax2")
 
 
-def default_gap(num_steps: int) -> int:
-    """Return a fifth of the run, at most 200."""
-    return max(1, min(MAX_GAP, num_steps // 5))
+def _read_moment(state: dict[str, Any], names: tuple[str, ...], slot: _Slot) -> Tensor:
+    """Return a weight's part of a moment in fp32."""
+    plain, stored, code, scales = names
+    moment = state[plain if plain in state else stored]
+    part = slot.view(moment)
+    if moment.dtype != torch.uint8:
+        return part
+    from bitsandbytes import functional
 
-
-def build(config: Galore, model: PreTrainedModel, num_steps: int) -> torch.optim.Optimizer:
-    """Return galore-torch's AdamW: attention and MLP projected, everything else by plain Adam.
-
-    Says how many weights are projected, and warns where the settings make it plain Adam.
-    """
-    from galore_torch import GaLoreAdamW
-    from galore_torch.galore_projector import GaLoreProjector
-
-    # A checkpoint holds the projector object, which torch refuses to load otherwise
-    torch.serialization.add_safe_globals([GaLoreProjector])
-    projected = [layer.weight for layer in projections(model).values()]
-    rank = config.rank or default_rank(model.config.get_text_config().hidden_size)
-    gap = config.update_proj_gap or default_gap(num_steps)
-    _say(projected, rank, gap, num_steps, model)
-
-    names = {id(weight) for weight in projected}
-    others = {name: p for name, p in model.named_parameters() if id(p) not in names}
-    low_rank = {
-        "params": projected,
-        "weight_decay": config.weight_decay,
-        "rank": rank,
-        "update_proj_gap": gap,
-        "scale": config.scale,
-        "proj_type": config.proj_type,
-    }
-    return GaLoreAdamW(
-        [low_rank, *decay_groups(config, others)],
-        no_deprecation_warning=True,
-        **adam_arguments(config),
+    return functional.dequantize_blockwise(
+        part.contiguous(), absmax=state[scales][_blocks(slot)], code=state[code], blocksize=BLOCK
     )
 
 
-def num_refreshes(num_steps: int, gap: int) -> int:
-    """Return how often a run takes a new basis, the first one included."""
-    return -(-num_steps // gap)
-
-
-def _say(
-    projected: list[torch.Tensor], rank: int, gap: int, num_steps: int, model: nn.Module
+def _write_moment(
+    state: dict[str, Any], names: tuple[str, ...], slot: _Slot, value: Tensor
 ) -> None:
-    log.info(
-        "galore: %d weights (%s of %s parameters) are projected to rank %d, anew every %d steps",
-        len(projected),
-        f"{sum(weight.numel() for weight in projected):,}",
-        f"{sum(p.numel() for p in model.parameters()):,}",
-        rank,
-        gap,
+    """Put a weight's part of a moment back."""
+    plain, stored, code, scales = names
+    moment = state[plain if plain in state else stored]
+    if moment.dtype != torch.uint8:
+        slot.view(moment).copy_(value)
+        return
+    from bitsandbytes import functional
+
+    quantized, how = functional.quantize_blockwise(
+        value.contiguous(), code=state[code], blocksize=BLOCK
     )
-    full = sum(2 * rank >= min(weight.shape) for weight in projected)
-    if full:
-        log.warning(
-            "galore: rank %d is not below half the smaller side of %d of %d weights, where it "
-            "saves little and is nearly plain Adam; lower optimizer.rank",
-            rank,
-            full,
-            len(projected),
-        )
-    refreshes = num_refreshes(num_steps, gap)
-    if refreshes < MIN_REFRESHES:
-        log.warning(
-            "galore: %d steps take a basis %d times, fewer than %d: this is nearly plain Adam in a "
-            "fixed subspace; lower optimizer.update_proj_gap=%d or train longer",
-            num_steps,
-            refreshes,
-            MIN_REFRESHES,
-            gap,
-        )
+    slot.view(moment).copy_(quantized)
+    state[scales][_blocks(slot)] = how.absmax
+
+
+def _blocks(slot: _Slot) -> slice:
+    """Return a weight's blocks; they hold nothing of its neighbours."""
+    first = slot.start // BLOCK
+    return slice(first, first + -(-math.prod(slot.shape) // BLOCK))
+
+
+def moment_bytes(parameter: Tensor, bits: int) -> int:
+    """Return the size of both moments of a parameter, and of what they need."""
+    if bits == 32:
+        return 2 * parameter.nbytes + 4  # torch counts steps in an fp32 tensor
+    if parameter.numel() < MIN_8BIT_SIZE:
+        return 2 * 4 * parameter.numel()
+    return 2 * parameter.numel() + 2 * 4 * -(-parameter.numel() // BLOCK)
+
+
+def iterated_basis(
+    matrix: Tensor, rank: int, last: Tensor | None, generator: torch.Generator
+) -> Tensor:
+    """Return nearly the first right singular vectors of `matrix` [m, n], as columns [n, r].
+
+    Subspace iteration (Halko, Martinsson and Tropp 2011, Algorithm 4.4) from the columns of `last`
+    [n, r] and some random ones, or from random ones alone.
+    """
+    width = min(rank + OVERSAMPLING, *matrix.shape)
+    num_random = width - (0 if last is None else rank)
+    random = torch.randn(
+        matrix.shape[1], num_random, generator=generator, dtype=matrix.dtype, device=matrix.device
+    )
+    directions = random if last is None else torch.cat([last.to(matrix.dtype), random], dim=1)
+    for _ in range(NUM_PASSES):
+        directions = torch.linalg.qr(matrix.mT @ (matrix @ directions)).Q
+    seen = matrix @ directions
+    turn = torch.linalg.eigh(seen.mT @ seen).eigenvectors  # ascending
+    return directions @ turn[:, -rank:].flip(1)
+
+
+def stochastic_round(wide: Tensor, generator: torch.Generator) -> Tensor:
+    """Round fp32 to bf16 values, up or down with the probability that keeps the mean, in place.
+
+    bf16 is the upper half of an fp32: a uniform number of the lower half's range is added, and the
+    lower half cut off. In infinity and in torch's NaN that half is zero, so they stay.
+    """
+    bits = wide.view(torch.int32)
+    noise = torch.empty_like(bits).random_(0, 2**16, generator=generator)
+    return bits.add_(noise).bitwise_and_(-(2**16)).view(torch.float32)
+
+
+def _side(weight: Tensor, proj_type: str) -> Side:
+    """Return the side that is projected; a right basis cuts the columns."""
+    if weight.ndim != 2:
+        raise ValueError(f"only matrices can be projected, not a weight of {tuple(weight.shape)}")
+    tall = weight.shape[0] >= weight.shape[1]
+    sides: dict[str, Side] = {
+        "std": "right" if tall else "left",
+        "reverse_std": "left" if tall else "right",
+        "left": "left",
+        "right": "right",
+    }
+    return sides[proj_type]
+
+
+def _shape(weight: Tensor, side: Side | None, rank: int) -> tuple[int, ...]:
+    """Return the shape of the projected gradient."""
+    if side is None:
+        return weight.shape
+    if not 1 <= rank <= min(weight.shape):
+        raise ValueError(f"rank={rank} does not fit a weight of {tuple(weight.shape)}")
+    return (weight.shape[0], rank) if side == "right" else (rank, weight.shape[1])
+
+
+def _adam_settings(group: Group) -> Group:
+    return {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+
+
+def _adamw(groups: list[Group], bits: int) -> torch.optim.Optimizer:
+    if bits == 8:
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(groups)
+    return torch.optim.AdamW(groups, fused=True)
+
+
+def _num_processes() -> int:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_world_size()
+    return 1

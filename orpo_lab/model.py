@@ -17,7 +17,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from orpo_lab.config import Config, Dataset, Int8, Lora, Model, Nf4, Quantization
+from orpo_lab.config import (
+    Config,
+    Dataset,
+    Galore,
+    Int8,
+    Lora,
+    Model,
+    Nf4,
+    Optimizer,
+    Quantization,
+)
 from orpo_lab.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
@@ -175,8 +185,7 @@ def load_tokenizer(model: Model, config: PretrainedConfig) -> PreTrainedTokenize
 def load(config: Config, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
     """Return the base model on its device, quantized as asked, ready to be trained.
 
-    Adapters compute on a base in `dtype`; weights that are trained themselves are fp32 (master
-    weights), since bf16 loses small updates, and compute under autocast in `dtype`.
+    Its weights are in `weight_dtype`, and compute in `dtype`, under autocast where they differ.
 
     Raises:
         UserError: the weights cannot be loaded.
@@ -185,7 +194,7 @@ def load(config: Config, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype)
     model: PreTrainedModel = _fetch(
         AutoModelForCausalLM.from_pretrained,
         config.model,
-        dtype=dtype if isinstance(config.optimizer, Lora) else torch.float32,
+        dtype=weight_dtype(config.optimizer, dtype),
         attn_implementation=resolve_attention(config.model.attention, on, dtype),
         quantization_config=quantization(config.quantization, dtype),
         device_map={"": on},
@@ -198,6 +207,20 @@ def load(config: Config, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype)
     model.config.use_cache = False
     model.config.pad_token_id = tokenizer.pad_token_id
     return model
+
+
+def weight_dtype(optimizer: Optimizer, dtype: torch.dtype) -> torch.dtype:
+    """Return the precision to keep the weights in, for arithmetic in `dtype`.
+
+    Frozen weights are kept in `dtype`. Trained ones are fp32 (master weights), since a bf16 weight
+    loses small updates, unless the optimizer rounds them stochastically: our GaLore.
+    """
+    match optimizer:
+        case Lora():
+            return dtype
+        case Galore(implementation="orpo_lab") if dtype == torch.bfloat16:
+            return dtype
+    return torch.float32
 
 
 def quantization(config: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig | None:

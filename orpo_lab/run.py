@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from orpo_lab.config import Config, Galore, Lora
+from orpo_lab.config import Config, Lora
 from orpo_lab.errors import UserError, one_line
 from orpo_lab.quiet import silence_upstream
 from orpo_lab.run_folder import RunFolder, mask
@@ -60,14 +60,12 @@ def _train(
     # Seconds of imports, once the configuration is known to be good and the folder is ours
     from transformers import set_seed
 
-    from orpo_lab import data, galore, model, report, tracker, trainer
+    from orpo_lab import data, model, report, tracker, trainer
     from orpo_lab.adapter import attach
     from orpo_lab.evaluate import evaluate
 
     # What can be refused is refused before anything heavy is loaded
     checkpoint = trainer.latest_checkpoint(place.path) if config.resume else None
-    if isinstance(config.optimizer, Galore):
-        galore.check(config.optimizer)
     model_config = model.load_config(config.model)
     model.check_context(model_config, config.dataset)
 

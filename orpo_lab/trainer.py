@@ -18,9 +18,10 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallb
 from orpo_lab import engine
 from orpo_lab import optimizer as optimizers
 from orpo_lab.beta_schedule import beta_at, progress
-from orpo_lab.config import Config
+from orpo_lab.config import Config, Galore
 from orpo_lab.data import Data
 from orpo_lab.errors import UserError
+from orpo_lab.galore import GaLore
 from orpo_lab.run_folder import RunFolder
 from orpo_lab.tracker import Run
 
@@ -40,6 +41,8 @@ class TrainStats:
     tokens_per_second: float
     pairs_per_second: float
     peak_memory_bytes: int
+    galore_memory_bytes: dict[str, dict[str, int]] | None
+    """What GaLore's weights, gradients and states take; None with another optimizer."""
 
 
 def fit(
@@ -72,19 +75,21 @@ def fit(
     left_over = len(data.train) % config.train.batch_size
     if left_over:
         log.info("%d training pairs are left over from whole batches and not used", left_over)
-    guard = NonFiniteGuard(fp16=dtype == torch.float16)
+    optimizer = optimizers.build(config, model, num_steps=num_steps, dtype=dtype)
+    guard = NonFiniteGuard(optimizer, fp16=dtype == torch.float16)
     trainer = engine.build(
         config,
         model=model,
         tokenizer=tokenizer,
         data=data,
         arguments=arguments(config, place.path, dtype),
-        optimizer=optimizers.build(config.optimizer, model, num_steps),
+        optimizer=optimizer,
         callbacks=[guard],
     )
     for upstream in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(upstream)
-    for ours in (BetaCallback(config, trainer), MetricsCallback(trainer, place, log_to)):
+    metrics = MetricsCallback(trainer, optimizer, place, log_to)
+    for ours in (BetaCallback(config, trainer), metrics):
         trainer.add_callback(ours)
     guard.watch(trainer)
     # A resumed run writes the lines after its checkpoint again
@@ -103,6 +108,7 @@ def fit(
         tokens_per_second=pairs * _mean_tokens(data) / seconds,
         pairs_per_second=pairs / seconds,
         peak_memory_bytes=peak_memory_bytes(),
+        galore_memory_bytes=optimizer.memory() if isinstance(optimizer, GaLore) else None,
     )
 
 
@@ -128,6 +134,7 @@ def arguments(config: Config, folder: Path, dtype: torch.dtype) -> dict[str, Any
     """Return what every engine hands to `transformers.TrainingArguments`; nothing is left to its
     defaults that a run's result depends on."""
     train, optimizer = config.train, config.optimizer
+    layerwise = isinstance(optimizer, Galore) and optimizer.layerwise
     return {
         "output_dir": str(folder / "checkpoints"),
         "seed": config.seed,
@@ -137,7 +144,8 @@ def arguments(config: Config, folder: Path, dtype: torch.dtype) -> dict[str, Any
         "learning_rate": optimizer.learning_rate,
         "lr_scheduler_type": train.lr_scheduler_type,
         "warmup_steps": train.warmup_steps,
-        "max_grad_norm": train.max_grad_norm,
+        # Layer-wise GaLore has the gradients, and clips them itself
+        "max_grad_norm": 0 if layerwise else train.max_grad_norm,
         "gradient_checkpointing": train.gradient_checkpointing,
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
@@ -177,8 +185,11 @@ class MetricsCallback(TrainerCallback):
 
     SHOWN = ("loss", "preference_accuracy", "logp_margin", "beta")
 
-    def __init__(self, trainer: Any, place: RunFolder, log_to: Run) -> None:
-        self.trainer, self.place, self.log_to = trainer, place, log_to
+    def __init__(
+        self, trainer: Any, optimizer: torch.optim.Optimizer, place: RunFolder, log_to: Run
+    ) -> None:
+        self.trainer, self.optimizer = trainer, optimizer
+        self.place, self.log_to = place, log_to
         self.bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -198,6 +209,8 @@ class MetricsCallback(TrainerCallback):
         metrics = {key: value for key, value in logs.items() if isinstance(value, int | float)}
         if "loss" in metrics:
             metrics["beta"] = self.trainer.beta
+            if isinstance(self.optimizer, GaLore) and self.optimizer.grad_norm is not None:
+                metrics["grad_norm"] = self.optimizer.grad_norm.item()
         self.place.append_metrics(state.global_step, metrics)
         self.log_to.log(state.global_step, metrics)
         shown = {key: f"{metrics[key]:.3f}" for key in self.SHOWN if key in metrics}
@@ -214,7 +227,8 @@ class MetricsCallback(TrainerCallback):
 class NonFiniteGuard(TrainerCallback):
     """Stops the run before a non-finite loss or gradient reaches a weight."""
 
-    def __init__(self, *, fp16: bool) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, *, fp16: bool) -> None:
+        self.optimizer = optimizer
         # In fp16 the loss scaler meets infinite gradients by design, and skips those steps
         self.check_gradients = not fp16
 
@@ -231,11 +245,13 @@ class NonFiniteGuard(TrainerCallback):
 
         trainer.compute_loss = checked
 
-    def on_pre_optimizer_step(
-        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
-    ) -> None:
-        """Look at the gradients once a step, after clipping."""
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the gradients once a step."""
+        if isinstance(self.optimizer, GaLore):
+            grads = self.optimizer.gradients()
+        else:
+            weights = [p for group in self.optimizer.param_groups for p in group["params"]]
+            grads = [p.grad for p in weights if p.grad is not None]
         if self.check_gradients and grads:
             norm = torch.nn.utils.get_total_norm(grads)
             if not torch.isfinite(norm):  # device-to-host sync

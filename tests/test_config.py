@@ -96,6 +96,9 @@ def _keys(tree: Any) -> set[str]:
     return set(tree) | {key for value in tree.values() for key in _keys(value)}
 
 
+GALORE_TORCH = "optimizer.implementation=galore_torch"
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -119,6 +122,10 @@ def _keys(tree: Any) -> set[str]:
         (["optimizer.dropout=1"], "optimizer.dropout"),
         (["optimizer=galore", "optimizer.bits=16"], "must be 8 or 32"),
         (["optimizer=galore", "optimizer.rank=0"], "optimizer.rank=0"),
+        (["optimizer=galore", "optimizer.refresh=svd"], "must be one of exact, randomized, warm"),
+        (["optimizer=galore_8bit", GALORE_TORCH], "max_unorm=100 and skip_zeros=True"),
+        (["optimizer=galore", GALORE_TORCH, "optimizer.layerwise=true"], "layerwise=true is not"),
+        (["optimizer=galore", GALORE_TORCH, "optimizer.refresh=warm"], "refresh=warm is not in"),
         (["beta_schedule=step", "beta_schedule.milestones=[0.7,0.5]"], "must rise"),
         (["beta_schedule=hold_then_anneal", "beta_schedule.anneal_fraction=0"], "anneal_fraction"),
         (["dataset.overlong=keep"], "must be one of drop"),

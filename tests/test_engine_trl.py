@@ -187,7 +187,7 @@ def test_adapter_dropout_is_applied_in_training_and_not_in_evaluation(
             tokenizer=tokenizer,
             data=pairs,
             arguments=trainer.arguments(loaded, tmp_path, torch.float32),
-            optimizer=optimizer.build(loaded.optimizer, network, 10),
+            optimizer=optimizer.build(loaded, network, num_steps=10, dtype=torch.float32),
             callbacks=[],
         )
         batch = next(iter(built.get_train_dataloader()))

@@ -113,7 +113,7 @@ def test_a_bad_dataset_ends_in_one_line_and_a_failed_status(
         (["model=local", "model.path=."], "not a model folder: no config.json"),
         (["model=local", "model.path=./nowhere"], "neither a folder nor a hub name"),
         (["model=mistral_7b"], "mistralai/Mistral-7B-v0.1 cannot be loaded"),
-        (["optimizer=galore_8bit"], "use optimizer.bits=32"),
+        (["optimizer=galore", "optimizer.rank=128"], "there is nothing to project"),
         (["dataset.max_length=300"], "above the model's context of 256"),
         (["dataset.num_eval=100000"], "dataset.num_eval=100000 is more than"),
         (["train.batch_size=4000"], "train.batch_size=4000 is above the 1920 training pairs"),

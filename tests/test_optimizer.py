@@ -21,6 +21,10 @@ SETTINGS = (
 )
 
 
+def build(loaded: config.Config, network: Any, num_steps: int = 10) -> torch.optim.Optimizer:
+    return optimizer.build(loaded, network, num_steps=num_steps, dtype=torch.float32)
+
+
 def steps(network: Any, made: torch.optim.Optimizer, num: int = 3) -> dict[str, torch.Tensor]:
     """Take optimizer steps on fixed random gradients and return the weights."""
     random = torch.Generator().manual_seed(0)
@@ -49,7 +53,7 @@ def torch_adamw(network: Any, config: config.Optimizer) -> torch.optim.Optimizer
 def test_adamw_is_torch_adamw_with_every_setting(load: Load, build_model: Any) -> None:
     loaded = load("optimizer=adamw", *SETTINGS)
     ours, theirs = build_model(loaded), build_model(loaded)
-    one = steps(ours, optimizer.build(loaded.optimizer, ours, 10))
+    one = steps(ours, build(loaded, ours))
     other = steps(theirs, torch_adamw(theirs, loaded.optimizer))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -59,7 +63,7 @@ def test_lora_takes_8bit_adamw_with_every_setting(load: Load, build_model: Any) 
 
     loaded = load("optimizer=lora", *SETTINGS)
     network, reference = build_model(loaded), build_model(loaded)
-    made = optimizer.build(loaded.optimizer, network, 10)
+    made = build(loaded, network)
     assert isinstance(made, bnb.optim.AdamW8bit)
     one = steps(network, made)
     other = steps(reference, torch_adamw(reference, loaded.optimizer))
@@ -97,9 +101,10 @@ def galore_torch(network: Any, config: config.Galore, rank: int, gap: int) -> to
     )
 
 
-def test_galore_is_galore_torch_with_every_setting(load: Load, build_model: Any) -> None:
+def test_galore_torch_gets_every_setting(load: Load, build_model: Any) -> None:
     loaded = load(
         "optimizer=galore",
+        "optimizer.implementation=galore_torch",
         *SETTINGS,
         "optimizer.rank=8",
         "optimizer.update_proj_gap=2",
@@ -107,23 +112,23 @@ def test_galore_is_galore_torch_with_every_setting(load: Load, build_model: Any)
     )
     assert isinstance(loaded.optimizer, config.Galore)
     ours, theirs = build_model(loaded), build_model(loaded)
-    one = steps(ours, optimizer.build(loaded.optimizer, ours, 10))
+    one = steps(ours, build(loaded, ours))
     other = steps(theirs, galore_torch(theirs, loaded.optimizer, rank=8, gap=2))
     assert all(torch.equal(one[name], other[name]) for name in one)
-    defaults = load("optimizer=galore").optimizer
+    defaults = load("optimizer=galore", "optimizer.implementation=galore_torch")
     plain = build_model(loaded)
     assert any(
         not torch.equal(one[name], changed)
-        for name, changed in steps(plain, optimizer.build(defaults, plain, 10)).items()
+        for name, changed in steps(plain, build(defaults, plain)).items()
     )
 
 
 def test_galore_defaults_follow_the_model_and_the_run() -> None:
-    assert galore.default_rank(128) == 32
-    assert galore.default_rank(4096) == 128
-    assert galore.default_gap(120) == 24
-    assert galore.default_gap(2000) == 200
-    assert galore.num_refreshes(120, 24) == 5
+    assert optimizer.default_rank(128) == 32
+    assert optimizer.default_rank(4096) == 128
+    assert optimizer.default_gap(120) == 24
+    assert optimizer.default_gap(2000) == 200
+    assert optimizer.num_refreshes(120, 24) == 5
 
 
 def test_galore_says_what_it_projects_and_warns_where_it_is_plain_adam(
@@ -133,18 +138,88 @@ def test_galore_says_what_it_projects_and_warns_where_it_is_plain_adam(
     caplog.set_level("INFO")
     loaded = load("optimizer=galore", "optimizer.rank=64", "optimizer.update_proj_gap=50")
     network = build_model(loaded)
-    optimizer.build(loaded.optimizer, network, 100)
+    build(loaded, network, num_steps=100)
     num = 7 * network.config.num_hidden_layers
     assert f"galore: {num} weights (" in caplog.text
     assert "not below half the smaller side" in caplog.text
     assert "take a basis 2 times, fewer than 3" in caplog.text
     caplog.clear()
-    optimizer.build(load("optimizer=galore").optimizer, network, 100)
-    assert [record.levelname for record in caplog.records] == ["INFO"]
+    build(load("optimizer=galore"), network, num_steps=100)
+    assert {record.levelname for record in caplog.records} == {"INFO"}
 
 
-def test_8bit_galore_is_refused_with_the_reason(load: Load) -> None:
-    refused = load("optimizer=galore_8bit").optimizer
-    assert isinstance(refused, config.Galore)
-    with pytest.raises(UserError, match=r"max_unorm=100 .* use optimizer\.bits=32"):
-        galore.check(refused)
+def test_our_galore_gets_every_setting(load: Load, build_model: Any) -> None:
+    def made(*overrides: str) -> Any:
+        loaded = load("optimizer=galore", *overrides)
+        network = build_model(loaded)
+        return steps(network, build(loaded, network), num=7), optimizer_of(loaded)
+
+    def optimizer_of(loaded: config.Config) -> Any:
+        return build(loaded, build_model(loaded))
+
+    plain, ours = made()
+    assert isinstance(ours, galore.GaLore)
+    assert ours.refresh == "warm"
+    for setting in (
+        *SETTINGS,
+        "optimizer.rank=8",
+        "optimizer.update_proj_gap=3",
+        "optimizer.scale=0.5",
+        "optimizer.proj_type=reverse_std",
+        "optimizer.bits=8",
+        "optimizer.refresh=exact",
+        "optimizer.refresh=randomized",
+        "optimizer.stagger_refresh=false",
+        "optimizer.rotate_moments=true",
+    ):
+        changed, _ = made(setting)
+        assert any(not torch.equal(plain[name], changed[name]) for name in plain), setting
+
+
+def test_what_is_projected_follows_the_stated_rules(
+    load: Load, build_model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("orpo_lab").propagate = True
+    caplog.set_level("INFO")
+    loaded = load("optimizer=galore", "optimizer.weight_decay=0.1")
+    network = build_model(loaded)
+    # A layer too narrow for the rank, and one tied to the embedding
+    layer = network.model.layers[0].self_attn
+    layer.v_proj = torch.nn.Linear(128, 32, bias=False)
+    vocabulary, hidden = network.get_input_embeddings().weight.shape
+    layer.extra = torch.nn.Linear(hidden, vocabulary)
+    layer.extra.weight = network.get_input_embeddings().weight
+    made = build(loaded, network)
+    names = {id(p): name for name, p in network.named_parameters()}
+    groups = [{names[id(p)] for p in group["params"]} for group in made.param_groups]
+    low_rank, matrices, vectors = groups
+    assert len(low_rank) == 7 * network.config.num_hidden_layers - 1
+    assert all(name.endswith("proj.weight") for name in low_rank)
+    assert matrices == {"model.embed_tokens.weight", "model.layers.0.self_attn.v_proj.weight"}
+    assert {name.rsplit(".", 1)[-1] for name in vectors} == {"weight", "bias"}
+    assert [group["weight_decay"] for group in made.param_groups] == [0.1, 0.1, 0.0]
+    assert sum(map(len, groups)) == len(names)
+    assert "1 weights have a side that rank 32 is not below: plain Adam" in caplog.text
+    with pytest.raises(UserError, match=r"optimizer\.rank=128 is not below .* nothing to project"):
+        build(load("optimizer=galore", "optimizer.rank=128"), build_model(loaded))
+
+
+def test_the_memory_account_is_said_at_the_start(
+    load: Load, build_model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("orpo_lab").propagate = True
+    caplog.set_level("INFO")
+    loaded = load("optimizer=galore")
+    network = build_model(loaded)
+    build(loaded, network)
+    size = sum(p.nbytes for p in network.parameters()) / 1e6
+    said = [m for m in caplog.messages if m.startswith("galore: memory of ")]
+    assert len(said) == 2
+    weights = [float(line.split("weights ")[-1].split(",")[0]) for line in said]
+    assert sum(weights) == pytest.approx(size, abs=0.1)
+
+
+def test_layerwise_in_fp16_is_refused(load: Load, build_model: Any) -> None:
+    loaded = load("optimizer=galore", "optimizer.layerwise=true")
+    with pytest.raises(UserError, match=r"layerwise=true needs model\.dtype=bf16 or fp32"):
+        optimizer.build(loaded, build_model(loaded), num_steps=10, dtype=torch.float16)

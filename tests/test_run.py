@@ -160,8 +160,6 @@ def test_every_recipe_runs_on_a_small_local_model(
         "dataset.num_generations=2",
         "dataset.max_new_tokens=8",
     ]
-    if recipe == "mistral_galore":
-        shrink.append("optimizer=galore")  # its 8 bits are refused: test_launch
     launch(
         f"experiment={recipe}",
         "model=local",

@@ -28,6 +28,9 @@ SMALL = (
 )
 
 
+GALORE = "optimizer=galore optimizer.update_proj_gap=3"
+
+
 def fit(
     loaded: config.Config, network: Any, tokenizer: Any, folder: Path
 ) -> tuple[trainer.TrainStats, RunFolder]:
@@ -65,7 +68,9 @@ def poison(what: str, network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("what", "said"), [("loss", "the loss is nan"), ("gradient", "the gradient norm is")]
 )
-@pytest.mark.parametrize("optimizer", ["lora", "adamw"])
+@pytest.mark.parametrize(
+    "optimizer", ["optimizer=lora", "optimizer=adamw", GALORE, f"{GALORE} optimizer.layerwise=true"]
+)
 def test_a_non_finite_number_stops_the_run_before_any_weight_takes_it(
     load: Load,
     build_model: Any,
@@ -76,7 +81,7 @@ def test_a_non_finite_number_stops_the_run_before_any_weight_takes_it(
     said: str,
     optimizer: str,
 ) -> None:
-    loaded = load(f"optimizer={optimizer}", *SMALL, "train.max_steps=5", "train.logging_steps=1")
+    loaded = load(*optimizer.split(), *SMALL, "train.max_steps=5", "train.logging_steps=1")
     network = build_model(loaded)
     poison(what, network, monkeypatch)
     with pytest.raises(trainer.NonFiniteError, match=f"step 3: {said}") as stop:
@@ -138,17 +143,21 @@ def test_beta_is_logged_at_every_logging_step(
 @pytest.mark.parametrize(
     "optimizer",
     [
-        "qlora",
-        pytest.param("lora", marks=pytest.mark.slow),
-        pytest.param("galore", marks=pytest.mark.slow),
-        pytest.param("adamw", marks=pytest.mark.slow),
+        "optimizer=qlora",
+        pytest.param("optimizer=lora", marks=pytest.mark.slow),
+        pytest.param("optimizer=adamw", marks=pytest.mark.slow),
+        GALORE,
+        # After step 4 of periods of 3: in the middle of one
+        f"{GALORE} optimizer.bits=8 optimizer.layerwise=true model.dtype=bf16",
+        pytest.param(f"{GALORE} optimizer.bits=8", marks=pytest.mark.slow),
+        pytest.param(f"{GALORE} optimizer.implementation=galore_torch", marks=pytest.mark.slow),
     ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     launch: Launch, tmp_path: Path, optimizer: str
 ) -> None:
     common = [
-        f"optimizer={optimizer}",
+        *optimizer.split(),
         *SMALL,
         "train.max_steps=6",
         "train.save_steps=2",
@@ -212,3 +221,17 @@ def test_evaluation_during_training_reports_trls_metrics(
     evaluated = [line for line in place.metrics() if "eval_loss" in line]
     assert [line["step"] for line in evaluated] == [2, 4]
     assert {"eval_rewards/margins", "eval_preference_accuracy"} <= evaluated[0].keys()
+
+
+def test_layerwise_galore_logs_and_clips_the_projected_norm(
+    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    common = (GALORE.split()[0], *SMALL, "train.max_steps=3", "train.logging_steps=1")
+    norms = {}
+    for mode in ("true", "false"):
+        loaded = load(*common, f"optimizer.layerwise={mode}")
+        stats, place = fit(loaded, build_model(loaded), tokenizer, tmp_path / mode)
+        norms[mode] = [line["grad_norm"] for line in place.metrics()]
+        assert stats.galore_memory_bytes is not None
+    # Projection only loses length, and most of the gradient lies in the basis taken from it
+    assert 0.5 * norms["false"][0] < norms["true"][0] < norms["false"][0]
