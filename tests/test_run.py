@@ -32,7 +32,7 @@ def all_finite(folder: Path) -> bool:
     return all(torch.isfinite(one).all() for one in load_file(file).values())
 
 
-@pytest.mark.parametrize("optimizer", ["qlora", "lora", "galore", "adamw"])
+@pytest.mark.parametrize("optimizer", ["qlora", "lora", "galore", "galore_8bit", "adamw"])
 def test_a_run_leaves_everything_and_a_clean_terminal(
     launch: Launch, tmp_path: Path, optimizer: str
 ) -> None:
@@ -172,6 +172,28 @@ def test_every_recipe_runs_on_a_small_local_model(
     summary = summary_of(tmp_path / "run")
     assert summary["train"]["steps"] == 2
     assert all_finite(tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [["optimizer=galore"], ["optimizer=galore_8bit", "optimizer.layerwise=true"]],
+    ids=["galore", "layerwise"],
+)
+def test_galore_killed_at_half_goes_on_to_the_same_metrics(
+    assets: Path, overrides: list[str]
+) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "resume.py")]
+    command += [str(assets / "models/stories15M"), str(assets / "data/math_pairs"), *overrides]
+    done = subprocess.run(
+        [*command, "optimizer.learning_rate=3e-4"], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["same_final_metrics"]
+    assert result["same_training_metrics"]
+    before, after = result["chosen_nll"]
+    assert after < before
 
 
 @pytest.mark.slow
