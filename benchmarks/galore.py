@@ -9,7 +9,6 @@ last line is one JSON object; a ratio above 1 is in favour of our GaLore, except
 import argparse
 import importlib.util
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from orpo_lab.galore import GaLore
 from orpo_lab.model import projections
 from orpo_lab.run_folder import versions
+from orpo_lab.trainer import peak_memory_bytes
 
 RANK = 128
 SCALE = 0.25
@@ -225,7 +225,7 @@ def added_memory(name: str) -> int:
         if optimizer:
             optimizer.step()
         model.zero_grad()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_memory_bytes()
 
 
 def compare_memory() -> dict[str, int]:

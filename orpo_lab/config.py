@@ -50,6 +50,7 @@ class Model:
     dtype: str = MISSING
     trust_remote_code: bool = MISSING
     learning_rate: float = MISSING
+    full_learning_rate: float = MISSING
 
     def __post_init__(self) -> None:
         _check(bool(self.path.strip()), "model.path is empty; give a hub name or a folder")

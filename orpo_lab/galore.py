@@ -35,7 +35,7 @@ MIN_8BIT_SIZE = 4096
 KINDS = ("weights", "gradients", "moments", "bases", "updates")
 # Directions followed beside those that are kept, and passes over G to find them (Halko, Martinsson
 # and Tropp 2011, arXiv:0909.4061, sections 4.2 and 4.5)
-OVERSAMPLING = 8
+OVERSAMPLING = 16
 NUM_PASSES = 2
 
 
@@ -481,10 +481,9 @@ def iterated_basis(
     )
     directions = random if last is None else torch.cat([last.to(matrix.dtype), random], dim=1)
     for _ in range(NUM_PASSES):
-        directions = torch.linalg.qr(matrix.mT @ (matrix @ directions)).Q
-    seen = matrix @ directions
-    turn = torch.linalg.eigh(seen.mT @ seen).eigenvectors  # ascending
-    return directions @ turn[:, -rank:].flip(1)
+        directions, triangle = torch.linalg.qr(matrix.mT @ (matrix @ directions))
+    # Its left singular vectors sort the directions by how much of the gradient they hold
+    return directions @ torch.linalg.svd(triangle).U[:, :rank]
 
 
 def stochastic_round(wide: Tensor, generator: torch.Generator) -> Tensor:

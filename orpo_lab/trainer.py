@@ -292,6 +292,11 @@ def peak_memory_bytes() -> int:
     """Return the GPU's peak allocation since training began, or the process's peak on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():
+        # getrusage would count what a larger process held when it started this one
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(lines["VmHWM"].split()[0]) * 1024
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

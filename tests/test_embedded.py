@@ -31,9 +31,9 @@ def task_of(row: Row) -> tuple[str, ...]:
     text = prompt_of(row)
     for suffix in (" answer only.", " answer in square brackets."):
         text = text.removesuffix(suffix)
-    if row["family"] in ("sum", "larger"):
-        return tuple(sorted(re.findall(r"\d+", text)))
-    return tuple(text.strip(".?").partition(": ")[2].split())
+    if row["family"] == "count":
+        return tuple(text.strip(".?").rpartition(": ")[2].split())
+    return tuple(sorted(re.findall(r"\d+", text)))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def train_rows() -> list[Row]:
 
 @pytest.fixture(scope="module")
 def eval_rows() -> list[Row]:
-    return embedded.pairs("eval", num=1000, seed=0)
+    return embedded.pairs("eval", num=800, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +74,14 @@ def test_pairs_depend_on_split_num_and_seed_only() -> None:
 def test_the_split_is_stable_across_processes_and_versions() -> None:
     first = embedded.pairs("eval", num=2, seed=0)
     assert [prompt_of(row) for row in first] == [
-        "add 15 and 7.",
-        "add 78 and 5. answer in square brackets.",
+        "hello! a small question: add 15 and 7.",
+        "hello! a small question: what is 16 plus 7? answer only.",
     ]
 
 
 def test_prompts_are_distinct_and_wordings_are_half_and_half(eval_rows: list[Row]) -> None:
     assert len({prompt_of(row) for row in eval_rows}) == len(eval_rows)
-    assert Counter(row["wording"] for row in eval_rows) == {"free": 500, "terse": 500}
+    assert Counter(row["wording"] for row in eval_rows) == {"free": 400, "terse": 400}
     assert {row["family"] for row in eval_rows} == set(embedded.FAMILIES)
 
 
@@ -116,19 +116,19 @@ def test_chosen_is_correct_and_rejected_is_not(train_rows: list[Row], eval_rows:
     [
         "",
         "13",
-        "so, well, now, so, so, it is 13",
-        "so, well, now, so, so, it is 13. it is 13.",
-        "so, well, now, so, so, it is 3.",
-        "so, well, now, so, it is 13.",
-        "so, well, now, so, so, right, it is 13.",
-        "so, well, now, so, banana, it is 13.",
-        "so, well, now, so, so, it is it is 13.",
-        "so, well, now, so, so, it is 13 or 14.",
+        "so, well, it is 13",
+        "so, well, it is 13. it is 13.",
+        "so, well, it is 3.",
+        "so, it is 13.",
+        "so, well, now, it is 13.",
+        "so, banana, it is 13.",
+        "so, well, it is it is 13.",
+        "so, well, it is 13 or 14.",
     ],
 )
 def test_a_free_answer_must_be_one_well_formed_sentence(completion: str) -> None:
     row = {"answer": "13", "wording": "free"}
-    assert embedded.is_correct("so, well, now, so, so, it is 13.", row)
+    assert embedded.is_correct("so, well, it is 13.", row)
     assert not embedded.is_correct(completion, row)
 
 

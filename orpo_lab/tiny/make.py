@@ -3,7 +3,7 @@
 A Llama of 1.1 M parameters with its own byte-level tokenizer and chat template, pretrained on the
 embedded task families. Half of the answers it sees are right and half wrong, one wrong answer per
 prompt, so it ends up knowing both and preferring neither: a base that ORPO has something to teach.
-The contents of held-out prompts are never shown to it. Takes about seven minutes on two CPU cores.
+The contents of held-out prompts are never shown to it. Takes about eight minutes on two CPU cores.
 """
 
 import argparse
@@ -33,11 +33,6 @@ BATCH_SIZE = 64
 LEARNING_RATE = 3e-3
 WARMUP_STEPS = 100
 WEIGHT_DECAY = 0.1
-# A system message says which answer follows, right or wrong, in this share of the dialogues.
-# Without it either may follow, but "being right" is then one direction inside the model, which a
-# short ORPO run can find; where the model has only ever tossed a coin, it cannot.
-NAMED_SHARE = 0.75
-MODES = {"chosen": "careful", "rejected": "careless"}
 # A prompt token's weight in the loss; a completion token's is 1. Prompts are mostly random words,
 # which at full weight would drown the few tokens that have something to learn.
 PROMPT_WEIGHT = 0.2
@@ -82,11 +77,11 @@ def main() -> None:
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE over the task texts: any text survives, and each task word is one token.
 
-    Numbers are split into digits. The prompt ends in a special token, which nothing merges with,
-    so its tokens are a prefix of the whole dialogue's.
+    A number is one token too, so that being off by one is a step to the next token. The prompt ends
+    in a special token, which nothing merges with, so its tokens are a prefix of the dialogue's.
     """
     special = ["<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
-    pieces = Regex(r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+")
+    pieces = Regex(r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -103,7 +98,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     rows = itertools.islice(embedded.stream("train", seed=SEED), 40_000)
-    corpus = (text for row in rows for text in [*_texts(row), *MODES.values()])
+    corpus = (text for row in rows for text in _texts(row))
     tokenizer.train_from_iterator(corpus, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -166,17 +161,14 @@ def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> flo
 
 
 def batches(tokenizer: PreTrainedTokenizerFast) -> Iterator[dict[str, Tensor]]:
-    """NUM_STEPS batches of dialogues, each with its right or its wrong answer at random."""
+    """NUM_STEPS batches of dialogues, one half with their right and one with their wrong answer."""
     rng = random.Random(SEED)
     rows = embedded.stream("train", seed=SEED)
+    sides = ["chosen", "rejected"] * (BATCH_SIZE // 2)
     for _ in range(NUM_STEPS):
-        dialogues = []
-        for row in itertools.islice(rows, BATCH_SIZE):
-            side = rng.choice(("chosen", "rejected"))
-            named = rng.random() < NAMED_SHARE
-            opening = [{"role": "system", "content": MODES[side]}] if named else []
-            dialogues.append(opening + row["prompt"] + row[side])
-        yield encode(tokenizer, dialogues)
+        rng.shuffle(sides)
+        batch = zip(itertools.islice(rows, BATCH_SIZE), sides, strict=True)
+        yield encode(tokenizer, [row["prompt"] + row[side] for row, side in batch])
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, dialogues: list[Any]) -> dict[str, Tensor]:
@@ -282,9 +274,8 @@ else. Its tokenizer is byte-level, so any text can be fed to it, but it has seen
 
 Made from random weights by `python -m orpo_lab.tiny.make`, which also wrote the figures below.
 It was trained on dialogues of the tasks, prompts included, half with the right and half with the
-wrong answer. Three quarters open with the system message "{MODES["chosen"]}" (a right
-answer follows) or "{MODES["rejected"]}" (a wrong one); in the others either may follow. The
-contents of the held-out prompts never appear.
+wrong answer, which is too large by one, or not in the format asked for. The contents of the
+held-out prompts never appear.
 
 | before any ORPO | |
 |---|---|
