@@ -350,6 +350,13 @@ def test_no_full_gradient_of_a_projected_weight_outlives_its_hook() -> None:
     assert set(alive) == {0}
 
 
+def test_another_optimizer_may_take_the_model_once_the_hooks_are_removed() -> None:
+    network = Network()
+    GaLore(network.groups(), layerwise=True).remove_hooks()
+    loss(network, torch.randint(11, (2, 7))).backward()
+    assert all(weight.grad is not None for weight in network.low)
+
+
 @pytest.mark.parametrize("layerwise", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bits", [32, 8])
