@@ -208,3 +208,15 @@ def test_the_main_job_learns(launch: Launch, tmp_path: Path, overrides: list[str
     assert 0.4 <= before["preference_accuracy"] <= 0.6
     assert after["preference_accuracy"] >= 0.90
     assert after["exact_match"] >= before["exact_match"] + 0.3
+
+
+@pytest.mark.slow
+def test_beta_trades_preference_against_quality(launch: Launch, tmp_path: Path) -> None:
+    free = {}
+    for beta in ("0", "0.1", "1"):
+        launch(f"beta={beta}", "tracker=none", f"hydra.run.dir=beta{beta}")
+        free[beta] = summary_of(tmp_path / f"beta{beta}")["after"]["by_wording"]["free"]
+    accuracy = {beta: figures["preference_accuracy"] for beta, figures in free.items()}
+    # One seed; benchmarks/beta.py has three
+    assert accuracy["0"] + 0.03 <= accuracy["0.1"] <= accuracy["1"]
+    assert free["1"]["exact_match"] <= free["0.1"]["exact_match"] - 0.1
