@@ -2,7 +2,8 @@
 
 Trains the model in folder MODEL on the pairs in folder PAIRS (`train.jsonl`, `test.jsonl`) twice:
 once through, and once killed (SIGKILL) after the checkpoint at half and resumed. The last line is
-one JSON object; the exit code is 1 if any metric of the two differs.
+one JSON object; the exit code is 1 if any metric of the two differs. About 6 minutes for
+SmolLM2-135M on one CPU core.
 """
 
 import json
