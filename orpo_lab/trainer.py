@@ -7,10 +7,11 @@ What computes a step is the engine's; the loop, the learning rate, the checkpoin
 import logging
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class NonFiniteError(UserError):
-    """A loss or a gradient was NaN or infinite; the weights are those before that step."""
+    """A loss or a gradient was NaN or infinite; no weight took it."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,11 @@ def fit(
         checkpoint: the one to continue from; None: from the start.
 
     Raises:
-        NonFiniteError: a loss or a gradient is not finite; no weight was touched by it.
+        NonFiniteError: a loss or a gradient is not finite; no weight took it.
+        UserError: the engine cannot train this model.
     """
     num_steps = count_steps(config, len(data.train))
-    left_over = len(data.train) % config.train.batch_size
-    if left_over:
-        log.info("%d training pairs are left over from whole batches and not used", left_over)
+    data = replace(data, train=_whole_batches(data.train, config.train.batch_size))
     optimizer = optimizers.build(config, model, num_steps=num_steps, dtype=dtype)
     guard = NonFiniteGuard(optimizer, fp16=dtype == torch.float16)
     trainer = engine.build(
@@ -112,6 +112,15 @@ def fit(
     )
 
 
+def _whole_batches(pairs: datasets.Dataset, batch_size: int) -> datasets.Dataset:
+    """Leave out what is over: transformers would end every epoch in a smaller step, whose pairs
+    weigh more."""
+    left_over = len(pairs) % batch_size
+    if left_over:
+        log.info("%d training pairs are left over from whole batches and not used", left_over)
+    return pairs.select(range(len(pairs) - left_over))
+
+
 def count_steps(config: Config, num_pairs: int) -> int:
     """Return the run's optimizer steps; an epoch is as many whole batches as there are.
 
@@ -140,7 +149,6 @@ def arguments(config: Config, folder: Path, dtype: torch.dtype) -> dict[str, Any
         "seed": config.seed,
         "max_steps": train.max_steps or -1,
         "num_train_epochs": train.num_epochs or 0,
-        "dataloader_drop_last": True,
         "learning_rate": optimizer.learning_rate,
         "lr_scheduler_type": train.lr_scheduler_type,
         "warmup_steps": train.warmup_steps,
@@ -225,44 +233,66 @@ class MetricsCallback(TrainerCallback):
 
 
 class NonFiniteGuard(TrainerCallback):
-    """Stops the run before a non-finite loss or gradient reaches a weight."""
+    """Keeps a non-finite loss or gradient from every weight, and stops the run.
+
+    What it sees stays on the device: from the first such step on, gradients are zero. It is read,
+    and the run stopped, at the next logging step and before anything is evaluated or saved.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer, *, fp16: bool) -> None:
         self.optimizer = optimizer
         # In fp16 the loss scaler meets infinite gradients by design, and skips those steps
         self.check_gradients = not fp16
+        self.losses: list[torch.Tensor] = []
+        self.seen: torch.Tensor | None = None
+        """The first non-finite step, its loss and its gradient norm, [3]; zeros: none yet."""
 
     def watch(self, trainer: Any) -> None:
         """Look at every micro-batch's loss as the trainer computes it."""
         compute_loss = trainer.compute_loss
 
-        def checked(*args: Any, **kwargs: Any) -> Any:
+        def watched(*args: Any, **kwargs: Any) -> Any:
             result = compute_loss(*args, **kwargs)
             loss = result[0] if isinstance(result, tuple) else result
-            if not torch.isfinite(loss):  # device-to-host sync
-                raise self._error("loss", loss.item(), trainer.state.global_step)
+            if torch.is_grad_enabled():
+                self.losses.append(loss.detach())
             return result
 
-        trainer.compute_loss = checked
+        trainer.compute_loss = watched
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at the gradients once a step."""
-        if isinstance(self.optimizer, GaLore):
-            grads = self.optimizer.gradients()
-        else:
-            weights = [p for group in self.optimizer.param_groups for p in group["params"]]
-            grads = [p.grad for p in weights if p.grad is not None]
-        if self.check_gradients and grads:
-            norm = torch.nn.utils.get_total_norm(grads)
-            if not torch.isfinite(norm):  # device-to-host sync
-                raise self._error("gradient norm", norm.item(), state.global_step)
+        """Look at the step's losses and gradients, and zero the latter if there is a fault."""
+        gradients = self._gradients() if self.check_gradients else []
+        loss = torch.stack(self.losses).sum().float()
+        self.losses.clear()
+        norm = torch.nn.utils.get_total_norm(gradients).to(loss)
+        now = torch.stack([torch.full_like(loss, state.global_step + 1), loss, norm])
+        if self.seen is None:
+            self.seen = torch.zeros_like(now)
+        is_first = ~torch.isfinite(now).all() & (self.seen[0] == 0)
+        self.seen = torch.where(is_first, now, self.seen)
+        for gradient in gradients:
+            gradient.masked_fill_((self.seen[0] > 0).to(gradient.device), 0)
 
-    def _error(self, what: str, value: float, step: int) -> NonFiniteError:
-        return NonFiniteError(
-            f"step {step + 1}: the {what} is {value}; the run stops with step {step}'s weights. "
-            "Likely causes: optimizer.learning_rate or beta too high for this model, too short a "
-            "train.warmup_steps, or model.dtype=fp16 overflowing (try bf16 or fp32)"
-        )
+    def _gradients(self) -> list[torch.Tensor]:
+        if isinstance(self.optimizer, GaLore):
+            return self.optimizer.gradients()
+        weights = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return [p.grad for p in weights if p.grad is not None]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop the run before a fault is logged over or saved."""
+        flags = ("should_log", "should_evaluate", "should_save", "should_training_stop")
+        if self.seen is None or not any(getattr(control, flag) for flag in flags):
+            return
+        step, loss, norm = self.seen.tolist()  # device-to-host sync
+        if step:
+            what = f"gradient norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
+            raise NonFiniteError(
+                f"step {step:.0f}: the {what}; the run stops, and nothing of that step or after it "
+                "is kept. Likely causes: optimizer.learning_rate or beta too high for this model, "
+                "too short a train.warmup_steps, or model.dtype=fp16 overflowing (try bf16 or fp32)"
+            )
 
 
 def latest_checkpoint(folder: Path) -> Path:

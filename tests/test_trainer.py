@@ -24,7 +24,6 @@ SMALL = (
     "dataset.num_eval=8",
     "dataset.num_generations=4",
     "train.batch_size=8",
-    "engine.micro_batch_size=4",
 )
 
 
@@ -51,25 +50,32 @@ def fit(
 def poison(what: str, network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make one number non-finite from the third step on, in the forward or the backward pass."""
     calls = {"num": 0}
-    head = network.get_output_embeddings()
+    last_norm = [module for name, module in network.named_modules() if name.endswith("norm")][-1]
 
     def forward_hook(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
         calls["num"] += module.training
-        if calls["num"] <= 4:
+        if calls["num"] <= 2:
             return output
         if what == "loss":
             return output * float("nan")
         output.register_hook(lambda gradient: gradient * float("inf"))
         return output
 
-    head.register_forward_hook(forward_hook)
+    last_norm.register_forward_hook(forward_hook)
 
 
 @pytest.mark.parametrize(
     ("what", "said"), [("loss", "the loss is nan"), ("gradient", "the gradient norm is")]
 )
 @pytest.mark.parametrize(
-    "optimizer", ["optimizer=lora", "optimizer=adamw", GALORE, f"{GALORE} optimizer.layerwise=true"]
+    "overrides",
+    [
+        "optimizer=lora",
+        "optimizer=lora engine=trl",
+        "optimizer=adamw",
+        GALORE,
+        f"{GALORE} optimizer.layerwise=true",
+    ],
 )
 def test_a_non_finite_number_stops_the_run_before_any_weight_takes_it(
     load: Load,
@@ -79,9 +85,9 @@ def test_a_non_finite_number_stops_the_run_before_any_weight_takes_it(
     monkeypatch: pytest.MonkeyPatch,
     what: str,
     said: str,
-    optimizer: str,
+    overrides: str,
 ) -> None:
-    loaded = load(*optimizer.split(), *SMALL, "train.max_steps=5", "train.logging_steps=1")
+    loaded = load(*overrides.split(), *SMALL, "train.max_steps=5", "train.logging_steps=1")
     network = build_model(loaded)
     poison(what, network, monkeypatch)
     with pytest.raises(trainer.NonFiniteError, match=f"step 3: {said}") as stop:
@@ -89,6 +95,21 @@ def test_a_non_finite_number_stops_the_run_before_any_weight_takes_it(
     assert "learning_rate" in str(stop.value)
     assert all(torch.isfinite(p).all() for p in network.parameters() if p.is_floating_point())
     assert [line["step"] for line in RunFolder(tmp_path).metrics()] == [1, 2]
+
+
+def test_a_fault_between_logging_steps_is_found_before_a_checkpoint(
+    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load(
+        "optimizer=lora", *SMALL, "train.max_steps=8", "train.logging_steps=8", "train.save_steps=4"
+    )
+    network = build_model(loaded)
+    poison("gradient", network, monkeypatch)
+    with pytest.raises(trainer.NonFiniteError, match="step 3: the gradient norm is"):
+        fit(loaded, network, tokenizer, tmp_path)
+    assert all(torch.isfinite(p).all() for p in network.parameters() if p.is_floating_point())
+    assert not list(tmp_path.glob("checkpoints/checkpoint-*"))
+    assert [line["step"] for line in RunFolder(tmp_path).metrics()] == [1]
 
 
 def test_a_diverging_run_ends_red_and_leaves_no_model(launch: Launch, tmp_path: Path) -> None:

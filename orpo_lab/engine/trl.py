@@ -1,4 +1,4 @@
-"""TRL's own ORPO step, fed with our token ids. The only module that imports trl."""
+"""TRL's own ORPO step, fed with our token ids. The only module that imports its trainer."""
 
 from typing import Any
 
@@ -45,14 +45,6 @@ class TrlTrainer(ORPOTrainer):
         metrics[f"{prefix}odds_ratio_loss"] = -metrics[f"{prefix}log_odds_ratio"]
         return loss, metrics
 
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate every pair: only training drops a last, smaller micro-batch."""
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        try:
-            return super().get_eval_dataloader(*args, **kwargs)
-        finally:
-            self.args.dataloader_drop_last = drop_last
-
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: the card in `final/` says what was measured."""
 
@@ -91,8 +83,6 @@ def build(
         remove_unused_columns=False,
         **arguments,
     )
-    # transformers would end every epoch in a smaller step, whose pairs weigh more
-    train = data.train.select(range(len(data.train) // batch_size * batch_size))
     ids = ["prompt_ids", "chosen_ids", "rejected_ids"]
     bars = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()  # TRL maps six times over rows that are ready
@@ -100,7 +90,7 @@ def build(
         return TrlTrainer(
             model=model,
             args=args,
-            train_dataset=train.select_columns(ids),
+            train_dataset=data.train.select_columns(ids),
             eval_dataset=data.held_out.select_columns(ids) if config.train.eval_steps else None,
             processing_class=tokenizer,
             optimizers=(optimizer, None),
