@@ -314,6 +314,16 @@ class Engine:
 
 
 @dataclass(kw_only=True)
+class SharedPrefixEngine(Engine):
+    """Our own step: prompts once, packed rows, no logits."""
+
+    tokens_per_microbatch: int = MISSING
+
+    def __post_init__(self) -> None:
+        _at_least(1, engine__tokens_per_microbatch=self.tokens_per_microbatch)
+
+
+@dataclass(kw_only=True)
 class TrlEngine(Engine):
     """TRL's own ORPO step."""
 
@@ -442,6 +452,13 @@ class Config:
                 )
 
     def _check_engine(self) -> None:
+        if isinstance(self.engine, SharedPrefixEngine):
+            budget, longest = self.engine.tokens_per_microbatch, 2 * self.dataset.max_length - 1
+            _check(
+                budget >= longest,
+                f"engine.tokens_per_microbatch={budget} must be at least {longest}: a pair of two "
+                f"sequences of dataset.max_length={self.dataset.max_length} may need as many",
+            )
         if isinstance(self.engine, TrlEngine):
             size, micro = self.train.batch_size, self.engine.micro_batch_size
             _check(
@@ -453,7 +470,8 @@ class Config:
             )
             _check(
                 self.objective == trl,
-                "engine=trl can only compute objective=trl: TRL's step has its objective built in",
+                "engine=trl can only compute objective=trl: TRL's step has its objective built in; "
+                "use engine=shared_prefix",
             )
 
 
@@ -472,7 +490,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
     },
     "dataset": {"embedded": EmbeddedDataset, "hub": HubDataset, "jsonl": JsonlDataset},
     "objective": {"objective": Objective},
-    "engine": {"trl": TrlEngine},
+    "engine": {"shared_prefix": SharedPrefixEngine, "trl": TrlEngine},
     "train": {"train": Train},
     "tracker": {"wandb": WandbTracker, "none": NoTracker},
 }

@@ -148,6 +148,7 @@ def test_loss_and_every_gradient_equal_a_stock_trainer_bit_for_bit(
         f"train.max_steps={num_steps}",
         f"train.batch_size={batch_size}",
         "train.logging_steps=1",
+        "engine=trl",
         "engine.micro_batch_size=4",
         "tracker=none",
         "beta=0.3",
@@ -174,6 +175,7 @@ def test_adapter_dropout_is_applied_in_training_and_not_in_evaluation(
             "dataset.num_train=16",
             "dataset.num_eval=4",
             "train.batch_size=4",
+            "engine=trl",
             "engine.micro_batch_size=4",
         )
         network = build_model(loaded)
@@ -204,6 +206,7 @@ def test_preference_accuracy_does_not_vanish_at_beta_zero(
 ) -> None:
     loaded = load(
         "beta=0",
+        "engine=trl",
         "dataset.num_train=32",
         "dataset.num_eval=4",
         "train.max_steps=2",
@@ -230,7 +233,7 @@ def test_preference_accuracy_does_not_vanish_at_beta_zero(
         assert line["odds_ratio_loss"] == -line["log_odds_ratio"] > 0
 
 
-def test_trl_is_imported_in_one_module_only() -> None:
+def test_trl_is_imported_for_its_trainer_and_its_kernel_only() -> None:
     root = Path(model.__file__).parent
     using = {
         file.relative_to(root).as_posix()
@@ -240,4 +243,4 @@ def test_trl_is_imported_in_one_module_only() -> None:
             for line in file.read_text().splitlines()
         )
     }
-    assert using == {"engine/trl.py"}
+    assert using == {"engine/trl.py", "engine/head.py"}

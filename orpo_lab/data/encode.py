@@ -139,8 +139,12 @@ def fit(
     - `cut_completion`: a completion loses its end, and its EOS with it, where prompt and
       completion exceed `max_length`; a prompt above `max_prompt_length` is still dropped.
 
-    Neither side is ever cut to nothing, and a pair that the cut made identical is dropped.
+    Neither side is ever cut to nothing, and a pair that the cut made identical is dropped. So is
+    one without a prompt token (no BOS, and every character merged into the answer's first token),
+    behind which nothing would predict that first token.
     """
+    if not prompt:
+        return (prompt, chosen, rejected), "empty_prompt", False
     longest = max(len(chosen), len(rejected))
     room = min(dataset.max_prompt_length, dataset.max_length - longest)
     if len(prompt) <= room:

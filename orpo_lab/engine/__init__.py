@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import Trainer
 
-from orpo_lab.config import Config, TrlEngine
+from orpo_lab.config import Config, SharedPrefixEngine, TrlEngine
 from orpo_lab.quiet import hidden
 
 
@@ -14,8 +14,15 @@ def build(config: Config, **parts: Any) -> Trainer:
     Every engine's trainer has an attribute `beta`, read at each step, and logs under TRL's names
     plus `preference_accuracy` and `logp_margin`, which are free of beta. See
     `engine.trl.build` for the parts.
+
+    Raises:
+        UserError: the engine cannot train this model.
     """
     match config.engine:
+        case SharedPrefixEngine():
+            from orpo_lab.engine import shared_prefix
+
+            return shared_prefix.build(config, **parts)
         case TrlEngine():
             # TRL imports wandb wherever it is installed; its own logging is off, and ours may be
             with hidden("wandb"):

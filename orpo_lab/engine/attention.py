@@ -1,0 +1,185 @@
+"""Who sees whom in a row of pairs `[prompt | chosen | rejected]`, for the models' own layers.
+
+On a GPU flex attention skips what a block mask says nobody sees. Elsewhere every pair's completions
+are read by a call of their own, so that nothing masked is computed. Either takes the place of the
+attention mask: transformers hands a ready one of four dimensions on as it is. Position ids without
+one would be taken for packed sequences, which cuts the rejected completion off its prompt.
+"""
+
+import inspect
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+
+from orpo_lab.errors import UserError
+
+log = logging.getLogger(__name__)
+
+FLEX = "flex_attention"
+BY_PAIR = "orpo_lab_by_pair"
+# What flex attention works in; rows of other lengths would be compiled anew each
+BLOCK = 128
+# Kinds of layers that can be told by who sees whom
+EXPRESSIBLE = {"full_attention", "sliding_attention"}
+
+Sizes = Sequence[tuple[int, int, int]]
+
+
+def check(model: PreTrainedModel) -> None:
+    """Refuse a model that would read a row otherwise than its sequences one by one.
+
+    Raises:
+        UserError: its attention cannot be told by who sees whom and by positions; says why.
+    """
+    config = model.config.get_text_config()
+    parameters = inspect.signature(type(model).forward).parameters
+    others = set(getattr(config, "layer_types", None) or ()) - EXPRESSIBLE
+    reasons = {
+        "it is an encoder and a decoder": config.is_encoder_decoder,
+        "it takes no position_ids, so positions cannot restart": "position_ids" not in parameters,
+        "its attention is biased by distance in the row (alibi)": getattr(config, "alibi", False),
+        "it carries a state from token to token": getattr(model, "_is_stateful", False),
+        "its attention cannot be exchanged": not model._supports_attention_backend,
+        "its attention looks ahead": getattr(config, "use_bidirectional_attention", False)
+        or not getattr(config, "is_causal", True),
+        f"it has layers of {', '.join(sorted(others))}": others,
+        "it drops attention weights at random": getattr(config, "attention_dropout", 0.0),
+        "its loss includes that of a router": getattr(config, "output_router_logits", False),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            name = type(model).__name__
+            raise UserError(f"engine=shared_prefix cannot train {name}: {reason}; use engine=trl")
+
+
+def choose(model: PreTrainedModel) -> str:
+    """Return the implementation that rows are read with: FLEX on a GPU, else BY_PAIR."""
+    return FLEX if model.device.type == "cuda" and model._supports_flex_attn else BY_PAIR
+
+
+def mask(
+    implementation: str, sizes: Sizes, positions: Tensor, config: PretrainedConfig
+) -> Tensor | BlockMask | dict[str, BlockMask]:
+    """Return what the model takes as `attention_mask`.
+
+    Args:
+        implementation: as `choose` returns it.
+        sizes: tokens of prompt, chosen and rejected of each pair in the row, B triples.
+        positions: of the row's tokens, [1, T].
+        config: of the model: how far its layers see.
+
+    Returns:
+        For BY_PAIR the sizes, [1, 1, B, 3], on the host. For FLEX a block mask [1, 1, T, T], or one
+        for each kind of layer where a model has several.
+    """
+    if implementation == BY_PAIR:
+        return torch.tensor([[sizes]])
+    text = config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    kinds = set(getattr(text, "layer_types", None) or ())
+    if not kinds:
+        return _block_mask(sizes, positions, window)
+    masks = {
+        kind: _block_mask(sizes, positions, window if kind == "sliding_attention" else None)
+        for kind in sorted(kinds)
+    }
+    return masks if len(masks) > 1 else masks.popitem()[1]
+
+
+def _block_mask(sizes: Sizes, positions: Tensor, window: int | None) -> BlockMask:
+    counts = torch.tensor(sizes).flatten()
+    width = positions.shape[1]
+    # A number for each part, three to a pair, and one for padding, which sees itself
+    counts = torch.cat([counts, width - counts.sum(0, keepdim=True)])
+    parts = torch.arange(len(counts)).repeat_interleave(counts).to(positions.device)
+
+    def sees(row: Any, head: Any, query: Any, key: Any) -> Any:
+        own, other = parts[query], parts[key]
+        # Of its own pair, the rejected completion (2) does not see the chosen one (1)
+        seen = (query >= key) & (own // 3 == other // 3) & ~((own % 3 == 2) & (other % 3 == 1))
+        if window is not None:
+            seen = seen & (positions[0, query] - positions[0, key] < window)
+        return seen
+
+    return create_block_mask(sees, 1, None, width, width, device=positions.device)
+
+
+def by_pair(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Read each completion of each pair behind its prompt; an attention function of transformers.
+
+    Args:
+        module: the attention layer.
+        query: [1, heads, T, D].
+        key: [1, key heads, T, D].
+        value: likewise.
+        attention_mask: the sizes of each pair's parts, [1, 1, B, 3], as `mask` returns them.
+        scaling: scores are multiplied by it.
+        sliding_window: tokens that a token of this layer sees, itself included; None: all before.
+        softcap: scores are kept within it by tanh.
+        others: not used.
+
+    Returns:
+        The output, [1, T, heads, D], and no attention weights.
+
+    Raises:
+        UserError: the layer asks for more than that, such as attention sinks.
+    """
+    for extra in ("s_aux", "position_bias"):
+        if others.get(extra) is not None:
+            raise UserError(f"engine=shared_prefix cannot compute {extra}; use engine=trl")
+
+    def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """The queries are the last of the tokens that the keys are of."""
+        num, num_keys = queries.shape[2], keys.shape[2]
+        seen = None
+        if num < num_keys or sliding_window is not None or softcap is not None:
+            places = torch.arange(num_keys, device=queries.device)
+            distance = places[num_keys - num :, None] - places
+            seen = ((distance >= 0) & (distance < (sliding_window or num_keys)))[None, None]
+        if softcap is not None:
+            return _softcapped(queries, keys, values, seen, scaling, softcap)
+        return sdpa_attention_forward(module, queries, keys, values, seen, scaling=scaling)[0]
+
+    outputs = []
+    start = 0
+    for prompt, chosen, rejected in attention_mask[0, 0].tolist():
+        end = start + prompt + chosen
+        row = (query, key, value)
+        outputs.append(attend(*(one[:, :, start:end] for one in row)))
+        queries = query[:, :, end : end + rejected]
+        behind = (
+            torch.cat([one[:, :, start : start + prompt], one[:, :, end : end + rejected]], 2)
+            for one in (key, value)
+        )
+        outputs.append(attend(queries, *behind))
+        start = end + rejected
+    return torch.cat(outputs, 1), None
+
+
+def _softcapped(
+    query: Tensor, key: Tensor, value: Tensor, seen: Any, scaling: Any, softcap: float
+) -> Tensor:
+    """Attention with scores kept within `softcap` (Gemma 2), which sdpa does not offer."""
+    key, value = (repeat_kv(one, query.shape[1] // one.shape[1]) for one in (key, value))
+    scores = softcap * torch.tanh(query @ key.mT * (scaling / softcap))
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1, torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2)
+
+
+AttentionInterface.register(BY_PAIR, by_pair)

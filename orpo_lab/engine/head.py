@@ -1,0 +1,197 @@
+"""The output head without its logits: log-probabilities of the tokens that carry a loss."""
+
+import functools
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, linear
+from transformers import PretrainedConfig, PreTrainedModel
+
+from orpo_lab.quiet import hidden
+
+# Rows of logits that exist at once on a CPU, computed again in the backward pass
+CHUNK = 256
+# Columns of the vocabulary in a tile of TRL's kernel, its own choice
+TILE = 32768
+
+
+def add_scoring(model: PreTrainedModel) -> None:
+    """Let `model(..., sources=..., targets=...)` return log-probabilities, [N], instead of logits.
+
+    `sources` are places in the flattened input, `targets` the token ids whose log-probability the
+    hidden states there give. Any other call is what it was. Goes through the model's own forward,
+    so that wrappers (peft, DistributedDataParallel, autocast) see it.
+    """
+    plain = model.forward
+    config = model.config.get_text_config()
+
+    @functools.wraps(type(model).forward)  # generation asks for its signature
+    def forward(
+        self: Any, *args: Any, sources: Any = None, targets: Any = None, **kwargs: Any
+    ) -> Any:
+        if sources is None:
+            return plain(*args, **kwargs)
+        given = {key: value for key, value in kwargs.items() if value is not None}
+        states = self.base_model(*args, use_cache=False, **given).last_hidden_state
+        head = self.get_output_embeddings()
+        return token_logps(
+            states.flatten(0, 1).index_select(0, sources),
+            head.weight,
+            getattr(head, "bias", None),
+            targets,
+            scale=logit_scale(config),
+            softcap=getattr(config, "final_logit_softcapping", None),
+        )
+
+    model.forward = types.MethodType(forward, model)
+
+
+def logit_scale(config: PretrainedConfig) -> float:
+    """Return what a model multiplies its logits by; each family has a name of its own for it."""
+    if getattr(config, "logits_scaling", None) is not None:
+        # Granite and its kin divide, HyperCLOVA X multiplies
+        multiplies = config.model_type == "hyperclovax"
+        return config.logits_scaling if multiplies else 1 / config.logits_scaling
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return getattr(config, name)
+    return 1.0
+
+
+def token_logps(
+    states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """Return log-probabilities of tokens, [N], in fp32 or wider.
+
+    Never [N, V] logits: TRL's fused kernel on a GPU, elsewhere chunks that are recomputed.
+
+    Args:
+        states: hidden states that predict them, [N, H].
+        weight: of the output head, [V, H].
+        bias: of the output head, [V].
+        targets: ids of the tokens, [N].
+        scale: logits are multiplied by it.
+        softcap: logits are kept within it by tanh.
+    """
+    if states.is_cuda:
+        return _fused_logps(states, weight, bias, targets, scale, softcap)
+    on = states.device.type
+    autocast = torch.is_autocast_enabled(on)
+    dtype = torch.get_autocast_dtype(on) if autocast else states.dtype
+    return _ChunkedLogps.apply(states, weight, bias, targets, _Head(dtype, scale, softcap))
+
+
+def _fused_logps(
+    states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    with hidden("wandb"):  # see engine.build
+        from trl.kernels import ChunkedLogProbFunction
+        from trl.trainer import utils  # noqa: F401  (its backward pass does)
+    temperature, others = 1.0, ()
+    return ChunkedLogProbFunction.apply(
+        states, weight, bias, targets, temperature, TILE, softcap, scale, others
+    )[0]
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What turns hidden states into logits, but for its weights."""
+
+    dtype: torch.dtype
+    """Of the matrix products."""
+    scale: float
+    softcap: float | None
+
+    @property
+    def wide(self) -> torch.dtype:
+        """Of everything else, and of sums of products."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def logits(
+        self, states: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return logits [N, V] and their derivative by the plain product; None: it is 1."""
+        output = linear(states.to(self.dtype), weight, bias).to(self.wide)
+        if self.softcap is not None:
+            bounded = output.mul_(self.scale / self.softcap).tanh_()
+            return bounded * self.softcap, self.scale * (1 - bounded.square())
+        if self.scale != 1:
+            return output.mul_(self.scale), output.new_tensor(self.scale)
+        return output, None
+
+    def cast(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return both as the matrix products take them."""
+        return weight.to(self.dtype), None if bias is None else bias.to(self.dtype)
+
+
+class _ChunkedLogps(torch.autograd.Function):
+    """Log-probabilities by chunks of rows, whose logits are computed again in the backward pass.
+
+    What the same chunks would compute under `torch.utils.checkpoint`, and faster: beside the matrix
+    products only passes in place are left.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: _Head
+    ) -> Tensor:
+        logps = states.new_empty(len(states), dtype=head.wide)
+        log_sums = torch.empty_like(logps)
+        narrow = head.cast(weight, bias)
+        for rows in _chunks(len(states)):
+            logits, _ = head.logits(states[rows], *narrow)
+            logps[rows] = -cross_entropy(logits, targets[rows], reduction="none")
+            log_sums[rows] = logits.gather(1, targets[rows, None]).squeeze(1) - logps[rows]
+        ctx.head = head
+        ctx.save_for_backward(states, weight, bias, targets, log_sums)
+        return logps
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        head = ctx.head
+        *inputs, targets, log_sums = ctx.saved_tensors
+        states, weight, bias = inputs
+        sums = [
+            torch.zeros_like(one, dtype=head.wide) if needed else None
+            for one, needed in zip(inputs, ctx.needs_input_grad, strict=False)
+        ]
+        of_states, of_weight, of_bias = sums
+        narrow = head.cast(weight, bias)
+        for rows in _chunks(len(states)):
+            logits, derivative = head.logits(states[rows], *narrow)
+            # d log p(target) / d logits = onehot(target) - p
+            slopes = logits.sub_(log_sums[rows, None]).exp_().neg_()
+            one = slopes.new_ones(()).expand(len(slopes), 1)
+            slopes.scatter_add_(1, targets[rows, None], one).mul_(gradient[rows, None])
+            if derivative is not None:
+                slopes.mul_(derivative)
+            if of_states is not None:
+                of_states[rows] = (slopes.to(head.dtype) @ narrow[0]).to(head.wide)
+            if of_weight is not None:
+                of_weight.addmm_(slopes.mT, states[rows].to(head.wide))
+            if of_bias is not None:
+                of_bias.add_(slopes.sum(0))
+        gradients = (
+            None if sum_ is None else sum_.to(i.dtype) for sum_, i in zip(sums, inputs, strict=True)
+        )
+        return *gradients, None, None
+
+
+def _chunks(num: int) -> Iterator[slice]:
+    return (slice(start, start + CHUNK) for start in range(0, num, CHUNK))

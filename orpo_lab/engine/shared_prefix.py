@@ -1,0 +1,225 @@
+"""The fast ORPO step: every prompt once, packed rows, no logits, no synchronisation.
+
+One batch of the dataloader is the whole optimizer step. It is packed into micro-batches
+(`engine.packing`), whose losses are shares of the step's (`loss.orpo`): so the gradient does not
+depend on the packing.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+
+from orpo_lab.config import Config, Objective, SharedPrefixEngine
+from orpo_lab.data import Data
+from orpo_lab.engine import attention
+from orpo_lab.engine.head import add_scoring
+from orpo_lab.engine.packing import Collator
+from orpo_lab.loss import Losses, orpo, supervised
+
+METRICS = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/rejected",
+    "logps/chosen",
+    "nll_loss",
+    "log_odds_ratio",
+    "log_odds_chosen",
+    "preference_accuracy",
+    "logp_margin",
+    "odds_ratio_loss",
+)
+
+
+class OrpoTrainer(Trainer):
+    """`transformers.Trainer` on batches of `packing.Collator`; logs TRL's metrics but the logits'.
+
+    Args:
+        beta: weight of the odds-ratio loss; may be set anew before every step.
+        objective: what the loss is.
+        attention_implementation: as `attention.choose` returns it.
+        others: as for `transformers.Trainer`.
+    """
+
+    def __init__(
+        self, *, beta: float, objective: Objective, attention_implementation: str, **others: Any
+    ) -> None:
+        super().__init__(**others)
+        self.beta = beta
+        self.objective = objective
+        self.attention_implementation = attention_implementation
+        self._base = causal_model(self.model)
+        add_scoring(self._base)
+        # Sums of METRICS over pairs, and how many pairs, since the last line of metrics
+        self._sums: dict[str, Tensor] = {}
+        self._num_pairs: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def _reading_rows(self) -> Iterator[None]:
+        """Give the model the attention that reads a row of pairs; afterwards its own again."""
+        before = self._base.config._attn_implementation
+        self._base.set_attn_implementation(self.attention_implementation)
+        try:
+            yield
+        finally:
+            self._base.set_attn_implementation(before)
+
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Add up the gradients of a whole optimizer step, and return its loss, detached."""
+        model.train()
+        micro_batches = self._micro_batches(inputs)
+        total = torch.zeros((), device=self.args.device)
+        with self._reading_rows():
+            for i, micro_batch in enumerate(micro_batches):
+                is_last = i == len(micro_batches) - 1
+                with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
+                    loss = self.compute_loss(model, micro_batch)
+                    self.accelerator.backward(loss)
+                total += loss.detach()
+        return total
+
+    def _micro_batches(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return a step's micro-batches, each with the totals that its loss is a share of.
+
+        Where several processes average their gradients, the totals are those of all of them.
+        """
+        batch = self._prepare_inputs(inputs)
+        tokens_of_pairs = supervised(batch["counts"], self.objective).float()
+        totals = torch.stack([tokens_of_pairs.sum(), torch.ones_like(tokens_of_pairs).sum()])
+        totals = self.accelerator.reduce(totals, "mean")
+        return [
+            one | {"num_tokens": totals[0], "num_pairs": totals[1]}
+            for one in batch["micro_batches"]
+        ]
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Return a micro-batch's share of the loss."""
+        token_logps = model(
+            input_ids=inputs["input_ids"],
+            position_ids=inputs["position_ids"],
+            attention_mask=attention.mask(
+                self.attention_implementation,
+                inputs["sizes"],
+                inputs["position_ids"],
+                self._base.config,
+            ),
+            sources=inputs["sources"],
+            targets=inputs["targets"],
+        )
+        counts = inputs["counts"]
+        logps = token_logps.new_zeros(counts.numel())
+        losses = orpo(
+            logps.index_add(0, inputs["sums"], token_logps).view_as(counts),
+            counts,
+            beta=self.beta,
+            objective=self.objective,
+            num_tokens=inputs["num_tokens"],
+            num_pairs=inputs["num_pairs"],
+        )
+        self._count(losses, inputs["num_pairs"], "train" if model.training else "eval")
+        return losses.loss
+
+    @torch.no_grad()
+    def _count(self, losses: Losses, num_pairs: Tensor, mode: str) -> None:
+        """Add a micro-batch to the metrics, on its device."""
+        chosen, rejected = losses.chosen_logps, losses.rejected_logps
+        by_pair = (
+            self.beta * chosen,
+            self.beta * rejected,
+            (self.beta * chosen > self.beta * rejected).float(),
+            self.beta * (chosen - rejected),
+            rejected,
+            chosen,
+            # A share of the step's, not of these pairs alone
+            (losses.nll * num_pairs / len(chosen)).expand_as(chosen),
+            logsigmoid(losses.log_odds),
+            losses.log_odds,
+            (chosen > rejected).float(),
+            chosen - rejected,
+            losses.odds_ratio,
+        )
+        sums = torch.stack(by_pair).sum(1)
+        self._sums[mode] = self._sums[mode] + sums if mode in self._sums else sums
+        self._num_pairs[mode] = self._num_pairs.get(mode, 0) + len(chosen)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics since the last line."""
+        mode = "train" if "loss" in logs else "eval"
+        if mode in self._sums:
+            means = self._sums.pop(mode) / self._num_pairs.pop(mode)
+            means = self.accelerator.reduce(means, "mean").tolist()  # device-to-host sync
+            prefix = "eval_" if mode == "eval" else ""
+            logs |= {prefix + name: value for name, value in zip(METRICS, means, strict=True)}
+        super().log(logs, start_time)
+
+    def prediction_step(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """Return the loss of a batch of held-out pairs."""
+        with torch.no_grad(), self._reading_rows():
+            losses = [self.compute_loss(model, one) for one in self._micro_batches(inputs)]
+        return torch.stack(losses).sum(), None, None
+
+
+def build(
+    config: Config,
+    *,
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Data,
+    arguments: dict[str, Any],
+    optimizer: torch.optim.Optimizer,
+    callbacks: list[TrainerCallback],
+) -> OrpoTrainer:
+    """Return a trainer around our own step; the parts are those of `engine.trl.build`.
+
+    Raises:
+        UserError: the model's attention cannot read a prompt and two completions as one row.
+    """
+    assert isinstance(config.engine, SharedPrefixEngine)
+    base = causal_model(model)
+    attention.check(base)
+    implementation = attention.choose(base)
+    collator = Collator(
+        budget=config.engine.tokens_per_microbatch,
+        multiple=attention.BLOCK if implementation == attention.FLEX else 1,
+        prompt_is_scored=config.objective.nll_scope == "prompt_and_completion",
+        pad_token_id=int(tokenizer.pad_token_id),
+    )
+    batch_size = config.train.batch_size
+    ids = ["prompt_ids", "chosen_ids", "rejected_ids"]
+    return OrpoTrainer(
+        beta=config.beta,
+        objective=config.objective,
+        attention_implementation=implementation,
+        model=model,
+        args=TrainingArguments(
+            per_device_train_batch_size=batch_size,
+            per_device_eval_batch_size=batch_size,
+            remove_unused_columns=False,
+            **arguments,
+        ),
+        data_collator=collator,
+        train_dataset=data.train.select_columns(ids),
+        eval_dataset=data.held_out.select_columns(ids) if config.train.eval_steps else None,
+        processing_class=tokenizer,
+        optimizers=(optimizer, None),
+        callbacks=callbacks,
+    )
+
+
+def causal_model(model: Any) -> Any:
+    """Return the causal language model inside adapters."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,0 +1,94 @@
+"""Log-probabilities without logits, against `log_softmax` and against TRL's kernel."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from orpo_lab.engine import head
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {"scale": 1.0, "softcap": None},
+    "scaled": {"scale": 0.4, "softcap": None},
+    "softcapped": {"scale": 1.5, "softcap": 3.0},
+}
+
+
+def make(num: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((num, 7), (13, 7), (13,))
+    numbers = [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
+    targets = torch.randint(13, (num,), generator=generator)
+    states, weight, bias = (one.to(dtype).requires_grad_() for one in numbers)
+    return states, weight, bias, targets
+
+
+def reference(
+    states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float, softcap: Any
+) -> Tensor:
+    logits = torch.nn.functional.linear(states, weight, bias) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_values_and_gradients_are_those_of_log_softmax(
+    monkeypatch: pytest.MonkeyPatch, case: str, has_bias: bool
+) -> None:
+    monkeypatch.setattr(head, "CHUNK", 4)
+    states, weight, bias, targets = make(10, torch.float64)
+    inputs = (states, weight, bias) if has_bias else (states, weight)
+    given = (states, weight, bias if has_bias else None, targets)
+    ours = head.token_logps(*given, **CASES[case])
+    theirs = reference(*given, **CASES[case])
+    assert torch.allclose(ours, theirs, rtol=1e-12)
+    slopes = torch.linspace(-1, 2, 10, dtype=torch.float64)
+    for one, other in zip(
+        torch.autograd.grad(ours, inputs, slopes),
+        torch.autograd.grad(theirs, inputs, slopes),
+        strict=True,
+    ):
+        assert torch.allclose(one, other, rtol=1e-10, atol=1e-14)
+
+
+def test_a_frozen_head_gets_no_gradient() -> None:
+    states, weight, bias, targets = make(300, torch.float32)
+    weight.requires_grad_(False)
+    bias.requires_grad_(False)
+    head.token_logps(states, weight, bias, targets, scale=1.0, softcap=None).sum().backward()
+    assert weight.grad is bias.grad is None
+    assert states.grad is not None
+
+
+def test_under_autocast_products_are_in_bf16_and_sums_in_fp32() -> None:
+    states, weight, bias, targets = make(300, torch.float32)
+    exact = reference(states, weight, bias, targets, 1.0, None)
+    (for_exact,) = torch.autograd.grad(exact.sum(), weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = head.token_logps(states, weight, bias, targets, scale=1.0, softcap=None)
+    ours.sum().backward()
+    assert ours.dtype == torch.float32
+    assert 1e-6 < (ours - exact).abs().max() < 0.1
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.float32
+    assert (weight.grad - for_exact).norm() < 0.01 * for_exact.norm()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_trls_kernel_is_given_what_it_takes(case: str) -> None:
+    """On a CPU it runs in torch; on a GPU the same call runs in Triton."""
+    states, weight, bias, targets = make(10, torch.float32)
+    settings = CASES[case]
+    given = (states, weight, bias, targets, settings["scale"], settings["softcap"])
+    ours, theirs = head._fused_logps(*given), reference(*given)
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    inputs = (states, weight, bias)
+    for one, other in zip(
+        torch.autograd.grad(ours.sum(), inputs),
+        torch.autograd.grad(theirs.sum(), inputs),
+        strict=True,
+    ):
+        assert torch.allclose(one, other, atol=1e-5)

@@ -1,0 +1,554 @@
+"""`engine=shared_prefix` against TRL's step and against the objective's formula."""
+
+import copy
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainerCallback, TrainerControl
+
+from orpo_lab import config, engine, trainer
+from orpo_lab.adapter import attach
+from orpo_lab.data import Data
+from orpo_lab.engine import attention, head, packing, shared_prefix
+from orpo_lab.errors import UserError
+
+Load = Callable[..., config.Config]
+Build = Callable[..., Any]
+Pair = dict[str, list[int]]
+
+TRL = ("engine=trl",)
+SIDES = ("chosen", "rejected")
+
+VOCABULARY = 97
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama_tied": ("llama", {"tie_word_embeddings": True}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral_sliding": ("mistral", {"sliding_window": 5}),
+    "qwen2": ("qwen2", {}),
+    "qwen2_sliding": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
+    "gemma": ("gemma", {"head_dim": 8}),
+    "gemma2": (
+        "gemma2",
+        {"head_dim": 8, "sliding_window": 5, "query_pre_attn_scalar": 8},
+    ),
+    "gemma3": ("gemma3_text", {"head_dim": 8, "sliding_window": 5, "query_pre_attn_scalar": 8}),
+    "phi": ("phi", {"num_key_value_heads": 4, "partial_rotary_factor": 0.5}),
+    "phi3": ("phi3", {"sliding_window": 7}),
+    "granite": ("granite", {"logits_scaling": 3.0}),
+    "cohere": ("cohere", {"logit_scale": 0.5}),
+}
+
+
+def make_model(name: str, **settings: Any) -> Any:
+    """A tiny model with random weights large enough for attention to matter."""
+    kind, own = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    architecture = transformers.AutoConfig.for_model(kind, **{**SIZES, **own, **settings})
+    model = transformers.AutoModelForCausalLM.from_config(architecture)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim >= 2:
+                p.normal_(0, 0.2)
+    model.config.use_cache = False
+    return model
+
+
+def make_pairs(num: int, seed: int = 0) -> list[Pair]:
+    """Random token ids; of several pairs, the first is as short as can be."""
+    numbers = random.Random(seed)
+
+    def ids(size: int) -> list[int]:
+        return [numbers.randrange(3, VOCABULARY) for _ in range(size)]
+
+    shortest = [{"prompt_ids": ids(1), "chosen_ids": ids(1), "rejected_ids": ids(1)}]
+    others = [
+        {
+            "prompt_ids": ids(numbers.randint(1, 14)),
+            "chosen_ids": ids(numbers.randint(1, 12)),
+            "rejected_ids": ids(numbers.randint(1, 12)),
+        }
+        for _ in range(num)
+    ]
+    return (shortest + others)[:num] if num > 1 else others
+
+
+def make_trainer(
+    load: Load,
+    folder: Path,
+    tokenizer: Any,
+    model: Any,
+    pairs: list[Pair],
+    *overrides: str,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """Return an engine's trainer of a model, whose one step takes all pairs."""
+    loaded = load(
+        "optimizer=adamw",
+        "beta=0.3",
+        "dataset.max_length=64",
+        "dataset.max_prompt_length=32",
+        f"train.batch_size={len(pairs)}",
+        "train.max_steps=1",
+        "train.max_grad_norm=0",
+        *overrides,
+    )
+    rows = datasets.Dataset.from_list(pairs)
+    return engine.build(
+        loaded,
+        model=model,
+        tokenizer=tokenizer,
+        data=Data(rows, rows, {}, checkable=False),
+        arguments=trainer.arguments(loaded, folder, dtype),
+        optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
+        callbacks=[],
+    )
+
+
+@pytest.fixture
+def build(load: Load, tokenizer: Any, tmp_path: Path) -> Build:
+    """Make trainers of the test's own models."""
+
+    def make(model: Any, pairs: list[Pair], *overrides: str, **options: Any) -> Any:
+        if TRL[0] in overrides:
+            overrides = (*overrides, f"engine.micro_batch_size={len(pairs)}")
+        return make_trainer(load, tmp_path, tokenizer, model, pairs, *overrides, **options)
+
+    return make
+
+
+class Spy(TrainerCallback):
+    """Keeps the gradients of the last optimizer step."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[str, Tensor] = {}
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        named = model.named_parameters()
+        self.gradients = {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+
+def step(built: Any) -> tuple[float, dict[str, Tensor]]:
+    """Train for one step, and return its loss and gradients."""
+    spy = Spy()
+    built.add_callback(spy)
+    built.train()
+    (loss,) = (line["loss"] for line in built.state.log_history if "loss" in line)
+    return loss, spy.gradients
+
+
+def assert_same(
+    ours: tuple[float, dict[str, Tensor]], theirs: tuple[float, dict[str, Tensor]], limit: float
+) -> None:
+    assert ours[0] == pytest.approx(theirs[0], rel=limit)
+    assert ours[1].keys() == theirs[1].keys()
+    assert len(ours[1]) > 10
+    # Where a gradient is zero but for rounding, its own size is no measure
+    least = 1e-5 * max(reference.abs().max() for reference in theirs[1].values())
+    for name, reference in theirs[1].items():
+        error = (ours[1][name] - reference).abs().max() / max(reference.abs().max(), least)
+        assert error < limit, (name, float(error))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_loss_and_every_gradient_are_trls(build: Build, name: str) -> None:
+    pairs = make_pairs(6)
+    # Softcapped scores are beyond sdpa; our engine finds that out by itself
+    model = make_model(name, **({"attn_implementation": "eager"} if name == "gemma2" else {}))
+    theirs = step(build(copy.deepcopy(model), pairs, *TRL))
+    assert_same(step(build(model, pairs)), theirs, 1e-5)
+
+
+@pytest.mark.parametrize("num", range(1, 9))
+def test_any_number_of_pairs_is_trls(build: Build, num: int) -> None:
+    pairs = make_pairs(num, seed=num)
+    model = make_model("llama")
+    assert_same(step(build(copy.deepcopy(model), pairs)), step(build(model, pairs, *TRL)), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied"])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_gradient_checkpointing_and_adapters_are_trls(
+    build: Build, load: Load, name: str, adapted: bool
+) -> None:
+    pairs = make_pairs(5)
+    model = make_model(name)
+    if adapted:
+        lora = load("optimizer=lora", "optimizer.dropout=0").optimizer
+        assert isinstance(lora, config.Lora)
+        model = attach(model, lora, gradient_checkpointing=True)
+        for parameter_name, p in model.named_parameters():
+            if "lora_B" in parameter_name:
+                torch.nn.init.normal_(p, 0, 0.1)
+    theirs = step(build(copy.deepcopy(model), pairs, *TRL))
+    ours = step(build(model, pairs, "train.gradient_checkpointing=true"))
+    assert_same(ours, theirs, 1e-5)
+
+
+def test_a_4_bit_base_is_trls(build: Build, load: Load, build_model: Any) -> None:
+    loaded = load("optimizer=qlora", "optimizer.dropout=0")
+    pairs = make_pairs(5)
+    networks = [build_model(loaded) for _ in range(2)]
+    for network in networks:
+        torch.manual_seed(1)
+        for name, p in network.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p, 0, 0.1)
+    assert_same(step(build(networks[0], pairs)), step(build(networks[1], pairs, *TRL)), 1e-5)
+
+
+def test_in_bf16_it_is_as_close_to_fp32_as_trl_is(build: Build) -> None:
+    pairs = make_pairs(6)
+    model = make_model("llama")
+    exact = step(build(copy.deepcopy(model), pairs, *TRL))
+    theirs = step(build(copy.deepcopy(model), pairs, *TRL, dtype=torch.bfloat16))
+    ours = step(build(copy.deepcopy(model), pairs, dtype=torch.bfloat16))
+
+    def error(of: tuple[float, dict[str, Tensor]]) -> float:
+        squares = [(of[1][name] - value).square().sum() for name, value in exact[1].items()]
+        norms = [value.square().sum() for value in exact[1].values()]
+        return float((torch.stack(squares).sum() / torch.stack(norms).sum()).sqrt())
+
+    assert 1e-3 < error(theirs) < 0.05
+    assert error(ours) < 1.2 * error(theirs)
+
+
+def reference_loss(model: Any, pairs: list[Pair], beta: float, objective: str) -> Tensor:
+    """The objective from plain sequences, as docs/method.md writes it down."""
+    nll: dict[str, list[Tensor]] = {"tokens": [], "sequences": [], "prompt": []}
+    odds = []
+    for pair in pairs:
+        size = len(pair["prompt_ids"])
+        means = []
+        for side in SIDES:
+            ids = torch.tensor([pair["prompt_ids"] + pair[f"{side}_ids"]])
+            logps = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            logps = logps.gather(1, ids[0, 1:, None])[:, 0]
+            means.append(logps[size - 1 :].mean())
+            if side == "chosen":
+                nll["prompt"] += [-logps]
+                nll["tokens"] += [-logps[size - 1 :]]
+                nll["sequences"] += [-means[0]]
+        odds += [torch.log(p.exp() / (1 - p.exp())) for p in means]
+    log_odds = torch.stack(odds[::2]) - torch.stack(odds[1::2])
+    sft, penalty = {
+        "objective=trl": (torch.cat(nll["prompt"]).mean(), -log_odds.sigmoid().log()),
+        "objective=paper": (torch.stack(nll["sequences"]).mean(), -log_odds.sigmoid().log()),
+        "objective=paper objective.penalty=log_odds": (
+            torch.stack(nll["sequences"]).mean(),
+            -log_odds,
+        ),
+        "objective=trl objective.penalty=log_odds": (torch.cat(nll["prompt"]).mean(), -log_odds),
+        "objective=paper objective.nll_mean=tokens": (
+            torch.cat(nll["tokens"]).mean(),
+            -log_odds.sigmoid().log(),
+        ),
+    }[objective]
+    return sft + beta * penalty.mean()
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        "objective=trl",
+        "objective=paper",
+        "objective=trl objective.penalty=log_odds",
+        "objective=paper objective.penalty=log_odds",
+        "objective=paper objective.nll_mean=tokens",
+    ],
+)
+def test_every_objective_is_its_formula(build: Build, objective: str) -> None:
+    pairs = make_pairs(6)
+    model = make_model("llama").double()
+    loss = reference_loss(model, pairs, 0.3, objective)
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    ours = step(build(model, pairs, *objective.split(), dtype=torch.float64))
+    assert ours[0] == pytest.approx(loss.item(), rel=1e-6)  # logged in fp32
+    assert_same((0.0, ours[1]), (0.0, gradients), 1e-6)  # transformers norms in fp32
+
+
+@pytest.mark.parametrize("objective", ["trl", "paper"])
+def test_any_token_budget_gives_the_same_step(build: Build, objective: str) -> None:
+    pairs = make_pairs(12)
+    model = make_model("llama")
+    whole = step(build(copy.deepcopy(model), pairs, f"objective={objective}"))
+    seen = set()
+    for budget in (1, 40, 60, 150, 4096):
+        built = build(copy.deepcopy(model), pairs, f"objective={objective}")
+        built.data_collator = replace(built.data_collator, budget=budget)
+        batch = next(iter(built.get_train_dataloader()))
+        seen.add(len(batch["micro_batches"]))
+        assert_same(step(built), whole, 1e-5)
+    assert len(seen) == 5
+    assert {1, 12} <= seen
+
+
+@pytest.fixture
+def plain_flex(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flex attention as its own documentation defines it: compiled, it is for GPUs."""
+    for_models = "transformers.integrations.flex_attention"
+    monkeypatch.setattr(f"{for_models}.WrappedFlexAttention.__call__", lambda self: flex_attention)
+
+
+def logps(built: Any, pairs: list[Pair]) -> dict[str, Tensor]:
+    """Log-probabilities of the first pair's tokens by the part they are of, and of the others'."""
+    (micro_batch,) = built.data_collator(pairs)["micro_batches"]
+    told = attention.mask(
+        built.attention_implementation,
+        micro_batch["sizes"],
+        micro_batch["position_ids"],
+        built.model.config,
+    )
+    names = ("input_ids", "position_ids", "sources", "targets")
+    given = {name: micro_batch[name] for name in names}
+    built.model.set_attn_implementation(built.attention_implementation)
+    with torch.no_grad():
+        scored = built.model(**given, attention_mask=told)
+    sums = micro_batch["sums"]
+    first = {name: scored[sums == part] for part, name in enumerate(("prompt", *SIDES))}
+    return first | {"others": scored[sums >= 3]}
+
+
+@pytest.mark.usefixtures("plain_flex")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", ["llama", "mistral_sliding", "gemma2", "phi"])
+@pytest.mark.parametrize("implementation", [attention.BY_PAIR, attention.FLEX])
+def test_rejected_never_sees_chosen_and_pairs_never_see_each_other(
+    build: Build, name: str, implementation: str
+) -> None:
+    pairs = [pair for pair in make_pairs(4) if len(pair["chosen_ids"]) > 1]
+    # The order they are packed in
+    pairs.sort(key=lambda pair: -sum(packing.sizes_of(pair)))
+    changed = copy.deepcopy(pairs)
+    changed[0]["chosen_ids"] = [(i + 1) % VOCABULARY for i in pairs[0]["chosen_ids"]]
+    built = build(make_model(name), pairs)
+    built.attention_implementation = implementation
+    before, after = logps(built, pairs), logps(built, changed)
+    assert torch.equal(before["rejected"], after["rejected"])
+    assert torch.equal(before["others"], after["others"])
+    assert not torch.isclose(before["chosen"], after["chosen"]).all()
+
+
+@pytest.mark.usefixtures("plain_flex")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", ["llama", "mistral_sliding", "qwen2_sliding", "gemma2", "phi3"])
+def test_flex_attention_reads_a_row_as_it_is_read_by_pair(build: Build, name: str) -> None:
+    pairs = make_pairs(5)
+    built = build(make_model(name), pairs)
+    by_pair = logps(built, pairs)
+    built.attention_implementation = attention.FLEX
+    built.data_collator = replace(built.data_collator, multiple=attention.BLOCK)
+    flex = logps(built, pairs)
+    for part, value in by_pair.items():
+        assert torch.allclose(value, flex[part], atol=2e-5), part
+
+
+def test_it_logs_trls_metrics_and_evaluates_as_trl_does(build: Build) -> None:
+    pairs = make_pairs(6)
+    model = make_model("llama")
+    lines = {}
+    for which in ("ours", "trl"):
+        built = build(
+            copy.deepcopy(model), pairs, "train.eval_steps=1", *(TRL if which == "trl" else ())
+        )
+        built.train()
+        lines[which] = built.state.log_history[:2]
+    for ours, theirs in zip(lines["ours"], lines["trl"], strict=True):
+        timing = {key for key in theirs if "runtime" in key or "per_second" in key}
+        expected = {key for key in theirs if "logits/" not in key} - timing
+        assert len(expected) > 12
+        assert expected == ours.keys() - timing
+        for key in expected:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), key
+
+
+class Largest(TorchDispatchMode):
+    """Keeps the size of the largest tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor):
+            self.size = max(self.size, made.numel())
+        return made
+
+
+def test_logits_of_a_step_never_exist_at_once(build: Build) -> None:
+    pairs = make_pairs(24)
+    vocabulary = 20_000
+    built = build(make_model("llama", vocab_size=vocabulary), pairs)
+    batch = next(iter(built.get_train_dataloader()))
+    num_scored = int(batch["counts"].sum())
+    assert num_scored > 1.5 * head.CHUNK
+    with Largest() as largest:
+        built.training_step(built.model, batch)
+    assert head.CHUNK * vocabulary <= largest.size < num_scored * vocabulary
+
+
+class Synchronisations(TorchDispatchMode):
+    """Counts what would wait for a GPU: numbers handed to Python, shapes that depend on values."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(name in func.name() for name in self.WAITS):
+            self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_does_not_wait_for_the_device(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    lists = []
+
+    def tolist(self: Tensor) -> Any:
+        lists.append(self)
+        return self.numpy().tolist()
+
+    built = build(make_model("llama"), make_pairs(6))
+    guard = trainer.NonFiniteGuard(built.optimizer, fp16=False)
+    guard.watch(built)
+    batch = next(iter(built.get_train_dataloader()))
+    monkeypatch.setattr(Tensor, "tolist", tolist)
+    with Synchronisations() as synchronisations:
+        built.training_step(built.model, batch)
+        guard.on_pre_optimizer_step(built.args, built.state, built.control)
+        # The sizes of parts are integers and on the host
+        assert not any(each.is_floating_point() for each in lists)
+        guard.on_step_end(built.args, built.state, TrainerControl(should_log=True))
+        built.log({"loss": 0.0})
+    assert synchronisations.seen == []
+    on_device = [each for each in lists if each.is_floating_point()]
+    assert [len(each) for each in on_device] == [3, len(shared_prefix.METRICS)]
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "bloom": ("bloom", {"n_head": 4}, "takes no position_ids"),
+    "alibi": (
+        "falcon",
+        {"alibi": True, "new_decoder_architecture": False},
+        "biased by distance in the row",
+    ),
+    "mamba": ("mamba", {}, "takes no position_ids|carries a state"),
+    "router": (
+        "mixtral",
+        {"num_local_experts": 2, "output_router_logits": True},
+        "includes that of a router",
+    ),
+    "both_ways": (
+        "gemma3_text",
+        {"head_dim": 8, "use_bidirectional_attention": True},
+        "looks ahead",
+    ),
+    "chunks": (
+        "llama4_text",
+        {"num_local_experts": 2, "head_dim": 8, "attention_chunk_size": 8},
+        "layers of chunked_attention",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_that_a_mask_cannot_tell_is_refused(build: Build, name: str) -> None:
+    kind, own, reason = REFUSED[name]
+    architecture = transformers.AutoConfig.for_model(kind, **{**SIZES, **own})
+    model = transformers.AutoModelForCausalLM.from_config(architecture)
+    with pytest.raises(UserError, match=rf"engine=shared_prefix cannot train .*({reason}).*trl"):
+        build(model, make_pairs(2))
+
+
+def test_the_model_has_its_own_attention_again_after_a_step(build: Build) -> None:
+    built = build(make_model("llama", attn_implementation="eager"), make_pairs(2))
+    built.train()
+    assert built.model.config._attn_implementation == "eager"
+
+
+def test_attention_sinks_are_refused(build: Build) -> None:
+    pairs = make_pairs(2)
+    model = make_model("llama")
+    built = build(model, pairs)
+    model.set_attn_implementation(attention.BY_PAIR)
+    micro_batch = built.data_collator(pairs)["micro_batches"][0]
+    told = attention.mask(attention.BY_PAIR, micro_batch["sizes"], Tensor(), model.config)
+    with pytest.raises(UserError, match="cannot compute s_aux"):
+        model(input_ids=micro_batch["input_ids"], attention_mask=told, s_aux=torch.zeros(4))
+
+
+PROCESSES = """
+import sys, torch, torch.distributed as dist
+from pathlib import Path
+from orpo_lab import config, model
+from tests import test_engine_shared_prefix as tests
+from tests.conftest import compose_config
+folder, num = Path(sys.argv[1]), int(sys.argv[2])
+torch.set_num_threads(1)
+load = lambda *overrides: config.load(compose_config(*overrides))
+tiny = load().model
+built = tests.make_trainer(
+    load, folder, model.load_tokenizer(tiny, model.load_config(tiny)), tests.make_model("llama"),
+    tests.make_pairs(8), f"train.batch_size={8 // num}",
+)
+loss, gradients = tests.step(built)
+if num == 1 or dist.get_rank() == 0:
+    torch.save({"loss": loss, **gradients}, folder / f"{num}.pt")
+if num > 1:
+    dist.barrier()  # neither leaves while the other still needs it
+    dist.destroy_process_group()
+"""
+
+
+def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(PROCESSES)
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for command, num in (([sys.executable], 1), (torchrun, 2)):
+        done = subprocess.run(
+            [*command, str(script), str(tmp_path), str(num)],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+    alone, together = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
+    assert alone.pop("loss") == pytest.approx(together.pop("loss"), rel=1e-5)
+    for name, value in alone.items():
+        assert (value - together[name]).abs().max() / value.abs().max() < 1e-5, name
