@@ -44,6 +44,7 @@ def gradients(folder: str, pairs: str) -> dict[str, dict[int, Tensor]]:
         "optimizer=galore",
         "optimizer.learning_rate=2e-4",
         "train.batch_size=4",
+        "engine=trl",
         "engine.micro_batch_size=4",
         f"train.max_steps={STEPS[-1] + 1}",
         "tracker=none",

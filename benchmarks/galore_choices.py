@@ -55,6 +55,7 @@ def run(model: str, pairs: str, setting: str, seed: int) -> dict[str, float]:
             *([f"optimizer.{setting}"] if setting else []),
             "train.max_steps=30",
             "train.batch_size=4",
+            "engine=trl",
             "engine.micro_batch_size=4",
             "tracker=none",
             f"seed={seed}",

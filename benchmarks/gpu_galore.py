@@ -18,7 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import BitsAndBytesConfig, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from orpo_lab.adapter import attach
 from orpo_lab.config import Qlora
@@ -48,18 +54,16 @@ ADAM: dict[str, Any] = {
 }
 
 
-def make_model(architecture: MistralConfig, device: str) -> MistralForCausalLM:
+def make_model(architecture: PretrainedConfig, device: str) -> PreTrainedModel:
     """Random weights in bf16."""
     torch.manual_seed(0)
     with torch.device(device):
-        torch.set_default_dtype(torch.bfloat16)
-        model = MistralForCausalLM(architecture)
-        torch.set_default_dtype(torch.float32)
+        model = AutoModelForCausalLM.from_config(architecture, dtype=torch.bfloat16)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
 
 
-def make_qlora(architecture: MistralConfig, device: str) -> Any:
+def make_qlora(architecture: PretrainedConfig, device: str) -> Any:
     """The same with linear layers in nf4, and adapters of rank 16."""
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -69,7 +73,7 @@ def make_qlora(architecture: MistralConfig, device: str) -> Any:
     )
     with tempfile.TemporaryDirectory() as folder:
         make_model(architecture, device).save_pretrained(folder)
-        model = MistralForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             folder, quantization_config=quantization, device_map={"": device}, dtype=torch.bfloat16
         )
     keep_4bit_exact(model)
@@ -113,7 +117,7 @@ def train_step(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor) -> Non
     optimizer.zero_grad()
 
 
-def measure_galore(architecture: MistralConfig, device: str, ids: Tensor, rank: int) -> Any:
+def measure_galore(architecture: PretrainedConfig, device: str, ids: Tensor, rank: int) -> Any:
     """Layer-wise, 8-bit, every basis refreshed at the first and the last step."""
     model = make_model(architecture, device)
     low = [layer.weight for layer in projections(model).values()]
@@ -141,7 +145,7 @@ def measure_galore(architecture: MistralConfig, device: str, ids: Tensor, rank: 
     }
 
 
-def measure_qlora(architecture: MistralConfig, device: str, ids: Tensor) -> Any:
+def measure_qlora(architecture: PretrainedConfig, device: str, ids: Tensor) -> Any:
     """8-bit AdamW on the adapters."""
     import bitsandbytes
 

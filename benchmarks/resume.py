@@ -66,7 +66,6 @@ def main(model: str, pairs: str, overrides: list[str]) -> None:
         f"train.save_steps={NUM_STEPS // 2}",
         "train.logging_steps=1",
         "train.batch_size=4",
-        "engine.micro_batch_size=2",
         "tracker=none",
         *overrides,
     ]

@@ -1,0 +1,157 @@
+"""Our step against TRL's on a GPU: `python benchmarks/gpu_step.py`, about 15 minutes on 80 GB.
+
+The architectures of Mistral 7B and Llama 3 8B with random weights, nf4, adapters of rank 16, bf16;
+a step of 8 pairs with UltraFeedback-like lengths, without its update. For both engines at several
+sizes of a micro-batch, with and without gradient checkpointing: wall time per pair and peak memory.
+Then, of each engine, the fastest size, and the largest that stays below 24 GB. `--small` runs the
+same code on any device, for checking it. The last line is one JSON object.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from gpu_galore import SMALL, make_qlora, peak_gb, seconds
+from hydra import compose, initialize_config_dir
+from step import CAP, ROOT, Case, num_slots, random_pairs
+from transformers import LlamaConfig, MistralConfig
+
+from orpo_lab import config, data, engine, model, trainer
+from orpo_lab.quiet import silence_upstream
+from orpo_lab.run_folder import versions
+
+NUM_PAIRS = 8
+NUM_STEPS = 6
+LIMIT_GB = 24.0
+SIZES = {
+    "trl": [f"engine.micro_batch_size={pairs}" for pairs in (1, 2, 4, 8)],
+    "shared_prefix": [f"engine.tokens_per_microbatch={num}" for num in (2048, 4096, 8192)],
+}
+ARCHITECTURES: dict[str, Any] = {
+    "mistral_7b": MistralConfig(sliding_window=None),
+    "llama3_8b": LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+    ),
+}
+
+
+def load_config(which: str, size: str, checkpointing: bool) -> config.Config:
+    """Compose the run that the step is taken from."""
+    overrides = [
+        f"engine={which}",
+        size,
+        "optimizer=qlora",
+        f"dataset.max_length={CAP}",
+        f"dataset.max_prompt_length={CAP * 3 // 4}",
+        f"train.batch_size={NUM_PAIRS}",
+        f"train.gradient_checkpointing={checkpointing}",
+        "model.dtype=bf16",
+    ]
+    config.register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return config.load(compose("config", overrides))
+
+
+def measure(network: Any, pairs: Any, loaded: config.Config, device: str) -> dict[str, Any] | None:
+    """Return time and memory of a step; None: it does not fit."""
+    tokenizer = model.load_tokenizer(loaded.model, model.load_config(loaded.model))
+    which = config.kind(loaded.engine)
+    with tempfile.TemporaryDirectory() as folder:
+        built = engine.build(
+            loaded,
+            model=network,
+            tokenizer=tokenizer,
+            data=data.Data(pairs, pairs, {}, checkable=False),
+            arguments=trainer.arguments(loaded, Path(folder), torch.bfloat16),
+            optimizer=torch.optim.SGD([p for p in network.parameters() if p.requires_grad]),
+            callbacks=[],
+        )
+    num_micro = built.args.gradient_accumulation_steps
+    built.current_gradient_accumulation_steps = num_micro
+    batches = list(built.get_train_dataloader())
+    steps = [batches[i : i + num_micro] for i in range(0, len(batches), num_micro)]
+
+    def take(step: list[Any]) -> None:
+        with torch.autocast(device, torch.bfloat16):  # Trainer.train would wrap the model in it
+            for batch in step:
+                built.training_step(network, batch)
+
+    try:
+        take(steps[0])  # compiles
+        peak_gb(device)
+        times = [seconds(lambda step=step: take(step), device) for step in steps]
+    except torch.cuda.OutOfMemoryError:
+        return None
+    finally:
+        network.zero_grad()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    return {
+        "seconds_per_pair": round(median(times) / NUM_PAIRS, 4),
+        "peak_gb": round(peak_gb(device), 2),
+        "slots_per_pair": round(sum(num_slots(which, batch) for batch in batches) / len(pairs)),
+    }
+
+
+def compare(network: Any, pairs: Any, checkpointing: bool, device: str) -> dict[str, Any]:
+    """Measure both engines at every size."""
+    if checkpointing:
+        network.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        network.gradient_checkpointing_disable()
+    report: dict[str, Any] = {}
+    for which, sizes in SIZES.items():
+        report[which] = {
+            size.split(".")[1]: measure(
+                network, pairs, load_config(which, size, checkpointing), device
+            )
+            for size in sizes
+        }
+        fits = {size: one for size, one in report[which].items() if one}
+        below = [size for size, one in fits.items() if one["peak_gb"] < LIMIT_GB]
+        best = min(fits.values(), key=lambda one: one["seconds_per_pair"], default=None)
+        report[which] |= {"fastest": best, "largest_below_24_gb": below[-1] if below else None}
+    theirs, ours = (report[which]["fastest"] for which in SIZES)
+    if theirs and ours:
+        report["time_ratio"] = round(theirs["seconds_per_pair"] / ours["seconds_per_pair"], 2)
+        report["memory_ratio"] = round(theirs["peak_gb"] / max(ours["peak_gb"], 0.01), 2)
+    return report
+
+
+def main() -> None:
+    """Measure the architectures and print them."""
+    parser = argparse.ArgumentParser(description="Our step against TRL's on a GPU.")
+    parser.add_argument("--small", action="store_true", help="small models, on any device")
+    small = parser.parse_args().small
+    silence_upstream()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not small:
+        parser.error("no GPU here; --small checks the script without one")
+    report: dict[str, Any] = {}
+    for name, architecture in ARCHITECTURES.items():
+        if small:
+            architecture.update(SMALL)
+        pairs = random_pairs(Case(vocabulary=architecture.vocab_size, batches=2 * NUM_STEPS))
+        network = make_qlora(architecture, device)
+        for checkpointing in (True, False):
+            key = f"{name}{'_checkpointing' if checkpointing else ''}"
+            report[key] = compare(network, pairs, checkpointing, device)
+            print(key, json.dumps(report[key]), flush=True)
+        del network
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    print(json.dumps(report | {"device": name, "versions": versions()}))
+
+
+if __name__ == "__main__":
+    main()
