@@ -142,7 +142,11 @@ def main() -> None:
     for name, architecture in ARCHITECTURES.items():
         if small:
             architecture.update(SMALL)
-        pairs = random_pairs(Case(vocabulary=architecture.vocab_size, batches=2 * NUM_STEPS))
+        # Twice, since a case counts batches of 4
+        num_batches = 2 * (1 if small else NUM_STEPS)
+        pairs = random_pairs(Case(vocabulary=architecture.vocab_size, batches=num_batches))
+        if small:
+            pairs = pairs.map(lambda row: {side: ids[:32] for side, ids in row.items()})
         network = make_qlora(architecture, device)
         for checkpointing in (True, False):
             key = f"{name}{'_checkpointing' if checkpointing else ''}"

@@ -317,7 +317,7 @@ class Engine:
 class SharedPrefixEngine(Engine):
     """Our own step: prompts once, packed rows, no logits."""
 
-    tokens_per_microbatch: int = MISSING
+    tokens_per_microbatch: int | None = MISSING
 
     def __post_init__(self) -> None:
         _at_least(1, engine__tokens_per_microbatch=self.tokens_per_microbatch)
@@ -453,11 +453,11 @@ class Config:
 
     def _check_engine(self) -> None:
         if isinstance(self.engine, SharedPrefixEngine):
-            budget, longest = self.engine.tokens_per_microbatch, 2 * self.dataset.max_length - 1
+            budget, longest = self.engine.tokens_per_microbatch, 2 * self.dataset.max_length
             _check(
-                budget >= longest,
-                f"engine.tokens_per_microbatch={budget} must be at least {longest}: a pair of two "
-                f"sequences of dataset.max_length={self.dataset.max_length} may need as many",
+                budget is None or budget >= longest,
+                f"engine.tokens_per_microbatch={budget} must be at least {longest}: a pair may "
+                f"hold two completions of nearly dataset.max_length={self.dataset.max_length}",
             )
         if isinstance(self.engine, TrlEngine):
             size, micro = self.train.batch_size, self.engine.micro_batch_size

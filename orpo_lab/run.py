@@ -60,7 +60,7 @@ def _train(
     # Seconds of imports, once the configuration is known to be good and the folder is ours
     from transformers import set_seed
 
-    from orpo_lab import data, model, report, tracker, trainer
+    from orpo_lab import data, engine, model, report, tracker, trainer
     from orpo_lab.adapter import attach
     from orpo_lab.evaluate import evaluate
 
@@ -82,6 +82,7 @@ def _train(
     if isinstance(config.optimizer, Lora):
         checkpointing = config.train.gradient_checkpointing
         network = attach(network, config.optimizer, gradient_checkpointing=checkpointing)
+    engine.check(config, network)
 
     run = tracker.start(
         config.tracker,

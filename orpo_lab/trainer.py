@@ -71,7 +71,6 @@ def fit(
 
     Raises:
         NonFiniteError: a loss or a gradient is not finite; no weight took it.
-        UserError: the engine cannot train this model.
     """
     num_steps = count_steps(config, len(data.train))
     data = replace(data, train=_whole_batches(data.train, config.train.batch_size))

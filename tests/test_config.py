@@ -113,7 +113,7 @@ GALORE_TORCH = "optimizer.implementation=galore_torch"
         (["train.num_epochs=1"], "exactly one of"),
         (["engine=trl", "objective=paper"], "engine=trl can only compute objective=trl"),
         (["engine=trl", "train.batch_size=12"], "multiple of engine.micro_batch_size"),
-        (["dataset.max_length=4096"], "tokens_per_microbatch=4096 must be at least 8191"),
+        (["engine.tokens_per_microbatch=191"], "tokens_per_microbatch=191 must be at least 192"),
         (["train.warmup_steps=1.5"], "train.warmup_steps"),
         (["optimizer.learning_rate=nan"], "optimizer.learning_rate"),
         (["optimizer.dropout=1"], "optimizer.dropout"),

@@ -304,7 +304,6 @@ def test_real_rows_load_and_the_report_adds_up(
         load,
         assets / "data" / f"{name}.jsonl",
         "dataset.max_length=4096",
-        "engine.tokens_per_microbatch=8192",
         "dataset.max_prompt_length=2048",
         "dataset.overlong=cut_prompt",
     )

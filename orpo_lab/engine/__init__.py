@@ -1,4 +1,4 @@
-"""What computes one optimizer step: `build` is the only way in."""
+"""What computes one optimizer step: `check` a model, then `build` its trainer."""
 
 from typing import Any
 
@@ -8,15 +8,24 @@ from orpo_lab.config import Config, SharedPrefixEngine, TrlEngine
 from orpo_lab.quiet import hidden
 
 
+def check(config: Config, model: Any) -> None:
+    """Refuse a model that the engine would train on something else than its sequences.
+
+    Raises:
+        UserError: it is such a model; says why, and what to use instead.
+    """
+    if isinstance(config.engine, SharedPrefixEngine):
+        from orpo_lab.engine import attention, shared_prefix
+
+        attention.check(shared_prefix.causal_model(model))
+
+
 def build(config: Config, **parts: Any) -> Trainer:
-    """Return the engine's trainer.
+    """Return the engine's trainer, of a model that `check` has passed.
 
     Every engine's trainer has an attribute `beta`, read at each step, and logs under TRL's names
     plus `preference_accuracy` and `logp_margin`, which are free of beta. See
     `engine.trl.build` for the parts.
-
-    Raises:
-        UserError: the engine cannot train this model.
     """
     match config.engine:
         case SharedPrefixEngine():

@@ -21,20 +21,8 @@ from orpo_lab.engine.head import add_scoring
 from orpo_lab.engine.packing import Collator
 from orpo_lab.loss import Losses, orpo, supervised
 
-METRICS = (
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/rejected",
-    "logps/chosen",
-    "nll_loss",
-    "log_odds_ratio",
-    "log_odds_chosen",
-    "preference_accuracy",
-    "logp_margin",
-    "odds_ratio_loss",
-)
+# Tokens of a micro-batch below which its fixed costs show
+MIN_BUDGET = 1024
 
 
 class OrpoTrainer(Trainer):
@@ -56,7 +44,8 @@ class OrpoTrainer(Trainer):
         self.attention_implementation = attention_implementation
         self._base = causal_model(self.model)
         add_scoring(self._base)
-        # Sums of METRICS over pairs, and how many pairs, since the last line of metrics
+        # Sums of the metrics over pairs, and how many pairs, since the last line
+        self._names: tuple[str, ...] = ()
         self._sums: dict[str, Tensor] = {}
         self._num_pairs: dict[str, int] = {}
 
@@ -127,28 +116,13 @@ class OrpoTrainer(Trainer):
         self._count(losses, inputs["num_pairs"], "train" if model.training else "eval")
         return losses.loss
 
-    @torch.no_grad()
     def _count(self, losses: Losses, num_pairs: Tensor, mode: str) -> None:
         """Add a micro-batch to the metrics, on its device."""
-        chosen, rejected = losses.chosen_logps, losses.rejected_logps
-        by_pair = (
-            self.beta * chosen,
-            self.beta * rejected,
-            (self.beta * chosen > self.beta * rejected).float(),
-            self.beta * (chosen - rejected),
-            rejected,
-            chosen,
-            # A share of the step's, not of these pairs alone
-            (losses.nll * num_pairs / len(chosen)).expand_as(chosen),
-            logsigmoid(losses.log_odds),
-            losses.log_odds,
-            (chosen > rejected).float(),
-            chosen - rejected,
-            losses.odds_ratio,
-        )
-        sums = torch.stack(by_pair).sum(1)
+        metrics = pair_metrics(losses, self.beta, num_pairs)
+        self._names = tuple(metrics)
+        sums = torch.stack(tuple(metrics.values())).detach().sum(1)
         self._sums[mode] = self._sums[mode] + sums if mode in self._sums else sums
-        self._num_pairs[mode] = self._num_pairs.get(mode, 0) + len(chosen)
+        self._num_pairs[mode] = self._num_pairs.get(mode, 0) + len(losses.log_odds)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics since the last line."""
@@ -157,7 +131,7 @@ class OrpoTrainer(Trainer):
             means = self._sums.pop(mode) / self._num_pairs.pop(mode)
             means = self.accelerator.reduce(means, "mean").tolist()  # device-to-host sync
             prefix = "eval_" if mode == "eval" else ""
-            logs |= {prefix + name: value for name, value in zip(METRICS, means, strict=True)}
+            logs |= {prefix + name: value for name, value in zip(self._names, means, strict=True)}
         super().log(logs, start_time)
 
     def prediction_step(
@@ -173,6 +147,31 @@ class OrpoTrainer(Trainer):
         return torch.stack(losses).sum(), None, None
 
 
+def pair_metrics(losses: Losses, beta: float, num_pairs: Tensor) -> dict[str, Tensor]:
+    """Return TRL's metrics and the beta-free ones of each of B pairs, [B], under their names.
+
+    Args:
+        losses: of the pairs.
+        beta: weight of the odds-ratio loss.
+        num_pairs: of the whole step, of whose NLL `losses.nll` is a share.
+    """
+    chosen, rejected = losses.chosen_logps, losses.rejected_logps
+    return {
+        "rewards/chosen": beta * chosen,
+        "rewards/rejected": beta * rejected,
+        "rewards/accuracies": (beta * chosen > beta * rejected).to(chosen),
+        "rewards/margins": beta * (chosen - rejected),
+        "logps/rejected": rejected,
+        "logps/chosen": chosen,
+        "nll_loss": (losses.nll * num_pairs / len(chosen)).expand_as(chosen),
+        "log_odds_ratio": logsigmoid(losses.log_odds),
+        "log_odds_chosen": losses.log_odds,
+        "preference_accuracy": (chosen > rejected).to(chosen),
+        "logp_margin": chosen - rejected,
+        "odds_ratio_loss": losses.odds_ratio,
+    }
+
+
 def build(
     config: Config,
     *,
@@ -183,17 +182,11 @@ def build(
     optimizer: torch.optim.Optimizer,
     callbacks: list[TrainerCallback],
 ) -> OrpoTrainer:
-    """Return a trainer around our own step; the parts are those of `engine.trl.build`.
-
-    Raises:
-        UserError: the model's attention cannot read a prompt and two completions as one row.
-    """
+    """Return a trainer around our own step; the parts are those of `engine.trl.build`."""
     assert isinstance(config.engine, SharedPrefixEngine)
-    base = causal_model(model)
-    attention.check(base)
-    implementation = attention.choose(base)
+    implementation = attention.choose(causal_model(model))
     collator = Collator(
-        budget=config.engine.tokens_per_microbatch,
+        budget=config.engine.tokens_per_microbatch or default_budget(config.dataset.max_length),
         multiple=attention.BLOCK if implementation == attention.FLEX else 1,
         prompt_is_scored=config.objective.nll_scope == "prompt_and_completion",
         pad_token_id=int(tokenizer.pad_token_id),
@@ -218,6 +211,11 @@ def build(
         optimizers=(optimizer, None),
         callbacks=callbacks,
     )
+
+
+def default_budget(max_length: int) -> int:
+    """Return twice the longest sequence, which any pair fits, and at least MIN_BUDGET."""
+    return max(MIN_BUDGET, 2 * max_length)
 
 
 def causal_model(model: Any) -> Any:
