@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, linear
 from transformers import PretrainedConfig, PreTrainedModel
 
 from orpo_lab.quiet import hidden
@@ -122,11 +121,18 @@ class _Head:
         """Of everything else, and of sums of products."""
         return torch.promote_types(self.dtype, torch.float32)
 
+    def buffer(self, num: int, weight: Tensor) -> Tensor:
+        """Return room for the products of a chunk: allocating it anew costs as much as a pass."""
+        return weight.new_empty(min(num, CHUNK), len(weight), dtype=self.dtype)
+
     def logits(
-        self, states: Tensor, weight: Tensor, bias: Tensor | None
+        self, states: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Return logits [N, V] and their derivative by the plain product; None: it is 1."""
-        output = linear(states.to(self.dtype), weight, bias).to(self.wide)
+        output = torch.mm(states.to(self.dtype), weight.mT, out=buffer[: len(states)])
+        if bias is not None:
+            output.add_(bias)
+        output = output.to(self.wide)
         if self.softcap is not None:
             bounded = output.mul_(self.scale / self.softcap).tanh_()
             return bounded * self.softcap, self.scale * (1 - bounded.square())
@@ -153,10 +159,14 @@ class _ChunkedLogps(torch.autograd.Function):
         logps = states.new_empty(len(states), dtype=head.wide)
         log_sums = torch.empty_like(logps)
         narrow = head.cast(weight, bias)
+        buffer = head.buffer(len(states), weight)
         for rows in _chunks(len(states)):
-            logits, _ = head.logits(states[rows], *narrow)
-            logps[rows] = -cross_entropy(logits, targets[rows], reduction="none")
-            log_sums[rows] = logits.gather(1, targets[rows, None]).squeeze(1) - logps[rows]
+            logits, _ = head.logits(states[rows], *narrow, buffer)
+            target = logits.gather(1, targets[rows, None])
+            largest = logits.amax(1, keepdim=True)
+            log_sum = logits.sub_(largest).exp_().sum(1, keepdim=True).log_().add_(largest)
+            log_sums[rows] = log_sum.squeeze(1)
+            logps[rows] = (target - log_sum).squeeze(1)
         ctx.head = head
         ctx.save_for_backward(states, weight, bias, targets, log_sums)
         return logps
@@ -173,8 +183,9 @@ class _ChunkedLogps(torch.autograd.Function):
         ]
         of_states, of_weight, of_bias = sums
         narrow = head.cast(weight, bias)
+        buffer = head.buffer(len(states), weight)
         for rows in _chunks(len(states)):
-            logits, derivative = head.logits(states[rows], *narrow)
+            logits, derivative = head.logits(states[rows], *narrow, buffer)
             # d log p(target) / d logits = onehot(target) - p
             slopes = logits.sub_(log_sums[rows, None]).exp_().neg_()
             one = slopes.new_ones(()).expand(len(slopes), 1)
