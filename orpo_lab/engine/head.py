@@ -98,13 +98,18 @@ def _fused_logps(
     scale: float,
     softcap: float | None,
 ) -> Tensor:
+    temperature, others = 1.0, ()
+    return _trl_kernel().apply(
+        states, weight, bias, targets, temperature, TILE, softcap, scale, others
+    )[0]
+
+
+@functools.cache
+def _trl_kernel() -> Any:
     with hidden("wandb"):  # see engine.build
         from trl.kernels import ChunkedLogProbFunction
         from trl.trainer import utils  # noqa: F401  (its backward pass does)
-    temperature, others = 1.0, ()
-    return ChunkedLogProbFunction.apply(
-        states, weight, bias, targets, temperature, TILE, softcap, scale, others
-    )[0]
+    return ChunkedLogProbFunction
 
 
 @dataclass(frozen=True)
@@ -130,19 +135,15 @@ class _Head:
     ) -> tuple[Tensor, Tensor | None]:
         """Return logits [N, V] and their derivative by the plain product; None: it is 1."""
         output = torch.mm(states.to(self.dtype), weight.mT, out=buffer[: len(states)])
+        output = output.to(self.wide)
         if bias is not None:
             output.add_(bias)
-        output = output.to(self.wide)
         if self.softcap is not None:
             bounded = output.mul_(self.scale / self.softcap).tanh_()
             return bounded * self.softcap, self.scale * (1 - bounded.square())
         if self.scale != 1:
             return output.mul_(self.scale), output.new_tensor(self.scale)
         return output, None
-
-    def cast(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return both as the matrix products take them."""
-        return weight.to(self.dtype), None if bias is None else bias.to(self.dtype)
 
 
 class _ChunkedLogps(torch.autograd.Function):
@@ -158,10 +159,10 @@ class _ChunkedLogps(torch.autograd.Function):
     ) -> Tensor:
         logps = states.new_empty(len(states), dtype=head.wide)
         log_sums = torch.empty_like(logps)
-        narrow = head.cast(weight, bias)
+        narrow = weight.to(head.dtype)
         buffer = head.buffer(len(states), weight)
         for rows in _chunks(len(states)):
-            logits, _ = head.logits(states[rows], *narrow, buffer)
+            logits, _ = head.logits(states[rows], narrow, bias, buffer)
             target = logits.gather(1, targets[rows, None])
             largest = logits.amax(1, keepdim=True)
             log_sum = logits.sub_(largest).exp_().sum(1, keepdim=True).log_().add_(largest)
@@ -182,10 +183,10 @@ class _ChunkedLogps(torch.autograd.Function):
             for one, needed in zip(inputs, ctx.needs_input_grad, strict=False)
         ]
         of_states, of_weight, of_bias = sums
-        narrow = head.cast(weight, bias)
+        narrow = weight.to(head.dtype)
         buffer = head.buffer(len(states), weight)
         for rows in _chunks(len(states)):
-            logits, derivative = head.logits(states[rows], *narrow, buffer)
+            logits, derivative = head.logits(states[rows], narrow, bias, buffer)
             # d log p(target) / d logits = onehot(target) - p
             slopes = logits.sub_(log_sums[rows, None]).exp_().neg_()
             one = slopes.new_ones(()).expand(len(slopes), 1)
@@ -193,7 +194,7 @@ class _ChunkedLogps(torch.autograd.Function):
             if derivative is not None:
                 slopes.mul_(derivative)
             if of_states is not None:
-                of_states[rows] = (slopes.to(head.dtype) @ narrow[0]).to(head.wide)
+                of_states[rows] = (slopes.to(head.dtype) @ narrow).to(head.wide)
             if of_weight is not None:
                 of_weight.addmm_(slopes.mT, states[rows].to(head.wide))
             if of_bias is not None:
