@@ -264,7 +264,9 @@ class NonFiniteGuard(TrainerCallback):
         gradients = self._gradients() if self.check_gradients else []
         loss = torch.stack(self.losses).sum().float()
         self.losses.clear()
-        norm = torch.nn.utils.get_total_norm(gradients).to(loss)
+        norm = (
+            torch.nn.utils.get_total_norm(gradients).to(loss) if gradients else loss.new_zeros(())
+        )
         now = torch.stack([torch.full_like(loss, state.global_step + 1), loss, norm])
         if self.seen is None:
             self.seen = torch.zeros_like(now)

@@ -54,13 +54,20 @@ def test_values_and_gradients_are_those_of_log_softmax(
         assert torch.allclose(one, other, rtol=1e-10, atol=1e-14)
 
 
-def test_a_frozen_head_gets_no_gradient() -> None:
-    states, weight, bias, targets = make(300, torch.float32)
+@pytest.mark.parametrize("case", CASES)
+def test_a_frozen_head_gets_no_gradient_and_gives_the_same(case: str) -> None:
+    states, weight, bias, targets = make(300, torch.float64)
+    slopes = torch.linspace(-1, 2, 300, dtype=torch.float64)
+    theirs = reference(states, weight, bias, targets, **CASES[case])
+    (expected,) = torch.autograd.grad(theirs, states, slopes)
     weight.requires_grad_(False)
     bias.requires_grad_(False)
-    head.token_logps(states, weight, bias, targets, scale=1.0, softcap=None).sum().backward()
+    ours = head.token_logps(states, weight, bias, targets, **CASES[case])
+    ours.backward(slopes)
+    assert torch.allclose(ours, theirs, rtol=1e-12)
     assert weight.grad is bias.grad is None
     assert states.grad is not None
+    assert torch.allclose(states.grad, expected, rtol=1e-10, atol=1e-14)
 
 
 def test_under_autocast_products_are_in_bf16_and_sums_in_fp32() -> None:

@@ -329,12 +329,7 @@ def plain_flex(monkeypatch: pytest.MonkeyPatch) -> None:
 def logps(built: Any, pairs: list[Pair]) -> dict[str, Tensor]:
     """Log-probabilities of the first pair's tokens by the part they are of, and of the others'."""
     (micro_batch,) = built.data_collator(pairs)["micro_batches"]
-    told = attention.mask(
-        built.attention_implementation,
-        micro_batch["sizes"],
-        micro_batch["position_ids"],
-        built.model.config,
-    )
+    told = attention.mask(built.attention_implementation, micro_batch, built.model.config)
     names = ("input_ids", "position_ids", "sources", "targets")
     given = {name: micro_batch[name] for name in names}
     built.model.set_attn_implementation(built.attention_implementation)
@@ -511,7 +506,7 @@ def test_attention_sinks_are_refused(build: Build) -> None:
     built = build(model, pairs)
     model.set_attn_implementation(attention.BY_PAIR)
     micro_batch = built.data_collator(pairs)["micro_batches"][0]
-    told = attention.mask(attention.BY_PAIR, micro_batch["sizes"], Tensor(), model.config)
+    told = attention.mask(attention.BY_PAIR, micro_batch, model.config)
     with pytest.raises(UserError, match="cannot compute s_aux"):
         model(input_ids=micro_batch["input_ids"], attention_mask=told, s_aux=torch.zeros(4))
 

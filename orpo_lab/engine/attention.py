@@ -7,8 +7,7 @@ one would be taken for packed sequences, which cuts the rejected completion off 
 """
 
 import inspect
-import logging
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,19 +15,18 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.utils import is_triton_available
 
 from orpo_lab.errors import UserError
-
-log = logging.getLogger(__name__)
 
 FLEX = "flex_attention"
 BY_PAIR = "orpo_lab_by_pair"
 # What flex attention works in; rows of other lengths would be compiled anew each
 BLOCK = 128
+# Smaller heads are beyond its kernels
+MIN_FLEX_HEAD = 16
 # Kinds of layers that can be told by who sees whom
 EXPRESSIBLE = {"full_attention", "sliding_attention"}
-
-Sizes = Sequence[tuple[int, int, int]]
 
 
 def check(model: PreTrainedModel) -> None:
@@ -45,7 +43,8 @@ def check(model: PreTrainedModel) -> None:
         "it takes no position_ids, so positions cannot restart": "position_ids" not in parameters,
         "its attention is biased by distance in the row (alibi)": getattr(config, "alibi", False),
         "it carries a state from token to token": getattr(model, "_is_stateful", False),
-        "its attention cannot be exchanged": not model._supports_attention_backend,
+        "its attention cannot be exchanged": not model._supports_attention_backend
+        or not model._can_set_attn_implementation(),
         "its attention looks ahead": getattr(config, "use_bidirectional_attention", False)
         or not getattr(config, "is_causal", True),
         f"it has layers of {', '.join(sorted(others))}": others,
@@ -59,45 +58,58 @@ def check(model: PreTrainedModel) -> None:
 
 
 def choose(model: PreTrainedModel) -> str:
-    """Return the implementation that rows are read with: FLEX on a GPU, else BY_PAIR."""
-    return FLEX if model.device.type == "cuda" and model._supports_flex_attn else BY_PAIR
+    """Return the implementation that rows are read with: FLEX where it runs, else BY_PAIR."""
+    config = model.config.get_text_config()
+    head_size = (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    possible = (
+        model.device.type == "cuda"
+        and model._supports_flex_attn
+        and is_triton_available()
+        and head_size >= MIN_FLEX_HEAD
+    )
+    return FLEX if possible else BY_PAIR
 
 
 def mask(
-    implementation: str, sizes: Sizes, positions: Tensor, config: PretrainedConfig
+    implementation: str, micro_batch: Mapping[str, Any], config: PretrainedConfig
 ) -> Tensor | BlockMask | dict[str, BlockMask]:
     """Return what the model takes as `attention_mask`.
 
     Args:
         implementation: as `choose` returns it.
-        sizes: tokens of prompt, chosen and rejected of each pair in the row, B triples.
-        positions: of the row's tokens, [1, T].
+        micro_batch: `sizes`, `parts` and `position_ids` as `packing.Collator` lays them out.
         config: of the model: how far its layers see.
 
     Returns:
         For BY_PAIR the sizes, [1, 1, B, 3], on the host. For FLEX a block mask [1, 1, T, T], or one
         for each kind of layer where a model has several.
     """
+    sizes = micro_batch["sizes"]
     if implementation == BY_PAIR:
         return torch.tensor([[sizes]])
     text = config.get_text_config()
-    window = getattr(text, "sliding_window", None)
-    kinds = set(getattr(text, "layer_types", None) or ())
-    if not kinds:
-        return _block_mask(sizes, positions, window)
-    masks = {
-        kind: _block_mask(sizes, positions, window if kind == "sliding_attention" else None)
-        for kind in sorted(kinds)
-    }
+    longest = max(prompt + max(chosen, rejected) for prompt, chosen, rejected in sizes)
+    masks: dict[str, BlockMask] = {}
+    for layer, kind in enumerate(getattr(text, "layer_types", None) or [""]):
+        window = _window(text, layer)
+        within = window is None or window >= longest  # then it hides nothing
+        masks[kind] = masks.get(kind) or _block_mask(micro_batch, None if within else window)
     return masks if len(masks) > 1 else masks.popitem()[1]
 
 
-def _block_mask(sizes: Sizes, positions: Tensor, window: int | None) -> BlockMask:
-    counts = torch.tensor(sizes).flatten()
+def _window(config: PretrainedConfig, layer: int) -> int | None:
+    """Return how many tokens a layer sees, the token itself included; None: all before it."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds and kinds[layer] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def _block_mask(micro_batch: Mapping[str, Tensor], window: int | None) -> BlockMask:
+    parts, positions = micro_batch["parts"], micro_batch["position_ids"]
     width = positions.shape[1]
-    # A number for each part, three to a pair, and one for padding, which sees itself
-    counts = torch.cat([counts, width - counts.sum(0, keepdim=True)])
-    parts = torch.arange(len(counts)).repeat_interleave(counts).to(positions.device)
 
     def sees(row: Any, head: Any, query: Any, key: Any) -> Any:
         own, other = parts[query], parts[key]
@@ -111,26 +123,24 @@ def _block_mask(sizes: Sizes, positions: Tensor, window: int | None) -> BlockMas
 
 
 def by_pair(
-    module: torch.nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor,
     scaling: float | None = None,
-    sliding_window: int | None = None,
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Read each completion of each pair behind its prompt; an attention function of transformers.
 
     Args:
-        module: the attention layer.
+        module: the attention layer, whose `config` says how far it sees.
         query: [1, heads, T, D].
         key: [1, key heads, T, D].
         value: likewise.
         attention_mask: the sizes of each pair's parts, [1, 1, B, 3], as `mask` returns them.
         scaling: scores are multiplied by it.
-        sliding_window: tokens that a token of this layer sees, itself included; None: all before.
         softcap: scores are kept within it by tanh.
         others: not used.
 
@@ -143,15 +153,16 @@ def by_pair(
     for extra in ("s_aux", "position_bias"):
         if others.get(extra) is not None:
             raise UserError(f"engine=shared_prefix cannot compute {extra}; use engine=trl")
+    window = _window(module.config, module.layer_idx)
 
     def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """The queries are the last of the tokens that the keys are of."""
         num, num_keys = queries.shape[2], keys.shape[2]
         seen = None
-        if num < num_keys or sliding_window is not None or softcap is not None:
+        if num < num_keys or window is not None or softcap is not None:
             places = torch.arange(num_keys, device=queries.device)
             distance = places[num_keys - num :, None] - places
-            seen = ((distance >= 0) & (distance < (sliding_window or num_keys)))[None, None]
+            seen = ((distance >= 0) & (distance < (window or num_keys)))[None, None]
         if softcap is not None:
             return _softcapped(queries, keys, values, seen, scaling, softcap)
         return sdpa_attention_forward(module, queries, keys, values, seen, scaling=scaling)[0]

@@ -55,10 +55,8 @@ def logit_scale(config: PretrainedConfig) -> float:
         # Granite and its kin divide, HyperCLOVA X multiplies
         multiplies = config.model_type == "hyperclovax"
         return config.logits_scaling if multiplies else 1 / config.logits_scaling
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:
-            return getattr(config, name)
-    return 1.0
+    scale = getattr(config, "logit_scale", None)
+    return 1.0 if scale is None else scale
 
 
 def token_logps(
@@ -98,9 +96,9 @@ def _fused_logps(
     scale: float,
     softcap: float | None,
 ) -> Tensor:
-    temperature, others = 1.0, ()
+    temperature, outputs = 1.0, ()  # none beside the log-probabilities
     return _trl_kernel().apply(
-        states, weight, bias, targets, temperature, TILE, softcap, scale, others
+        states, weight, bias, targets, temperature, TILE, softcap, scale, outputs
     )[0]
 
 
@@ -161,21 +159,32 @@ class _ChunkedLogps(torch.autograd.Function):
         log_sums = torch.empty_like(logps)
         narrow = weight.to(head.dtype)
         buffer = head.buffer(len(states), weight)
+        of_states, of_weight, of_bias = ctx.needs_input_grad[:3]
+        # A frozen head needs no second look at its logits: what the states' gradient is but for a
+        # factor a row can be had from the first
+        by_row = torch.empty_like(states) if of_states and not (of_weight or of_bias) else None
         for rows in _chunks(len(states)):
-            logits, _ = head.logits(states[rows], narrow, bias, buffer)
+            logits, derivative = head.logits(states[rows], narrow, bias, buffer)
             target = logits.gather(1, targets[rows, None])
             largest = logits.amax(1, keepdim=True)
-            log_sum = logits.sub_(largest).exp_().sum(1, keepdim=True).log_().add_(largest)
+            total = logits.sub_(largest).exp_().sum(1, keepdim=True)
+            log_sum = total.log().add_(largest)
             log_sums[rows] = log_sum.squeeze(1)
             logps[rows] = (target - log_sum).squeeze(1)
-        ctx.head = head
-        ctx.save_for_backward(states, weight, bias, targets, log_sums)
+            if by_row is not None:
+                slopes = _slopes(logits.div_(total), targets[rows], derivative)
+                by_row[rows] = (slopes.to(head.dtype) @ narrow).to(states.dtype)
+        ctx.head, ctx.by_row = head, by_row
+        if by_row is None:
+            ctx.save_for_backward(states, weight, bias, targets, log_sums)
         return logps
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         head = ctx.head
+        if ctx.by_row is not None:
+            return (ctx.by_row * gradient[:, None]).to(ctx.by_row.dtype), *[None] * 4
         *inputs, targets, log_sums = ctx.saved_tensors
         states, weight, bias = inputs
         sums = [
@@ -187,12 +196,8 @@ class _ChunkedLogps(torch.autograd.Function):
         buffer = head.buffer(len(states), weight)
         for rows in _chunks(len(states)):
             logits, derivative = head.logits(states[rows], narrow, bias, buffer)
-            # d log p(target) / d logits = onehot(target) - p
-            slopes = logits.sub_(log_sums[rows, None]).exp_().neg_()
-            one = slopes.new_ones(()).expand(len(slopes), 1)
-            slopes.scatter_add_(1, targets[rows, None], one).mul_(gradient[rows, None])
-            if derivative is not None:
-                slopes.mul_(derivative)
+            probabilities = logits.sub_(log_sums[rows, None]).exp_()
+            slopes = _slopes(probabilities, targets[rows], derivative).mul_(gradient[rows, None])
             if of_states is not None:
                 of_states[rows] = (slopes.to(head.dtype) @ narrow).to(head.wide)
             if of_weight is not None:
@@ -203,6 +208,16 @@ class _ChunkedLogps(torch.autograd.Function):
             None if sum_ is None else sum_.to(i.dtype) for sum_, i in zip(sums, inputs, strict=True)
         )
         return *gradients, None, None
+
+
+def _slopes(probabilities: Tensor, targets: Tensor, derivative: Tensor | None) -> Tensor:
+    """Return d log p(target) / d output of the head, [N, V], in the place of the probabilities.
+
+    By the logits it is onehot(target) - p.
+    """
+    slopes = probabilities.neg_()
+    slopes.scatter_add_(1, targets[:, None], slopes.new_ones(()).expand(len(slopes), 1))
+    return slopes if derivative is None else slopes.mul_(derivative)
 
 
 def _chunks(num: int) -> Iterator[slice]:

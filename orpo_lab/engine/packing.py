@@ -62,10 +62,10 @@ class Collator:
         """Return one micro-batch: B pairs in a row of T tokens.
 
         `sizes` are the tokens of prompt, chosen and rejected of each pair. `input_ids` and
-        `position_ids` are [1, T]. What is scored is a flat list of N tokens, by pair and by part:
-        `sources` is the place whose hidden state predicts it, `targets` its id, `sums` the place in
-        the flattened [B * 3] that its log-probability is added to; `counts` [B, 3] says how many
-        each gets.
+        `position_ids` are [1, T]; `parts` [T] numbers the parts, three to a pair, and the padding.
+        What is scored is a flat list of N tokens, by pair and by part: `sources` is the place whose
+        hidden state predicts it, `targets` its id, `sums` the place in the flattened [B * 3] that
+        its log-probability is added to; `counts` [B, 3] says how many each gets.
         """
         sizes = [sizes_of(pair) for pair in pairs]
         input_ids: list[int] = []
@@ -87,11 +87,13 @@ class Collator:
             targets += [*pair["chosen_ids"], *pair["rejected_ids"]]
         padding = -len(input_ids) % self.multiple
         counts = torch.tensor(sizes)
+        parts = torch.tensor([*counts.flatten(), padding])
         counts[:, 0] = counts[:, 0] - 1 if self.prompt_is_scored else 0
         return {
             "sizes": sizes,
             "input_ids": torch.tensor([input_ids + [self.pad_token_id] * padding]),
             "position_ids": torch.tensor([position_ids + [0] * padding]),
+            "parts": torch.arange(len(parts)).repeat_interleave(parts),
             "sources": torch.tensor(sources),
             "targets": torch.tensor(targets),
             "sums": torch.arange(counts.numel()).repeat_interleave(counts.flatten()),

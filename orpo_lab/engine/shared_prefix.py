@@ -94,12 +94,7 @@ class OrpoTrainer(Trainer):
         token_logps = model(
             input_ids=inputs["input_ids"],
             position_ids=inputs["position_ids"],
-            attention_mask=attention.mask(
-                self.attention_implementation,
-                inputs["sizes"],
-                inputs["position_ids"],
-                self._base.config,
-            ),
+            attention_mask=attention.mask(self.attention_implementation, inputs, self._base.config),
             sources=inputs["sources"],
             targets=inputs["targets"],
         )
@@ -202,6 +197,8 @@ def build(
             per_device_train_batch_size=batch_size,
             per_device_eval_batch_size=batch_size,
             remove_unused_columns=False,
+            # The next step's batch travels while this one is computed
+            accelerator_config={"non_blocking": True},
             **arguments,
         ),
         data_collator=collator,
