@@ -82,7 +82,7 @@ def _train(
     if isinstance(config.optimizer, Lora):
         checkpointing = config.train.gradient_checkpointing
         network = attach(network, config.optimizer, gradient_checkpointing=checkpointing)
-    engine.check(config, network)
+    engine.check(config, network, dtype)
 
     run = tracker.start(
         config.tracker,

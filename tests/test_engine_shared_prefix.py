@@ -22,7 +22,7 @@ from transformers import TrainerCallback, TrainerControl
 from orpo_lab import config, engine, trainer
 from orpo_lab.adapter import attach
 from orpo_lab.data import Data
-from orpo_lab.engine import attention, head, packing
+from orpo_lab.engine import attention, head, packing, shared_prefix
 from orpo_lab.errors import UserError
 
 Load = Callable[..., config.Config]
@@ -55,6 +55,19 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_sliding": (
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
+    # Its layers never tell the attention function of their window
+    "qwen2_moe_sliding": (
+        "qwen2_moe",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "max_window_layers": 1,
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 24,
+        },
     ),
     "gemma": ("gemma", {"head_dim": 8}),
     "gemma2": (
@@ -329,12 +342,11 @@ def plain_flex(monkeypatch: pytest.MonkeyPatch) -> None:
 def logps(built: Any, pairs: list[Pair]) -> dict[str, Tensor]:
     """Log-probabilities of the first pair's tokens by the part they are of, and of the others'."""
     (micro_batch,) = built.data_collator(pairs)["micro_batches"]
-    told = attention.mask(built.attention_implementation, micro_batch, built.model.config)
-    names = ("input_ids", "position_ids", "sources", "targets")
-    given = {name: micro_batch[name] for name in names}
-    built.model.set_attn_implementation(built.attention_implementation)
-    with torch.no_grad():
-        scored = built.model(**given, attention_mask=told)
+    implementation = built.attention_implementation
+    with torch.no_grad(), shared_prefix.reading_rows(built.model, implementation):
+        scored = shared_prefix.token_logps(
+            built.model, micro_batch, implementation, built.model.config
+        )
     sums = micro_batch["sums"]
     first = {name: scored[sums == part] for part, name in enumerate(("prompt", *SIDES))}
     return first | {"others": scored[sums >= 3]}
@@ -476,6 +488,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"head_dim": 8, "use_bidirectional_attention": True},
         "looks ahead",
     ),
+    "sinks": (
+        "gpt_oss",
+        {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8},
+        "compute s_aux",
+    ),
     "chunks": (
         "llama4_text",
         {"num_local_experts": 2, "head_dim": 8, "attention_chunk_size": 8},
@@ -489,9 +506,30 @@ def test_a_model_that_would_read_a_row_otherwise_is_refused(load: Load, name: st
     kind, own, reason = REFUSED[name]
     architecture = transformers.AutoConfig.for_model(kind, **{**SIZES, **own})
     model = transformers.AutoModelForCausalLM.from_config(architecture)
-    with pytest.raises(UserError, match=rf"engine=shared_prefix cannot train .*({reason}).*trl"):
-        engine.check(load(), model)
-    engine.check(load("engine=trl"), model)
+    with pytest.raises(UserError, match=rf"engine=shared_prefix cannot .*({reason}).*trl"):
+        engine.check(load(), model, torch.float32)
+    engine.check(load("engine=trl"), model, torch.float32)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_model_that_reads_a_row_as_its_sequences_passes(load: Load, name: str) -> None:
+    model = make_model(name)
+    before = model.config._attn_implementation
+    engine.check(load(), model, torch.float32)
+    engine.check(load(), model, torch.bfloat16)
+    assert model.config._attn_implementation == before
+    assert model.training
+
+
+def test_a_model_with_more_than_an_output_head_is_refused(load: Load) -> None:
+    architecture = transformers.AutoConfig.for_model("modernbert-decoder", **SIZES)
+    model = transformers.AutoModelForCausalLM.from_config(architecture)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim >= 2:
+                p.normal_(0, 0.2)
+    with pytest.raises(UserError, match=r"differ by .* nats a token on average; use engine=trl"):
+        engine.check(load(), model, torch.float32)
 
 
 def test_the_model_has_its_own_attention_again_after_a_step(build: Build) -> None:

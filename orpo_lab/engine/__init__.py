@@ -2,22 +2,28 @@
 
 from typing import Any
 
+import torch
 from transformers import Trainer
 
 from orpo_lab.config import Config, SharedPrefixEngine, TrlEngine
 from orpo_lab.quiet import hidden
 
 
-def check(config: Config, model: Any) -> None:
+def check(config: Config, model: Any, dtype: torch.dtype) -> None:
     """Refuse a model that the engine would train on something else than its sequences.
+
+    Args:
+        config: the run.
+        model: on its device, with adapters if it has any.
+        dtype: precision of the arithmetic.
 
     Raises:
         UserError: it is such a model; says why, and what to use instead.
     """
     if isinstance(config.engine, SharedPrefixEngine):
-        from orpo_lab.engine import attention, shared_prefix
+        from orpo_lab.engine import shared_prefix
 
-        attention.check(shared_prefix.causal_model(model))
+        shared_prefix.check(model, dtype)
 
 
 def build(config: Config, **parts: Any) -> Trainer:

@@ -23,9 +23,11 @@ def add_scoring(model: PreTrainedModel) -> None:
 
     `sources` are places in the flattened input, `targets` the token ids whose log-probability the
     hidden states there give. Any other call is what it was. Goes through the model's own forward,
-    so that wrappers (peft, DistributedDataParallel, autocast) see it.
+    so that wrappers (peft, DistributedDataParallel, autocast) see it. A second call does nothing.
     """
     plain = model.forward
+    if hasattr(plain, "adds_scoring"):
+        return
     config = model.config.get_text_config()
 
     @functools.wraps(type(model).forward)  # generation asks for its signature
@@ -46,6 +48,7 @@ def add_scoring(model: PreTrainedModel) -> None:
             softcap=getattr(config, "final_logit_softcapping", None),
         )
 
+    forward.adds_scoring = True  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)
 
 

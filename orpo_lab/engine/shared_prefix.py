@@ -12,17 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from orpo_lab.config import Config, Objective, SharedPrefixEngine
 from orpo_lab.data import Data
 from orpo_lab.engine import attention
 from orpo_lab.engine.head import add_scoring
 from orpo_lab.engine.packing import Collator
+from orpo_lab.errors import UserError, one_line
 from orpo_lab.loss import Losses, orpo, supervised
 
 # Tokens of a micro-batch below which its fixed costs show
 MIN_BUDGET = 1024
+# A pair to try a model on: prompt, chosen, rejected
+PROBE = [3, 4, 5, 6], [7, 8, 9, 10, 11, 12], [13, 14, 15, 16, 17]
+# Nats a token that rounding may set two readings of it apart; a wrong one is off by more
+MAX_APART = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.25}
 
 
 class OrpoTrainer(Trainer):
@@ -49,16 +60,6 @@ class OrpoTrainer(Trainer):
         self._sums: dict[str, Tensor] = {}
         self._num_pairs: dict[str, int] = {}
 
-    @contextlib.contextmanager
-    def _reading_rows(self) -> Iterator[None]:
-        """Give the model the attention that reads a row of pairs; afterwards its own again."""
-        before = self._base.config._attn_implementation
-        self._base.set_attn_implementation(self.attention_implementation)
-        try:
-            yield
-        finally:
-            self._base.set_attn_implementation(before)
-
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
@@ -66,7 +67,7 @@ class OrpoTrainer(Trainer):
         model.train()
         micro_batches = self._micro_batches(inputs)
         total = torch.zeros((), device=self.args.device)
-        with self._reading_rows():
+        with reading_rows(self._base, self.attention_implementation):
             for i, micro_batch in enumerate(micro_batches):
                 is_last = i == len(micro_batches) - 1
                 with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
@@ -91,17 +92,11 @@ class OrpoTrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Return a micro-batch's share of the loss."""
-        token_logps = model(
-            input_ids=inputs["input_ids"],
-            position_ids=inputs["position_ids"],
-            attention_mask=attention.mask(self.attention_implementation, inputs, self._base.config),
-            sources=inputs["sources"],
-            targets=inputs["targets"],
-        )
+        scored = token_logps(model, inputs, self.attention_implementation, self._base.config)
         counts = inputs["counts"]
-        logps = token_logps.new_zeros(counts.numel())
+        logps = scored.new_zeros(counts.numel())
         losses = orpo(
-            logps.index_add(0, inputs["sums"], token_logps).view_as(counts),
+            logps.index_add(0, inputs["sums"], scored).view_as(counts),
             counts,
             beta=self.beta,
             objective=self.objective,
@@ -137,7 +132,7 @@ class OrpoTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
         """Return the loss of a batch of held-out pairs."""
-        with torch.no_grad(), self._reading_rows():
+        with torch.no_grad(), reading_rows(self._base, self.attention_implementation):
             losses = [self.compute_loss(model, one) for one in self._micro_batches(inputs)]
         return torch.stack(losses).sum(), None, None
 
@@ -207,6 +202,89 @@ def build(
         processing_class=tokenizer,
         optimizers=(optimizer, None),
         callbacks=callbacks,
+    )
+
+
+def check(model: Any, dtype: torch.dtype) -> None:
+    """Read a pair both as a row and as two sequences, and refuse a model that sees a difference.
+
+    What is known of its attention is asked first, for a clearer reason (`attention.check`).
+
+    Args:
+        model: on its device, with adapters if it has any; left in the mode it came in.
+        dtype: precision of the arithmetic.
+
+    Raises:
+        UserError: it cannot be trained on rows.
+    """
+    base = causal_model(model)
+    attention.check(base)
+    add_scoring(base)
+    name, was_training = type(base).__name__, base.training
+    base.eval()
+    try:
+        with (
+            torch.no_grad(),
+            torch.autocast(base.device.type, dtype, enabled=dtype != torch.float32),
+        ):
+            apart = _apart(base)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(
+            f"engine=shared_prefix cannot train {name}: it does not take a row of a pair "
+            f"({one_line(error)[:200]}); use engine=trl"
+        ) from error
+    finally:
+        base.train(was_training)
+    if not apart < MAX_APART[dtype]:
+        raise UserError(
+            f"engine=shared_prefix cannot train {name}: a pair read as one row and as two "
+            f"sequences differ by {apart:.2g} nats a token on average; use engine=trl"
+        )
+
+
+def _apart(base: Any) -> float:
+    """Return how far a row and its two sequences are apart, in nats a token."""
+    prompt, chosen, rejected = PROBE
+    pair = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+    collator = Collator(
+        budget=MIN_BUDGET, multiple=1, prompt_is_scored=True, pad_token_id=prompt[0]
+    )
+    row = {
+        key: value.to(base.device) if isinstance(value, Tensor) else value
+        for key, value in collator.lay_out([pair]).items()
+    }
+    expected = []
+    for ids in (prompt + chosen, prompt + rejected):
+        sequence = torch.tensor([ids], device=base.device)
+        logps = base(input_ids=sequence, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+        expected.append(logps.gather(1, sequence[0, 1:, None])[:, 0])
+    expected[1] = expected[1][len(prompt) - 1 :]
+    with reading_rows(base, attention.BY_PAIR):
+        seen = token_logps(base, row, attention.BY_PAIR, base.config)
+    return float((seen - torch.cat(expected)).abs().mean())
+
+
+@contextlib.contextmanager
+def reading_rows(base: Any, implementation: str) -> Iterator[None]:
+    """Give a model the attention that reads a row of pairs; afterwards its own again."""
+    before = base.config._attn_implementation
+    base.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(before)
+
+
+def token_logps(
+    model: Any, micro_batch: dict[str, Any], implementation: str, config: PretrainedConfig
+) -> Tensor:
+    """Return the log-probabilities of what is scored of a micro-batch, [N]."""
+    return model(
+        input_ids=micro_batch["input_ids"],
+        position_ids=micro_batch["position_ids"],
+        attention_mask=attention.mask(implementation, micro_batch, config),
+        sources=micro_batch["sources"],
+        targets=micro_batch["targets"],
     )
 
 
