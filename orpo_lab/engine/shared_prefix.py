@@ -192,8 +192,8 @@ def build(
             per_device_train_batch_size=batch_size,
             per_device_eval_batch_size=batch_size,
             remove_unused_columns=False,
-            # The next step's batch travels while this one is computed
-            accelerator_config={"non_blocking": True},
+            # To a GPU the next step's batch travels while this one is computed
+            accelerator_config={"non_blocking": torch.cuda.is_available()},
             **arguments,
         ),
         data_collator=collator,
