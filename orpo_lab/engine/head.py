@@ -12,8 +12,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from orpo_lab.quiet import hidden
 
-# Rows of logits that exist at once on a CPU, computed again in the backward pass
+# Rows of logits that exist at once on a CPU
 CHUNK = 256
+# Chunks whose slopes are kept for the backward pass where the head is trained; those of the others
+# are computed again. A chunk saves a product of the size of its logits, and costs their memory.
+NUM_KEPT = 4
 # Columns of the vocabulary in a tile of TRL's kernel, its own choice
 TILE = 32768
 
@@ -148,10 +151,10 @@ class _Head:
 
 
 class _ChunkedLogps(torch.autograd.Function):
-    """Log-probabilities by chunks of rows, whose logits are computed again in the backward pass.
+    """Log-probabilities by chunks of rows, most of whose logits are computed again going backward.
 
     What the same chunks would compute under `torch.utils.checkpoint`, and faster: beside the matrix
-    products only passes in place are left.
+    products only passes in place are left, and the first chunks keep what they came to.
     """
 
     @staticmethod
@@ -163,21 +166,27 @@ class _ChunkedLogps(torch.autograd.Function):
         narrow = weight.to(head.dtype)
         buffer = head.buffer(len(states), weight)
         of_states, of_weight, of_bias = ctx.needs_input_grad[:3]
+        trains_head = of_weight or of_bias
         # A frozen head needs no second look at its logits: what the states' gradient is but for a
         # factor a row can be had from the first
-        by_row = torch.empty_like(states) if of_states and not (of_weight or of_bias) else None
+        by_row = torch.empty_like(states) if of_states and not trains_head else None
+        kept: dict[int, Tensor] = {}
         for rows in _chunks(len(states)):
-            logits, derivative = head.logits(states[rows], narrow, bias, buffer)
+            keeps = trains_head and len(kept) < NUM_KEPT
+            into = head.buffer(len(states), weight) if keeps else buffer
+            logits, derivative = head.logits(states[rows], narrow, bias, into)
             target = logits.gather(1, targets[rows, None])
             largest = logits.amax(1, keepdim=True)
             total = logits.sub_(largest).exp_().sum(1, keepdim=True)
             log_sum = total.log().add_(largest)
             log_sums[rows] = log_sum.squeeze(1)
             logps[rows] = (target - log_sum).squeeze(1)
-            if by_row is not None:
+            if keeps:
+                kept[rows.start] = _slopes(logits.div_(total), targets[rows], derivative)
+            elif by_row is not None:
                 slopes = _slopes(logits.div_(total), targets[rows], derivative)
                 by_row[rows] = (slopes.to(head.dtype) @ narrow).to(states.dtype)
-        ctx.head, ctx.by_row = head, by_row
+        ctx.head, ctx.by_row, ctx.kept = head, by_row, kept
         if by_row is None:
             ctx.save_for_backward(states, weight, bias, targets, log_sums)
         return logps
@@ -198,9 +207,12 @@ class _ChunkedLogps(torch.autograd.Function):
         narrow = weight.to(head.dtype)
         buffer = head.buffer(len(states), weight)
         for rows in _chunks(len(states)):
-            logits, derivative = head.logits(states[rows], narrow, bias, buffer)
-            probabilities = logits.sub_(log_sums[rows, None]).exp_()
-            slopes = _slopes(probabilities, targets[rows], derivative).mul_(gradient[rows, None])
+            slopes = ctx.kept.pop(rows.start, None)
+            if slopes is None:
+                logits, derivative = head.logits(states[rows], narrow, bias, buffer)
+                probabilities = logits.sub_(log_sums[rows, None]).exp_()
+                slopes = _slopes(probabilities, targets[rows], derivative)
+            slopes.mul_(gradient[rows, None])
             if of_states is not None:
                 of_states[rows] = (slopes.to(head.dtype) @ narrow).to(head.wide)
             if of_weight is not None:
