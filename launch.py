@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import os
 import re
+import signal
 import sys
 import traceback
 from dataclasses import fields
@@ -21,7 +22,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from orpo_lab import config
-from orpo_lab.errors import UserError, one_line
+from orpo_lab.errors import Terminated, UserError, one_line
+from orpo_lab.run_folder import RunFolder
+from orpo_lab.sweep import Start, Sweep
 
 # One line per failed job: Hydra's basic launcher would go on and exit 0
 failures: list[str] = []
@@ -30,33 +33,53 @@ failures: list[str] = []
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def launch(composed: DictConfig) -> None:
     """Run one job in the folder that Hydra has made for it; a failure is said and remembered."""
-    folder = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
+    hydra_config = HydraConfig.get()
+    folder = Path(os.path.relpath(hydra_config.runtime.output_dir))
+    is_sweep = hydra_config.mode == RunMode.MULTIRUN
     try:
-        run_job(composed, folder)
+        run_job(composed, folder, Sweep(folder.parent) if is_sweep else None)
     except UserError as error:
-        _remove_if_empty(folder)
-        failures.append(f"error: {error}")
+        _remember(f"error: {error}", folder, is_sweep)
+        print(failures[-1], file=sys.stderr)
+    except SystemExit as error:
+        if not is_sweep:
+            raise
+        _remember(f"error: the job called sys.exit({error.code!r})", folder, is_sweep)
         print(failures[-1], file=sys.stderr)
     except Exception as error:
-        failures.append(f"error: {type(error).__name__}: {one_line(error)} (in {folder})")
+        line = f"error: {type(error).__name__}: {one_line(error)} (in {folder})"
+        _remember(line, folder, is_sweep)
         traceback.print_exc()
 
 
-def run_job(composed: DictConfig, folder: Path) -> None:
-    """Check one job's configuration, then run it."""
+def run_job(composed: DictConfig, folder: Path, sweep: Sweep | None) -> None:
+    """Check one job's configuration, then run it, unless its sweep has run it already."""
     loaded = config.load(composed)
     hydra_config = HydraConfig.get()
-    is_sweep = hydra_config.mode == RunMode.MULTIRUN
+    with (
+        sweep.claim(loaded, folder) if sweep else contextlib.nullcontext(RunFolder(folder)) as place
+    ):
+        if place is None:
+            return
 
-    from orpo_lab import run
+        from orpo_lab import run
 
-    run.train(
-        loaded,
-        folder,
-        choices=dict(hydra_config.runtime.choices),
-        overrides=list(hydra_config.overrides.task),
-        sweep=Path(hydra_config.sweep.dir).name if is_sweep else None,
-    )
+        run.train(
+            loaded,
+            place.path,
+            choices=dict(hydra_config.runtime.choices),
+            overrides=list(hydra_config.overrides.task),
+            sweep=sweep,
+            number=hydra_config.job.num if sweep else 0,
+        )
+
+
+def _remember(failure: str, folder: Path, is_sweep: bool) -> None:
+    """Remember a failure; a sweep also keeps that of a job that never began a run."""
+    failures.append(failure)
+    if is_sweep and folder.is_dir() and not (folder / "status.json").exists():
+        RunFolder(folder).set_status("failed", failure.removeprefix("error: "), exit_code=1)
+    _remove_if_empty(folder)
 
 
 def _remove_if_empty(folder: Path) -> None:
@@ -114,6 +137,8 @@ def main() -> None:
     config.register()
     # Hydra then raises its errors as they are, and `explain` can say them in one line
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    signal.signal(signal.SIGTERM, _terminate)
+    code = 0
     try:
         launch()
     except (HydraException, OmegaConfBaseException, ValueError) as error:
@@ -121,8 +146,15 @@ def main() -> None:
     except OSError as error:
         # The run folder cannot be made
         sys.exit(f"error: {one_line(error)}; choose another folder with hydra.run.dir=...")
-    if failures:
-        sys.exit(1)
+    except KeyboardInterrupt as error:
+        code = 143 if isinstance(error, Terminated) else 130
+        print("stopped", file=sys.stderr)
+    failed = Start.sweep.close(Start.tracker) if Start.sweep else failures
+    sys.exit(code or int(bool(failed)))
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
 
 
 if __name__ == "__main__":

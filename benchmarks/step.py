@@ -227,7 +227,7 @@ def measure_memory(case: Case, which: str, options: argparse.Namespace) -> int:
         if p.requires_grad:
             p.grad = torch.zeros_like(p).add_(0)
     largest = max(built.get_train_dataloader(), key=lambda batch: num_slots(which, batch))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew, from what is held now
+    trainer.reset_peak_memory()
     before = trainer.peak_memory_bytes()
     built.training_step(network, largest)
     return trainer.peak_memory_bytes() - before

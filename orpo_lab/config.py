@@ -9,10 +9,11 @@ together. Both raise a `ValueError` that names the key to change.
 """
 
 import hashlib
+import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -392,6 +393,7 @@ class WandbTracker(Tracker):
     entity: str | None = MISSING
     group: str | None = MISSING
     tags: list[str] = MISSING
+    summary_run: bool = MISSING
 
     def __post_init__(self) -> None:
         _one_of(("auto", "online", "offline"), tracker__mode=self.mode)
@@ -411,6 +413,7 @@ class Config:
     beta: float = MISSING
     beta_end: float = MISSING
     resume: str | None = MISSING
+    accept_changes: bool = MISSING
     model: Model = MISSING
     quantization: Quantization = MISSING
     optimizer: Optimizer = MISSING
@@ -509,12 +512,53 @@ def kind(section: Any) -> str:
     raise KeyError(type(section).__name__)
 
 
+# What moves no weight and no held-out figure: a resumed run may change it
+FREE = (
+    "resume",
+    "accept_changes",
+    "name",
+    "tracker",
+    "train.logging_steps",
+    "train.eval_steps",
+    "train.save_steps",
+    "train.num_checkpoints",
+)
+
+
+def identity(config: Config) -> str:
+    """Return a hash of all that a run's result depends on; what is never read is left out."""
+    fixed = asdict(config)
+    for key in FREE:
+        *groups, last = key.split(".")
+        section = fixed
+        for one in groups:
+            section = section[one]
+        del section[last]
+    if isinstance(config.beta_schedule, Constant):
+        del fixed["beta_end"]
+    kinds = {
+        group: kind(getattr(config, group))
+        for group in SCHEMAS
+        if group not in ("train", "tracker")
+    }
+    return _hash([fixed, kinds])
+
+
+def hash_of(section: Any) -> str:
+    """Return a hash of a typed section of the configuration: its kind and its values."""
+    return _hash([kind(section), asdict(section)])
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def slug(text: str) -> str:
     """Return `text` as one safe folder name of at most 120 characters.
 
     A cut name ends in a hash of the whole, so that two long names stay apart.
     """
-    safe = re.sub(r"[^A-Za-z0-9=.,_-]+", "-", text).strip("-.") or "run"
+    safe = re.sub(r"[^A-Za-z0-9=.,+_-]+", "-", text).strip("-.") or "run"
     if len(safe) <= 120:
         return safe
     return f"{safe[:107]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"

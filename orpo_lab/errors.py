@@ -1,4 +1,4 @@
-"""The one exception that is for the user."""
+"""What ends a run early: the user's mistakes and the user's wish."""
 
 
 class UserError(ValueError):
@@ -8,6 +8,20 @@ class UserError(ValueError):
     without a traceback and exits with code 1; every other exception is a defect of ours and keeps
     its traceback.
     """
+
+
+class NonFiniteError(UserError):
+    """Numbers that training or a model came to are NaN or infinite; nothing of them is kept."""
+
+
+LIKELY_CAUSES = (
+    "Likely causes: optimizer.learning_rate or beta too high for this model, too short a "
+    "train.warmup_steps, or model.dtype=fp16 overflowing (try bf16 or fp32)"
+)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: to be treated as Ctrl-C is."""
 
 
 def one_line(error: BaseException | str) -> str:

@@ -3,8 +3,11 @@
 All figures are free of beta, so they compare across betas and along an annealed run.
 """
 
+import json
 import math
-from dataclasses import dataclass
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -15,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from orpo_lab.config import Dataset
 from orpo_lab.data import Data, embedded
+from orpo_lab.errors import LIKELY_CAUSES, NonFiniteError
 from orpo_lab.loss import log_odds_ratio
 
 # Padded tokens in one forward pass without gradients; bounds memory, does not change the figures
@@ -38,14 +42,6 @@ class Generation:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """The held-out metrics and the generations they rest on."""
-
-    metrics: dict[str, Any]
-    generations: list[Generation]
-
-
-@dataclass(frozen=True)
 class Scores:
     """log P(y|x) of every held-out pair, the mean over a completion's tokens (Eq. 3), [N]."""
 
@@ -59,6 +55,50 @@ class Scores:
         return Scores(
             self.chosen_logps[indices], self.rejected_logps[indices], self.chosen_sizes[indices]
         )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The held-out metrics, and what they rest on."""
+
+    metrics: dict[str, Any]
+    scores: Scores
+    generations: list[Generation]
+    """Of the first pairs, as many as `dataset.num_generations` asks for."""
+    seconds: float
+    """What it took."""
+
+    def by_pair(self) -> dict[str, list[Any]]:
+        """Return columns with a row for every held-out pair; None where it was not answered."""
+        unanswered = [None] * (len(self.scores.chosen_logps) - len(self.generations))
+        answers = self.generations
+        return {
+            "chosen_logp": self.scores.chosen_logps.tolist(),
+            "rejected_logp": self.scores.rejected_logps.tolist(),
+            "chosen_tokens": [int(size) for size in self.scores.chosen_sizes],
+            "correct": [one.correct for one in answers] + unanswered,
+            "generated_tokens": [one.num_tokens for one in answers] + unanswered,
+            "repetition": [one.repetition for one in answers] + unanswered,
+        }
+
+    def save(self, file: Path) -> None:
+        """Write it all to a JSON file."""
+        scores = {name: value.tolist() for name, value in vars(self.scores).items()}
+        parts = {
+            "metrics": self.metrics,
+            "scores": scores,
+            "generations": list(map(asdict, self.generations)),
+            "seconds": self.seconds,
+        }
+        file.write_text(json.dumps(parts))
+
+    @classmethod
+    def restore(cls, file: Path) -> "Evaluation":
+        """Read what `save` has written."""
+        parts = json.loads(file.read_text())
+        scores = {name: torch.tensor(values) for name, values in parts["scores"].items()}
+        generations = [Generation(**one) for one in parts["generations"]]
+        return cls(parts["metrics"], Scores(**scores), generations, parts["seconds"])
 
 
 def evaluate(
@@ -78,14 +118,19 @@ def evaluate(
         data: tokenized pairs.
         config: how many prompts to answer, and how long.
         dtype: precision of the arithmetic, as in training.
-        desc: what the progress bars say.
+        desc: what the progress bars say: before or after.
+
+    Raises:
+        NonFiniteError: the model's log-probability of a completion is not finite.
     """
+    start = time.perf_counter()
     was_training = model.training
     model.eval()
     on = next(model.parameters()).device.type
     try:
         with torch.no_grad(), torch.autocast(on, dtype, enabled=dtype != torch.float32):
             scores = score(model, tokenizer, data.held_out, desc)
+            _check_finite(scores, desc)
             asked = data.held_out.select(range(min(config.num_generations, len(data.held_out))))
             generations = generate(
                 model, tokenizer, asked, config.max_new_tokens, check=data.checkable, desc=desc
@@ -95,7 +140,18 @@ def evaluate(
     metrics = preference_metrics(scores) | generation_metrics(generations)
     if data.checkable:
         metrics["by_wording"] = by_wording(data.held_out["wording"][:], scores, generations)
-    return Evaluation(metrics, generations)
+    return Evaluation(metrics, scores, generations, time.perf_counter() - start)
+
+
+def _check_finite(scores: Scores, desc: str) -> None:
+    """Refuse what no figure can be made of: the last update may have ruined the weights."""
+    both = torch.stack([scores.chosen_logps, scores.rejected_logps])
+    num = int((~torch.isfinite(both).all(0)).sum())
+    if num:
+        raise NonFiniteError(
+            f"{desc} training, {num} of {both.shape[1]} held-out pairs have log-probabilities that "
+            f"are not finite: the model's weights are unusable. {LIKELY_CAUSES}"
+        )
 
 
 def score(

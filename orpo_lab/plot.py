@@ -1,7 +1,12 @@
-"""The picture of a run, from its `metrics.jsonl` alone."""
+"""The pictures of a run, from its `metrics.jsonl` alone, and of a comparison of runs."""
 
+import io
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from orpo_lab.compare import Comparison, Setting
 
 # Okabe and Ito's colours, which colour-blind readers tell apart
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
@@ -76,3 +81,136 @@ def _draw_panel(
         axes.set_ylim(bottom=0)
     if drawn > 1:
         axes.legend(fontsize=8, frameon=False)
+
+
+# What is drawn over the steps for every setting: metric, axis label. Free of beta, so comparable.
+CURVES = (
+    ("beta", "beta"),
+    ("nll_loss", "SFT loss (nats)"),
+    ("preference_accuracy", "training preference accuracy"),
+    ("logp_margin", "training logp margin (nats)"),
+)
+LINES = {
+    "constant": "-",
+    "linear": "--",
+    "cosine": "-.",
+    "step": ":",
+    "hold_then_anneal": (0, (6, 2)),
+}
+MARKERS = {"constant": "o", "linear": "s", "cosine": "D", "step": "^", "hold_then_anneal": "v"}
+
+Picture = tuple[str, bytes]
+
+
+def comparison(compared: "Comparison") -> dict[str, Picture]:
+    """Return the pictures of a comparison by name: a caption and a PNG."""
+    pictures = {"pareto": _pareto(compared)}
+    for key, label in CURVES:
+        if any(key in line for run in compared.runs for line in run.metrics):
+            pictures[key] = _curves(compared.settings, key, label)
+    return pictures
+
+
+def _colours(settings: Sequence["Setting"]) -> list[Any]:
+    """Return a colour for every setting: the same beta, the same colour; dark is low."""
+    from matplotlib import colormaps
+
+    betas = sorted({setting.values["beta"] for setting in settings})
+    ramp = colormaps["viridis"]
+    return [
+        ramp(0.9 * betas.index(setting.values["beta"]) / max(len(betas) - 1, 1))
+        for setting in settings
+    ]
+
+
+def _figure(height: float = 4.2) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, height), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _png(figure: Any, num_labels: int) -> bytes:
+    """Return the picture, its legend below it where it hides nothing."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    columns = 1 if max(map(len, labels), default=0) > 32 else 2
+    if num_labels <= 24:
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=columns, fontsize=9, frameon=False
+        )
+    file = io.BytesIO()
+    figure.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()
+
+
+def _pareto(compared: "Comparison") -> Picture:
+    """Preference accuracy against the first quality, with intervals over pairs and seeds."""
+    quality = compared.qualities[0]
+    figure, axes = _figure(height=5)
+    standings = compared.verdict.standings
+    for setting, standing, colour in zip(
+        compared.settings, standings, _colours(compared.settings), strict=True
+    ):
+        x, y = standing.qualities[0], standing.accuracy
+        at = quality.sign * x.estimate
+        ends = sorted((quality.sign * x.low, quality.sign * x.high))
+        axes.errorbar(
+            at,
+            y.estimate,
+            xerr=[[max(at - ends[0], 0)], [max(ends[1] - at, 0)]],
+            yerr=[[max(y.estimate - y.low, 0)], [max(y.high - y.estimate, 0)]],
+            fmt=MARKERS[setting.values["beta_schedule"]],
+            color=colour,
+            elinewidth=1,
+            label=setting.name,
+        )
+    best = max(standing.qualities[0].estimate for standing in standings)
+    axes.axvline(quality.sign * (best - quality.margin), color=GREY, linestyle=":", linewidth=1)
+    if quality.sign < 0:
+        axes.invert_xaxis()  # better is to the right, whatever is measured
+    axes.set_xlabel(quality.name + (f" ({quality.unit})" if quality.unit else ""))
+    axes.set_ylabel("preference accuracy")
+    caption = (
+        f"Preference accuracy against {quality.name}: up and to the right is better; left of the "
+        "dotted line quality is worse than the margin allows"
+    )
+    return caption, _png(figure, len(standings))
+
+
+def _curves(settings: Sequence["Setting"], key: str, label: str) -> Picture:
+    """One metric over the steps: a setting's mean over its seeds, and their range."""
+    figure, axes = _figure()
+    for setting, colour in zip(settings, _colours(settings), strict=True):
+        runs = [
+            {line["step"]: line[key] for line in run.metrics if key in line} for run in setting.runs
+        ]
+        steps = sorted(set.intersection(*map(set, runs)))
+        values = [[run[step] for run in runs] for step in steps]
+        axes.plot(
+            steps,
+            [sum(one) / len(one) for one in values],
+            color=colour,
+            linestyle=LINES[setting.values["beta_schedule"]],
+            marker="o" if len(steps) < 12 else None,
+            markersize=3,
+            label=setting.name,
+        )
+        if len(runs) > 1:
+            axes.fill_between(
+                steps,
+                list(map(min, values)),
+                list(map(max, values)),
+                color=colour,
+                alpha=0.15,
+                linewidth=0,
+            )
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel(label)
+    return f"{label[0].upper()}{label[1:]} over the steps, mean and range of the seeds", _png(
+        figure, len(settings)
+    )

@@ -5,6 +5,8 @@ import logging
 import re
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from orpo_lab.config import Config, Lora
@@ -19,6 +21,20 @@ log = logging.getLogger(__name__)
 
 # Generations shown side by side; the metrics are over all of them
 NUM_SAMPLES = 8
+
+# A row for every held-out pair, before and after; docs/configuration.md says what each column is
+SCORES = pa.schema(
+    [
+        ("pair", pa.int64()),
+        ("when", pa.string()),
+        ("chosen_logp", pa.float64()),
+        ("rejected_logp", pa.float64()),
+        ("chosen_tokens", pa.int64()),
+        ("correct", pa.bool_()),
+        ("generated_tokens", pa.int64()),
+        ("repetition", pa.float64()),
+    ]
+)
 
 # Metric, what it is, which way is better
 SHOWN = (
@@ -41,6 +57,7 @@ def summarize(
         "before": before.metrics,
         "after": after.metrics,
         "train": dataclasses.asdict(stats),
+        "evaluation_seconds": {"before": before.seconds, "after": after.seconds},
         "dataset_fingerprint": {
             "train": data.report["train"]["fingerprint"],
             "held_out": data.report["held_out"]["fingerprint"],
@@ -50,6 +67,19 @@ def summarize(
     }
     place.write_json("summary.json", summary)
     return summary
+
+
+def save_scores(place: RunFolder, before: Evaluation, after: Evaluation) -> None:
+    """Write `scores.parquet`: every held-out pair's scores, which a comparison of runs rests on."""
+    tables = []
+    for when, evaluation in (("before", before), ("after", after)):
+        columns = evaluation.by_pair()
+        num = len(columns["chosen_logp"])
+        columns = {"pair": list(range(num)), "when": [when] * num, **columns}
+        tables.append(pa.table(columns, schema=SCORES))
+    part = place.path / "scores.parquet.part"
+    pq.write_table(pa.concat_tables(tables), part)
+    part.replace(place.path / "scores.parquet")
 
 
 def save_final(

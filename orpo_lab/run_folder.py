@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from orpo_lab.config import Config
+from orpo_lab.config import FREE, Config, identity
 from orpo_lab.errors import UserError, one_line
 
 # What a token or a password looks like, wherever it stands in a value
@@ -29,16 +29,6 @@ PACKAGES = (
     "datasets",
     "hydra-core",
     "wandb",
-)
-# What a resumed run may change: none of it moves a weight
-FREE_ON_RESUME = (
-    "resume",
-    "name",
-    "tracker",
-    "train.logging_steps",
-    "train.eval_steps",
-    "train.save_steps",
-    "train.num_checkpoints",
 )
 
 
@@ -75,14 +65,14 @@ class RunFolder:
         resolved = mask(dataclasses.asdict(config))
         if config.resume:
             self._check_same(resolved)
-        elif self._file("status.json").exists():
+        elif self._file("config.yaml").exists():
             raise UserError(f"{self.path} holds a run already; choose another with hydra.run.dir")
         groups = {group: one for group, one in choices.items() if "/" not in group}
         chosen = {"choices": groups, "overrides": mask(overrides)}
         try:
             self.write("config.yaml", yaml.safe_dump(resolved, sort_keys=False))
             self.write("choices.yaml", yaml.safe_dump(chosen, sort_keys=False))
-            self.set_status("running")
+            self.set_status("running", config_hash=identity(config))
         except OSError as error:
             raise UserError(f"{self.path} cannot be written to: {one_line(error)}") from error
         return {**resolved, "choices": groups}
@@ -90,12 +80,12 @@ class RunFolder:
     def _check_same(self, resolved: dict[str, Any]) -> None:
         if not self._file("config.yaml").is_file():
             raise UserError(f"resume={self.path} is not a run folder: no config.yaml in it")
-        before = _flat(yaml.safe_load(self._file("config.yaml").read_text()))
-        now = _flat(resolved)
+        before = flat(self.read_yaml("config.yaml"))
+        now = flat(resolved)
         changed = [
             f"{key}: {before.get(key)} -> {now.get(key)}"
             for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and not key.startswith(FREE_ON_RESUME)
+            if before.get(key) != now.get(key) and not key.startswith(FREE)
         ]
         if changed:
             raise UserError(
@@ -113,14 +103,39 @@ class RunFolder:
         part.write_text(text, encoding="utf-8")
         os.replace(part, self._file(name))
 
+    def read_yaml(self, name: str) -> dict[str, Any]:
+        """Return what `config.yaml` or `choices.yaml` says."""
+        return yaml.safe_load(self._file(name).read_text(encoding="utf-8"))
+
     def write_json(self, name: str, value: Any) -> None:
         """Write a value as JSON, secrets masked."""
         self.write(name, json.dumps(mask(value), indent=2) + "\n")
 
-    def set_status(self, state: str, reason: str = "", exit_code: int | None = None) -> None:
-        """Write `status.json`: running, finished, failed or stopped, why, and the exit code."""
+    def set_status(
+        self,
+        state: str,
+        reason: str = "",
+        exit_code: int | None = None,
+        config_hash: str | None = None,
+    ) -> None:
+        """Write `status.json`: running, finished, failed or stopped, why, and the exit code.
+
+        Args:
+            state: what the run has come to.
+            reason: one line, for people.
+            exit_code: the process's.
+            config_hash: see `config.identity`; None: as it was.
+        """
         status = {"state": state, "reason": reason, "exit_code": exit_code}
-        self.write_json("status.json", status)
+        status["config_hash"] = config_hash or self.status().get("config_hash")
+        self.write("status.json", json.dumps(status | {"reason": mask(reason)}, indent=2) + "\n")
+
+    def status(self) -> dict[str, Any]:
+        """Return `status.json`; before there is one, the run has not begun."""
+        file = self._file("status.json")
+        if not file.exists():
+            return {"state": "missing", "reason": "", "exit_code": None}
+        return json.loads(file.read_text(encoding="utf-8"))
 
     def append_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Append a line to `metrics.jsonl`."""
@@ -138,14 +153,21 @@ class RunFolder:
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def natural_order(path: Path) -> list[tuple[int, str]]:
+    """Sort key: numbers in a name by their value, so that job 10 comes after job 9."""
+    parts = re.findall(r"\d+|\D+", path.name)
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested dictionaries as one, with keys like `train.max_steps`."""
+    pairs: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            pairs |= flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
-    return flat
+            pairs[prefix + key] = value
+    return pairs
 
 
 def versions() -> dict[str, str]:

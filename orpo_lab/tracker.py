@@ -3,6 +3,7 @@
 import logging
 import netrc
 import os
+import secrets
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -68,8 +69,47 @@ def start(
             log.info("W&B: disabled by WANDB_MODE")
             return Untracked()
         case WandbTracker():
-            return WandbRun(tracker, folder=folder, name=name, config=config, sweep=sweep)
+            choices = config["choices"]
+            return WandbRun(
+                tracker,
+                folder=folder,
+                name=name,
+                config=config,
+                group=tracker.group or sweep,
+                job_type="train",
+                tags=[
+                    choices[group] for group in ("model", "dataset", "optimizer", "beta_schedule")
+                ],
+            )
     raise TypeError(f"no tracker: {tracker!r}")
+
+
+def publish_comparison(
+    tracker: Tracker, folder: Path, verdict: list[str], settings: list[dict[str, str]]
+) -> None:
+    """Log a sweep's comparison as a run of its own, where `tracker.summary_run` asks for it.
+
+    Args:
+        tracker: which tracker, and its settings.
+        folder: the sweep's, with the reports in it.
+        verdict: what it says.
+        settings: the table of settings.
+    """
+    if not isinstance(tracker, WandbTracker) or os.environ.get("WANDB_MODE") == "disabled":
+        return
+    if not tracker.summary_run:
+        return
+    run = WandbRun(
+        tracker,
+        folder=folder,
+        name=f"{folder.name}-comparison",
+        config={},
+        group=tracker.group or folder.name,
+        job_type="comparison",
+        tags=[],
+    )
+    run.report_comparison(folder, verdict, settings)
+    run.finish(0)
 
 
 class WandbRun:
@@ -82,18 +122,21 @@ class WandbRun:
         folder: Path,
         name: str,
         config: dict[str, Any],
-        sweep: str | None,
+        group: str | None,
+        job_type: str,
+        tags: list[str],
     ) -> None:
         import wandb
 
         self._wandb = wandb
         online, why = self._decide(tracker)
-        choices = config["choices"]
-        tags = [choices[group] for group in ("model", "dataset", "optimizer", "beta_schedule")]
         options: dict[str, Any] = {
             "project": tracker.project,
             "entity": tracker.entity,
-            "group": tracker.group or sweep,
+            "group": group,
+            "job_type": job_type,
+            # One run in W&B for one folder, also where a sweep runs a job again
+            "id": _run_id(folder),
             "tags": mask([*tags, *tracker.tags]),
             "name": name,
             "config": config,
@@ -116,6 +159,9 @@ class WandbRun:
                 self._run = wandb.init(mode="online", **options)
             except Exception as error:  # whatever W&B's client or its service process raises
                 online, why = False, f"the server does not take the run ({one_line(error)[:150]})"
+                # W&B's service process still holds the id that was refused
+                (folder / "wandb_id").unlink()
+                options["id"] = _run_id(folder)
         if not online:
             self._run = wandb.init(mode="offline", **options)
             log.info(
@@ -155,6 +201,27 @@ class WandbRun:
 
         self._safely(send)
 
+    def report_comparison(
+        self, folder: Path, verdict: list[str], settings: list[dict[str, str]]
+    ) -> None:
+        """Log a sweep's reports as an artifact, its pictures, and its settings as a table."""
+
+        def send() -> None:
+            artifact = self._wandb.Artifact(f"comparison-{self._run.id}", type="report")
+            for name in ("report.html", "report.md"):
+                artifact.add_file(str(folder / name))
+            artifact.add_dir(str(folder / "report"), name="report")
+            self._run.log_artifact(artifact)
+            pictures = sorted((folder / "report").glob("*.png"))
+            images = {f"plots/{path.stem}": self._wandb.Image(str(path)) for path in pictures}
+            columns = list(settings[0])
+            rows = [[row.get(key, "") for key in columns] for row in settings]
+            table = self._wandb.Table(columns=columns, data=rows)
+            self._run.log({**images, "settings": table})
+            self._run.summary.update({"verdict": " ".join(verdict)})
+
+        self._safely(send)
+
     def finish(self, exit_code: int) -> None:
         """Close the run as finished (0) or failed."""
         self._safely(lambda: self._run.finish(exit_code=exit_code))
@@ -167,6 +234,15 @@ class WandbRun:
             log.warning(
                 "W&B: %s; the run goes on, its folder has everything", one_line(error)[:200]
             )
+
+
+def _run_id(folder: Path) -> str:
+    """Return the folder's W&B run id, made once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "wandb_id"
+    if not file.exists():
+        file.write_text(secrets.token_hex(4))
+    return file.read_text()
 
 
 def _in_netrc(server: str) -> bool:

@@ -4,6 +4,7 @@ What computes a step is the engine's; the loop, the learning rate, the checkpoin
 `transformers.Trainer`.
 """
 
+import contextlib
 import logging
 import math
 import time
@@ -21,16 +22,12 @@ from orpo_lab import optimizer as optimizers
 from orpo_lab.beta_schedule import beta_at, progress
 from orpo_lab.config import Config, Galore
 from orpo_lab.data import Data
-from orpo_lab.errors import UserError
+from orpo_lab.errors import LIKELY_CAUSES, NonFiniteError, UserError
 from orpo_lab.galore import GaLore
 from orpo_lab.run_folder import RunFolder
 from orpo_lab.tracker import Run
 
 log = logging.getLogger(__name__)
-
-
-class NonFiniteError(UserError):
-    """A loss or a gradient was NaN or infinite; no weight took it."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +39,8 @@ class TrainStats:
     tokens_per_second: float
     pairs_per_second: float
     peak_memory_bytes: int
+    device: str
+    """The GPU's name, or cpu."""
     galore_memory_bytes: dict[str, dict[str, int]] | None
     """What GaLore's weights, gradients and states take; None with another optimizer."""
 
@@ -94,8 +93,7 @@ def fit(
     # A resumed run writes the lines after its checkpoint again
     place.cut_metrics(_step_of(checkpoint) if checkpoint else 0)
 
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    reset_peak_memory()
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
@@ -107,6 +105,7 @@ def fit(
         tokens_per_second=pairs * _mean_tokens(data) / seconds,
         pairs_per_second=pairs / seconds,
         peak_memory_bytes=peak_memory_bytes(),
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         galore_memory_bytes=optimizer.memory() if isinstance(optimizer, GaLore) else None,
     )
 
@@ -291,8 +290,7 @@ class NonFiniteGuard(TrainerCallback):
             what = f"gradient norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
             raise NonFiniteError(
                 f"step {step:.0f}: the {what}; the run stops, and nothing of that step or after it "
-                "is kept. Likely causes: optimizer.learning_rate or beta too high for this model, "
-                "too short a train.warmup_steps, or model.dtype=fp16 overflowing (try bf16 or fp32)"
+                f"is kept. {LIKELY_CAUSES}"
             )
 
 
@@ -319,8 +317,16 @@ def _mean_tokens(data: Data) -> float:
     return total / len(data.train)
 
 
+def reset_peak_memory() -> None:
+    """Let the peak begin anew, from what is held now: a process may have trained before."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):  # elsewhere than on Linux it stays the process's
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_bytes() -> int:
-    """Return the GPU's peak allocation since training began, or the process's peak on a CPU."""
+    """Return the peak since `reset_peak_memory`: the GPU's allocations, or a CPU process's size."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")

@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from orpo_lab import config, data
-from orpo_lab.evaluate import evaluate, generate, preference_metrics, repetition, score
+from orpo_lab.errors import NonFiniteError
+from orpo_lab.evaluate import Evaluation, evaluate, generate, preference_metrics, repetition, score
 
 Load = Callable[..., config.Config]
 
@@ -121,3 +123,29 @@ def test_no_generations_are_no_figures(
     )
     assert "repetition" not in found.metrics
     assert not found.generations
+
+
+def test_a_model_that_gives_nan_is_refused(
+    load: Load, build_model: Any, tokenizer: Any, pairs: data.Data
+) -> None:
+    loaded = load("optimizer=lora")
+    network = build_model(loaded)
+    with torch.no_grad():
+        next(network.parameters())[:] = math.nan
+    with pytest.raises(NonFiniteError, match="after training, 24 of 24 held-out pairs"):
+        evaluate(network, tokenizer, pairs, loaded.dataset, dtype=torch.float32, desc="after")
+
+
+def test_an_evaluation_is_restored_as_it_was_saved(
+    load: Load, build_model: Any, tokenizer: Any, pairs: data.Data, tmp_path: Path
+) -> None:
+    loaded = load("optimizer=lora", "dataset.num_generations=4")
+    one = evaluate(
+        build_model(loaded), tokenizer, pairs, loaded.dataset, dtype=torch.float32, desc="before"
+    )
+    one.save(tmp_path / "file")
+    other = Evaluation.restore(tmp_path / "file")
+    assert other.metrics == one.metrics
+    assert other.generations == one.generations
+    assert other.by_pair() == one.by_pair()
+    assert len(other.by_pair()["correct"]) == 24

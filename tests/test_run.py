@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from orpo_lab import run
 from tests.conftest import ROOT
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
@@ -49,11 +51,9 @@ def test_a_run_leaves_everything_and_a_clean_terminal(
     assert summary["train"]["wall_seconds"] > 0
     assert summary["versions"]["torch"] == torch.__version__
     assert len(summary["dataset_fingerprint"]["train"]) == 64
-    assert json.loads((run / "status.json").read_text()) == {
-        "state": "finished",
-        "reason": "",
-        "exit_code": 0,
-    }
+    status = json.loads((run / "status.json").read_text())
+    assert len(status.pop("config_hash")) == 16
+    assert status == {"state": "finished", "reason": "", "exit_code": 0}
     assert (run / "plots" / "training.png").stat().st_size > 20_000
     assert (run / "samples.md").read_text().count("\nafter:\n") == 4
     assert all_finite(run)
@@ -220,3 +220,14 @@ def test_beta_trades_preference_against_quality(launch: Launch, tmp_path: Path) 
     # One seed; benchmarks/beta.py has three
     assert accuracy["0"] + 0.03 <= accuracy["0.1"] <= accuracy["1"]
     assert free["1"]["exact_match"] <= free["0.1"]["exact_match"] - 0.1
+
+
+@pytest.mark.parametrize(("number", "device"), [(0, "4"), (1, "5"), (2, "6"), (3, "4")])
+def test_jobs_side_by_side_see_one_gpu_each(
+    monkeypatch: pytest.MonkeyPatch, number: int, device: str
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    run._use_one_device(number)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == device
+    run._use_one_device(number + 1)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == device

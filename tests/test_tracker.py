@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from orpo_lab import tracker
 from orpo_lab.config import NoTracker, WandbTracker
 from tests.test_launch import _path
+from tests.wandb_server import WandbServer
 
 RECORD = {
     "beta": 0.3,
@@ -36,6 +38,7 @@ def settings(mode: str = "auto", **changes: Any) -> WandbTracker:
         "entity": None,
         "group": None,
         "tags": ["mine"],
+        "summary_run": False,
     }
     return WandbTracker(mode=mode, **(values | changes))
 
@@ -93,6 +96,24 @@ def test_without_a_key_a_run_is_offline_and_says_how_to_sync(
     for expected in ("a-run", "a-sweep", "galore", "mine", "preference_accuracy", "samples"):
         assert expected in text
     assert "beta" in inspect(tmp_path, "--summary")
+
+
+def test_a_comparison_is_a_run_of_its_own_where_it_is_asked_for(tmp_path: Path) -> None:
+    folder = tmp_path / "a-sweep"
+    (folder / "report").mkdir(parents=True)
+    for name in ("report.html", "report.md"):
+        (folder / name).write_text("the report")
+    from orpo_lab.plot import draw_training
+
+    draw_training([{"step": 1, "loss": 2.0}], "a run", folder / "report" / "pareto.png")
+    rows = [{"setting": "beta=0.1", "verdict": "winner"}]
+    tracker.publish_comparison(settings(), folder, ["The winner"], rows)
+    assert not (folder / "wandb").exists()
+    tracker.publish_comparison(settings(summary_run=True), folder, ["The winner"], rows)
+    text = inspect(folder, "--json")
+    for expected in ("a-sweep-comparison", "The winner", "report.html", "pareto", "comparison-"):
+        assert expected in text
+    tracker.publish_comparison(NoTracker(), folder, ["The winner"], rows)
 
 
 def test_two_runs_in_one_process_stay_two(tmp_path: Path) -> None:
@@ -157,6 +178,62 @@ def test_a_server_that_refuses_the_run_means_offline(
     run.finish(0)
     assert "W&B: offline, the server does not take the run" in caplog.text
     assert "loss" in inspect(tmp_path, "--summary")
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
+    """A server that takes runs, and the client's settings that lead to it."""
+    running = WandbServer()
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", running.url)
+    monkeypatch.setattr(tracker, "FINISH_SECONDS", 4.0)
+    yield running
+    running.die()
+
+
+def test_an_online_run_arrives_under_our_names(server: WandbServer, tmp_path: Path) -> None:
+    run = start(tmp_path)
+    for step in (1, 5, 9):
+        run.log(step, {"loss": 1 / step, "beta": 0.3})
+    run.finish(0)
+    (arrived,) = server.runs.values()
+    assert [line["loss"] for line in arrived["history"]] == [1, 1 / 5, 1 / 9]
+    assert [line["_step"] for line in arrived["history"]] == [1, 5, 9]
+    assert arrived["exit_code"] == 0
+    first = arrived["upserts"][0]
+    assert (first["groupName"], first["jobType"]) == ("a-sweep", "train")
+    assert first["displayName"] == "a-run"
+    assert json.loads(first["config"])["beta"]["value"] == 0.3
+
+
+def test_a_run_that_begins_anew_in_its_folder_is_one_run(
+    server: WandbServer, tmp_path: Path
+) -> None:
+    for exit_code in (1, 0):
+        run = start(tmp_path)
+        run.log(1, {"loss": 1.0})
+        run.finish(exit_code)
+    assert len(server.runs) == 1
+
+
+@pytest.mark.parametrize("illness", ["errors", "waits", "dies"])
+def test_a_server_that_falls_ill_in_mid_run_does_not_stop_it(
+    server: WandbServer, tmp_path: Path, illness: str
+) -> None:
+    run = start(tmp_path)
+    run.log(1, {"loss": 1.0})
+    if illness == "dies":
+        server.die()
+    else:
+        server.health = illness
+    begin = time.monotonic()
+    for step in range(2, 50):
+        run.log(step, {"loss": 1.0})
+    assert time.monotonic() - begin < 2
+    run.finish(0)
+    assert time.monotonic() - begin < 25
+    (file,) = tmp_path.glob("wandb/run-*/run-*.wandb")
+    assert file.stat().st_size > 1000
 
 
 def test_a_tracker_that_breaks_is_said_and_does_not_stop_a_run(

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from orpo_lab import config, data, trainer
-from orpo_lab.errors import UserError
+from orpo_lab.errors import NonFiniteError, UserError
 from orpo_lab.run_folder import RunFolder
 from orpo_lab.tracker import Untracked
 
@@ -90,7 +90,7 @@ def test_a_non_finite_number_stops_the_run_before_any_weight_takes_it(
     loaded = load(*overrides.split(), *SMALL, "train.max_steps=5", "train.logging_steps=1")
     network = build_model(loaded)
     poison(what, network, monkeypatch)
-    with pytest.raises(trainer.NonFiniteError, match=f"step 3: {said}") as stop:
+    with pytest.raises(NonFiniteError, match=f"step 3: {said}") as stop:
         fit(loaded, network, tokenizer, tmp_path)
     assert "learning_rate" in str(stop.value)
     assert all(torch.isfinite(p).all() for p in network.parameters() if p.is_floating_point())
@@ -105,7 +105,7 @@ def test_a_fault_between_logging_steps_is_found_before_a_checkpoint(
     )
     network = build_model(loaded)
     poison("gradient", network, monkeypatch)
-    with pytest.raises(trainer.NonFiniteError, match="step 3: the gradient norm is"):
+    with pytest.raises(NonFiniteError, match="step 3: the gradient norm is"):
         fit(loaded, network, tokenizer, tmp_path)
     assert all(torch.isfinite(p).all() for p in network.parameters() if p.is_floating_point())
     assert not list(tmp_path.glob("checkpoints/checkpoint-*"))

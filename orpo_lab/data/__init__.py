@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -34,6 +35,21 @@ class Data:
     held_out: datasets.Dataset
     report: dict[str, Any]
     checkable: bool
+
+    def save(self, folder: Path) -> None:
+        """Write it all to a folder."""
+        self.train.save_to_disk(folder / "train")
+        self.held_out.save_to_disk(folder / "held_out")
+        rest = {"report": self.report, "checkable": self.checkable}
+        (folder / "data.json").write_text(json.dumps(rest))
+
+    @classmethod
+    def restore(cls, folder: Path) -> "Data":
+        """Read what `save` has written."""
+        train, held_out = (
+            datasets.load_from_disk(str(folder / name)) for name in ("train", "held_out")
+        )
+        return cls(train, held_out, **json.loads((folder / "data.json").read_text()))
 
 
 def load(config: Dataset, tokenizer: PreTrainedTokenizerBase) -> Data:

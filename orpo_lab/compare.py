@@ -1,0 +1,496 @@
+"""Compare runs: `python -m orpo_lab.compare FOLDER... [--out FOLDER]`.
+
+A FOLDER is a run folder or a sweep's. Writes `report.html` (one file that opens offline) and
+`report.md`, with a verdict over held-out pairs and seeds (see `orpo_lab.verdict`), and prints the
+verdict. Reads run folders and nothing else; torch is not imported.
+"""
+
+import argparse
+import base64
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pyarrow.parquet as pq
+import yaml
+
+from orpo_lab import plot
+from orpo_lab.config import FREE
+from orpo_lab.errors import UserError, one_line
+from orpo_lab.run_folder import RunFolder, flat, natural_order
+from orpo_lab.verdict import (
+    LEVEL,
+    Array,
+    Interval,
+    Measure,
+    Quality,
+    Verdict,
+    decide,
+    overoptimised,
+)
+
+# How much worse than the best setting's still counts as not worse
+MARGINS = {"exact_match": 0.03, "chosen_nll": 0.03, "repetition": 0.05}
+# What a setting is not told apart by
+NOT_SETTINGS = (*FREE, "seed")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder, as read."""
+
+    folder: Path
+    values: dict[str, Any]
+    """The configuration, flat, and the option chosen in every group."""
+    state: str
+    reason: str
+    summary: dict[str, Any] | None
+    metrics: list[dict[str, float]]
+    scores: dict[str, Array] | None
+    """Columns of `scores.parquet` after training; NaN where there is none."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it finished and left what a comparison needs."""
+        return self.state == "finished" and self.summary is not None and self.scores is not None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Runs that differ in their seed alone."""
+
+    name: str
+    values: dict[str, Any]
+    runs: list[Run]
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds it was trained with."""
+        return [run.values["seed"] for run in self.runs]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Settings and what the evidence says about them."""
+
+    runs: list[Run]
+    settings: list[Setting]
+    accuracy: Measure
+    qualities: list[Quality]
+    verdict: Verdict
+    warnings: list[str]
+
+
+def find_runs(folders: Iterable[Path]) -> list[Run]:
+    """Read the run folders among `folders` and directly in them.
+
+    Raises:
+        UserError: a folder is no run folder and holds none, or a file in one cannot be read.
+    """
+    found: dict[Path, Run] = {}
+    for folder in folders:
+        inside = (
+            [folder]
+            if _is_run(folder)
+            else sorted(filter(_is_run, _children(folder)), key=natural_order)
+        )
+        if not inside:
+            raise UserError(f"{folder} is not a run folder, and no run folder is in it")
+        for one in inside:
+            found.setdefault(one.resolve(), read_run(one))
+    return list(found.values())
+
+
+def _children(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file()
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        UserError: a file in it cannot be read.
+    """
+    place = RunFolder(folder)
+    try:
+        values = flat(place.read_yaml("config.yaml"))
+        chosen = place.read_yaml("choices.yaml")
+        values |= {group: one for group, one in chosen["choices"].items() if group != "experiment"}
+        status = place.status()
+        has_summary = (folder / "summary.json").is_file()
+        return Run(
+            folder=folder,
+            values=values,
+            state=status["state"],
+            reason=status["reason"],
+            summary=json.loads((folder / "summary.json").read_text()) if has_summary else None,
+            metrics=place.metrics(),
+            scores=_read_scores(folder / "scores.parquet"),
+        )
+    except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
+        raise UserError(
+            f"{folder} cannot be read as a run folder: {type(error).__name__}: {one_line(error)}"
+        ) from error
+
+
+def _read_scores(file: Path) -> dict[str, Array] | None:
+    if not file.is_file():
+        return None
+    table = pq.read_table(file, filters=[("when", "=", "after")]).drop_columns(["pair", "when"])
+    columns = {name: table[name].to_pylist() for name in table.column_names}
+    return {name: np.array(column, dtype=np.float64) for name, column in columns.items()}
+
+
+def group(runs: Sequence[Run]) -> list[Setting]:
+    """Group runs by everything but the seed, named by what differs; betas in rising order.
+
+    Of two runs with the same seed and values (two sweeps that overlap) the first one counts.
+    """
+    read = [_effective(run.values) for run in runs]
+    keys = sorted({key for values in read for key in values})
+    differing = [key for key in keys if len({json.dumps(one.get(key)) for one in read}) > 1]
+    settings: dict[str, Setting] = {}
+    for run, values in zip(runs, read, strict=True):
+        mine = {key: values[key] for key in differing if key in values}
+        # The schedule says how the run behaved; where only betas differ it is not needed
+        name = " ".join(f"{key}={_short(value)}" for key, value in mine.items()) or "all runs"
+        setting = settings.setdefault(name, Setting(name, run.values, []))
+        if run.values["seed"] not in setting.seeds:
+            setting.runs.append(run)
+    return sorted(
+        settings.values(),
+        key=lambda one: (one.values["beta_schedule"], one.values["beta"], one.name),
+    )
+
+
+def _effective(values: dict[str, Any]) -> dict[str, Any]:
+    """Return what tells settings apart: a constant schedule does not read beta_end."""
+    unread = ("beta_end",) if values["beta_schedule"] == "constant" else ()
+    return {
+        key: value for key, value in values.items() if not key.startswith((*NOT_SETTINGS, *unread))
+    }
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def compare(runs: Sequence[Run], margins: dict[str, float]) -> Comparison:
+    """Compare the complete runs among `runs`.
+
+    Raises:
+        UserError: none is complete, or they were not scored on the same held-out pairs.
+    """
+    complete = [run for run in runs if run.is_complete]
+    if not complete:
+        states = ", ".join(f"{run.folder.name}: {run.state}" for run in runs)
+        raise UserError(f"no run has finished with scores to compare ({states})")
+    _check_same_pairs(complete)
+    settings = group(complete)
+    accuracy = Measure(
+        [
+            _stack(one, lambda s: (s["chosen_logp"] > s["rejected_logp"]).astype(float))
+            for one in settings
+        ],
+        is_share=True,
+    )
+    qualities = _qualities(settings, margins)
+    return Comparison(
+        runs=list(runs),
+        settings=settings,
+        accuracy=accuracy,
+        qualities=qualities,
+        verdict=decide(accuracy, qualities),
+        warnings=_warnings(settings, accuracy, qualities),
+    )
+
+
+def _check_same_pairs(runs: Sequence[Run]) -> None:
+    by_pairs: dict[str, Run] = {}
+    for run in runs:
+        assert run.summary is not None
+        by_pairs.setdefault(run.summary["dataset_fingerprint"]["held_out"], run)
+    if len(by_pairs) > 1:
+        one, other = [str(run.folder) for run in by_pairs.values()][:2]
+        raise UserError(
+            f"{one} and {other} were scored on different held-out pairs, so their figures cannot "
+            "be compared; compare runs of one dataset, max_length, num_eval and tokenizer"
+        )
+
+
+def _stack(setting: Setting, column: Any) -> Array:
+    """Return a setting's per-pair values, [K, N]."""
+    return np.stack([column(run.scores) for run in setting.runs])
+
+
+def _qualities(settings: Sequence[Setting], margins: dict[str, float]) -> list[Quality]:
+    """Return exact match where answers were checked; otherwise chosen NLL, and repetition."""
+
+    def answered(name: str) -> Any:
+        return lambda scores: scores[name][~np.isnan(scores["generated_tokens"])]
+
+    def nll(scores: dict[str, Array]) -> Array:
+        # Its mean over pairs is the mean over tokens
+        return scores["chosen_logp"] * scores["chosen_tokens"] / scores["chosen_tokens"].mean()
+
+    all_scores = [run.scores for setting in settings for run in setting.runs if run.scores]
+    has_answers = all(not np.isnan(one["generated_tokens"]).all() for one in all_scores)
+    if has_answers and all(not np.isnan(one["correct"]).all() for one in all_scores):
+        right = Measure([_stack(one, answered("correct")) for one in settings], is_share=True)
+        return [Quality("exact_match", "", right, margins["exact_match"])]
+    likely = Measure([_stack(one, nll) for one in settings], is_share=False)
+    qualities = [Quality("chosen_nll", "nats", likely, margins["chosen_nll"], sign=-1)]
+    if has_answers:
+        fresh = [-_stack(one, answered("repetition")) for one in settings]
+        qualities.append(
+            Quality(
+                "repetition", "", Measure(fresh, is_share=False), margins["repetition"], sign=-1
+            )
+        )
+    return qualities
+
+
+def _warnings(
+    settings: Sequence[Setting], accuracy: Measure, qualities: Sequence[Quality]
+) -> list[str]:
+    """Say where a higher beta still raises accuracy and costs quality."""
+    families: dict[str, list[int]] = {}
+    for number, setting in enumerate(settings):
+        rest = {k: v for k, v in _effective(setting.values).items() if k != "beta"}
+        families.setdefault(json.dumps(rest, sort_keys=True), []).append(number)
+    said = []
+    for family in families.values():
+        family.sort(key=lambda number: settings[number].values["beta"])
+        for quality in qualities:
+            first = overoptimised(family, accuracy, quality)
+            if first is not None:
+                said.append(
+                    f"{settings[first].name} looks over-optimised: preference accuracy still "
+                    f"rises there, while {quality.name} goes to "
+                    f"{quality.sign * quality.measure.value(first):.3f}, beyond its interval"
+                )
+    return said
+
+
+def verdict_text(comparison: Comparison) -> list[str]:
+    """Return the verdict as sentences."""
+    verdict, settings, accuracy = comparison.verdict, comparison.settings, comparison.accuracy
+    leader = settings[verdict.leader].name
+    standing = verdict.standings[verdict.leader]
+    reached = f"preference accuracy {_interval(standing.accuracy)}"
+    out = [
+        f"{setting.name} ({', '.join(one.worse_in)})"
+        for setting, one in zip(settings, verdict.standings, strict=True)
+        if one.worse_in
+    ]
+    lines = []
+    if len(settings) == 1:
+        lines.append(f"One setting, nothing to compare: {reached}.")
+    elif verdict.one_seed:
+        lines.append(
+            f"One seed cannot separate these: {leader} has the highest preference accuracy "
+            f"({standing.accuracy.estimate:.3f}), and another seed might not. Train every setting "
+            "with at least two seeds, better three (seed=1,2,3)."
+        )
+    elif verdict.winner is not None:
+        others = [
+            n for n, one in enumerate(verdict.standings) if n != verdict.winner and not one.worse_in
+        ]
+        lines.append(f"The winner is {leader}: {reached}.")
+        if others:
+            nearest = max(others, key=lambda number: accuracy.means[number])
+            gap = accuracy.difference(verdict.leader, nearest)
+            lines.append(
+                f"It is shown to be above every other setting of good quality; the nearest, "
+                f"{settings[nearest].name}, by {_points(gap)}."
+            )
+    else:
+        lines += _undecided(comparison, leader, reached)
+    if out:
+        lines.append(f"Out for their quality: {'; '.join(out)}.")
+    return lines
+
+
+def _undecided(comparison: Comparison, leader: str, reached: str) -> list[str]:
+    verdict, accuracy = comparison.verdict, comparison.accuracy
+    lines = []
+    doubtful = verdict.standings[verdict.leader].doubtful_in
+    if doubtful:
+        lines.append(
+            f"The evidence names no winner: {leader} leads with {reached}, but its "
+            f"{' and '.join(doubtful)} may be worse than the margin allows."
+        )
+    if verdict.unbeaten:
+        names = ", ".join(comparison.settings[number].name for number in verdict.unbeaten)
+        nearest = max(verdict.unbeaten, key=lambda number: accuracy.means[number])
+        gap = accuracy.difference(verdict.leader, nearest)
+        lines.append(
+            f"The evidence does not separate {leader} ({reached}) from {names}. The smallest "
+            f"gap is {_points(gap)}. {_needed(verdict)}"
+        )
+    return lines
+
+
+def _needed(verdict: Verdict) -> str:
+    if verdict.seeds_needed is None:
+        return "If it is real, it is too small to show with 50 seeds: take them as equal."
+    text = f"If it is real, about {verdict.seeds_needed} seeds a setting would show it"
+    if verdict.pairs_needed is None:
+        return f"{text}; more held-out pairs alone would not."
+    return f"{text}, or about {verdict.pairs_needed} held-out pairs with as many seeds as now."
+
+
+def _interval(one: Interval) -> str:
+    if math.isnan(one.low):
+        return f"{one.estimate:.3f}"
+    return f"{one.estimate:.3f} [{one.low:.3f}, {one.high:.3f}]"
+
+
+def _points(one: Interval) -> str:
+    return f"{100 * one.estimate:.1f} points [{100 * one.low:.1f}, {100 * one.high:.1f}]"
+
+
+def write(comparison: Comparison, folder: Path) -> None:
+    """Write `report.html`, `report.md` and the pictures of the latter, `report/*.png`."""
+    pictures = plot.comparison(comparison)
+    (folder / "report").mkdir(parents=True, exist_ok=True)
+    for name, (_, png) in pictures.items():
+        (folder / "report" / f"{name}.png").write_bytes(png)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("orpo_lab"),
+        autoescape=jinja2.select_autoescape(("html.jinja",)),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    context = {
+        "verdict": verdict_text(comparison),
+        "warnings": comparison.warnings,
+        "margins": _margins(comparison),
+        "confidence": round(100 * (1 - 2 * LEVEL)),
+        "num_pairs": comparison.accuracy.num_pairs,
+        "settings": setting_rows(comparison),
+        "runs": _run_rows(comparison.runs),
+        "failed": [run for run in comparison.runs if not run.is_complete],
+        "pictures": {
+            name: {"caption": caption, "data": base64.b64encode(png).decode()}
+            for name, (caption, png) in pictures.items()
+        },
+    }
+    place = RunFolder(folder)
+    for name in ("report.html", "report.md"):
+        place.write(name, environment.get_template(f"{name}.jinja").render(context))
+
+
+def _margins(comparison: Comparison) -> str:
+    return " and ".join(
+        f"{one.margin:g}{one.unit and ' ' + one.unit} of {one.name}" for one in comparison.qualities
+    )
+
+
+def setting_rows(comparison: Comparison) -> list[dict[str, str]]:
+    """Return the table of settings."""
+    verdict = comparison.verdict
+    rows = []
+    for number, (setting, standing) in enumerate(
+        zip(comparison.settings, verdict.standings, strict=True)
+    ):
+        row = {"setting": setting.name, "seeds": str(len(setting.runs))}
+        row["preference_accuracy"] = _interval(standing.accuracy)
+        for quality, interval in zip(comparison.qualities, standing.qualities, strict=True):
+            ends = sorted((quality.sign * interval.low, quality.sign * interval.high))
+            row[quality.name] = _interval(Interval(quality.sign * interval.estimate, *ends))
+        for key in ("chosen_nll", "generated_tokens", "repetition"):
+            values = [
+                run.summary["after"][key]
+                for run in setting.runs
+                if run.summary and key in run.summary["after"]
+            ]
+            if values and key not in row:
+                row[key] = f"{np.mean(values):.3f}"
+        row["verdict"] = _standing_text(verdict, number)
+        rows.append(row)
+    return rows
+
+
+def _standing_text(verdict: Verdict, number: int) -> str:
+    standing = verdict.standings[number]
+    if number == verdict.winner:
+        return "winner"
+    if standing.worse_in:
+        return f"worse {' and '.join(standing.worse_in)}"
+    text = "not separated" if number in (*verdict.unbeaten, verdict.leader) else "beaten"
+    if number == verdict.leader:
+        text = "highest, " + text
+    return text + "".join(f", {name} in doubt" for name in standing.doubtful_in)
+
+
+def _run_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """Return the table of runs: figures and cost."""
+    rows = []
+    for run in runs:
+        row = {"run": run.folder.name, "seed": str(run.values["seed"]), "state": run.state}
+        if run.summary:
+            after, train = run.summary["after"], run.summary["train"]
+            for key in ("preference_accuracy", "exact_match", "chosen_nll"):
+                if key in after:
+                    row[key] = f"{after[key]:.3f}"
+            seconds = train["wall_seconds"] + sum(run.summary["evaluation_seconds"].values())
+            row["wall time (s)"] = f"{seconds:.1f}"
+            row["tokens"] = f"{train['tokens_per_second'] * train['wall_seconds']:.0f}"
+            row["peak memory (GB)"] = f"{train['peak_memory_bytes'] / 1e9:.2f}"
+            row["GPU-hours"] = "0" if train["device"] == "cpu" else f"{seconds / 3600:.3f}"
+        rows.append(row)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    return [{key: row.get(key, "") for key in columns} for row in rows]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point; bad input ends in one line and exit code 1."""
+    parser = argparse.ArgumentParser(
+        prog="python -m orpo_lab.compare",
+        description="Compare runs, over held-out pairs and seeds.",
+    )
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="FOLDER", help="run or sweep folders"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="where report.html and report.md go (default: the first FOLDER)"
+    )
+    for name, margin in MARGINS.items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}-margin",
+            type=float,
+            default=margin,
+            metavar="X",
+            help=f"how much worse {name} may be than the best setting's (default: {margin})",
+        )
+    options = parser.parse_args(arguments)
+    margins = {name: getattr(options, f"{name}_margin") for name in MARGINS}
+    out = options.out or options.folders[0]
+    try:
+        comparison = compare(find_runs(options.folders), margins)
+        write(comparison, out)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: {out} cannot be written to: {one_line(error)}; choose another with --out")
+    print(
+        "\n".join(
+            [*verdict_text(comparison), *comparison.warnings, "", f"report  {out / 'report.html'}"]
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""A sweep: a folder of run folders, in which every effective configuration runs once.
+
+`launch.py -m` gives Hydra's launcher one job after the other, or several at a time. Each asks
+`Sweep.claim` which folder is its own: jobs whose configurations come to the same share one, and
+what has finished is not run again. So the same command with the same `hydra.sweep.dir` goes on with
+a sweep that was stopped. All state is in the run folders; `sweep.json` says by what code and on
+what data they were made, `.cache/` holds what jobs share and goes when the sweep ends.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from filelock import FileLock, Timeout
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from orpo_lab import config
+from orpo_lab.config import Tracker
+from orpo_lab.errors import UserError
+from orpo_lab.run_folder import RunFolder, natural_order
+
+T = TypeVar("T")
+
+
+class Sweep:
+    """A sweep's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def _record(self) -> RunFolder:
+        return RunFolder(self.folder)
+
+    def begin(self, *, accept_changes: bool) -> None:
+        """Write `sweep.json`, or check that what is here was made by the same code.
+
+        Raises:
+            UserError: other code made it, and `accept_changes` is false.
+        """
+        made_by = self._read()
+        code = code_hash()
+        if made_by and made_by["code"] != code and not accept_changes:
+            raise UserError(
+                f"{self.folder} was made by other code than this (orpo_lab has changed since), and "
+                "its runs would not compare; start a new sweep, or say accept_changes=true"
+            )
+        shutil.rmtree(self.folder / ".cache", ignore_errors=True)
+        self._record.write_json("sweep.json", {"data": {}, **made_by, "code": code})
+
+    def _read(self) -> dict[str, Any]:
+        file = self.folder / "sweep.json"
+        return json.loads(file.read_text()) if file.is_file() else {}
+
+    @contextlib.contextmanager
+    def claim(self, loaded: config.Config, folder: Path) -> Iterator[RunFolder | None]:
+        """Give a job its run folder for as long as it runs; None: there is nothing to run.
+
+        Args:
+            loaded: the job's configuration.
+            folder: the one that Hydra has made for it.
+        """
+        identity = config.identity(loaded)
+        with FileLock(self.folder / ".cache" / "claims.lock"):
+            place = self._folder_of(identity) or RunFolder(folder)
+            lock = FileLock(place.path / ".lock")
+            is_free = self._wants_running(place) and _take(lock)
+            if is_free:
+                _empty(place.path)
+                place.set_status("running", config_hash=identity)
+        if place.path != folder:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        if not is_free:
+            print(f"{place.path}: {place.status()['state']} already, not run again")
+            yield None
+            return
+        try:
+            yield place
+        finally:
+            lock.release()
+            (place.path / ".lock").unlink(missing_ok=True)
+
+    def _folder_of(self, identity: str) -> RunFolder | None:
+        """Return the run folder in this sweep of a configuration."""
+        same = (one for one in self.jobs() if one.status().get("config_hash") == identity)
+        return next(same, None)
+
+    def _wants_running(self, place: RunFolder) -> bool:
+        """Whether a run has not finished, and was not tried since the sweep was started."""
+        status = place.path / "status.json"
+        if not status.exists():
+            return True
+        if place.status()["state"] == "running":
+            return True  # the lock says whether it still does
+        is_old = status.stat().st_mtime_ns < (self.folder / "sweep.json").stat().st_mtime_ns
+        return place.status()["state"] != "finished" and is_old
+
+    def check_data(self, key: str, fingerprint: Any, *, accept_changes: bool) -> None:
+        """Check that data are what earlier jobs of the sweep were trained and scored on.
+
+        Args:
+            key: says which data.
+            fingerprint: what they are now.
+            accept_changes: take them as they are.
+
+        Raises:
+            UserError: it is not, and `accept_changes` is false.
+        """
+        with FileLock(self.folder / ".cache" / "data.lock"):
+            record = self._read()
+            before = record["data"].get(key)
+            if before not in (None, fingerprint) and not accept_changes:
+                raise UserError(
+                    f"the data are not those that {self.folder} was made with (its files or the "
+                    "tokenizer have changed), and its runs would not compare; start a new sweep, "
+                    "or say accept_changes=true"
+                )
+            if before != fingerprint:
+                record["data"][key] = fingerprint
+                made = (self.folder / "sweep.json").stat()
+                self._record.write_json("sweep.json", record)
+                os.utime(self.folder / "sweep.json", ns=(made.st_atime_ns, made.st_mtime_ns))
+
+    def once(
+        self,
+        name: str,
+        make: Callable[[], T],
+        save: Callable[[T, Path], None],
+        load: Callable[[Path], T],
+    ) -> T:
+        """Return what the first job to ask for it has made; jobs beside it wait for that one."""
+        path = self.folder / ".cache" / name
+        with FileLock(f"{path}.lock"):
+            if path.exists():
+                return load(path)
+            made = make()
+            part = path.with_name(f"{name}.part")
+            save(made, part)
+            os.replace(part, path)
+            return made
+
+    def jobs(self) -> list[RunFolder]:
+        """Return the folders of the sweep's jobs, those that never began a run included."""
+        folders = (one.parent for one in self.folder.glob("*/status.json"))
+        return [RunFolder(one) for one in sorted(folders, key=natural_order)]
+
+    def close(self, tracked_by: Tracker) -> list[str]:
+        """Print a table of all jobs, write the comparison, and return the names of failed jobs."""
+        from orpo_lab import compare, tracker
+
+        shutil.rmtree(self.folder / ".cache", ignore_errors=True)
+        jobs = [(job, job.status()) for job in self.jobs()]
+        if jobs:
+            print(f"\n{_table(jobs)}")
+        try:
+            compared = compare.compare(compare.find_runs([self.folder]), compare.MARGINS)
+            compare.write(compared, self.folder)
+            verdict = [*compare.verdict_text(compared), *compared.warnings]
+            print("\n".join(["", *verdict]))
+            rows = compare.setting_rows(compared)
+            tracker.publish_comparison(tracked_by, self.folder, verdict, rows)
+            print(f"\nreport  {self.folder / 'report.html'}")
+        except UserError as error:
+            print(f"\nno comparison: {error}")
+        return [job.path.name for job, status in jobs if status["state"] != "finished"]
+
+
+def _take(lock: FileLock) -> bool:
+    """Take a run folder's lock, which a process that was killed has given up."""
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return False
+    return True
+
+
+def _empty(folder: Path) -> None:
+    """Take away what a run that did not finish has left; its id stays, so that W&B has one run."""
+    for path in folder.iterdir():
+        if path.name in (".lock", "wandb_id"):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _table(jobs: list[tuple[RunFolder, dict[str, Any]]]) -> str:
+    width = max(len(job.path.name) for job, _ in jobs)
+    lines = []
+    for job, status in jobs:
+        figures = _figures(job) if status["state"] == "finished" else status["reason"]
+        lines.append(f"{job.path.name:{width}}  {status['state']:8}  {figures}")
+    return "\n".join(lines)
+
+
+def _figures(job: RunFolder) -> str:
+    after = json.loads((job.path / "summary.json").read_text())["after"]
+    keys = ("preference_accuracy", "exact_match", "chosen_nll")
+    return "  ".join(f"{key} {after[key]:.3f}" for key in keys if key in after)
+
+
+def code_hash() -> str:
+    """Return a hash of this package's code."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+class Start(Callback):
+    """What Hydra calls before the first job; `launch.py` closes the sweep."""
+
+    sweep: Sweep | None = None
+    tracker: Tracker
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Give the sweep a folder of its own, unless it was told one."""
+        folder = Path(config.hydra.sweep.dir)
+        if not any(one.startswith("hydra.sweep.dir=") for one in config.hydra.overrides.hydra):
+            folder = fresh_folder(folder)
+            with open_dict(config):
+                config.hydra.sweep.dir = str(folder)
+                # Jobs are composed anew, from the overrides
+                config.hydra.overrides.hydra.append(f"hydra.sweep.dir={folder}")
+        folder.mkdir(parents=True, exist_ok=True)
+        Start.tracker = cast(Tracker, OmegaConf.to_object(config.tracker))
+        Start.sweep = Sweep(folder)
+        Start.sweep.begin(accept_changes=config.accept_changes)
+
+
+def fresh_folder(folder: Path) -> Path:
+    """Make a folder that nobody has, `-2` and so on added where two start in the same second."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        fresh = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        try:
+            fresh.mkdir()
+            return fresh
+        except FileExistsError:
+            number += 1

@@ -1,0 +1,242 @@
+"""The comparison of runs, on folders written as a run writes them."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from orpo_lab import compare
+from orpo_lab.errors import UserError
+from orpo_lab.report import SCORES
+from orpo_lab.run_folder import RunFolder
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Write a run folder with so much accuracy and exact match on 200 pairs."""
+
+    def run(
+        name: str,
+        *,
+        beta: float = 0.1,
+        schedule: str = "constant",
+        beta_end: float = 0.0,
+        seed: int = 1,
+        accuracy: float = 0.8,
+        exact_match: float | None = 0.9,
+        state: str = "finished",
+        held_out: str = "same",
+    ) -> Path:
+        place = RunFolder(tmp_path / "sweep" / name)
+        config = {"beta": beta, "beta_end": beta_end, "seed": seed, "train": {"max_steps": 10}}
+        place.write("config.yaml", yaml.safe_dump(config))
+        choices = {"choices": {"beta_schedule": schedule, "experiment": "x"}, "overrides": []}
+        place.write("choices.yaml", yaml.safe_dump(choices))
+        reason = "" if state == "finished" else "diverged <at> step 3"
+        place.set_status(state, reason, exit_code=0, config_hash=name)
+        for step in (1, 5, 10):
+            line = {"beta": beta, "nll_loss": 1 / step, "preference_accuracy": accuracy}
+            place.append_metrics(step, line)
+        if state != "finished":
+            return place.path
+        rng = np.random.default_rng(seed)
+        num = 200
+        right = rng.permutation(num) < round(accuracy * num)
+        correct = None if exact_match is None else rng.permutation(num) < round(exact_match * num)
+        columns: dict[str, Any] = {
+            "pair": list(range(num)),
+            "when": ["after"] * num,
+            "chosen_logp": rng.normal(-1, 0.1, num).tolist(),
+            "chosen_tokens": [5] * num,
+            "correct": [None] * num if correct is None else correct.tolist(),
+            "generated_tokens": [5] * num,
+            "repetition": [0.1] * num,
+        }
+        margin = np.where(right, 0.1, -0.1)
+        columns["rejected_logp"] = (np.array(columns["chosen_logp"]) - margin).tolist()
+        pq.write_table(pa.table(columns, schema=SCORES), place.path / "scores.parquet")
+        after: dict[str, Any] = {
+            "preference_accuracy": accuracy,
+            "chosen_nll": 1.0,
+            "generated_tokens": 5.0,
+            "repetition": 0.1,
+        }
+        if exact_match is not None:
+            after["exact_match"] = exact_match
+        train = {
+            "wall_seconds": 10.0,
+            "tokens_per_second": 100.0,
+            "peak_memory_bytes": 10**9,
+            "device": "cpu",
+        }
+        summary = {
+            "evaluation_seconds": {"before": 1.0, "after": 1.0},
+            "after": after,
+            "train": train,
+            "dataset_fingerprint": {"held_out": held_out},
+        }
+        place.write_json("summary.json", summary)
+        return place.path
+
+    return run
+
+
+def compare_sweep(folder: Path) -> compare.Comparison:
+    return compare.compare(compare.find_runs([folder]), compare.MARGINS)
+
+
+def sweep(write: Write, accuracies: dict[float, float], seeds: int = 3, **rest: Any) -> Path:
+    for beta, accuracy in accuracies.items():
+        for seed in range(1, seeds + 1):
+            name = f"{beta}-{seed}"
+            folder = write(name, beta=beta, seed=seed, accuracy=accuracy + 0.005 * seed, **rest)
+    return folder.parent
+
+
+def test_seeds_are_one_setting_and_settings_are_named_by_what_differs(write: Write) -> None:
+    compared = compare_sweep(sweep(write, {0.1: 0.8, 0.2: 0.9}))
+    assert [one.name for one in compared.settings] == ["beta=0.1", "beta=0.2"]
+    assert [one.seeds for one in compared.settings] == [[1, 2, 3]] * 2
+    assert compared.verdict.winner == 1
+    assert "The winner is beta=0.2" in compare.verdict_text(compared)[0]
+
+
+def test_a_constant_schedule_does_not_read_beta_end_and_the_same_seed_counts_once(
+    write: Write,
+) -> None:
+    write("0", beta_end=0.0)
+    write("1", beta_end=0.05)
+    folder = write("2", schedule="cosine", beta_end=0.05).parent
+    compared = compare_sweep(folder)
+    assert [len(one.runs) for one in compared.settings] == [1, 1]
+    assert len(compared.runs) == 3
+
+
+def test_with_one_seed_nothing_is_separated(write: Write) -> None:
+    compared = compare_sweep(sweep(write, {0.1: 0.5, 0.2: 0.9}, seeds=1))
+    assert compared.verdict.winner is None
+    assert "One seed cannot separate these" in compare.verdict_text(compared)[0]
+
+
+def test_what_is_not_separated_says_what_it_would_take(write: Write) -> None:
+    sweep(write, {0.1: 0.85})
+    for seed, accuracy in enumerate((0.84, 0.86, 0.9), start=1):
+        folder = write(f"0.2-{seed}", beta=0.2, seed=seed, accuracy=accuracy).parent
+    text = " ".join(compare.verdict_text(compare_sweep(folder)))
+    assert "does not separate beta=0.2" in text
+    assert re.search(r"about \d+ seeds a setting|take them as equal", text)
+
+
+def test_accuracy_bought_with_quality_does_not_win_and_is_warned_of(write: Write) -> None:
+    sweep(write, {0.1: 0.7, 0.2: 0.8}, exact_match=0.9)
+    folder = sweep(write, {1.0: 0.95}, exact_match=0.4)
+    compared = compare_sweep(folder)
+    text = " ".join(compare.verdict_text(compared))
+    assert "The winner is beta=0.2" in text
+    assert "Out for their quality: beta=1 (exact_match)" in text
+    assert "beta=1 looks over-optimised" in compared.warnings[0]
+
+
+def test_where_answers_cannot_be_checked_quality_is_nll_and_repetition(write: Write) -> None:
+    compared = compare_sweep(sweep(write, {0.1: 0.8, 0.2: 0.9}, exact_match=None))
+    assert [one.name for one in compared.qualities] == ["chosen_nll", "repetition"]
+    nll = compared.qualities[0]
+    assert nll.sign * nll.measure.value(0) == pytest.approx(1, abs=0.02)
+
+
+def test_reports_hold_everything_and_ask_for_nothing(write: Write) -> None:
+    folder = sweep(write, {0.1: 0.8, 0.2: 0.9})
+    write("failed", beta=7.0, state="failed")
+    compare.main([str(folder)])
+    page, text = (folder / "report.html").read_text(), (folder / "report.md").read_text()
+    for words in ("The winner is beta=0.2", "failed is not in the comparison", "0.2-3"):
+        assert words in page
+    assert "diverged &lt;at&gt; step 3" in page
+    assert not re.search(r"(src|href)=.(?!data:)", page)
+    assert "http" not in page
+    assert page.count("<img") == 4
+    for name in re.findall(r"\]\((report/\w+\.png)\)", text):
+        assert (folder / name).stat().st_size > 5000
+    tables = re.findall(r"(?:^\|.*\|\n)+", text, flags=re.MULTILINE)
+    assert [table.count("\n") for table in tables] == [2 + 2, 2 + 7]
+    for table in tables:
+        assert len({line.count("|") for line in table.splitlines()}) == 1, table
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
+def test_the_report_opens_in_a_browser_without_a_request(write: Write, tmp_path: Path) -> None:
+    folder = sweep(write, {0.1: 0.8, 0.2: 0.9})
+    compare.main([str(folder)])
+    log = tmp_path / "net.json"
+    command = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={tmp_path / 'browser'}",
+        f"--log-net-log={log}",
+        "--window-size=400,3000",
+        "--dump-dom",
+        (folder / "report.html").as_uri(),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.count("<img") == 4
+    asked = re.findall(r'"url":"(https?://[^"]+)"', log.read_text())
+    assert [url for url in asked if not re.search("google|gstatic|chrome", url)] == []
+
+
+def test_different_held_out_pairs_are_refused(write: Write) -> None:
+    write("0")
+    folder = write("1", held_out="other").parent
+    with pytest.raises(UserError, match="different held-out pairs"):
+        compare_sweep(folder)
+
+
+@pytest.mark.parametrize("name", ["summary.json", "choices.yaml", "scores.parquet", "status.json"])
+def test_a_damaged_run_folder_is_one_clear_line(write: Write, name: str) -> None:
+    folder = write("0")
+    (folder / name).write_bytes(b"{ \x00")
+    with pytest.raises(UserError, match="0 cannot be read as a run folder"):
+        compare_sweep(folder.parent)
+
+
+def test_the_command_line_refuses_in_one_line(tmp_path: Path, write: Write) -> None:
+    folder = write("0", state="failed").parent
+    for arguments, message in (
+        ([str(tmp_path / "nowhere")], "is not a run folder"),
+        ([str(folder)], "no run has finished"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "orpo_lab.compare", *arguments], capture_output=True, text=True
+        )
+        assert done.returncode == 1
+        assert len(done.stderr.splitlines()) == 1
+        assert message in done.stderr
+
+
+def test_it_imports_no_torch() -> None:
+    code = "import sys, orpo_lab.compare; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_numbers_in_names_are_in_their_order(write: Write) -> None:
+    for name in ("10-a", "9-a", "1-b"):
+        folder = write(name, seed=int(name.split("-")[0])).parent
+    names = [run.folder.name for run in compare.find_runs([folder])]
+    assert names == ["1-b", "9-a", "10-a"]
+    assert json.loads((folder / "9-a" / "status.json").read_text())["config_hash"] == "9-a"

@@ -1,0 +1,299 @@
+"""Sweeps on the real command line: what runs, what does not run again, how failures are told."""
+
+import hashlib
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from orpo_lab import config
+from orpo_lab.errors import UserError
+from orpo_lab.run_folder import RunFolder
+from orpo_lab.sweep import Sweep, fresh_folder
+from tests.conftest import ROOT
+
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+Load = Callable[..., config.Config]
+SHORT = ("train.max_steps=2", "dataset.num_eval=16", "dataset.num_generations=4", "tracker=none")
+SWEEP = "hydra.sweep.dir=sweep"
+
+
+def states(folder: Path) -> dict[str, str]:
+    return {job.path.name: job.status()["state"] for job in Sweep(folder).jobs()}
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    # W&B's service, a process of its own, notes in its log that the killed one is gone
+    found = (path for path in sorted(folder.rglob("*")) if path.name != "debug-core.log")
+    files = (path for path in found if path.is_file())
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+# Identity
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ([], ["beta_end=0.05"]),
+        ([], ["tracker=none", "name=other", "train.logging_steps=1", "train.save_steps=1"]),
+        (["optimizer=galore_8bit"], ["optimizer=galore", "optimizer.bits=8"]),
+    ],
+)
+def test_what_comes_to_the_same_has_one_identity(
+    load: Load, one: list[str], other: list[str]
+) -> None:
+    assert config.identity(load(*one)) == config.identity(load(*other))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ["beta=0.2"],
+        ["seed=1"],
+        ["beta_schedule=linear"],
+        ["train.max_steps=7"],
+        ["optimizer=galore"],
+        ["dataset.num_train=64"],
+        ["engine=trl"],
+    ],
+)
+def test_what_changes_a_result_changes_the_identity(load: Load, other: list[str]) -> None:
+    assert config.identity(load(*other)) != config.identity(load())
+
+
+def test_schedules_without_keys_of_their_own_are_told_apart(load: Load) -> None:
+    one, other = (load(f"beta_schedule={name}") for name in ("linear", "cosine"))
+    assert config.identity(one) != config.identity(other)
+
+
+# The folder
+
+
+def test_two_starts_in_the_same_second_have_two_folders(tmp_path: Path) -> None:
+    folders = [fresh_folder(tmp_path / "multirun" / "now") for _ in range(3)]
+    assert [one.name for one in folders] == ["now", "now-2", "now-3"]
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Sweep:
+    made = Sweep(tmp_path / "sweep")
+    made.begin(accept_changes=False)
+    return made
+
+
+def test_a_job_whose_configuration_is_there_already_has_nothing_to_run(
+    load: Load, sweep: Sweep
+) -> None:
+    for number, expected in ((0, "0"), (1, None)):
+        folder = sweep.folder / str(number)
+        folder.mkdir()
+        with sweep.claim(load(), folder) as place:
+            assert (place and place.path.name) == expected
+            if place:
+                place.set_status("finished", exit_code=0)
+        assert folder.exists() == (expected is not None)
+
+
+def test_a_job_that_runs_elsewhere_is_not_run_beside_it(load: Load, sweep: Sweep) -> None:
+    for number in (0, 1):
+        (sweep.folder / str(number)).mkdir()
+    with sweep.claim(load(), sweep.folder / "0") as one:
+        assert one is not None
+        with sweep.claim(load(), sweep.folder / "1") as other:
+            assert other is None
+
+
+def test_a_failed_job_runs_again_when_the_sweep_is_started_again_and_only_then(
+    load: Load, sweep: Sweep
+) -> None:
+    folder = sweep.folder / "0"
+    folder.mkdir()
+
+    def try_again() -> bool:
+        with sweep.claim(load(), folder) as place:
+            if place is not None:
+                place.write("half.txt", "a half of a run")
+                place.set_status("failed", "no luck", exit_code=1)
+            return place is not None
+
+    assert try_again()
+    assert not try_again()
+    time.sleep(0.02)
+    sweep.begin(accept_changes=False)
+    (folder / "leftover.txt").write_text("of the first try")
+    assert try_again()
+    assert not (folder / "leftover.txt").exists()
+
+
+def test_a_folder_made_by_other_code_or_data_is_refused_unless_told(sweep: Sweep) -> None:
+    record = json.loads((sweep.folder / "sweep.json").read_text())
+    sweep.check_data("data", {"train": "a"}, accept_changes=False)
+    sweep.check_data("data", {"train": "a"}, accept_changes=False)
+    with pytest.raises(UserError, match=r"the data are not those .* accept_changes=true"):
+        sweep.check_data("data", {"train": "b"}, accept_changes=False)
+    sweep.check_data("data", {"train": "b"}, accept_changes=True)
+    (sweep.folder / "sweep.json").write_text(json.dumps({**record, "code": "other"}))
+    with pytest.raises(UserError, match=r"made by other code .* accept_changes=true"):
+        sweep.begin(accept_changes=False)
+    sweep.begin(accept_changes=True)
+    sweep.begin(accept_changes=False)
+
+
+def test_what_jobs_share_is_made_once(sweep: Sweep) -> None:
+    made = []
+
+    def make() -> str:
+        made.append(1)
+        return "expensive"
+
+    def save(value: str, file: Path) -> None:
+        file.write_text(value)
+
+    for _ in range(2):
+        assert sweep.once("name", make, save, Path.read_text) == "expensive"
+    assert len(made) == 1
+
+
+# The command line
+
+
+@pytest.mark.slow
+def test_jobs_share_data_and_the_untrained_models_evaluation_and_the_same_runs_once(
+    launch: Launch, tmp_path: Path
+) -> None:
+    done = launch("-m", "beta=0.1,0.5", "beta_end=0,0.05", "seed=1,2", SWEEP, *SHORT)
+    folder = tmp_path / "sweep"
+    assert list(states(folder).values()) == ["finished"] * 4
+    assert done.stdout.count("finished already, not run again") == 4
+    assert done.stdout.count("train: 1920 pairs") == 1
+    befores = {
+        json.dumps(json.loads((job.path / "summary.json").read_text())["before"])
+        for job in Sweep(folder).jobs()
+    }
+    assert len(befores) == 1
+    assert {one.name for one in folder.iterdir() if one.is_file()} >= {"report.html", "report.md"}
+    assert not (folder / ".cache").exists()
+    alone = launch("beta=0.5", "seed=2", "hydra.run.dir=alone", *SHORT)
+    assert "train: 1920 pairs" in alone.stdout
+    (same,) = (
+        job
+        for job in Sweep(folder).jobs()
+        if job.status()["config_hash"] == _identity(tmp_path / "alone")
+    )
+    for name in ("before", "after"):
+        ours, theirs = (
+            json.loads((one / "summary.json").read_text())[name]
+            for one in (same.path, tmp_path / "alone")
+        )
+        assert ours == theirs
+
+
+def _identity(folder: Path) -> str:
+    return RunFolder(folder).status()["config_hash"]
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_in_a_job_goes_on_where_it_was(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "launch.py"), "-m", "beta=0.1,0.2,0.5", "seed=1,2", SWEEP]
+    command += [one for one in SHORT if one != "tracker=none"] + ["tracker.mode=offline"]
+    folder = tmp_path / "sweep"
+    first = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not list(folder.glob("2-*/metrics.jsonl")):
+        assert time.monotonic() < deadline
+        assert first.poll() is None
+        time.sleep(0.01)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert list(states(folder).values()) == ["finished", "finished", "running"]
+    finished = sorted(folder.glob("[01]-*"))
+    before = [checksums(one) for one in finished]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=600)
+    assert list(states(folder).values()) == ["finished"] * 6
+    assert [checksums(one) for one in finished] == before
+    seen = [yaml.safe_load((job.path / "config.yaml").read_text()) for job in Sweep(folder).jobs()]
+    assert len({(one["beta"], one["seed"]) for one in seen}) == 6
+    runs = [path.name.rsplit("-", 1)[1] for path in folder.glob("*/wandb/offline-run-*")]
+    assert len(runs) == len(set(runs)) == 6
+    page = (folder / "report.html").read_text()
+    for job in Sweep(folder).jobs():
+        assert job.path.name in page
+
+
+@pytest.mark.slow
+def test_a_job_that_diverges_and_one_that_exits_are_named_and_the_others_finish(
+    tmp_path: Path,
+) -> None:
+    script = tmp_path / "exits.py"
+    script.write_text(
+        "import runpy, sys\n"
+        "from orpo_lab import run\n"
+        "train = run._train\n"
+        "def exits(config, *rest):\n"
+        "    sys.exit(3) if config.beta == 0.3 else None\n"
+        "    return train(config, *rest)\n"
+        "run._train = exits\n"
+        f"runpy.run_path({str(ROOT / 'launch.py')!r}, run_name='__main__')\n"
+    )
+    rates = "optimizer.learning_rate=1e-3,1e30"
+    done = subprocess.run(
+        [sys.executable, str(script), "-m", "beta=0.1,0.3", rates, SWEEP, *SHORT],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 1, done.stderr
+    found = states(tmp_path / "sweep")
+    assert list(found.values()) == ["finished", "failed", "failed", "failed"]
+    table = done.stdout
+    assert re.search(
+        r"1-beta=0.1\S*1e\+30\S*\s+failed +NonFiniteError: after training, 16", table
+    ), table
+    assert re.search(r"2-beta=0.3\S*\s+failed +SystemExit: 3", table), table
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_stops_the_sweep_after_recording(tmp_path: Path, number: int, code: int) -> None:
+    command = [sys.executable, str(ROOT / "launch.py"), "-m", "beta=0.1,0.2", SWEEP, *SHORT]
+    command[command.index("train.max_steps=2")] = "train.max_steps=5000"
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while not list((tmp_path / "sweep").glob("0-*/metrics.jsonl")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert list(states(tmp_path / "sweep").values()) == ["stopped"]
+    assert re.search(r"0-beta=0.1\S*\s+stopped", out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
+        ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10"],
+    ],
+    ids=["joblib", "submitit"],
+)
+def test_jobs_in_processes_of_their_own_run_once_and_are_told_at_the_end(
+    launch: Launch, tmp_path: Path, launcher: list[str]
+) -> None:
+    rates = "optimizer.learning_rate=1e-3,1e30"
+    done = launch("-m", *launcher, "beta=0.1,0.1,0.5", rates, SWEEP, *SHORT, expect=1)
+    found = states(tmp_path / "sweep")
+    assert sorted(found.values()) == ["failed", "failed", "finished", "finished"]
+    assert done.stdout.count("NonFiniteError: after training") >= 2
+    assert (tmp_path / "sweep" / "report.html").exists()

@@ -1,0 +1,105 @@
+"""A loopback server that speaks as much of W&B's HTTP interface as a real client needs for a run.
+
+It keeps what it is sent, and can fall ill in the middle: answer 500, keep clients waiting, or die.
+"""
+
+import http.server
+import json
+import re
+import threading
+import time
+from typing import Any
+
+
+class WandbServer(http.server.ThreadingHTTPServer):
+    """Knows runs by id, with their configuration, history lines and exit code."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.health = "good"
+        self.runs: dict[str, dict[str, Any]] = {}
+        self.uploads: list[str] = []
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def die(self) -> None:
+        """Refuse connections from now on."""
+        self.shutdown()
+        self.server_close()
+
+    def run(self, name: str) -> dict[str, Any]:
+        """Return what is known of a run."""
+        return self.runs.setdefault(name, {"history": [], "exit_code": None, "upserts": []})
+
+    def answer(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
+        """Answer a GraphQL request."""
+        if "upsertBucket" in query:
+            name = variables.get("name") or variables["id"]
+            self.run(name)["upserts"].append(variables)
+            project = {"id": "p", "name": "orpo_lab", "entity": {"id": "e", "name": "me"}}
+            bucket = {
+                "id": name,
+                "name": name,
+                "displayName": variables.get("displayName"),
+                "description": "",
+                "config": "{}",
+                "sweepName": None,
+                "historyLineCount": 0,
+                "project": project,
+            }
+            return {"upsertBucket": {"bucket": bucket, "inserted": True}}
+        if "createRunFiles" in query:
+            files = [{"name": f, "uploadUrl": f"{self.url}/upload/{f}"} for f in variables["files"]]
+            return {"createRunFiles": {"runID": "x", "uploadHeaders": [], "files": files}}
+        if "viewer" in query.lower():
+            viewer = {"id": "u", "username": "me", "entity": "me", "flags": "{}"}
+            viewer["teams"] = {"edges": []}  # type: ignore[assignment]
+            return {"viewer": viewer, "serverInfo": {"features": []}}
+        return {"serverInfo": {"features": []}}
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    server: WandbServer
+
+    def _read(self) -> Any:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        try:
+            return json.loads(body)
+        except ValueError:
+            return None
+
+    def _send(self, code: int, value: Any) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _respond(self) -> None:
+        sent = self._read()
+        if self.server.health == "waits":
+            time.sleep(120)
+        if self.server.health == "errors":
+            self._send(500, {"error": "out of order"})
+        elif self.path.endswith("/graphql"):
+            data = self.server.answer(sent["query"], sent.get("variables") or {})
+            self._send(200, {"data": data})
+        elif found := re.search(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", self.path):
+            run = self.server.run(found.group(1))
+            lines = (sent or {}).get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
+            run["history"] += [json.loads(line) for line in lines]
+            if (sent or {}).get("complete"):
+                run["exit_code"] = sent.get("exitcode")
+            self._send(200, {})
+        else:
+            if self.command == "PUT":
+                self.server.uploads.append(self.path)
+            self._send(200, {})
+
+    do_GET = do_POST = do_PUT = do_HEAD = _respond  # noqa: N815  (http.server's names)
+
+    def log_message(self, *arguments: Any) -> None:
+        """Say nothing."""
