@@ -160,7 +160,7 @@ class WandbRun:
             except Exception as error:  # whatever W&B's client or its service process raises
                 online, why = False, f"the server does not take the run ({one_line(error)[:150]})"
                 # W&B's service process still holds the id that was refused
-                (folder / "wandb_id").unlink()
+                (folder / "wandb_id").unlink(missing_ok=True)
                 options["id"] = _run_id(folder)
         if not online:
             self._run = wandb.init(mode="offline", **options)
@@ -237,7 +237,9 @@ class WandbRun:
 
 
 def _run_id(folder: Path) -> str:
-    """Return the folder's W&B run id, made once."""
+    """Return the folder's W&B run id, made once; or the one that `wandb agent` has given."""
+    if given := os.environ.get("WANDB_RUN_ID"):
+        return given
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "wandb_id"
     if not file.exists():

@@ -22,6 +22,7 @@ class WandbServer(http.server.ThreadingHTTPServer):
         self.health = "good"
         self.runs: dict[str, dict[str, Any]] = {}
         self.uploads: list[str] = []
+        self.views: list[dict[str, Any]] = []
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def die(self) -> None:
@@ -53,6 +54,9 @@ class WandbServer(http.server.ThreadingHTTPServer):
         if "createRunFiles" in query:
             files = [{"name": f, "uploadUrl": f"{self.url}/upload/{f}"} for f in variables["files"]]
             return {"createRunFiles": {"runID": "x", "uploadHeaders": [], "files": files}}
+        if "upsertView" in query:
+            self.views.append(variables)
+            return {"upsertView": {"view": {"id": "v", "name": variables["name"]}}}
         if "viewer" in query.lower():
             viewer = {"id": "u", "username": "me", "entity": "me", "flags": "{}"}
             viewer["teams"] = {"edges": []}  # type: ignore[assignment]

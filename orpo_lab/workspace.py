@@ -1,0 +1,80 @@
+"""A W&B workspace for comparing runs: `python -m orpo_lab.workspace [--project P] [--entity E]`.
+
+Saves a view of the project with runs grouped by beta and its schedule, and charts that are free of
+beta: preference accuracy against quality, and the curves that compare along an annealed run. Needs
+a key (`wandb login`) and `pip install -e ".[workspace]"`.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from orpo_lab.errors import one_line
+
+# Sections of line charts over the steps: metrics under the names that runs log
+CURVES = {
+    "Training, free of beta": ("preference_accuracy", "logp_margin", "nll_loss", "odds_ratio_loss"),
+    "Held out, free of beta": ("eval_preference_accuracy", "eval_logp_margin", "eval_nll_loss"),
+    "Settings": ("beta", "learning_rate", "grad_norm"),
+}
+# Figures of finished runs, from their summary
+QUALITIES = ("after.exact_match", "after.chosen_nll", "after.repetition")
+
+
+def save(project: str, entity: str, name: str) -> str:
+    """Save the workspace and return its address.
+
+    Raises:
+        Exception: whatever W&B's client raises where there is no key, no server or no such project.
+    """
+    import wandb_workspaces.reports.v2 as panels
+    import wandb_workspaces.workspaces as workspaces
+
+    accuracy = panels.SummaryMetric("after.preference_accuracy")
+    pareto = [
+        panels.ScatterPlot(x=panels.SummaryMetric(quality), y=accuracy) for quality in QUALITIES
+    ]
+    sections = [
+        workspaces.Section(name="Preference against quality", panels=pareto, is_open=True),
+        *(
+            workspaces.Section(
+                name=title,
+                panels=[panels.LinePlot(x="Step", y=[metric], title=metric) for metric in metrics],
+                is_open=True,
+            )
+            for title, metrics in CURVES.items()
+        ),
+    ]
+    groups = [workspaces.Config("beta"), workspaces.Config("choices.beta_schedule")]
+    workspace = workspaces.Workspace(
+        entity=entity,
+        project=project,
+        name=name,
+        sections=sections,
+        runset_settings=workspaces.RunsetSettings(groupby=groups),
+    )
+    return workspace.save().url
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point; what the user can put right ends in one line and exit code 1."""
+    parser = argparse.ArgumentParser(
+        prog="python -m orpo_lab.workspace", description="Save a W&B workspace that compares runs."
+    )
+    parser.add_argument("--project", default="orpo_lab", help="as tracker.project")
+    parser.add_argument("--entity", default="", help="as tracker.entity (default: the key's)")
+    parser.add_argument("--name", default="orpo_lab: which beta?", help="what the view is called")
+    options = parser.parse_args(arguments)
+    try:
+        import wandb
+
+        entity = options.entity or wandb.Api().default_entity
+        print(save(options.project, entity, options.name))
+    except ImportError:
+        sys.exit('error: wandb-workspaces is not installed: pip install -e ".[workspace]"')
+    except Exception as error:
+        sys.exit(f"error: W&B does not take the workspace: {one_line(error)[:300]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The search with Optuna: spaces, and real trials that finish, fall behind, fail and go on."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orpo_lab import search
+from orpo_lab.compare import find_runs
+from orpo_lab.errors import UserError
+from orpo_lab.run_folder import RunFolder
+from tests.conftest import ROOT
+
+SHORT = ("dataset.num_eval=16", "dataset.num_generations=4", "tracker=none")
+
+
+def run(folder: Path, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "orpo_lab.search", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        timeout=600,
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+def test_what_is_a_range_or_a_list_is_searched_within_it() -> None:
+    import optuna
+
+    fixed, searched = search.parse(
+        ["seed=1", "beta=tag(log,interval(0.02,1))", "optimizer.r=int(interval(2,16))", "a=x,y"]
+    )
+    assert fixed == ["seed=1"]
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    betas = []
+    for _ in range(200):
+        chosen = dict(one.split("=") for one in search.suggest(study.ask(), searched))
+        betas.append(float(chosen["beta"]))
+        assert int(chosen["optimizer.r"]) in range(2, 17)
+        assert chosen["a"] in ("x", "y")
+    assert 0.02 <= min(betas) < max(betas) <= 1
+    assert sum(beta < 0.02**0.5 for beta in betas) == pytest.approx(100, abs=25), "log-uniform"
+
+
+@pytest.mark.parametrize("overrides", [["beta=0.1"], []])
+def test_nothing_to_search_is_refused(overrides: list[str]) -> None:
+    with pytest.raises(UserError, match="say what to search"):
+        search.parse(overrides)
+
+
+def test_a_misspelt_override_is_one_line(tmp_path: Path) -> None:
+    done = run(tmp_path, "study", "beta=interval(0.1", expect=1)
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stderr.startswith("error: ")
+
+
+@pytest.mark.slow
+def test_trials_finish_fail_and_go_on_in_their_folder(tmp_path: Path) -> None:
+    arguments = ["study", "optimizer.learning_rate=1e-3,1e30", "train.max_steps=2", *SHORT]
+    first = run(tmp_path, "--num-trials", "4", *arguments)
+    states = {one.name: RunFolder(one).status() for one in (tmp_path / "study").glob("[0-9]")}
+    assert {one["state"] for one in states.values()} == {"finished", "failed"}
+    assert "NonFiniteError" in first.stdout
+    assert "Highest preference accuracy" in first.stdout
+    assert "optimizer.learning_rate=0.001" in first.stdout.splitlines()[-2]
+    second = run(tmp_path, "--num-trials", "5", *arguments)
+    assert second.stdout.count("trial ") == 1 + second.stdout.count("many trials")
+    assert len(find_runs([tmp_path / "study"])) == 5
+
+
+@pytest.mark.slow
+def test_a_trial_that_falls_behind_is_stopped(tmp_path: Path) -> None:
+    """With hardly any learning rate accuracy stays where it is, below the median of the others."""
+    arguments = [*SHORT, "train.max_steps=10", "train.eval_steps=5", "dataset.num_train=480"]
+    good = "optimizer.learning_rate=interval(1e-3,2e-3)"
+    run(tmp_path, "study", "--num-trials", "5", *arguments, good)
+    bad = [one for one in arguments if one != "train.max_steps=10"] + ["train.max_steps=3000"]
+    done = run(
+        tmp_path, "study", "--num-trials", "6", *bad, "optimizer.learning_rate=interval(1e-9,2e-9)"
+    )
+    assert "behind the median" in done.stdout
+    status = RunFolder(tmp_path / "study" / "5").status()
+    assert status["state"] == "stopped"
+    assert status["reason"].startswith("pruned after step")
