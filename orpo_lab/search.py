@@ -1,7 +1,7 @@
 """Search with Optuna: `python -m orpo_lab.search FOLDER [--num-trials N] [override ...]`.
 
 Overrides are launch.py's; those with a range or a list are searched, in Hydra's own syntax:
-`beta=tag(log,interval(0.02,1))`, `optimizer.r=int(interval(4,64))`, `beta_schedule=constant,cosine`.
+`beta=tag(log,interval(0.02,1))`, `optimizer.r=int(interval(4,64))`, `beta_schedule=step,cosine`.
 Every trial is a run of launch.py in a folder of its own in FOLDER, so that `python -m
 orpo_lab.compare FOLDER` reads them. What is maximised is held-out preference accuracy, among runs
 whose quality is not worse than the untrained model's. With `train.eval_steps` a trial that falls

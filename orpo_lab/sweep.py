@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from orpo_lab import config
 from orpo_lab.config import Tracker
-from orpo_lab.errors import UserError
+from orpo_lab.errors import UserError, one_line
 from orpo_lab.run_folder import RunFolder, natural_order
 
 T = TypeVar("T")
@@ -83,6 +83,11 @@ class Sweep:
             return
         try:
             yield place
+        except BaseException as error:
+            if place.status()["state"] == "running":  # it had not come to keep its own status
+                reason = one_line(f"{type(error).__name__}: {error}")
+                place.set_status("failed", reason, exit_code=1)
+            raise
         finally:
             lock.release()
             (place.path / ".lock").unlink(missing_ok=True)

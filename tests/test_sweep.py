@@ -133,6 +133,15 @@ def test_a_failed_job_runs_again_when_the_sweep_is_started_again_and_only_then(
     assert not (folder / "leftover.txt").exists()
 
 
+def test_a_job_that_fails_before_it_is_a_run_has_failed(load: Load, sweep: Sweep) -> None:
+    folder = sweep.folder / "0"
+    folder.mkdir()
+    with pytest.raises(ImportError), sweep.claim(load(), folder):
+        raise ImportError("no torch")
+    assert RunFolder(folder).status()["state"] == "failed"
+    assert not (folder / ".lock").exists()
+
+
 def test_a_folder_made_by_other_code_or_data_is_refused_unless_told(sweep: Sweep) -> None:
     record = json.loads((sweep.folder / "sweep.json").read_text())
     sweep.check_data("data", {"train": "a"}, accept_changes=False)
