@@ -37,6 +37,8 @@ from orpo_lab.verdict import (
 
 # How much worse than the best setting's still counts as not worse
 MARGINS = {"exact_match": 0.03, "chosen_nll": 0.03, "repetition": 0.05}
+# Answers that are so many times as long, or as short, as the best setting's are warned of
+MAX_LENGTH_RATIO = 1.25
 # What a setting is not told apart by
 NOT_SETTINGS = (*FREE, "seed")
 
@@ -263,7 +265,7 @@ def _qualities(settings: Sequence[Setting], margins: dict[str, float]) -> list[Q
 def _warnings(
     settings: Sequence[Setting], accuracy: Measure, qualities: Sequence[Quality]
 ) -> list[str]:
-    """Say where a higher beta still raises accuracy and costs quality."""
+    """Say where a higher beta still raises accuracy and costs quality, and where length changes."""
     families: dict[str, list[int]] = {}
     for number, setting in enumerate(settings):
         rest = {k: v for k, v in _effective(setting.values).items() if k != "beta"}
@@ -279,7 +281,22 @@ def _warnings(
                     f"rises there, while {quality.name} goes to "
                     f"{quality.sign * quality.measure.value(first):.3f}, beyond its interval"
                 )
+    best = settings[int(qualities[0].measure.means.argmax())]
+    for setting in settings:
+        ratio = _length(setting) / _length(best)
+        if ratio > MAX_LENGTH_RATIO or ratio < 1 / MAX_LENGTH_RATIO:
+            said.append(
+                f"greedy answers of {setting.name} are {ratio:.2f} times as long as those of "
+                f"{best.name}, the best in {qualities[0].name}"
+            )
     return said
+
+
+def _length(setting: Setting) -> float:
+    """Return the mean tokens of a setting's greedy answers; NaN where there are none."""
+    answers = np.concatenate([run.scores["generated_tokens"] for run in setting.runs if run.scores])
+    given = answers[~np.isnan(answers)]
+    return float(given.mean()) if len(given) else math.nan
 
 
 def verdict_text(comparison: Comparison) -> list[str]:

@@ -38,6 +38,7 @@ def write(tmp_path: Path) -> Write:
         exact_match: float | None = 0.9,
         state: str = "finished",
         held_out: str = "same",
+        length: int | None = 5,
     ) -> Path:
         place = RunFolder(tmp_path / "sweep" / name)
         config = {"beta": beta, "beta_end": beta_end, "seed": seed, "train": {"max_steps": 10}}
@@ -61,8 +62,8 @@ def write(tmp_path: Path) -> Write:
             "chosen_logp": rng.normal(-1, 0.1, num).tolist(),
             "chosen_tokens": [5] * num,
             "correct": [None] * num if correct is None else correct.tolist(),
-            "generated_tokens": [5] * num,
-            "repetition": [0.1] * num,
+            "generated_tokens": [length] * num,
+            "repetition": [None if length is None else 0.1] * num,
         }
         margin = np.where(right, 0.1, -0.1)
         columns["rejected_logp"] = (np.array(columns["chosen_logp"]) - margin).tolist()
@@ -154,6 +155,20 @@ def test_where_answers_cannot_be_checked_quality_is_nll_and_repetition(write: Wr
     assert [one.name for one in compared.qualities] == ["chosen_nll", "repetition"]
     nll = compared.qualities[0]
     assert nll.sign * nll.measure.value(0) == pytest.approx(1, abs=0.02)
+
+
+def test_answers_that_grow_long_are_warned_of(write: Write) -> None:
+    write("0", beta=0.1)
+    folder = write("1", beta=0.2, length=8).parent
+    (warning,) = compare_sweep(folder).warnings
+    assert warning.startswith("greedy answers of beta=0.2 are 1.60 times as long")
+
+
+def test_without_answers_quality_is_nll_alone(write: Write) -> None:
+    folder = sweep(write, {0.1: 0.8, 0.2: 0.9}, exact_match=None, length=None)
+    compared = compare_sweep(folder)
+    assert [one.name for one in compared.qualities] == ["chosen_nll"]
+    assert compared.warnings == []
 
 
 def test_reports_hold_everything_and_ask_for_nothing(write: Write) -> None:
