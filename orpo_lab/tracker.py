@@ -156,7 +156,10 @@ class WandbRun:
         }
         if online:
             try:
-                self._run = wandb.init(mode="online", **options)
+                # With the id alone W&B would overwrite what a resumed run has logged before
+                self._run = wandb.init(
+                    mode="online", resume="allow" if config.get("resume") else None, **options
+                )
             except Exception as error:  # whatever W&B's client or its service process raises
                 online, why = False, f"the server does not take the run ({one_line(error)[:150]})"
                 # W&B's service process still holds the id that was refused

@@ -235,6 +235,16 @@ def test_a_run_that_begins_anew_in_its_folder_is_one_run(
     assert len(server.runs) == 1
 
 
+def test_a_resumed_run_goes_on_in_the_run_it_was(server: WandbServer, tmp_path: Path) -> None:
+    for steps, record in (((1, 5), RECORD), ((6, 9), {**RECORD, "resume": "here"})):
+        run = tracker.start(settings(), folder=tmp_path, name="a", config=record, sweep=None)
+        for step in steps:
+            run.log(step, {"loss": 1.0})
+        run.finish(0)
+    (arrived,) = server.runs.values()
+    assert [line["_step"] for line in arrived["history"]] == [1, 5, 6, 9]
+
+
 @pytest.mark.parametrize("illness", ["errors", "waits", "dies"])
 def test_a_server_that_falls_ill_in_mid_run_does_not_stop_it(
     server: WandbServer, tmp_path: Path, illness: str

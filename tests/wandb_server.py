@@ -34,6 +34,26 @@ class WandbServer(http.server.ThreadingHTTPServer):
         """Return what is known of a run."""
         return self.runs.setdefault(name, {"history": [], "exit_code": None, "upserts": []})
 
+    def _resume_status(self, name: str) -> dict[str, Any] | None:
+        """Return what a client asks before it goes on with a run; None: there is none."""
+        if name not in self.runs:
+            return None
+        history = self.runs[name]["history"]
+        return {
+            "id": name,
+            "name": name,
+            "displayName": name,
+            "historyLineCount": len(history),
+            "eventsLineCount": 0,
+            "logLineCount": 0,
+            "historyTail": json.dumps([json.dumps(one) for one in history[-1:]]),
+            "eventsTail": "[]",
+            "summaryMetrics": json.dumps(history[-1]) if history else "{}",
+            "config": "{}",
+            "tags": [],
+            "wandbConfig": '{"t": 1}',
+        }
+
     def answer(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
         """Answer a GraphQL request."""
         if "upsertBucket" in query:
@@ -51,6 +71,8 @@ class WandbServer(http.server.ThreadingHTTPServer):
                 "project": project,
             }
             return {"upsertBucket": {"bucket": bucket, "inserted": True}}
+        if "RunResumeStatus" in query:
+            return {"model": {"bucket": self._resume_status(variables["name"])}}
         if "createRunFiles" in query:
             files = [{"name": f, "uploadUrl": f"{self.url}/upload/{f}"} for f in variables["files"]]
             return {"createRunFiles": {"runID": "x", "uploadHeaders": [], "files": files}}
@@ -93,8 +115,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._send(200, {"data": data})
         elif found := re.search(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", self.path):
             run = self.server.run(found.group(1))
-            lines = (sent or {}).get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
-            run["history"] += [json.loads(line) for line in lines]
+            chunk = (sent or {}).get("files", {}).get("wandb-history.jsonl", {})
+            lines = [json.loads(line) for line in chunk.get("content", [])]
+            if lines:  # at their offset, as the real server has them
+                offset = chunk.get("offset", 0)
+                run["history"][offset : offset + len(lines)] = lines
             if (sent or {}).get("complete"):
                 run["exit_code"] = sent.get("exitcode")
             self._send(200, {})
