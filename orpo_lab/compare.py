@@ -160,12 +160,12 @@ def group(runs: Sequence[Run]) -> list[Setting]:
     """
     read = [_effective(run.values) for run in runs]
     keys = sorted({key for values in read for key in values})
-    differing = [key for key in keys if len({json.dumps(one.get(key)) for one in read}) > 1]
+    # A key that only some have, all with one value, comes with another that tells them apart
+    differing = [key for key in keys if len({json.dumps(v[key]) for v in read if key in v}) > 1]
     settings: dict[str, Setting] = {}
     for run, values in zip(runs, read, strict=True):
         mine = {key: values[key] for key in differing if key in values}
-        # The schedule says how the run behaved; where only betas differ it is not needed
-        name = " ".join(f"{key}={_short(value)}" for key, value in mine.items()) or "all runs"
+        name = " ".join(_label(key, value) for key, value in mine.items()) or "all runs"
         setting = settings.setdefault(name, Setting(name, run.values, []))
         if run.values["seed"] not in setting.seeds:
             setting.runs.append(run)
@@ -183,8 +183,11 @@ def _effective(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def _label(key: str, value: Any) -> str:
+    """Return `beta=0.2`, `cosine`: a schedule's name says what it is."""
+    if key == "beta_schedule":
+        return str(value)
+    return f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
 
 
 def compare(runs: Sequence[Run], margins: dict[str, float]) -> Comparison:
@@ -279,7 +282,7 @@ def _warnings(
                 said.append(
                     f"{settings[first].name} looks over-optimised: preference accuracy still "
                     f"rises there, while {quality.name} goes to "
-                    f"{quality.sign * quality.measure.value(first):.3f}, beyond its interval"
+                    f"{quality.sign * quality.measure.value(first):.3f}, beyond interval and margin"
                 )
     best = settings[int(qualities[0].measure.means.argmax())]
     for setting in settings:
@@ -301,13 +304,12 @@ def _length(setting: Setting) -> float:
 
 def verdict_text(comparison: Comparison) -> list[str]:
     """Return the verdict as sentences."""
-    verdict, settings, accuracy = comparison.verdict, comparison.settings, comparison.accuracy
+    verdict, settings = comparison.verdict, comparison.settings
     leader = settings[verdict.leader].name
-    standing = verdict.standings[verdict.leader]
-    reached = f"preference accuracy {_interval(standing.accuracy)}"
+    reached = f"preference accuracy {_interval(verdict.accuracies[verdict.leader])}"
     out = [
         f"{setting.name} ({', '.join(one.worse_in)})"
-        for setting, one in zip(settings, verdict.standings, strict=True)
+        for setting, one in zip(settings, verdict.qualities, strict=True)
         if one.worse_in
     ]
     lines = []
@@ -316,20 +318,15 @@ def verdict_text(comparison: Comparison) -> list[str]:
     elif verdict.one_seed:
         lines.append(
             f"One seed cannot separate these: {leader} has the highest preference accuracy "
-            f"({standing.accuracy.estimate:.3f}), and another seed might not. Train every setting "
-            "with at least two seeds, better three (seed=1,2,3)."
+            f"({verdict.accuracies[verdict.leader].estimate:.3f}), and another seed might not. "
+            "Train every setting with at least two seeds, better three (seed=1,2,3)."
         )
     elif verdict.winner is not None:
-        others = [
-            n for n, one in enumerate(verdict.standings) if n != verdict.winner and not one.worse_in
-        ]
         lines.append(f"The winner is {leader}: {reached}.")
-        if others:
-            nearest = max(others, key=lambda number: accuracy.means[number])
-            gap = accuracy.difference(verdict.leader, nearest)
+        if verdict.nearest is not None and verdict.lead is not None:
             lines.append(
-                f"It is shown to be above every other setting of good quality; the nearest, "
-                f"{settings[nearest].name}, by {_points(gap)}."
+                "It is shown to be above every other setting of good quality; the nearest, "
+                f"{settings[verdict.nearest].name}, by {_points(verdict.lead)}."
             )
     else:
         lines += _undecided(comparison, leader, reached)
@@ -339,21 +336,19 @@ def verdict_text(comparison: Comparison) -> list[str]:
 
 
 def _undecided(comparison: Comparison, leader: str, reached: str) -> list[str]:
-    verdict, accuracy = comparison.verdict, comparison.accuracy
+    verdict = comparison.verdict
     lines = []
-    doubtful = verdict.standings[verdict.leader].doubtful_in
+    doubtful = verdict.qualities[verdict.leader].doubtful_in
     if doubtful:
         lines.append(
             f"The evidence names no winner: {leader} leads with {reached}, but its "
             f"{' and '.join(doubtful)} may be worse than the margin allows."
         )
-    if verdict.unbeaten:
+    if verdict.unbeaten and verdict.lead is not None:
         names = ", ".join(comparison.settings[number].name for number in verdict.unbeaten)
-        nearest = max(verdict.unbeaten, key=lambda number: accuracy.means[number])
-        gap = accuracy.difference(verdict.leader, nearest)
         lines.append(
             f"The evidence does not separate {leader} ({reached}) from {names}. The smallest "
-            f"gap is {_points(gap)}. {_needed(verdict)}"
+            f"gap is {_points(verdict.lead)}. {_needed(verdict)}"
         )
     return lines
 
@@ -420,11 +415,11 @@ def setting_rows(comparison: Comparison) -> list[dict[str, str]]:
     verdict = comparison.verdict
     rows = []
     for number, (setting, standing) in enumerate(
-        zip(comparison.settings, verdict.standings, strict=True)
+        zip(comparison.settings, verdict.qualities, strict=True)
     ):
         row = {"setting": setting.name, "seeds": str(len(setting.runs))}
-        row["preference_accuracy"] = _interval(standing.accuracy)
-        for quality, interval in zip(comparison.qualities, standing.qualities, strict=True):
+        row["preference_accuracy"] = _interval(verdict.accuracies[number])
+        for quality, interval in zip(comparison.qualities, standing.intervals, strict=True):
             ends = sorted((quality.sign * interval.low, quality.sign * interval.high))
             row[quality.name] = _interval(Interval(quality.sign * interval.estimate, *ends))
         for key in ("chosen_nll", "generated_tokens", "repetition"):
@@ -441,7 +436,7 @@ def setting_rows(comparison: Comparison) -> list[dict[str, str]]:
 
 
 def _standing_text(verdict: Verdict, number: int) -> str:
-    standing = verdict.standings[number]
+    standing = verdict.qualities[number]
     if number == verdict.winner:
         return "winner"
     if standing.worse_in:

@@ -138,7 +138,7 @@ def _figure(height: float = 4.2) -> tuple[Any, Any]:
 def _png(figure: Any, num_labels: int) -> bytes:
     """Return the picture, its legend below it where it hides nothing."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    columns = 1 if max(map(len, labels), default=0) > 32 else 2
+    columns = 1 if max(map(len, labels), default=0) > 28 else 2
     if num_labels <= 24:
         figure.legend(
             handles, labels, loc="outside lower center", ncols=columns, fontsize=9, frameon=False
@@ -152,11 +152,11 @@ def _pareto(compared: "Comparison") -> Picture:
     """Preference accuracy against the first quality, with intervals over pairs and seeds."""
     quality = compared.qualities[0]
     figure, axes = _figure(height=5)
-    standings = compared.verdict.standings
-    for setting, standing, colour in zip(
-        compared.settings, standings, _colours(compared.settings), strict=True
+    verdict, colours = compared.verdict, _colours(compared.settings)
+    for setting, standing, y, colour in zip(
+        compared.settings, verdict.qualities, verdict.accuracies, colours, strict=True
     ):
-        x, y = standing.qualities[0], standing.accuracy
+        x = standing.intervals[0]
         at = quality.sign * x.estimate
         ends = sorted((quality.sign * x.low, quality.sign * x.high))
         axes.errorbar(
@@ -169,7 +169,7 @@ def _pareto(compared: "Comparison") -> Picture:
             elinewidth=1,
             label=setting.name,
         )
-    best = max(standing.qualities[0].estimate for standing in standings)
+    best = max(standing.intervals[0].estimate for standing in verdict.qualities)
     axes.axvline(quality.sign * (best - quality.margin), color=GREY, linestyle=":", linewidth=1)
     if quality.sign < 0:
         axes.invert_xaxis()  # better is to the right, whatever is measured
@@ -179,7 +179,7 @@ def _pareto(compared: "Comparison") -> Picture:
         f"Preference accuracy against {quality.name}: up and to the right is better; left of the "
         "dotted line quality is worse than the margin allows"
     )
-    return caption, _png(figure, len(standings))
+    return caption, _png(figure, len(compared.settings))
 
 
 def _curves(settings: Sequence["Setting"], key: str, label: str) -> Picture:

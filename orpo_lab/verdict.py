@@ -190,12 +190,9 @@ class Quality:
 
 @dataclass(frozen=True)
 class Standing:
-    """Where one setting stands."""
+    """Where one setting stands in quality."""
 
-    accuracy: Interval
-    qualities: list[Interval]
-    shortfalls: list[float]
-    """How far each quality is below the best setting's."""
+    intervals: list[Interval]
     worse_in: list[str]
     """Qualities shown to be worse than the best's, and by more than the margin in the estimate."""
     doubtful_in: list[str]
@@ -210,9 +207,15 @@ class Verdict:
     """The setting that wins; None: the evidence does not name one."""
     leader: int
     """The highest preference accuracy among the settings whose quality is not worse."""
-    standings: list[Standing]
+    accuracies: list[Interval]
+    """Preference accuracy of every setting."""
+    qualities: list[Standing]
     unbeaten: list[int]
     """Settings of good quality that the leader is not shown to beat."""
+    nearest: int | None
+    """The highest of these, or of those beaten; None: nothing else is of good quality."""
+    lead: Interval | None
+    """How far the leader is above the nearest."""
     seeds_needed: int | None
     """Seeds per setting that would show the smallest gap; None: not to be had."""
     pairs_needed: int | None
@@ -233,51 +236,55 @@ def decide(accuracy: Measure, qualities: Sequence[Quality]) -> Verdict:
         accuracy: per-pair preference accuracy, 0 or 1, of every setting.
         qualities: of the same settings in the same order.
     """
-    numbers = range(len(accuracy.scores))
-    standings = [_standing(number, accuracy, qualities) for number in numbers]
-    candidates = [number for number in numbers if not standings[number].worse_in]
-    leader = max(candidates, key=lambda number: accuracy.means[number])
-    others = [number for number in candidates if number != leader]
-    unbeaten = [number for number in others if not accuracy.is_above(leader, number)]
-    one_seed = accuracy.freedom == 0
-    wins = not one_seed and not unbeaten and not standings[leader].doubtful_in
-    nearest = max(unbeaten, key=lambda number: accuracy.means[number], default=None)
-    more = nearest is not None and not one_seed
+    everyone = range(len(accuracy.scores))
+    quality_of = [_quality_of(number, qualities) for number in everyone]
+    candidates = [number for number in everyone if not quality_of[number].worse_in]
+    # Without those that are out: near 100 % accuracy a seed's log-odds vary wildly
+    contest = Measure(
+        [accuracy.scores[number] for number in candidates], is_share=accuracy.is_share
+    )
+    first = int(contest.means.argmax())
+    others = [number for number in range(len(candidates)) if number != first]
+    unbeaten = [number for number in others if not contest.is_above(first, number)]
+    nearest = max(unbeaten or others, key=lambda number: contest.means[number], default=None)
+    one_seed = contest.freedom == 0
+    undecided = nearest is not None and bool(unbeaten) and not one_seed
+    leader = candidates[first]
+    wins = not one_seed and not unbeaten and not quality_of[leader].doubtful_in
+    intervals = [accuracy.interval(number) for number in everyone]
+    for number, candidate in enumerate(candidates):
+        intervals[candidate] = contest.interval(number)
     return Verdict(
-        winner=leader if wins and len(standings) > 1 else None,
+        winner=leader if wins and len(everyone) > 1 else None,
         leader=leader,
-        standings=standings,
-        unbeaten=unbeaten,
-        seeds_needed=accuracy.seeds_needed(leader, nearest)
-        if more and nearest is not None
+        accuracies=intervals,
+        qualities=quality_of,
+        unbeaten=[candidates[number] for number in unbeaten],
+        nearest=None if nearest is None else candidates[nearest],
+        lead=None if nearest is None else contest.difference(first, nearest),
+        seeds_needed=contest.seeds_needed(first, nearest)
+        if undecided and nearest is not None
         else None,
-        pairs_needed=accuracy.pairs_needed(leader, nearest)
-        if more and nearest is not None
+        pairs_needed=contest.pairs_needed(first, nearest)
+        if undecided and nearest is not None
         else None,
         one_seed=one_seed,
     )
 
 
-def _standing(number: int, accuracy: Measure, qualities: Sequence[Quality]) -> Standing:
-    shortfalls: list[float] = []
+def _quality_of(number: int, qualities: Sequence[Quality]) -> Standing:
     worse: list[str] = []
     doubtful: list[str] = []
     for quality in qualities:
         measure = quality.measure
         best = int(measure.means.argmax())
         shortfall = measure.value(best) - measure.value(number)
-        shortfalls.append(shortfall)
         if shortfall > quality.margin:
             level = LEVEL / max(len(measure.scores) - 1, 1)
             shown = measure.is_above(best, number, level=level)
             (worse if shown else doubtful).append(quality.name)
-    return Standing(
-        accuracy=accuracy.interval(number),
-        qualities=[quality.measure.interval(number) for quality in qualities],
-        shortfalls=shortfalls,
-        worse_in=worse,
-        doubtful_in=doubtful,
-    )
+    intervals = [quality.measure.interval(number) for quality in qualities]
+    return Standing(intervals, worse, doubtful)
 
 
 def overoptimised(order: Sequence[int], accuracy: Measure, quality: Quality) -> int | None:
@@ -286,13 +293,15 @@ def overoptimised(order: Sequence[int], accuracy: Measure, quality: Quality) -> 
     Args:
         order: settings that differ in beta alone, lowest beta first.
         accuracy: preference accuracy of all settings.
-        quality: lost where it is shown to be below the best of the lower betas.
+        quality: lost where it is shown to be below the best of the lower betas, by more than the
+            margin in the estimate.
     """
     measure = quality.measure
     for place in range(1, len(order)):
         here, before = order[place], order[:place]
         best = max(before, key=lambda number: measure.means[number])
         rises = accuracy.means[here] > accuracy.means[order[place - 1]]
-        if rises and measure.is_above(best, here, level=LEVEL / (len(order) - 1)):
+        falls = measure.value(best) - measure.value(here) > quality.margin
+        if rises and falls and measure.is_above(best, here, level=LEVEL / (len(order) - 1)):
             return here
     return None

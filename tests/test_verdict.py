@@ -27,7 +27,7 @@ def test_an_interval_over_pairs_alone_names_false_winners() -> None:
 def test_a_planted_lead_is_found(base: float, lead: float, num_pairs: int) -> None:
     counts = count(base, lead, 3, num_pairs)
     assert counts["ours_planted"] >= 0.8 * NUM_SWEEPS
-    assert counts["ours_named"] == counts["ours_planted"]
+    assert counts["ours_named"] - counts["ours_planted"] <= LEVEL * NUM_SWEEPS
 
 
 def scores(rng: np.random.Generator, means: list[float], num_seeds: int, run: float) -> list[Array]:
@@ -95,7 +95,7 @@ def accuracies(*values: float) -> Measure:
 def test_the_highest_accuracy_wins_among_settings_of_good_quality() -> None:
     verdict = decide(accuracies(0.6, 0.8, 0.95), [quality([1.0, 0.99, 0.8])])
     assert verdict.winner == 1
-    assert verdict.standings[2].worse_in == ["chosen_nll"]
+    assert verdict.qualities[2].worse_in == ["chosen_nll"]
 
 
 def test_quality_that_may_be_worse_wins_nothing_and_says_so() -> None:
@@ -104,7 +104,7 @@ def test_quality_that_may_be_worse_wins_nothing_and_says_so() -> None:
     verdict = decide(accuracies(0.6, 0.8), [noisy])
     assert verdict.leader == 1
     assert verdict.winner is None
-    assert verdict.standings[1].doubtful_in == ["chosen_nll"]
+    assert verdict.qualities[1].doubtful_in == ["chosen_nll"]
 
 
 def test_seeds_needed_are_those_that_show_the_gap() -> None:
