@@ -217,7 +217,12 @@ def test_an_offline_run_syncs_as_it_is(
     (folder,) = tmp_path.glob("wandb/offline-run-*")
     environment = {**os.environ, "PATH": _path()}
     done = subprocess.run(
-        ["wandb", "sync", str(folder)], env=environment, capture_output=True, text=True, timeout=60
+        ["wandb", "sync", str(folder)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (name,) = server.runs
