@@ -166,7 +166,8 @@ def group(runs: Sequence[Run]) -> list[Setting]:
     for run, values in zip(runs, read, strict=True):
         mine = {key: values[key] for key in differing if key in values}
         name = " ".join(_label(key, value) for key, value in mine.items()) or "all runs"
-        setting = settings.setdefault(name, Setting(name, run.values, []))
+        # By exact values: names are rounded
+        setting = settings.setdefault(json.dumps(mine), Setting(name, run.values, []))
         if run.values["seed"] not in setting.seeds:
             setting.runs.append(run)
     return sorted(
@@ -221,15 +222,17 @@ def compare(runs: Sequence[Run], margins: dict[str, float]) -> Comparison:
 
 
 def _check_same_pairs(runs: Sequence[Run]) -> None:
-    by_pairs: dict[str, Run] = {}
+    by_pairs: dict[tuple[str, int], Run] = {}
     for run in runs:
         assert run.summary is not None
-        by_pairs.setdefault(run.summary["dataset_fingerprint"]["held_out"], run)
+        num_answered = run.summary["after"].get("num_generations", 0)
+        by_pairs.setdefault((run.summary["dataset_fingerprint"]["held_out"], num_answered), run)
     if len(by_pairs) > 1:
         one, other = [str(run.folder) for run in by_pairs.values()][:2]
         raise UserError(
-            f"{one} and {other} were scored on different held-out pairs, so their figures cannot "
-            "be compared; compare runs of one dataset, max_length, num_eval and tokenizer"
+            f"{one} and {other} were scored on different held-out pairs, or answered different "
+            "numbers of them, so their figures cannot be compared; compare runs of one dataset, "
+            "max_length, num_eval, num_generations and tokenizer"
         )
 
 

@@ -39,6 +39,7 @@ def write(tmp_path: Path) -> Write:
         state: str = "finished",
         held_out: str = "same",
         length: int | None = 5,
+        num_generations: int = 200,
     ) -> Path:
         place = RunFolder(tmp_path / "sweep" / name)
         config = {"beta": beta, "beta_end": beta_end, "seed": seed, "train": {"max_steps": 10}}
@@ -73,6 +74,7 @@ def write(tmp_path: Path) -> Write:
             "chosen_nll": 1.0,
             "generated_tokens": 5.0,
             "repetition": 0.1,
+            "num_generations": num_generations,
         }
         if exact_match is not None:
             after["exact_match"] = exact_match
@@ -123,6 +125,12 @@ def test_a_constant_schedule_does_not_read_beta_end_and_the_same_seed_counts_onc
     compared = compare_sweep(folder)
     assert [len(one.runs) for one in compared.settings] == [1, 1]
     assert len(compared.runs) == 3
+
+
+def test_settings_whose_names_round_to_the_same_stay_apart(write: Write) -> None:
+    write("0", beta=0.1)
+    folder = write("1", beta=0.1000000001).parent
+    assert [one.name for one in compare_sweep(folder).settings] == ["beta=0.1", "beta=0.1"]
 
 
 def test_with_one_seed_nothing_is_separated(write: Write) -> None:
@@ -215,9 +223,10 @@ def test_the_report_opens_in_a_browser_without_a_request(write: Write, tmp_path:
     assert [url for url in asked if not re.search("google|gstatic|chrome", url)] == []
 
 
-def test_different_held_out_pairs_are_refused(write: Write) -> None:
+@pytest.mark.parametrize("other", [{"held_out": "other"}, {"num_generations": 10}])
+def test_different_held_out_pairs_are_refused(write: Write, other: dict[str, Any]) -> None:
     write("0")
-    folder = write("1", held_out="other").parent
+    folder = write("1", **other).parent
     with pytest.raises(UserError, match="different held-out pairs"):
         compare_sweep(folder)
 
