@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from filelock import FileLock, Timeout
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -228,7 +229,7 @@ class Start(Callback):
     tracker: Tracker
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Give the sweep a folder of its own, unless it was told one."""
+        """Give the sweep a folder of its own, unless it was told one, and its jobs short names."""
         folder = Path(config.hydra.sweep.dir)
         if not any(one.startswith("hydra.sweep.dir=") for one in config.hydra.overrides.hydra):
             folder = fresh_folder(folder)
@@ -236,6 +237,11 @@ class Start(Callback):
                 config.hydra.sweep.dir = str(folder)
                 # Jobs are composed anew, from the overrides
                 config.hydra.overrides.hydra.append(f"hydra.sweep.dir={folder}")
+        # Jobs are told apart by what is swept; what all have in common would only be long
+        parsed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+        common = [one.key_or_group for one in parsed if not one.is_sweep_override()]
+        excluded = f"hydra.job.config.override_dirname.exclude_keys=[{','.join(common)}]"
+        config.hydra.overrides.hydra.append(excluded)
         folder.mkdir(parents=True, exist_ok=True)
         Start.tracker = cast(Tracker, OmegaConf.to_object(config.tracker))
         Start.sweep = Sweep(folder)

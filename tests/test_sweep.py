@@ -181,6 +181,7 @@ def test_jobs_share_data_and_the_untrained_models_evaluation_and_the_same_runs_o
     done = launch("-m", "beta=0.1,0.5", "beta_end=0,0.05", "seed=1,2", SWEEP, *SHORT)
     folder = tmp_path / "sweep"
     assert list(states(folder).values()) == ["finished"] * 4
+    assert "0-beta=0.1,beta_end=0,seed=1" in states(folder), "named by what is swept"
     assert done.stdout.count("finished already, not run again") == 4
     assert done.stdout.count("train: 1920 pairs") == 1
     befores = {
