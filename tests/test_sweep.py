@@ -276,14 +276,24 @@ def test_a_job_that_diverges_and_one_that_exits_are_named_and_the_others_finish(
 def test_a_signal_stops_the_sweep_after_recording(tmp_path: Path, number: int, code: int) -> None:
     command = [sys.executable, str(ROOT / "launch.py"), "-m", "beta=0.1,0.2", SWEEP, *SHORT]
     command[command.index("train.max_steps=2")] = "train.max_steps=5000"
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 300
-    while not list((tmp_path / "sweep").glob("0-*/metrics.jsonl")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+        # Where the tests run in the background a shell has had SIGINT ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        deadline = time.monotonic() + 300
+        while not list((tmp_path / "sweep").glob("0-*/metrics.jsonl")):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == code
     assert list(states(tmp_path / "sweep").values()) == ["stopped"]
     assert re.search(r"0-beta=0.1\S*\s+stopped", out)

@@ -16,6 +16,7 @@ def test_without_a_difference_a_winner_is_named_in_few_sweeps_and_never_with_one
     assert named <= (17 if num_seeds > 1 else 0)
 
 
+@pytest.mark.slow
 def test_an_interval_over_pairs_alone_names_false_winners() -> None:
     counts = count(0.85, 0.0, 3, 500, bootstrap=True)
     assert counts["pairs_only_named"] > 0.09 * NUM_SWEEPS

@@ -42,6 +42,7 @@ def test_the_saved_view_groups_by_beta_and_shows_only_metrics_that_compare(tmp_p
     assert [one in grouping.group(1) for one in ("beta", "beta_schedule")] == [True, True]
 
 
+@pytest.mark.slow
 def test_a_dead_server_and_a_missing_key_are_one_line(tmp_path: Path) -> None:
     dead = {"HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": KEY}
     for environment in (dead, {"HOME": str(tmp_path)}):
