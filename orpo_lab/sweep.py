@@ -69,7 +69,7 @@ class Sweep:
         """
         identity = config.identity(loaded)
         with FileLock(self.folder / ".cache" / "claims.lock"):
-            place = self._folder_of(identity) or RunFolder(folder)
+            place = self._folder_of(identity) or _without_another_run(folder)
             lock = FileLock(place.path / ".lock")
             is_free = self._wants_running(place) and _take(lock)
             if is_free:
@@ -176,6 +176,15 @@ class Sweep:
         except UserError as error:
             print(f"\nno comparison: {error}")
         return [job.path.name for job, status in jobs if status["state"] != "finished"]
+
+
+def _without_another_run(folder: Path) -> RunFolder:
+    """Return a new job's folder; one beside it where an earlier start left another run there.
+
+    Names tell what is swept, and the same sweep may be given again with another fixed value.
+    """
+    holds_another = RunFolder(folder).status().get("config_hash") is not None
+    return RunFolder(fresh_folder(folder) if holds_another else folder)
 
 
 def _take(lock: FileLock) -> bool:

@@ -102,6 +102,20 @@ def test_a_job_whose_configuration_is_there_already_has_nothing_to_run(
         assert folder.exists() == (expected is not None)
 
 
+def test_another_configuration_of_the_same_name_gets_a_folder_of_its_own(
+    load: Load, sweep: Sweep
+) -> None:
+    folder = sweep.folder / "0-beta=0.1"
+    folder.mkdir()
+    for steps, name in ((10, "0-beta=0.1"), (20, "0-beta=0.1-2")):
+        with sweep.claim(load(f"train.max_steps={steps}"), folder) as place:
+            assert place is not None
+            assert place.path.name == name
+            place.write("made.txt", str(steps))
+            place.set_status("finished" if steps == 20 else "failed")
+    assert (folder / "made.txt").read_text() == "10"
+
+
 def test_a_job_that_runs_elsewhere_is_not_run_beside_it(load: Load, sweep: Sweep) -> None:
     for number in (0, 1):
         (sweep.folder / str(number)).mkdir()
