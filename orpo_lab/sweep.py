@@ -18,6 +18,7 @@ from typing import Any, TypeVar, cast
 
 from filelock import FileLock, Timeout
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -255,6 +256,10 @@ class Start(Callback):
         Start.tracker = cast(Tracker, OmegaConf.to_object(config.tracker))
         Start.sweep = Sweep(folder)
         Start.sweep.begin(accept_changes=config.accept_changes)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Let go of a job's configurations: Hydra keeps them all until the sweep ends."""
+        job_return.cfg = job_return.hydra_cfg = None
 
 
 def fresh_folder(folder: Path) -> Path:
