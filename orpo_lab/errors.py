@@ -1,5 +1,7 @@
 """What ends a run early: the user's mistakes and the user's wish."""
 
+from orpo_lab.masking import mask
+
 
 class UserError(ValueError):
     """Something the user can put right: a key, a row, a path, a missing connection.
@@ -25,5 +27,8 @@ class Terminated(KeyboardInterrupt):
 
 
 def one_line(error: BaseException | str) -> str:
-    """Return an error's text on a single line, for messages that quote another library's."""
-    return " ".join(str(error).split())
+    """Return an error's text on a single line, for messages that quote another library's.
+
+    Secrets are masked, since the message may be cut, and half a secret has no shape.
+    """
+    return mask(" ".join(str(error).split()))

@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from orpo_lab.config import Config, Lora
 from orpo_lab.data import Data
 from orpo_lab.evaluate import Evaluation
+from orpo_lab.masking import mask
 from orpo_lab.plot import draw_training
-from orpo_lab.run_folder import RunFolder, git_commit, mask, versions
+from orpo_lab.run_folder import RunFolder, git_commit, versions
 from orpo_lab.tracker import Run
 from orpo_lab.trainer import TrainStats
 

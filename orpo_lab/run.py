@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from orpo_lab.config import Config, Lora, hash_of, kind
 from orpo_lab.errors import Terminated, UserError, one_line
+from orpo_lab.masking import MaskingFormatter, mask
 from orpo_lab.quiet import silence_upstream
-from orpo_lab.run_folder import RunFolder, mask
+from orpo_lab.run_folder import RunFolder
 from orpo_lab.sweep import Sweep
 
 if TYPE_CHECKING:
@@ -180,6 +181,7 @@ def _said_in(place: RunFolder) -> Iterator[None]:
     file = logging.FileHandler(place.path / "run.log")
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), file]
     for handler in handlers:
+        handler.setFormatter(MaskingFormatter())
         log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from orpo_lab.config import NoTracker, Tracker, WandbTracker
 from orpo_lab.errors import one_line
-from orpo_lab.run_folder import mask
+from orpo_lab.masking import mask
 
 log = logging.getLogger(__name__)
 
@@ -131,9 +131,7 @@ class WandbRun:
         self._wandb = wandb
         online, why = self._decide(tracker)
         options: dict[str, Any] = {
-            "project": tracker.project,
-            "entity": tracker.entity,
-            "group": group,
+            **mask({"project": tracker.project, "entity": tracker.entity, "group": group}),
             "job_type": job_type,
             # One run in W&B for one folder, also where a sweep runs a job again
             "id": _run_id(folder),
