@@ -12,8 +12,8 @@ from typing import Any
 
 from hydra._internal import hydra as hydra_internals
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.core_plugins import basic_sweeper
 from hydra._internal.utils import get_args_parser
+from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
 
 from orpo_lab.errors import UserError
@@ -49,7 +49,10 @@ def install() -> None:
         )
     _check_place("--config-path", flags.config_path)
     setattr(hydra_internals, "ConfigLoaderImpl", CheckedLoader)  # noqa: B010  (not its type)
-    setattr(basic_sweeper, "OmegaConf", MaskingOmegaConf)  # noqa: B010
+    (sweeper,) = KNOWN["hydra.sweeper"]
+    # Hydra imports its plugins once more: the module of that name is not the one it uses
+    module: Any = Plugins.instance().class_name_to_class[sweeper].sweep.__globals__  # type: ignore[attr-defined]
+    module["OmegaConf"] = MaskingOmegaConf
 
 
 class CheckedLoader(ConfigLoaderImpl):

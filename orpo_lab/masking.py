@@ -27,7 +27,8 @@ SHAPES = re.compile(
       | eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]*                      # JSON Web Tokens
     )
     | (?<![A-Za-z0-9])[0-9a-f]{40}(?![A-Za-z0-9])                # W&B keys of old
-    | (?<=://)(?:[^/\s:@]+:[^/\s]+|[^/\s:@]{16,})(?=@)          # credentials in an address
+    # Credentials in an address, also where one was taken for a path and has lost a slash
+    | (?:(?<=://)|(?<=:/)(?!/))(?:[^/\s:@]+:[^/\s]+|[^/\s:@]{16,})(?=@)
     | (?<=\bBearer\ )[\w.~+/=-]{8,}
     """,
     re.VERBOSE,

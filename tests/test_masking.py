@@ -37,6 +37,7 @@ def test_what_looks_like_a_token_is_masked_wherever_it_stands(token: str, text: 
     [
         ("https://me:pass@host/x", "https://***@host/x"),
         ("https://me:p@ss@host/x", "https://***@host/x"),
+        ("/here/https:/me:pass@host/x", "/here/https:/***@host/x"),
         ("s3://0123456789abcdef0123@host", "s3://***@host"),
         ("GET /x?a=1&token=abcdef&b=2", "GET /x?a=1&token=***&b=2"),
         ("WANDB_API_KEY=local-abcdef run", "WANDB_API_KEY=*** run"),

@@ -7,6 +7,7 @@ loaded.
 import hashlib
 import io
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -23,7 +24,9 @@ from orpo_lab.data import sources
 from orpo_lab.errors import UserError
 from tests.conftest import ROOT
 from tests.test_guard import Bomb
-from tests.test_launch import refused
+from tests.test_launch import _path, refused
+from tests.test_masking import TOKENS
+from tests.wandb_server import WandbServer
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 Load = Callable[..., config.Config]
@@ -76,7 +79,7 @@ def test_weights_in_a_pickle_are_not_read(
         index = {"metadata": {}, "weight_map": {"model.norm.weight": "part.bin"}}
         (folder / name).write_text(json.dumps(index))
     loaded = load("model=local", f"model.path={folder}")
-    with pytest.raises(UserError, match="no weights in safetensors; a .bin file is a pickle"):
+    with pytest.raises(UserError, match=r"no weights in safetensors; a \.bin file is a pickle"):
         model.load_config(loaded.model)
     # Nor where the first look is passed, as it is by a model of the hub
     (folder / "other.safetensors").touch()
@@ -222,3 +225,170 @@ def test_trusted_code_is_run_and_said_loudly(
     assert (
         "Code that comes with it was run." in (tmp_path / "run" / "final" / "README.md").read_text()
     )
+
+
+# Secrets
+
+PLANTED = {
+    **TOKENS,
+    # What only its name says
+    "WANDB_API_KEY": "q1w2e3r4t5" * 4,
+    "HF_TOKEN": "huggingfacetokenofnoshape",
+    "STORE_PASSWORD": "correct horse battery staple",
+    "in an address": "mypassword1",
+    "in a key=value": "shapelesssecret",
+}
+ENVIRONMENT = {name: PLANTED[name] for name in ("WANDB_API_KEY", "HF_TOKEN", "STORE_PASSWORD")}
+# One stands in the data, which are nobody's to change
+IN_DATA = "hf_" + "Data" * 8
+OWN_ROWS = (
+    "dataset=jsonl",
+    "dataset.train_path=rows.jsonl",
+    "dataset.eval_path=rows.jsonl",
+    "dataset.max_length=250",
+    "dataset.max_prompt_length=150",
+)
+
+
+HUB = ("dataset=hub", "dataset.max_length=250", "dataset.max_prompt_length=120")
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    row = {"prompt": f"say {IN_DATA}", "chosen": "yes", "rejected": "no"}
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row | {"chosen": f"yes {n}"}) + "\n" for n in range(32)))
+    return file
+
+
+def found_in(places: dict[str, bytes]) -> list[str]:
+    """Return which planted secrets stand where, as they are or escaped."""
+    found = []
+    for place, content in places.items():
+        for kind, secret in PLANTED.items():
+            forms = {secret, secret.replace(" ", "%20"), secret.replace(" ", "-")}
+            if any(form.encode() in content for form in forms):
+                found.append(f"{kind} in {place}")
+    return found
+
+
+def everything(folder: Path, *said: str) -> dict[str, bytes]:
+    """Return the bytes of every file, the names of all, and what was said."""
+    paths = sorted(folder.rglob("*"))
+    places = {str(path): path.read_bytes() for path in paths if path.is_file()}
+    places |= {f"the name {path}": str(path).encode() for path in paths}
+    return places | {f"said {number}": text.encode() for number, text in enumerate(said)}
+
+
+def wandb_says(folder: Path) -> list[str]:
+    """Return what W&B's own command line reads in the runs of a folder."""
+    return [
+        subprocess.run(
+            ["wandb", "leet", "inspect", "--json", str(file)],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "PATH": _path()},
+        ).stdout
+        for file in sorted(folder.rglob("run-*.wandb"))
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("rows")
+def test_a_sweep_leaves_no_secret_in_any_file_or_line(launch: Launch, tmp_path: Path) -> None:
+    done = launch(
+        "-m",
+        "beta=0.1,0.2",
+        # Swept, they would be folder names
+        f"tracker.tags=[a,{TOKENS['W&B']}],[{TOKENS['W&B of old']}]",
+        f"name={TOKENS['Hugging Face']},{TOKENS['JWT']}",
+        f"tracker.group={TOKENS['GitHub']}",
+        f"tracker.project={TOKENS['OpenAI']}",
+        f"tracker.entity={TOKENS['Slack']}",
+        "tracker.summary_run=true",
+        *SHORT,
+        *OWN_ROWS,
+        "hydra.sweep.dir=sweep",
+        env=ENVIRONMENT,
+    )
+    sweep = tmp_path / "sweep"
+    finished = [one.parent for one in sweep.glob("*/summary.json")]
+    assert len(finished) == 2
+    told = wandb_says(sweep)
+    assert len(told) == 3
+    assert not found_in(everything(sweep, done.stdout, done.stderr, *told))
+    for name in ("multirun.yaml", "report.html", "sweep.json"):
+        assert (sweep / name).stat().st_size > 0
+    # What is trained on is shown as it is
+    assert IN_DATA in (finished[0] / "samples.md").read_text()
+    assert all("***" in one for one in told)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("rows")
+def test_an_online_run_sends_no_secret(launch: Launch, tmp_path: Path) -> None:
+    server = WandbServer()
+    try:
+        done = launch(
+            f"tracker.tags=[{TOKENS['W&B']},{TOKENS['AWS']}]",
+            "name='${oc.env:STORE_PASSWORD}'",
+            f"tracker.group='password={PLANTED['in a key=value']}'",
+            *SHORT,
+            *OWN_ROWS,
+            "hydra.run.dir=run",
+            env={**ENVIRONMENT, "WANDB_BASE_URL": server.url, "WANDB_MODE": "online"},
+        )
+    finally:
+        server.die()
+    (arrived,) = server.runs.values()
+    assert arrived["history"]
+    assert arrived["upserts"][0]["displayName"] == "***"
+    assert arrived["upserts"][0]["groupName"] == "password=***"
+    sent = b"\n".join(server.received)
+    places = everything(tmp_path / "run", done.stdout, done.stderr)
+    assert not found_in({**places, "what was sent": sent})
+    assert (tmp_path / "run" / "final" / "README.md").read_text().count("# ***\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [*HUB, "dataset.path=https://me:mypassword1@127.0.0.1:9/x"],
+        ["model=hub", f"model.path=org/{TOKENS['Hugging Face']}"],
+        [*OWN_ROWS, f"dataset.train_path=x/{TOKENS['AWS']}"],
+        [f"betta={TOKENS['Google']}"],
+        [f"beta={TOKENS['Google']}"],
+        [f"+{TOKENS['GitLab']}=1"],
+        [f"optimizer={TOKENS['GitLab']}"],
+        ["beta=-1", f"name={TOKENS['GitLab']}"],
+    ],
+    ids=lambda value: value[-1].split("=")[0],
+)
+def test_a_run_that_fails_says_no_secret(
+    launch: Launch, tmp_path: Path, arguments: list[str]
+) -> None:
+    done = launch(*arguments, "tracker=none", expect=1, env=ENVIRONMENT)
+    assert refused(done)
+    assert not found_in(everything(tmp_path, done.stdout, done.stderr))
+
+
+# Names
+
+
+@pytest.mark.slow
+def test_names_do_not_leave_their_folder(launch: Launch, tmp_path: Path) -> None:
+    work = tmp_path / "a" / "b" / "work"
+    work.mkdir(parents=True)
+    out = "../../../escaped"
+    launch(
+        f"name={out}",
+        f"tracker.group={out}",
+        f"tracker.tags=[{out}]",
+        *SHORT,
+        f"hydra.run.dir={work}/run",
+    )
+    launch("-m", f"name={out}-1,{out}-2", *SHORT, f"hydra.sweep.dir={work}/sweep")
+    assert [one.name for one in tmp_path.iterdir()] == ["a"]
+    assert sorted(one.name for one in work.iterdir()) == ["run", "sweep"]
+    assert len(list((work / "sweep").glob("*/config.yaml"))) == 1, "one run, whatever its name"
