@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -160,6 +161,9 @@ class Sweep:
         from orpo_lab import compare, tracker
 
         shutil.rmtree(self.folder / ".cache", ignore_errors=True)
+        # What submitit has handed to its processes and back: the overrides as they were typed
+        for pickled in self.folder.glob(".submitit/*/*.pkl"):
+            pickled.unlink()
         jobs = [(job, job.status()) for job in self.jobs()]
         if jobs:
             print(f"\n{_table(jobs)}")
@@ -232,7 +236,11 @@ class Start(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         Start.tracker = cast(Tracker, OmegaConf.to_object(config.tracker))
         Start.sweep = Sweep(folder)
-        Start.sweep.begin(accept_changes=config.accept_changes)
+        try:
+            Start.sweep.begin(accept_changes=config.accept_changes)
+        except UserError as error:
+            # Hydra would make a warning of it and go on
+            sys.exit(f"error: {error}")
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Let go of a job's configurations: Hydra keeps them all until the sweep ends."""

@@ -170,6 +170,16 @@ def test_a_folder_made_by_other_code_or_data_is_refused_unless_told(sweep: Sweep
     sweep.begin(accept_changes=False)
 
 
+def test_a_sweep_that_other_code_made_is_refused_before_any_job(
+    launch: Launch, tmp_path: Path
+) -> None:
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "sweep.json").write_text('{"code": "other", "data": {}}')
+    done = launch("-m", "beta=0.1,0.2", SWEEP, *SHORT, expect=1)
+    assert re.fullmatch("error: sweep was made by other code.*\n", done.stderr)
+    assert [one.name for one in (tmp_path / "sweep").iterdir()] == ["sweep.json"]
+
+
 def test_what_jobs_share_is_made_once(sweep: Sweep) -> None:
     made = []
 
@@ -331,6 +341,7 @@ def test_jobs_in_processes_of_their_own_run_once_and_are_told_at_the_end(
     assert sorted(found.values()) == ["failed", "failed", "finished", "finished"]
     assert done.stdout.count("NonFiniteError: after training") >= 2
     assert (tmp_path / "sweep" / "report.html").exists()
+    assert not list((tmp_path / "sweep").rglob("*.pkl"))
 
 
 COUNT = """
