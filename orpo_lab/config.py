@@ -98,8 +98,9 @@ class Optimizer:
 
     def __post_init__(self) -> None:
         _check(
-            0 <= self.learning_rate < math.inf,
-            f"optimizer.learning_rate={self.learning_rate} must be a number of at least 0",
+            0 <= self.learning_rate <= 1e36,
+            f"optimizer.learning_rate={self.learning_rate} must be a number of at least 0, and one "
+            "whose step fp32 can hold",
         )
         _at_least(0, optimizer__weight_decay=self.weight_decay)
         _check(self.adam_epsilon > 0, f"optimizer.adam_epsilon={self.adam_epsilon} must be above 0")
