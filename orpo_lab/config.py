@@ -21,6 +21,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from orpo_lab.errors import UserError, one_line
+from orpo_lab.masking import mask
 
 
 def _check(condition: bool, message: str) -> None:
@@ -595,9 +596,9 @@ def _hash(value: Any) -> str:
 def slug(text: str) -> str:
     """Return `text` as one safe folder name of at most 120 characters.
 
-    A cut name ends in a hash of the whole, so that two long names stay apart.
+    A cut name ends in a hash of the whole, so that two long names stay apart. Secrets are left out.
     """
-    safe = re.sub(r"[^A-Za-z0-9=.,+_-]+", "-", text).strip("-.") or "run"
+    safe = re.sub(r"[^A-Za-z0-9=.,+_-]+", "-", mask(text)).strip("-.") or "run"
     if len(safe) <= 120:
         return safe
     return f"{safe[:107]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"

@@ -10,6 +10,7 @@ import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import datasets
@@ -23,7 +24,7 @@ from orpo_lab.beta_schedule import beta_at, progress
 from orpo_lab.checkpoint import Checkpoint, Made, Spent
 from orpo_lab.config import Config, Galore, Train
 from orpo_lab.data import Data
-from orpo_lab.errors import LIKELY_CAUSES, NonFiniteError, UserError
+from orpo_lab.errors import LIKELY_CAUSES, NonFiniteError, UserError, one_line
 from orpo_lab.galore import GaLore
 from orpo_lab.run_folder import RunFolder
 from orpo_lab.stop import Stop, Stopped
@@ -110,6 +111,12 @@ def fit(
     meter.start()
     try:
         trainer.train(resume_from_checkpoint=str(start.path) if start else None)
+    except UnpicklingError as error:  # torch reads nothing but tensors and plain values
+        assert start is not None
+        raise UserError(
+            f"{start.path} holds more than a checkpoint of ours does, and nothing of that was run "
+            f"({one_line(error)[:100]}); do not trust this folder"
+        ) from error
     finally:
         stop.is_training = False
     spent = meter.spent()
