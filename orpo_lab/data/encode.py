@@ -106,7 +106,8 @@ def tokenize(
     """
 
     def ids(text: str) -> Ids:
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        # Not verbose: what is too long for the model is told by `fit`
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     alone, with_chosen, with_rejected = ids(prompt), ids(prompt + chosen), ids(prompt + rejected)
     size = min(num_shared(alone, with_chosen), num_shared(alone, with_rejected))

@@ -18,13 +18,14 @@ import pyarrow.parquet as pq
 from huggingface_hub import hf_hub_download
 
 from orpo_lab.data.faults import Fault
-from orpo_lab.data.pairs import MAX_ROW_BYTES
 from orpo_lab.errors import UserError, one_line
 
 Rows = Iterator[tuple[int, Any]]
 # The number of a line counts from 1, as editors do; that of a row from 0, as pandas and datasets do
 Unit = Literal["line", "row"]
 
+# A longer line is no pair and no tree; it is not held in memory
+MAX_LINE_BYTES = 4 * 2**20
 _ON_HUB = "hf://datasets/"
 _ROWS_PER_BATCH = 256
 
@@ -117,9 +118,11 @@ def _open(path: str) -> io.BufferedReader:
 def _locate(path: str) -> Path:
     if not path.startswith(_ON_HUB):
         return Path(path)
-    organisation, name, file = path.removeprefix(_ON_HUB).split("/", 2)
+    parts = path.removeprefix(_ON_HUB).split("/", 2)
+    if len(parts) < 3:
+        raise UserError(f"{path}: a file of the hub is named {_ON_HUB}org/name/file")
     try:
-        return Path(hf_hub_download(f"{organisation}/{name}", file, repo_type="dataset"))
+        return Path(hf_hub_download("/".join(parts[:2]), parts[2], repo_type="dataset"))
     except Exception as error:  # a dozen types, from the network to the name
         raise UserError(
             f"{path} cannot be fetched ({one_line(error)[:200]}); check the name and the "
@@ -130,14 +133,17 @@ def _locate(path: str) -> Path:
 def _read_json_lines(path: str) -> Rows:
     with _open(path) as file:
         number = 0
-        while line := file.readline(MAX_ROW_BYTES):
+        while line := file.readline(MAX_LINE_BYTES):
             number += 1
-            if len(line) == MAX_ROW_BYTES and not line.endswith(b"\n"):
+            if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
                 size = len(line)
                 while line and not line.endswith(b"\n"):
-                    line = file.readline(MAX_ROW_BYTES)
+                    line = file.readline(MAX_LINE_BYTES)
                     size += len(line)
-                yield number, Fault("oversized_row", f"is {size} bytes long")
+                yield (
+                    number,
+                    Fault("oversized_row", f"is {size} bytes long, more than {MAX_LINE_BYTES}"),
+                )
             elif line.strip():
                 yield number, _parse(line)
 

@@ -20,8 +20,8 @@ from orpo_lab.data.faults import Fault, quote
 Message = dict[str, str]
 Content = str | list[Message]
 
-# A larger row is no preference pair, and would take minutes to tokenize
-MAX_ROW_BYTES = 4 * 2**20
+# Longer than any context, and a second to tokenize
+MAX_CHARACTERS = 2**20
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 # Where a turn of a transcript begins, and whose it is (Bai et al. 2022, arXiv:2204.05862)
@@ -91,8 +91,8 @@ def _value_of(row: Any, name: str, key: str) -> Any:
 
 def _check_size(contents: Iterable[Content]) -> None:
     size = sum(len(text) for content in contents for text in _texts(content))
-    if size > MAX_ROW_BYTES:
-        raise Fault("oversized_row", f"holds {size} characters, more than {MAX_ROW_BYTES}")
+    if size > MAX_CHARACTERS:
+        raise Fault("oversized_row", f"holds {size} characters, more than {MAX_CHARACTERS}")
 
 
 def to_content(value: Any, name: str) -> Content:

@@ -39,11 +39,6 @@ class Row:
         return _digest(normalize(text_of(self.pair.prompt)))
 
     @cached_property
-    def opening(self) -> bytes:
-        """Digest of the normalized first message; longer prompts of one conversation share it."""
-        return _digest(normalize(_opening(self.pair.prompt)))
-
-    @cached_property
     def answers(self) -> tuple[bytes, bytes]:
         """Digests of chosen and rejected."""
         return _digest(text_of(self.pair.chosen)), _digest(text_of(self.pair.rejected))
@@ -55,11 +50,13 @@ def normalize(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", folded).split())
 
 
-def _opening(prompt: Content) -> str:
+def _beginnings(prompt: Content) -> Iterator[bytes]:
+    """Yield the digest of every normalized beginning of a conversation, itself included."""
     if isinstance(prompt, str):
-        return prompt
-    said = (message["content"] for message in prompt if message["role"] != "system")
-    return next(said, text_of(prompt))
+        yield _digest(normalize(prompt))
+    else:
+        for size in range(1, len(prompt) + 1):
+            yield _digest(normalize(text_of(prompt[:size])))
 
 
 def _digest(text: str) -> bytes:
@@ -172,24 +169,28 @@ class Split:
         self.filter(find)
 
     def hold_out(self, num: int) -> "Split":
-        """Move the rows of `num` openings, chosen by hash, to a split of their own and return it.
+        """Move the rows of `num` prompts, chosen by hash, to a split of their own and return it.
 
-        All prompts that begin with the same message go together, so that no conversation, cut at
-        another turn, is on both sides.
+        A prompt that goes on from another's (and quotes an answer to it) goes with that one.
 
         Raises:
-            UserError: there are not more openings than that.
+            UserError: there are not more prompts than that.
         """
-        openings = sorted({row.opening for row in self.rows})
-        if len(openings) <= num:
+        prompts = {row.normalized_prompt for row in self.rows}
+        roots = [
+            next(one for one in _beginnings(row.pair.prompt) if one in prompts) for row in self.rows
+        ]
+        ranked = sorted(set(roots))
+        if len(ranked) <= num:
             dropped = f" ({self.dropped} dropped)" if self.dropped else ""
             raise UserError(
-                f"{len(openings)} distinct prompts{dropped} are too few to hold out "
+                f"{len(ranked)} distinct prompts{dropped} are too few to hold out "
                 f"dataset.num_eval={num}; lower it, or give dataset.eval_split or dataset.eval_path"
             )
-        border = openings[num]
-        moved = [row for row in self.rows if row.opening < border]
-        self.rows = [row for row in self.rows if row.opening >= border]
+        sides: tuple[list[Row], list[Row]] = ([], [])
+        for row, root in zip(self.rows, roots, strict=True):
+            sides[root < ranked[num]].append(row)
+        self.rows, moved = sides
         self.num_rows -= len(moved)
         return Split("held_out", self.source, self.policies, num_rows=len(moved), rows=moved)
 
