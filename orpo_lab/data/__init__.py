@@ -136,7 +136,10 @@ def _map(split: Split, config: Dataset, tokenizer: PreTrainedTokenizerBase) -> d
             load_from_cache_file=False,
             desc=f"tokenize {split.name}",
         )
-    except RuntimeError as error:  # a process was killed, as when memory runs out
+    except RuntimeError as error:
+        if "abruptly died" not in str(error):
+            raise
+        # It was killed, as when memory runs out
         raise UserError(
             f"{split.name}: a process that tokenizes has died ({one_line(error)[:200]}); lower "
             "dataset.num_proc, or set it to null"

@@ -27,7 +27,7 @@ Unit = Literal["line", "row"]
 # A longer line is no pair and no tree; it is not held in memory
 MAX_LINE_BYTES = 4 * 2**20
 _ON_HUB = "hf://datasets/"
-_ROWS_PER_BATCH = 256
+ROWS_PER_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,13 @@ def read_file(path: str, columns: list[str] | None) -> Source:
     kind = "".join(Path(path).suffixes[-2:]) if path.endswith(".gz") else Path(path).suffix
     match kind.removesuffix(".gz"):
         case ".jsonl":
-            return Source(path, "line", _guard(path, _read_json_lines(path)))
+            return Source(path, "line", guard(path, _read_json_lines(path)))
         case ".json" if columns:
-            return Source(path, "row", _guard(path, _read_json(path)))
+            return Source(path, "row", guard(path, _read_json(path)))
         case ".csv" if columns:
-            return Source(path, "line", _guard(path, _read_csv(path, columns)))
+            return Source(path, "line", guard(path, _read_csv(path, columns)))
         case ".parquet" if columns and kind == ".parquet":
-            return Source(path, "row", _guard(path, _read_parquet(path, columns)))
+            return Source(path, "row", guard(path, _read_parquet(path, columns)))
     known = ".jsonl, .json, .csv (each also .gz) or .parquet" if columns else ".jsonl or .jsonl.gz"
     raise UserError(f"{path}: the name must end in {known}, to say how its rows are written")
 
@@ -95,8 +95,8 @@ def check_columns(present: list[str], wanted: list[str], name: str) -> None:
         )
 
 
-def _guard(path: str, rows: Rows) -> Rows:
-    """Turn what a reader raises into one line about the file."""
+def guard(name: str, rows: Rows) -> Rows:
+    """Yield the rows of a reader; what it raises, or that there are none, is a `UserError`."""
     is_empty = True
     try:
         for row in rows:
@@ -105,9 +105,9 @@ def _guard(path: str, rows: Rows) -> Rows:
     except (OSError, EOFError, zlib.error, csv.Error, pa.ArrowException, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path} cannot be read: {one_line(error)[:200]}") from error
+        raise UserError(f"{name} cannot be read: {one_line(error)[:200]}") from error
     if is_empty:
-        raise UserError(f"{path} holds no rows")
+        raise UserError(f"{name} holds no rows")
 
 
 def _open(path: str) -> io.BufferedReader:
@@ -199,7 +199,7 @@ def _to_row(header: list[str], cells: list[str]) -> Any:
 def _read_parquet(path: str, columns: list[str]) -> Rows:
     with pq.ParquetFile(_locate(path)) as file:
         check_columns(file.schema_arrow.names, columns, path)
-        batches = file.iter_batches(_ROWS_PER_BATCH, columns=columns)
+        batches = file.iter_batches(ROWS_PER_BATCH, columns=columns)
         yield from read_table(pa.Table.from_batches([batch]) for batch in batches)
 
 

@@ -16,14 +16,12 @@ from orpo_lab.config import (
     TableDataset,
 )
 from orpo_lab.data import embedded
-from orpo_lab.data.files import Source, check_columns, read_file, read_table
+from orpo_lab.data.files import ROWS_PER_BATCH, Source, check_columns, guard, read_file, read_table
 from orpo_lab.errors import UserError, one_line
 
 # The embedded pairs are the same in every run: what differs between seeds is training alone
 EMBEDDED_SEED = 0
 EMBEDDED_COLUMNS = Columns(prompt="prompt", chosen="chosen", rejected="rejected")
-
-_ROWS_PER_BATCH = 256
 
 
 def read(config: Dataset) -> tuple[Source, Source | None]:
@@ -75,6 +73,7 @@ def _read_hub(config: HubDataset, split: str) -> Source:
     columns = needed(config)
     check_columns(rows.column_names, columns, name)
     batches: Iterator[pa.Table] = (
-        rows.select_columns(columns).with_format("arrow").iter(_ROWS_PER_BATCH)
+        rows.select_columns(columns).with_format("arrow").iter(ROWS_PER_BATCH)
     )
-    return Source(f"{name}, split {split}", "row", read_table(batches))
+    name = f"{name}, split {split}"
+    return Source(name, "row", guard(name, read_table(batches)))
