@@ -2,8 +2,8 @@
 
 Loads made-up conversations with the embedded model's tokenizer, from 5,000 rows to 20,000, and
 fifty rows of which one has 100 million characters, in every kind of file. Each case has a process
-of its own. Prints a line a case: seconds of CPU time, and the peak of memory above what imports take,
-in MiB. About two minutes on one CPU core.
+of its own. Prints a line a case: seconds of CPU time, and the peak of memory above what imports
+take, in MiB. About two minutes on one CPU core.
 """
 
 import gzip
