@@ -161,6 +161,8 @@ class RunFolder:
         try:
             lock.acquire(blocking=False)
         except Timeout:
+            if not self._file(".lock").exists():
+                raise UserError(f"{self.path} cannot be written to") from None
             yield False
             return
         except OSError as error:
