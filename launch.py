@@ -8,9 +8,9 @@ import contextlib
 import difflib
 import os
 import re
-import signal
 import sys
 import traceback
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -20,14 +20,19 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from orpo_lab import config
-from orpo_lab.errors import Terminated, UserError, one_line
+from orpo_lab import config, guard
+from orpo_lab.errors import UserError, one_line
+from orpo_lab.masking import mask
 from orpo_lab.run_folder import RunFolder
+from orpo_lab.stop import BUDGET, Stop, Stopped
 from orpo_lab.sweep import Start, Sweep
 
 # One line per failed job: Hydra's basic launcher would go on and exit 0
 failures: list[str] = []
+# What the process is asked between its jobs; while one runs, that has a stop of its own
+stop = Stop()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -36,11 +41,17 @@ def launch(composed: DictConfig) -> None:
     hydra_config = HydraConfig.get()
     folder = Path(os.path.relpath(hydra_config.runtime.output_dir))
     is_sweep = hydra_config.mode == RunMode.MULTIRUN
+    stop.check()
     try:
         run_job(composed, folder, Sweep(folder.parent) if is_sweep else None)
     except UserError as error:
         _remember(f"error: {error}", folder, is_sweep)
         print(failures[-1], file=sys.stderr)
+    except Stopped as error:
+        # A job's budget is its own; a signal ends the sweep
+        if not is_sweep or error.reason != BUDGET:
+            raise
+        _remember(f"stopped by {error.reason}", folder, is_sweep)
     except SystemExit as error:
         if not is_sweep:
             raise
@@ -49,16 +60,14 @@ def launch(composed: DictConfig) -> None:
     except Exception as error:
         line = f"error: {type(error).__name__}: {one_line(error)} (in {folder})"
         _remember(line, folder, is_sweep)
-        traceback.print_exc()
+        print(mask(traceback.format_exc()), file=sys.stderr, end="")
 
 
 def run_job(composed: DictConfig, folder: Path, sweep: Sweep | None) -> None:
     """Check one job's configuration, then run it, unless its sweep has run it already."""
     loaded = config.load(composed)
     hydra_config = HydraConfig.get()
-    with (
-        sweep.claim(loaded, folder) if sweep else contextlib.nullcontext(RunFolder(folder)) as place
-    ):
+    with sweep.claim(loaded, folder) if sweep else _alone(loaded, folder) as place:
         if place is None:
             return
 
@@ -74,9 +83,28 @@ def run_job(composed: DictConfig, folder: Path, sweep: Sweep | None) -> None:
         )
 
 
+@contextlib.contextmanager
+def _alone(loaded: config.Config, folder: Path) -> Iterator[RunFolder | None]:
+    """Give a single run its folder; None: the run to go on with has finished."""
+    place = RunFolder(folder)
+    given = HydraConfig.get().overrides.hydra
+    if loaded.resume == config.AUTO and not any("hydra.run.dir=" in one for one in given):
+        raise UserError(
+            "resume=auto goes on with the run in a folder of your choice: give hydra.run.dir=..."
+        )
+    with place.held() as is_free:
+        if not is_free:
+            raise UserError(f"another process is running in {folder}")
+        if loaded.resume and place.has_finished(loaded):
+            print(f"{folder}: finished already, nothing to do")
+            yield None
+        else:
+            yield place
+
+
 def _remember(failure: str, folder: Path, is_sweep: bool) -> None:
     """Remember a failure; a sweep also keeps that of a job that never began a run."""
-    failures.append(failure)
+    failures.append(mask(failure))
     if is_sweep and folder.is_dir() and not (folder / "status.json").exists():
         RunFolder(folder).set_status("failed", failure.removeprefix("error: "), exit_code=1)
     _remove_if_empty(folder)
@@ -137,24 +165,32 @@ def main() -> None:
     config.register()
     # Hydra then raises its errors as they are, and `explain` can say them in one line
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    signal.signal(signal.SIGTERM, _terminate)
-    code = 0
+    codes = []
+    with stop.listening():
+        for part in (_run, _close):
+            try:
+                codes.append(part())
+            except Stopped as error:
+                print(f"stopped by {error.reason}", file=sys.stderr)
+                codes.append(error.exit_code)
+    sys.exit(next(filter(None, codes), 0))
+
+
+def _run() -> int:
     try:
+        guard.install()
         launch()
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         sys.exit(f"error: {explain(error)}")
     except OSError as error:
         # The run folder cannot be made
         sys.exit(f"error: {one_line(error)}; choose another folder with hydra.run.dir=...")
-    except KeyboardInterrupt as error:
-        code = 143 if isinstance(error, Terminated) else 130
-        print("stopped", file=sys.stderr)
+    return 0
+
+
+def _close() -> int:
     failed = Start.sweep.close(Start.tracker) if Start.sweep else failures
-    sys.exit(code or int(bool(failed)))
-
-
-def _terminate(*_: object) -> None:
-    raise Terminated
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""What ends a run early: the user's mistakes and the user's wish."""
+"""What ends a run early against the user's wish."""
+
+from orpo_lab.masking import mask
 
 
 class UserError(ValueError):
@@ -20,10 +22,9 @@ LIKELY_CAUSES = (
 )
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: to be treated as Ctrl-C is."""
-
-
 def one_line(error: BaseException | str) -> str:
-    """Return an error's text on a single line, for messages that quote another library's."""
-    return " ".join(str(error).split())
+    """Return an error's text on a single line, for messages that quote another library's.
+
+    Secrets are masked, since the message may be cut, and half a secret has no shape.
+    """
+    return mask(" ".join(str(error).split()))

@@ -1,5 +1,6 @@
 """The tokenizer and the weights: precision, attention, quantization, and every fallback said."""
 
+import hashlib
 import importlib.util
 import logging
 from pathlib import Path
@@ -36,6 +37,9 @@ log = logging.getLogger(__name__)
 EMBEDDED = "orpo_lab/tiny"
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# Numbers of each weight that a fingerprint is of
+NUM_SAMPLED = 256
 
 # Zephyr's layout, which the ORPO authors give to models without a template of their own. It needs
 # no new tokens: untrained embeddings would be frozen under LoRA.
@@ -92,7 +96,7 @@ def locate(model: Model) -> str:
     """Return the hub name or the folder that holds the model.
 
     Raises:
-        UserError: it looks like a folder and is not one, or it holds no model.
+        UserError: it looks like a folder and is not one, or it holds no model in safetensors.
     """
     if model.path == EMBEDDED:
         return str(Path(__file__).with_name("tiny"))
@@ -100,6 +104,11 @@ def locate(model: Model) -> str:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"model.path={model.path} is not a model folder: no config.json in it")
+        if not any(folder.glob("*.safetensors")):
+            raise UserError(
+                f"model.path={model.path} has no weights in safetensors; a .bin file is a pickle, "
+                "which may run anything, and is not read: convert it where you trust it"
+            )
         return str(folder)
     if model.path.count("/") != 1 or model.path.startswith((".", "~", "/")):
         raise UserError(
@@ -120,6 +129,12 @@ def _fetch(load: Any, model: Model, **options: Any) -> Any:
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"model.path={model.path} comes with code of its own, which is not run; take a "
+                "model that transformers knows, or read that code and say "
+                "model.trust_remote_code=true"
+            ) from error
         raise UserError(
             f"model.path={model.path} cannot be loaded ({one_line(error)[:300]}); check the name, "
             "model.revision and the connection to the hub, or give a local folder"
@@ -130,8 +145,15 @@ def load_config(model: Model) -> PretrainedConfig:
     """Return the model's own configuration: small, fetched before anything heavy.
 
     Raises:
-        UserError: there is no such model, or the hub cannot be reached.
+        UserError: there is no such model, the hub cannot be reached, or the model needs code of its
+            own, which is not trusted.
     """
+    if model.trust_remote_code:
+        log.warning(
+            "model.trust_remote_code=true: WHATEVER CODE COMES WITH %s IS RUN, with all your "
+            "rights",
+            model.path,
+        )
     return _fetch(AutoConfig.from_pretrained, model)
 
 
@@ -198,6 +220,8 @@ def load(config: Config, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype)
         attn_implementation=resolve_attention(config.model.attention, on, dtype),
         quantization_config=quantization(config.quantization, dtype),
         device_map={"": on},
+        # All else is a pickle
+        use_safetensors=True,
     )
     keep_4bit_exact(model)
     # Dropout of the base is off, as in TRL; that of adapters is added later and stays
@@ -207,6 +231,21 @@ def load(config: Config, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype)
     model.config.use_cache = False
     model.config.pad_token_id = tokenizer.pad_token_id
     return model
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a hash of a model's weights as they are stored: names, shapes, and a sample of each.
+
+    A file that was replaced or damaged shows in it; a single changed number need not.
+    """
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        flat = weight.detach().flatten()
+        stride = max(1, len(flat) // NUM_SAMPLED)
+        sample = flat[::stride][:NUM_SAMPLED].contiguous().cpu()
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}\0".encode())
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def weight_dtype(optimizer: Optimizer, dtype: torch.dtype) -> torch.dtype:

@@ -7,13 +7,16 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from orpo_lab.config import Config, Lora
 from orpo_lab.data import Data
+from orpo_lab.errors import UserError, one_line
 from orpo_lab.evaluate import Evaluation
+from orpo_lab.masking import mask
 from orpo_lab.plot import draw_training
-from orpo_lab.run_folder import RunFolder, git_commit, mask, versions
+from orpo_lab.run_folder import RunFolder, git_commit, put_in_place, versions
 from orpo_lab.tracker import Run
 from orpo_lab.trainer import TrainStats
 
@@ -62,6 +65,8 @@ def summarize(
             "train": data.report["train"]["fingerprint"],
             "held_out": data.report["held_out"]["fingerprint"],
         },
+        # What was changed between the starts of this run, in their order; a plain run has one: {}
+        "changes": [one["changes"] for one in place.segments()],
         "versions": versions(),
         "git_commit": git_commit(),
     }
@@ -79,7 +84,7 @@ def save_scores(place: RunFolder, before: Evaluation, after: Evaluation) -> None
         tables.append(pa.table(columns, schema=SCORES))
     part = place.path / "scores.parquet.part"
     pq.write_table(pa.concat_tables(tables), part)
-    part.replace(place.path / "scores.parquet")
+    put_in_place(part, place.path / "scores.parquet")
 
 
 def save_final(
@@ -90,11 +95,15 @@ def save_final(
     summary: dict[str, Any],
 ) -> None:
     """Save the adapter or the model, its tokenizer and a model card to `final/`."""
-    final = place.path / "final"
+    part = place.path / "final.part"
     model.config.use_cache = True
-    model.save_pretrained(final)
-    tokenizer.save_pretrained(final)
-    place.write("final/README.md", model_card(place, config, summary))
+    try:
+        model.save_pretrained(part)
+    except SafetensorError as error:  # its own, for what the operating system says
+        raise UserError(f"{part} cannot be written: {one_line(error)}") from error
+    tokenizer.save_pretrained(part)
+    (part / "README.md").write_text(model_card(place, config, summary), encoding="utf-8")
+    put_in_place(part, place.path / "final")
 
 
 def model_card(place: RunFolder, config: Config, summary: dict[str, Any]) -> str:
@@ -103,6 +112,7 @@ def model_card(place: RunFolder, config: Config, summary: dict[str, Any]) -> str
     library = "peft" if is_adapter else "transformers"
     loader = "AutoPeftModelForCausalLM" if is_adapter else "AutoModelForCausalLM"
     base, name = mask([config.model.path, config.name or place.path.name])
+    code = " Code that comes with it was run." if config.model.trust_remote_code else ""
     return f"""---
 base_model: {base}
 library_name: {library}
@@ -112,7 +122,7 @@ tags: [orpo, orpo_lab]
 
 {base}, aligned with ORPO (Hong, Lee and Thorne 2024, arXiv:2403.07691) by orpo_lab:
 beta {config.beta:g}, {summary["train"]["steps"]} steps of {config.train.batch_size} pairs, seed
-{config.seed}. The whole configuration stands in `config.yaml` of the run folder.
+{config.seed}. The whole configuration stands in `config.yaml` of the run folder.{code}
 
 Measured on {summary["after"]["num_pairs"]} held-out pairs:
 

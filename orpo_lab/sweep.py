@@ -3,8 +3,9 @@
 `launch.py -m` gives Hydra's launcher one job after the other, or several at a time. Each asks
 `Sweep.claim` which folder is its own: jobs whose configurations come to the same share one, and
 what has finished is not run again. So the same command with the same `hydra.sweep.dir` goes on with
-a sweep that was stopped. All state is in the run folders; `sweep.json` says by what code and on
-what data they were made, `.cache/` holds what jobs share and goes when the sweep ends.
+a sweep that was stopped, every job from its newest checkpoint. All state is in the run folders;
+`sweep.json` says by what code and on what data they were made, `.cache/` holds what jobs share and
+goes when the sweep ends.
 """
 
 import contextlib
@@ -12,12 +13,14 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -68,30 +71,26 @@ class Sweep:
             folder: the one that Hydra has made for it.
         """
         identity = config.identity(loaded)
-        with FileLock(self.folder / ".cache" / "claims.lock"):
-            place = self._folder_of(identity) or _without_another_run(folder)
-            lock = FileLock(place.path / ".lock")
-            is_free = self._wants_running(place) and _take(lock)
-            if is_free:
-                _empty(place.path)
-                place.set_status("running", config_hash=identity)
-        if place.path != folder:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        if not is_free:
-            print(f"{place.path}: {place.status()['state']} already, not run again")
-            yield None
-            return
-        try:
-            yield place
-        except BaseException as error:
-            if place.status()["state"] == "running":  # it had not come to keep its own status
-                reason = one_line(f"{type(error).__name__}: {error}")
-                place.set_status("failed", reason, exit_code=1)
-            raise
-        finally:
-            lock.release()
-            (place.path / ".lock").unlink(missing_ok=True)
+        with contextlib.ExitStack() as stack:
+            with FileLock(self.folder / ".cache" / "claims.lock"):
+                place = self._folder_of(identity) or _without_another_run(folder)
+                is_free = self._wants_running(place) and stack.enter_context(place.held())
+                if is_free:
+                    place.set_status("running", config_hash=identity)
+            if place.path != folder:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+            if not is_free:
+                print(f"{place.path}: {place.status()['state']} already, not run again")
+                yield None
+                return
+            try:
+                yield place
+            except BaseException as error:
+                if place.status()["state"] == "running":  # it had not come to keep its own status
+                    reason = one_line(f"{type(error).__name__}: {error}")
+                    place.set_status("failed", reason, exit_code=1)
+                raise
 
     def _folder_of(self, identity: str) -> RunFolder | None:
         """Return the run folder in this sweep of a configuration."""
@@ -162,6 +161,9 @@ class Sweep:
         from orpo_lab import compare, tracker
 
         shutil.rmtree(self.folder / ".cache", ignore_errors=True)
+        # What submitit has handed to its processes and back: the overrides as they were typed
+        for pickled in self.folder.glob(".submitit/*/*.pkl"):
+            pickled.unlink()
         jobs = [(job, job.status()) for job in self.jobs()]
         if jobs:
             print(f"\n{_table(jobs)}")
@@ -185,26 +187,6 @@ def _without_another_run(folder: Path) -> RunFolder:
     """
     holds_another = RunFolder(folder).status().get("config_hash") is not None
     return RunFolder(fresh_folder(folder) if holds_another else folder)
-
-
-def _take(lock: FileLock) -> bool:
-    """Take a run folder's lock, which a process that was killed has given up."""
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        return False
-    return True
-
-
-def _empty(folder: Path) -> None:
-    """Take away what a run that did not finish has left; its id stays, so that W&B has one run."""
-    for path in folder.iterdir():
-        if path.name in (".lock", "wandb_id"):
-            continue
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
 
 
 def _table(jobs: list[tuple[RunFolder, dict[str, Any]]]) -> str:
@@ -248,13 +230,22 @@ class Start(Callback):
                 config.hydra.overrides.hydra.append(f"hydra.sweep.dir={folder}")
         # Jobs are told apart by what is swept; what all have in common would only be long
         parsed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
-        common = [one.key_or_group for one in parsed if not one.is_sweep_override()]
+        swept = {one.key_or_group for one in parsed if one.is_sweep_override()}
+        common = [one.key_or_group for one in parsed if one.key_or_group not in swept]
         excluded = f"hydra.job.config.override_dirname.exclude_keys=[{','.join(common)}]"
         config.hydra.overrides.hydra.append(excluded)
         folder.mkdir(parents=True, exist_ok=True)
         Start.tracker = cast(Tracker, OmegaConf.to_object(config.tracker))
         Start.sweep = Sweep(folder)
-        Start.sweep.begin(accept_changes=config.accept_changes)
+        try:
+            Start.sweep.begin(accept_changes=config.accept_changes)
+        except UserError as error:
+            # Hydra would make a warning of it and go on
+            sys.exit(f"error: {error}")
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Let go of a job's configurations: Hydra keeps them all until the sweep ends."""
+        job_return.cfg = job_return.hydra_cfg = None
 
 
 def fresh_folder(folder: Path) -> Path:
