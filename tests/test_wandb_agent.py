@@ -46,6 +46,7 @@ def test_an_agent_starts_runs_with_the_sweeps_values(server: WandbServer, tmp_pa
         }
         for number, one in enumerate(values)
     ]
+    server.commands.append({"type": "exit"})
     env = {
         **os.environ,
         "WANDB_MODE": "online",
@@ -56,12 +57,13 @@ def test_an_agent_starts_runs_with_the_sweeps_values(server: WandbServer, tmp_pa
     env.pop("WANDB_SILENT")
     for command in (
         ["wandb", "sweep", "sweep.yaml"],
-        ["wandb", "agent", "--count", "2", f"me/orpo_lab/{SWEEP}"],
+        ["wandb", "agent", f"me/orpo_lab/{SWEEP}"],
     ):
         done = subprocess.run(
             command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stdout + done.stderr
+    assert server.commands == []
     assert yaml.safe_load(server.sweeps[SWEEP]["config"])["parameters"] == example["parameters"]
     for number, one in enumerate(values):
         run = server.runs[f"given-{number}"]

@@ -30,7 +30,7 @@ class WandbServer(http.server.ThreadingHTTPServer):
         self.views: list[dict[str, Any]] = []
         self.sweeps: dict[str, dict[str, Any]] = {}
         self.commands: list[dict[str, Any]] = []
-        """What agents are told, one each time they ask."""
+        """What agents are told, one each time they ask and have no run."""
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def die(self) -> None:
@@ -75,7 +75,9 @@ class WandbServer(http.server.ThreadingHTTPServer):
         if "createAgent" in query:
             return {"createAgent": {"agent": {"id": "agent"}}}
         if "agentHeartbeat" in query:
-            told = [self.commands.pop(0)] if self.commands else []
+            # One run at a time, as W&B tells an agent; to exit beside a run would kill it
+            is_idle = not json.loads(variables["runState"])
+            told = [self.commands.pop(0)] if self.commands and is_idle else []
             return {"agentHeartbeat": {"agent": {"id": "agent"}, "commands": json.dumps(told)}}
         if "upsertBucket" in query:
             name = variables.get("name") or variables["id"]
