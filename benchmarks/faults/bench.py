@@ -1,0 +1,87 @@
+"""Faults, and where they are made to happen."""
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.faults import processes
+from benchmarks.faults.judge import Outcome, state
+from benchmarks.faults.processes import Done
+
+# A run of two seconds with everything in it: six steps over an epoch and a half in shuffled order,
+# dropout, a beta that moves, three checkpoints, answers before and after
+SMALL = (
+    "beta_schedule=linear",
+    "dataset.num_train=16",
+    "dataset.num_eval=4",
+    "dataset.num_generations=2",
+    "dataset.max_new_tokens=4",
+    "train.batch_size=4",
+    "train.max_steps=6",
+    "train.save_steps=2",
+    "train.logging_steps=1",
+)
+UNTRACKED = (*SMALL, "tracker=none")
+
+
+class Bench:
+    """A place of its own for a fault."""
+
+    def __init__(self, folder: Path, references: "References") -> None:
+        self.folder = folder
+        self.reference = references
+        folder.mkdir(parents=True)
+
+    def start(self, *arguments: str, **options: Any) -> processes.Running:
+        """Start `launch.py`; options are those of `processes.start`."""
+        return processes.start(self.folder, list(arguments), **options)
+
+    def run(self, *arguments: str, **options: Any) -> Done:
+        """Run `launch.py` to its end."""
+        return self.start(*arguments, **options).wait()
+
+    def unharmed(self, *arguments: str, into: str) -> Path:
+        """Run `launch.py` in here, where nothing happens to it; return the run folder.
+
+        Raises:
+            RuntimeError: something did.
+        """
+        done = self.run(*arguments, f"hydra.run.dir={into}")
+        if done.code != 0:
+            raise RuntimeError(f"the unharmed run failed: {done.stderr[-300:]}")
+        state(self.folder / into)
+        return self.folder / into
+
+    def path(self, name: str) -> Path:
+        """Return a path in this place."""
+        return self.folder / name
+
+
+class References:
+    """Unharmed runs to compare with, each made once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._made: dict[tuple[str, ...], Path] = {}
+        self._locks: defaultdict[tuple[str, ...], threading.Lock] = defaultdict(threading.Lock)
+
+    def __call__(self, *arguments: str) -> Path:
+        """Return the folder of the unharmed run with these arguments."""
+        with self._locks[arguments]:
+            if arguments not in self._made:
+                bench = Bench(self._folder / str(len(self._made)), self)
+                self._made[arguments] = bench.unharmed(*arguments, into="run")
+            return self._made[arguments]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that goes wrong: makes it happen in a bench, and judges what comes of it."""
+
+    name: str
+    happen: Callable[[Bench], Outcome]
+    waits: bool = False
+    """Whether it mostly waits, and can go on beside others."""

@@ -1,0 +1,137 @@
+"""What a fault came to. There are three verdicts, and whatever is not one of the first two is the third.
+
+survived
+    The run ended as finished, exit code 0, and its weights, its metrics and its held-out figures are
+    those of a run that nothing happened to: bit for bit.
+refused
+    The exit code is the documented one, stderr is the one line that says what was expected to be
+    said, there is no final model, and `status.json` says failed or stopped; where a refusal is about
+    a folder that held a run already, nothing in it has changed.
+silent
+    All else: other weights, a traceback, a hang, a refusal for another reason, a fault that could not
+    be made to happen.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from benchmarks.faults.processes import Done
+
+
+class Verdict(StrEnum):
+    """What counts."""
+
+    SURVIVED = "survived"
+    REFUSED = "refused"
+    SILENT = "silent"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A verdict, and for a silent failure what was seen."""
+
+    verdict: Verdict
+    detail: str = ""
+
+
+def silent(detail: str) -> Outcome:
+    """Return a failure."""
+    return Outcome(Verdict.SILENT, detail)
+
+
+def survived(done: Done, run: Path, reference: Path) -> Outcome:
+    """Judge a run that should have come through.
+
+    Args:
+        done: how its last process ended.
+        run: its folder.
+        reference: the folder of the same run unharmed.
+    """
+    if done.code != 0:
+        return silent(f"exit code {_code(done)}: {_end(done.stderr)}")
+    if "Traceback" in done.stderr:
+        return silent(f"a traceback: {_end(done.stderr)}")
+    different = [name for name, one in state(run).items() if one != state(reference)[name]]
+    if different:
+        return silent(f"not as the unharmed run: {', '.join(different)}")
+    return Outcome(Verdict.SURVIVED)
+
+
+def refused(
+    done: Done, run: Path, says: str, *, code: int = 1, untouched: dict[str, str] | None = None
+) -> Outcome:
+    """Judge a run that should have been refused, or stopped.
+
+    Args:
+        done: how it ended.
+        run: its folder, which need not exist.
+        says: what its one line is to say, a regular expression.
+        code: the exit code to expect.
+        untouched: `contents` of the folder before, where it held a run already.
+    """
+    if done.code != code:
+        return silent(f"exit code {_code(done)} instead of {code}: {_end(done.stderr)}")
+    lines = done.stderr.strip().splitlines()
+    if len(lines) != 1 or not re.match("error: |stopped", lines[0]):
+        return silent(f"stderr is not one line of the lab's: {_end(done.stderr)}")
+    if not re.search(says, lines[0]):
+        return silent(f"it says something else than /{says}/: {lines[0]}")
+    if untouched is not None:
+        now = contents(run)
+        changed = sorted(name for name in now | untouched if now.get(name) != untouched.get(name))
+        return silent(f"changed: {', '.join(changed)}") if changed else Outcome(Verdict.REFUSED)
+    if (run / "final").exists():
+        return silent("there is a final model")
+    if (run / "summary.json").exists():
+        return silent("there is a summary")
+    if run.exists() and status(run) not in ("failed", "stopped"):
+        return silent(f"status.json says {status(run)}")
+    return Outcome(Verdict.REFUSED)
+
+
+def state(run: Path) -> dict[str, Any]:
+    """Return what a finished run came to, by names for people.
+
+    Raises:
+        OSError, ValueError: it did not come to that; the suite's runner reports it as silent.
+    """
+    summary = json.loads((run / "summary.json").read_text())
+    weights = {file.name: _digest(file) for file in (run / "final").glob("*.safetensors")}
+    return {
+        "status": status(run),
+        "weights": weights or "none",
+        "files of final/": sorted(file.name for file in (run / "final").iterdir()),
+        "metrics.jsonl": [
+            json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()
+        ],
+        "held-out figures": [summary["before"], summary["after"]],
+        "scores": _digest(run / "scores.parquet"),
+    }
+
+
+def status(run: Path) -> str:
+    """Return the state that `status.json` tells."""
+    return json.loads((run / "status.json").read_text())["state"]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Return the hash of every file under a folder."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
+    return {str(file.relative_to(folder)): _digest(file) for file in files}
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _code(done: Done) -> str:
+    return "none, it hung" if done.code is None else str(done.code)
+
+
+def _end(text: str) -> str:
+    return f"...{text[-400:]!r}" if len(text) > 400 else repr(text)
