@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.faults import processes
-from benchmarks.faults.judge import Outcome, state
+from benchmarks.faults.judge import Outcome, Verdict, resumed_from, silent, state, survived
 from benchmarks.faults.processes import Done
 
 # A run of two seconds with everything in it: six steps over an epoch and a half in shuffled order,
@@ -54,6 +54,20 @@ class Bench:
             raise RuntimeError(f"the unharmed run failed: {done.stderr[-300:]}")
         state(self.folder / into)
         return self.folder / into
+
+    def resumed(self, *arguments: str, step: int | None, fresh: bool = False) -> Outcome:
+        """Go on with the run in `run` and judge what it comes to.
+
+        Args:
+            arguments: those it was begun with.
+            step: the one it must go on from; None: it must begin anew.
+            fresh: in a new interpreter.
+        """
+        done = self.run(*arguments, "resume=auto", "hydra.run.dir=run", fresh=fresh)
+        outcome = survived(done, self.path("run"), self.reference(*arguments))
+        if outcome.verdict == Verdict.SURVIVED and resumed_from(done) != step:
+            return silent(f"it goes on from step {resumed_from(done)} instead of {step}")
+        return outcome
 
     def path(self, name: str) -> Path:
         """Return a path in this place."""

@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.faults import inside
+
 WRITERS = ("open", "torch.save", "safetensors.save_file")
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink")
 
@@ -47,11 +49,6 @@ class Point:
         return f"{'torn' if self.torn else 'before'} {self.event}"
 
 
-def send(number: int) -> None:
-    """Send this process a signal."""
-    os.kill(os.getpid(), number)
-
-
 @dataclass
 class Watch:
     """What to watch, where to note what is seen, and what happens when."""
@@ -59,7 +56,7 @@ class Watch:
     folder: Path
     log: Path
     at: Point | None = None
-    do: Callable[[], None] = functools.partial(send, signal.SIGKILL)
+    do: Callable[[], None] = functools.partial(inside.send, signal.SIGKILL)
     seen: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def __call__(self) -> None:
@@ -108,18 +105,17 @@ def _arm(watch: Watch) -> None:
 
     def tear(path: Any, kept: int) -> None:
         """Leave half of what was written after the first `kept` bytes, and die."""
-        os.truncate(path, kept + (os.path.getsize(path) - kept) // 2)
+        descriptor = os.open(path, os.O_WRONLY)  # by number it is no event
+        os.ftruncate(descriptor, kept + (os.path.getsize(path) - kept) // 2)
         watch.do()
 
     def hook(name: str, arguments: tuple[Any, ...]) -> None:
         if name not in CHANGES:
             return
-        directory = arguments[-1] if len(arguments) > 1 else None
-        inside = place(arguments[0], directory)
-        if inside is None and name == "os.rename":
-            inside = place(arguments[1])
-        if inside is not None:
-            happens(name, inside)
+        # The last argument of all but one is the folder that the path is relative to
+        where = place(arguments[0], None if name == "os.truncate" else arguments[-1])
+        if where is not None:
+            happens(name, where)
 
     def torn_at_close(file: Any, path: Any, size: int) -> Any:
         close = file.close
@@ -134,8 +130,8 @@ def _arm(watch: Watch) -> None:
     def watched_open(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def opened(file: Any, mode: str = "r", *rest: Any, **named: Any) -> Any:
-            inside = place(file) if set(mode) & set("wax+") else None
-            if inside is None or not happens("open", inside):
+            where = place(file) if set(mode) & set("wax+") else None
+            if where is None or not happens("open", where):
                 return original(file, mode, *rest, **named)
             size = os.path.getsize(file) if "a" in mode and os.path.exists(file) else 0
             return torn_at_close(original(file, mode, *rest, **named), file, size)
@@ -145,8 +141,8 @@ def _arm(watch: Watch) -> None:
     def watched_writer(original: Callable[..., Any], kind: str) -> Callable[..., Any]:
         @functools.wraps(original)
         def write(value: Any, file: Any, *rest: Any, **named: Any) -> Any:
-            inside = place(file)
-            torn = inside is not None and happens(kind, inside)
+            where = place(file)
+            torn = where is not None and happens(kind, where)
             result = original(value, file, *rest, **named)
             if torn:
                 tear(file, 0)

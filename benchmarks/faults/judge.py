@@ -8,7 +8,7 @@ refused
     said, there is no final model, and `status.json` says failed or stopped; where a refusal is about
     a folder that held a run already, nothing in it has changed.
 silent
-    All else: other weights, a traceback, a hang, a refusal for another reason, a fault that could not
+    All else: other weights, a traceback, work thrown away that a checkpoint held, a hang, a refusal for another reason, a fault that could not
     be made to happen.
 """
 
@@ -92,6 +92,18 @@ def refused(
     if run.exists() and status(run) not in ("failed", "stopped"):
         return silent(f"status.json says {status(run)}")
     return Outcome(Verdict.REFUSED)
+
+
+def newest_sealed(run: Path) -> int | None:
+    """Return the step of the newest checkpoint with a seal; None: there is none."""
+    seals = run.glob("checkpoints/checkpoint-*/manifest.json")
+    return max((int(seal.parent.name.rsplit("-", 1)[1]) for seal in seals), default=None)
+
+
+def resumed_from(done: Done) -> int | None:
+    """Return the step that a run says it goes on from; None: it began anew."""
+    said = re.findall(r"^resuming from step (\d+)", done.stdout, flags=re.MULTILINE)
+    return int(said[-1]) if said else None
 
 
 def state(run: Path) -> dict[str, Any]:

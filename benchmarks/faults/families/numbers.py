@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.faults.bench import UNTRACKED, Bench, Fault
+from benchmarks.faults.inside import poison_step
 from benchmarks.faults.judge import Outcome, refused
 from benchmarks.faults.processes import ROOT
 
@@ -27,32 +28,6 @@ def faults(bench: Bench) -> Iterator[Fault]:
         for optimizer in OPTIMIZERS:
             poison = partial(poison_step, what, 3)
             yield Fault(f"a {what} that is NaN in step 3, {optimizer}", _poisoned(poison, optimizer))
-
-
-def poison_step(what: str, step: int) -> None:
-    """Make a step's loss or gradient NaN; runs in the process of the run."""
-    from orpo_lab import engine
-
-    build = engine.build
-
-    def poisoned(*args: object, **parts: object) -> object:
-        trainer = build(*args, **parts)  # type: ignore[arg-type]
-        compute_loss = trainer.compute_loss
-
-        def loss_of(*args: object, **kwargs: object) -> object:
-            result = compute_loss(*args, **kwargs)
-            loss = result[0] if isinstance(result, tuple) else result
-            if trainer.state.global_step == step - 1 and loss.requires_grad:
-                if what == "loss":
-                    loss = loss * float("nan")
-                else:
-                    loss.register_hook(lambda gradient: gradient * float("nan"))
-            return (loss, *result[1:]) if isinstance(result, tuple) else loss
-
-        trainer.compute_loss = loss_of
-        return trainer
-
-    engine.build = poisoned  # type: ignore[assignment]
 
 
 def _refuses(*overrides: str, says: str = NOT_FINITE) -> Callable[[Bench], Outcome]:

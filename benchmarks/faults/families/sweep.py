@@ -3,9 +3,11 @@
 import json
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from benchmarks.faults.bench import UNTRACKED, Bench, Fault
+from benchmarks.faults.inside import exit_where
 from benchmarks.faults.judge import Outcome, Verdict, refused, silent, state, status, survived
 from benchmarks.faults.processes import Done
 
@@ -21,26 +23,10 @@ def faults(bench: Bench) -> Iterator[Fault]:
     yield Fault("SIGTERM in the second of three jobs", _stopped(signal.SIGTERM))
     yield Fault("SIGINT in the second of three jobs", _stopped(signal.SIGINT))
     yield Fault("a job that diverges", _one_fails("optimizer.learning_rate=1e-3,1e30", None))
-    yield Fault("a job that calls sys.exit(0)", _one_fails("seed=42,3", exit_in_a_job))
+    yield Fault("a job that calls sys.exit(0)", _one_fails("seed=42,3", partial(exit_where, 3)))
     yield Fault("a job of which a file is lost", _lost_file)
     yield Fault("two sweeps that start in the same second", _same_second)
     yield Fault("other code than the sweep was begun with", _other_code)
-
-
-def exit_in_a_job() -> None:
-    """Make the job with seed 3 call sys.exit; runs in the process of the run."""
-    import sys
-
-    from orpo_lab import run
-
-    train = run._train
-
-    def exits(config: object, *rest: object) -> object:
-        if config.seed == 3:  # type: ignore[attr-defined]
-            sys.exit(0)
-        return train(config, *rest)  # type: ignore[arg-type]
-
-    run._train = exits  # type: ignore[assignment]
 
 
 def _jobs(bench: Bench) -> list[Path]:

@@ -6,6 +6,7 @@ The server is a loopback one that speaks W&B's protocol (tests/wandb_server.py);
 from collections.abc import Callable, Iterator
 
 from benchmarks.faults.bench import SMALL, UNTRACKED, Bench, Fault
+from benchmarks.faults.inside import short_patience
 from benchmarks.faults.judge import Outcome, survived
 from benchmarks.faults.processes import Running
 from tests.wandb_server import WandbServer
@@ -21,13 +22,6 @@ def _errors(server: WandbServer) -> None:
 
 def _waits(server: WandbServer) -> None:
     server.health = "waits"
-
-
-def short_patience() -> None:
-    """Give up on a server after seconds at the run's end; runs in the process of the run."""
-    from orpo_lab import tracker
-
-    tracker.FINISH_SECONDS = 4.0
 
 
 def _dies(server: WandbServer) -> None:
