@@ -8,9 +8,9 @@ import contextlib
 import difflib
 import os
 import re
-import signal
 import sys
 import traceback
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -22,8 +22,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from orpo_lab import config
-from orpo_lab.errors import Terminated, UserError, one_line
+from orpo_lab.errors import UserError, one_line
 from orpo_lab.run_folder import RunFolder
+from orpo_lab.stop import BUDGET, Stop, Stopped
 from orpo_lab.sweep import Start, Sweep
 
 # One line per failed job: Hydra's basic launcher would go on and exit 0
@@ -41,6 +42,11 @@ def launch(composed: DictConfig) -> None:
     except UserError as error:
         _remember(f"error: {error}", folder, is_sweep)
         print(failures[-1], file=sys.stderr)
+    except Stopped as error:
+        # A job's budget is its own; a signal ends the sweep
+        if not is_sweep or error.reason != BUDGET:
+            raise
+        _remember(f"stopped by {error.reason}", folder, is_sweep)
     except SystemExit as error:
         if not is_sweep:
             raise
@@ -56,9 +62,7 @@ def run_job(composed: DictConfig, folder: Path, sweep: Sweep | None) -> None:
     """Check one job's configuration, then run it, unless its sweep has run it already."""
     loaded = config.load(composed)
     hydra_config = HydraConfig.get()
-    with (
-        sweep.claim(loaded, folder) if sweep else contextlib.nullcontext(RunFolder(folder)) as place
-    ):
+    with sweep.claim(loaded, folder) if sweep else _alone(loaded, folder) as place:
         if place is None:
             return
 
@@ -72,6 +76,25 @@ def run_job(composed: DictConfig, folder: Path, sweep: Sweep | None) -> None:
             sweep=sweep,
             number=hydra_config.job.num if sweep else 0,
         )
+
+
+@contextlib.contextmanager
+def _alone(loaded: config.Config, folder: Path) -> Iterator[RunFolder | None]:
+    """Give a single run its folder; None: the run to go on with has finished."""
+    place = RunFolder(folder)
+    given = HydraConfig.get().overrides.hydra
+    if loaded.resume == config.AUTO and not any("hydra.run.dir=" in one for one in given):
+        raise UserError(
+            "resume=auto goes on with the run in a folder of your choice: give hydra.run.dir=..."
+        )
+    with place.held() as is_free:
+        if not is_free:
+            raise UserError(f"another process is running in {folder}")
+        if loaded.resume and place.has_finished(loaded):
+            print(f"{folder}: finished already, nothing to do")
+            yield None
+        else:
+            yield place
 
 
 def _remember(failure: str, folder: Path, is_sweep: bool) -> None:
@@ -137,8 +160,18 @@ def main() -> None:
     config.register()
     # Hydra then raises its errors as they are, and `explain` can say them in one line
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    signal.signal(signal.SIGTERM, _terminate)
-    code = 0
+    codes = []
+    with Stop().listening():
+        for part in (_run, _close):
+            try:
+                codes.append(part())
+            except Stopped as error:
+                print(f"stopped by {error.reason}", file=sys.stderr)
+                codes.append(error.exit_code)
+    sys.exit(next(filter(None, codes), 0))
+
+
+def _run() -> int:
     try:
         launch()
     except (HydraException, OmegaConfBaseException, ValueError) as error:
@@ -146,15 +179,12 @@ def main() -> None:
     except OSError as error:
         # The run folder cannot be made
         sys.exit(f"error: {one_line(error)}; choose another folder with hydra.run.dir=...")
-    except KeyboardInterrupt as error:
-        code = 143 if isinstance(error, Terminated) else 130
-        print("stopped", file=sys.stderr)
+    return 0
+
+
+def _close() -> int:
     failed = Start.sweep.close(Start.tracker) if Start.sweep else failures
-    sys.exit(code or int(bool(failed)))
-
-
-def _terminate(*_: object) -> None:
-    raise Terminated
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

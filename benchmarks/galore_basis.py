@@ -20,7 +20,9 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 from orpo_lab import config, data, galore, model, trainer
+from orpo_lab.checkpoint import Made
 from orpo_lab.run_folder import RunFolder, versions
+from orpo_lab.stop import Stop
 from orpo_lab.tracker import Untracked
 
 ROOT = Path(__file__).parents[1]
@@ -74,7 +76,9 @@ def gradients(folder: str, pairs: str) -> dict[str, dict[int, Tensor]]:
             dtype=torch.float32,
             place=RunFolder(Path(scratch)),
             log_to=Untracked(),
-            checkpoint=None,
+            made=Made("", "", ""),
+            start=None,
+            stop=Stop(),
         )
     return kept
 

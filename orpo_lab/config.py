@@ -349,6 +349,9 @@ class Train:
     eval_steps: int | None = MISSING
     save_steps: int | None = MISSING
     num_checkpoints: int = MISSING
+    max_hours: float | None = MISSING
+    on_nonfinite: str = MISSING
+    max_skipped_steps: int = MISSING
 
     def __post_init__(self) -> None:
         _at_least(
@@ -359,7 +362,13 @@ class Train:
             train__eval_steps=self.eval_steps,
             train__save_steps=self.save_steps,
             train__num_checkpoints=self.num_checkpoints,
+            train__max_skipped_steps=self.max_skipped_steps,
         )
+        _check(
+            self.max_hours is None or 0 < self.max_hours < math.inf,
+            f"train.max_hours={self.max_hours} must be above 0, or null for no limit",
+        )
+        _one_of(("stop", "skip"), train__on_nonfinite=self.on_nonfinite)
         _at_least(0, train__warmup_steps=self.warmup_steps, train__max_grad_norm=self.max_grad_norm)
         _check(
             (self.max_steps is None) != (self.num_epochs is None),
@@ -522,7 +531,41 @@ FREE = (
     "train.eval_steps",
     "train.save_steps",
     "train.num_checkpoints",
+    "train.max_hours",
 )
+# Where things lie: a resumed run may change it, as long as what lies there is the same
+LOCATIONS = (
+    "model.path",
+    "model.revision",
+    "dataset.path",
+    "dataset.revision",
+    "dataset.train_path",
+    "dataset.eval_path",
+)
+# What the states in a checkpoint fit no longer: no resumed run may change it
+LASTING = ("model", "quantization", "optimizer")
+# ... but for the settings that every optimizer reads at each step
+READ_AT_EACH_STEP = (
+    "optimizer.learning_rate",
+    "optimizer.weight_decay",
+    "optimizer.adam_beta1",
+    "optimizer.adam_beta2",
+    "optimizer.adam_epsilon",
+)
+
+
+def is_of(key: str, groups: tuple[str, ...]) -> bool:
+    """Return whether a key like `train.max_steps` is one of `groups` or stands in one."""
+    return any(key == one or key.startswith(f"{one}.") for one in groups)
+
+
+def kinds(config: Config) -> dict[str, str]:
+    """Return what was chosen in each group that a run's result depends on."""
+    return {
+        group: kind(getattr(config, group))
+        for group in SCHEMAS
+        if group not in ("train", "tracker")
+    }
 
 
 def identity(config: Config) -> str:
@@ -536,12 +579,7 @@ def identity(config: Config) -> str:
         del section[last]
     if isinstance(config.beta_schedule, Constant):
         del fixed["beta_end"]
-    kinds = {
-        group: kind(getattr(config, group))
-        for group in SCHEMAS
-        if group not in ("train", "tracker")
-    }
-    return _hash([fixed, kinds])
+    return _hash([fixed, kinds(config)])
 
 
 def hash_of(section: Any) -> str:
@@ -564,9 +602,15 @@ def slug(text: str) -> str:
     return f"{safe[:107]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
+# `resume=auto`: go on with the run in hydra.run.dir, or begin it
+AUTO = "auto"
+
+
 def run_folder(resume: str | None, fresh: str) -> str:
     """Return the folder a run writes to: the one it resumes, or a fresh one."""
-    return resume or "/".join(slug(part) for part in fresh.split("/"))
+    if resume is not None and resume != AUTO:
+        return resume
+    return "/".join(slug(part) for part in fresh.split("/"))
 
 
 def register() -> None:

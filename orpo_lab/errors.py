@@ -1,4 +1,4 @@
-"""What ends a run early: the user's mistakes and the user's wish."""
+"""What ends a run early against the user's wish."""
 
 
 class UserError(ValueError):
@@ -18,10 +18,6 @@ LIKELY_CAUSES = (
     "Likely causes: optimizer.learning_rate or beta too high for this model, too short a "
     "train.warmup_steps, or model.dtype=fp16 overflowing (try bf16 or fp32)"
 )
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: to be treated as Ctrl-C is."""
 
 
 def one_line(error: BaseException | str) -> str:

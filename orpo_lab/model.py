@@ -1,5 +1,6 @@
 """The tokenizer and the weights: precision, attention, quantization, and every fallback said."""
 
+import hashlib
 import importlib.util
 import logging
 from pathlib import Path
@@ -36,6 +37,9 @@ log = logging.getLogger(__name__)
 EMBEDDED = "orpo_lab/tiny"
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# Numbers of each weight that a fingerprint is of
+NUM_SAMPLED = 256
 
 # Zephyr's layout, which the ORPO authors give to models without a template of their own. It needs
 # no new tokens: untrained embeddings would be frozen under LoRA.
@@ -207,6 +211,21 @@ def load(config: Config, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype)
     model.config.use_cache = False
     model.config.pad_token_id = tokenizer.pad_token_id
     return model
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a hash of a model's weights as they are stored: names, shapes, and a sample of each.
+
+    A file that was replaced or damaged shows in it; a single changed number need not.
+    """
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        flat = weight.detach().flatten()
+        stride = max(1, len(flat) // NUM_SAMPLED)
+        sample = flat[::stride][:NUM_SAMPLED].contiguous().cpu()
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}\0".encode())
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def weight_dtype(optimizer: Optimizer, dtype: torch.dtype) -> torch.dtype:

@@ -13,7 +13,7 @@ from orpo_lab.config import Config, Lora
 from orpo_lab.data import Data
 from orpo_lab.evaluate import Evaluation
 from orpo_lab.plot import draw_training
-from orpo_lab.run_folder import RunFolder, git_commit, mask, versions
+from orpo_lab.run_folder import RunFolder, git_commit, mask, put_in_place, versions
 from orpo_lab.tracker import Run
 from orpo_lab.trainer import TrainStats
 
@@ -62,6 +62,8 @@ def summarize(
             "train": data.report["train"]["fingerprint"],
             "held_out": data.report["held_out"]["fingerprint"],
         },
+        # What was changed between the starts of this run, in their order; a plain run has one: {}
+        "changes": [one["changes"] for one in place.segments()],
         "versions": versions(),
         "git_commit": git_commit(),
     }
@@ -79,7 +81,7 @@ def save_scores(place: RunFolder, before: Evaluation, after: Evaluation) -> None
         tables.append(pa.table(columns, schema=SCORES))
     part = place.path / "scores.parquet.part"
     pq.write_table(pa.concat_tables(tables), part)
-    part.replace(place.path / "scores.parquet")
+    put_in_place(part, place.path / "scores.parquet")
 
 
 def save_final(
@@ -90,11 +92,12 @@ def save_final(
     summary: dict[str, Any],
 ) -> None:
     """Save the adapter or the model, its tokenizer and a model card to `final/`."""
-    final = place.path / "final"
+    part = place.path / "final.part"
     model.config.use_cache = True
-    model.save_pretrained(final)
-    tokenizer.save_pretrained(final)
-    place.write("final/README.md", model_card(place, config, summary))
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    (part / "README.md").write_text(model_card(place, config, summary), encoding="utf-8")
+    put_in_place(part, place.path / "final")
 
 
 def model_card(place: RunFolder, config: Config, summary: dict[str, Any]) -> str:

@@ -1,19 +1,22 @@
 """One run, from a checked configuration to its results. Read this file first."""
 
+import errno
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orpo_lab.config import Config, Lora, hash_of, kind
-from orpo_lab.errors import Terminated, UserError, one_line
+from orpo_lab import checkpoint
+from orpo_lab.config import AUTO, Config, Lora, hash_of, identity, kind
+from orpo_lab.errors import UserError, one_line
 from orpo_lab.quiet import silence_upstream
 from orpo_lab.run_folder import RunFolder, mask
+from orpo_lab.stop import Stop, Stopped
 from orpo_lab.sweep import Sweep
 
 if TYPE_CHECKING:
@@ -21,6 +24,9 @@ if TYPE_CHECKING:
     from orpo_lab.evaluate import Evaluation
 
 log = logging.getLogger("orpo_lab")
+
+# Full, over its quota, above a size limit, read-only, not ours
+DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @dataclass(frozen=True)
@@ -56,14 +62,16 @@ def train(
     """
     _use_one_device(number)
     silence_upstream()
-    place = RunFolder(folder)
-    record = place.begin(config, choices, overrides)
-    with _said_in(place), _status_kept(place):
-        return _train(config, place, record, sweep)
+    place, stop = RunFolder(folder), Stop(config.train.max_hours)
+    with _said_in(place), _disk_trouble_said(place), stop.listening():
+        resume = AUTO if sweep else config.resume
+        record = place.begin(config, choices, overrides, resume=resume)
+        with _status_kept(place):
+            return _train(config, place, record, sweep, stop)
 
 
 def _train(
-    config: Config, place: RunFolder, record: dict[str, Any], sweep: Sweep | None
+    config: Config, place: RunFolder, record: dict[str, Any], sweep: Sweep | None, stop: Stop
 ) -> RunResult:
     # Seconds of imports, once the configuration is known to be good and the folder is ours
     from transformers import set_seed
@@ -73,7 +81,7 @@ def _train(
     from orpo_lab.evaluate import evaluate
 
     # What can be refused is refused before anything heavy is loaded
-    checkpoint = trainer.latest_checkpoint(place.path) if config.resume else None
+    start = _find_start(config, place)
     model_config = model.load_config(config.model)
     model.check_context(model_config, config.dataset)
 
@@ -87,6 +95,12 @@ def _train(
     set_seed(config.seed)
     dtype = model.resolve_dtype(config.model.dtype, model.device())
     network: Any = model.load(config, tokenizer, dtype)
+    made = checkpoint.Made(
+        config_hash=identity(config),
+        data="-".join(pairs.report[split]["fingerprint"] for split in ("train", "held_out")),
+        model=model.fingerprint(network),
+    )
+    _check_made(start, made, accept_changes=config.accept_changes)
     if isinstance(config.optimizer, Lora):
         checkpointing = config.train.gradient_checkpointing
         network = attach(network, config.optimizer, gradient_checkpointing=checkpointing)
@@ -98,6 +112,7 @@ def _train(
         name=mask(config.name or place.path.name),
         config=record,
         sweep=sweep.folder.name if sweep else None,
+        history=place.metrics(),
     )
     exit_code = 1
     try:
@@ -112,7 +127,9 @@ def _train(
             dtype=dtype,
             place=place,
             log_to=run,
-            checkpoint=checkpoint,
+            made=made,
+            start=start,
+            stop=stop,
         )
         after = measure(desc="after")
 
@@ -122,9 +139,55 @@ def _train(
         report.save_final(place, network, tokenizer, config, summary)
         report.publish(place, run, before, after, summary)
         exit_code = 0
+    except Stopped as error:
+        exit_code = error.exit_code
+        raise
     finally:
         run.finish(exit_code)
     return RunResult(place.path, summary)
+
+
+def _find_start(config: Config, place: RunFolder) -> checkpoint.Checkpoint | None:
+    """Return the checkpoint to continue from, the run's metrics cut back to it; None: the start.
+
+    Raises:
+        UserError: the run to resume has no valid checkpoint.
+    """
+    start = checkpoint.newest_valid(place)
+    if start is None:
+        if config.resume not in (None, AUTO):
+            raise UserError(
+                f"resume={place.path}: no valid checkpoint in it; set train.save_steps to write "
+                "some, or begin it anew with resume=auto hydra.run.dir=..."
+            )
+        place.start_over()
+        return None
+    log.info("resuming from step %d (%s)", start.step, start.path)
+    place.go_on(start.metrics_bytes)
+    return start
+
+
+def _check_made(
+    start: checkpoint.Checkpoint | None, made: checkpoint.Made, *, accept_changes: bool
+) -> None:
+    """Check that a run goes on with what it began with.
+
+    Raises:
+        UserError: the base model is another, or the data are and `accept_changes` is false.
+    """
+    if start is None:
+        return
+    if start.made.model != made.model:
+        raise UserError(
+            "the base model is not the one that the checkpoint was trained from (its files have "
+            "changed); put back the old one, or start a new run"
+        )
+    if start.made.data != made.data and not accept_changes:
+        raise UserError(
+            "the pairs are not those that the checkpoint was trained on (their files or the "
+            "tokenizer have changed); put back the old ones, start a new run, or say "
+            "accept_changes=true"
+        )
 
 
 def _load_data(config: Config, tokenizer: Any, sweep: Sweep | None) -> "Data":
@@ -164,20 +227,41 @@ def _status_kept(place: RunFolder) -> Iterator[None]:
     """Keep `status.json` true, however the run ends."""
     try:
         yield
-    except KeyboardInterrupt as error:
-        code = 143 if isinstance(error, Terminated) else 130
-        place.set_status("stopped", "SIGTERM" if code == 143 else "interrupted", exit_code=code)
+    except Stopped as error:
+        place.set_status("stopped", error.reason, exit_code=error.exit_code)
         raise
     except BaseException as error:
-        place.set_status("failed", one_line(f"{type(error).__name__}: {error}"), exit_code=1)
+        with suppress(OSError):  # a full disk does not take that either
+            place.set_status("failed", one_line(f"{type(error).__name__}: {error}"), exit_code=1)
         raise
     place.set_status("finished", exit_code=0)
 
 
 @contextmanager
+def _disk_trouble_said(place: RunFolder) -> Iterator[None]:
+    """Turn what the user can put right about a disk into a line that says so."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_TROUBLE:
+            raise
+        raise UserError(
+            f"{place.path} cannot be written to ({one_line(error)}); what is in it is intact: put "
+            "that right, then go on with resume="
+        ) from error
+
+
+class _Log(logging.FileHandler):
+    """A file of lines, without which a run still goes on: a full disk does not take them."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (logging's name)
+        """Leave the line out; the terminal has it."""
+
+
+@contextmanager
 def _said_in(place: RunFolder) -> Iterator[None]:
     """Send our own lines to the terminal and to the run's `run.log`, for as long as it lasts."""
-    file = logging.FileHandler(place.path / "run.log")
+    file = _Log(place.path / "run.log", delay=True)
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), file]
     for handler in handlers:
         log.addHandler(handler)

@@ -1,17 +1,31 @@
 """The files of a run folder: what a run leaves is here (docs/configuration.md lists them)."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
-from orpo_lab.config import FREE, Config, identity
+from orpo_lab.config import (
+    AUTO,
+    FREE,
+    LASTING,
+    LOCATIONS,
+    READ_AT_EACH_STEP,
+    Config,
+    identity,
+    is_of,
+    kinds,
+)
 from orpo_lab.errors import UserError, one_line
 
 # What a token or a password looks like, wherever it stands in a value
@@ -54,44 +68,124 @@ class RunFolder:
         self.path = path
 
     def begin(
-        self, config: Config, choices: dict[str, str], overrides: list[str]
+        self, config: Config, choices: dict[str, str], overrides: list[str], *, resume: str | None
     ) -> dict[str, Any]:
         """Write what the run is, and that it runs; return the configuration as written.
+
+        Args:
+            config: the run's.
+            choices: the option chosen in every group.
+            overrides: the command line's.
+            resume: null, `auto` or the folder, as in the configuration; a sweep's jobs are `auto`.
 
         Raises:
             UserError: the folder cannot be written to or holds another run, or the run to resume
                 had another configuration.
         """
         resolved = mask(dataclasses.asdict(config))
-        if config.resume:
-            self._check_same(resolved)
-        elif self._file("config.yaml").exists():
-            raise UserError(f"{self.path} holds a run already; choose another with hydra.run.dir")
+        segment = {
+            "config_hash": identity(config),
+            "kinds": kinds(config),
+            "changes": self._changes(config, resolved, resume),
+            "overrides": mask(overrides),
+        }
         groups = {group: one for group, one in choices.items() if "/" not in group}
         chosen = {"choices": groups, "overrides": mask(overrides)}
-        try:
-            self.write("config.yaml", yaml.safe_dump(resolved, sort_keys=False))
-            self.write("choices.yaml", yaml.safe_dump(chosen, sort_keys=False))
-            self.set_status("running", config_hash=identity(config))
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be written to: {one_line(error)}") from error
+        # What changes is on record before anything has changed
+        self.write_json("segments.json", [*self.segments(), segment])
+        self.write("config.yaml", yaml.safe_dump(resolved, sort_keys=False))
+        self.write("choices.yaml", yaml.safe_dump(chosen, sort_keys=False))
+        self.set_status("running", config_hash=identity(config))
         return {**resolved, "choices": groups}
 
-    def _check_same(self, resolved: dict[str, Any]) -> None:
+    def _changes(
+        self, config: Config, resolved: dict[str, Any], resume: str | None
+    ) -> dict[str, list[Any]]:
+        """Return the values before and now of what a run to be continued has changed."""
         if not self._file("config.yaml").is_file():
+            if resume in (None, AUTO):
+                return {}
             raise UserError(f"resume={self.path} is not a run folder: no config.yaml in it")
-        before = flat(self.read_yaml("config.yaml"))
-        now = flat(resolved)
-        changed = [
-            f"{key}: {before.get(key)} -> {now.get(key)}"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and not key.startswith(FREE)
-        ]
-        if changed:
+        if resume is None:
             raise UserError(
-                f"resume={self.path} continues another run: {'; '.join(changed)}; "
-                "give the overrides it was started with (choices.yaml)"
+                f"{self.path} holds a run already; choose another with hydra.run.dir, or go on "
+                "with it by resume=auto"
             )
+        before = flat(self.read_yaml("config.yaml")) | self._kinds()
+        now = flat(resolved) | kinds(config)
+        changes = {
+            key: [before.get(key), now.get(key)]
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key) and not is_of(key, (*FREE, *LOCATIONS))
+        }
+        said = "; ".join(f"{key}: {old} -> {new}" for key, (old, new) in changes.items())
+        lasting = [
+            key for key in changes if is_of(key, LASTING) and not is_of(key, READ_AT_EACH_STEP)
+        ]
+        if lasting:
+            raise UserError(
+                f"{self.path} holds another run ({said}); no checkpoint fits another "
+                f"{', '.join(lasting)}: start a new run"
+            )
+        if changes and not config.accept_changes:
+            raise UserError(
+                f"{self.path} holds another run ({said}); give the overrides it was started with "
+                "(choices.yaml), or accept_changes=true to go on differently and have it recorded"
+            )
+        return changes
+
+    def segments(self) -> list[dict[str, Any]]:
+        """Return what `segments.json` says: the starts of this run, the first one included."""
+        return self._parse("segments.json", json.loads) or []
+
+    def _kinds(self) -> dict[str, str]:
+        segments = self.segments()
+        return segments[-1]["kinds"] if segments else {}
+
+    def has_finished(self, config: Config) -> bool:
+        """Return whether this very run ended well: there is nothing to go on with."""
+        status = self.status()
+        return status["state"] == "finished" and status["config_hash"] == identity(config)
+
+    def config_hashes(self) -> set[str]:
+        """Return the hashes of the configurations that this run has had."""
+        return {one["config_hash"] for one in self.segments()}
+
+    def start_over(self) -> None:
+        """Take away what an earlier start left that never came to a checkpoint."""
+        self._drop_results()
+        self._file("metrics.jsonl").unlink(missing_ok=True)
+
+    def go_on(self, metrics_bytes: int) -> None:
+        """Cut `metrics.jsonl` back to a checkpoint; the lines after it are written again."""
+        self._drop_results()
+        os.truncate(self._file("metrics.jsonl"), metrics_bytes)
+
+    def _drop_results(self) -> None:
+        """Take away results: until this run ends again there are none."""
+        for name in ("summary.json", "scores.parquet"):
+            self._file(name).unlink(missing_ok=True)
+        for name in ("final", "final.part"):
+            shutil.rmtree(self._file(name), ignore_errors=True)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[bool]:
+        """Keep other processes out of this folder; False: one is in it.
+
+        A process that is killed gives it up.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self._file(".lock"))
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            self._file(".lock").unlink(missing_ok=True)
+            lock.release()
 
     def _file(self, name: str) -> Path:
         return self.path / name
@@ -101,11 +195,27 @@ class RunFolder:
         part = self._file(name + ".part")
         part.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(text, encoding="utf-8")
-        os.replace(part, self._file(name))
+        put_in_place(part, self._file(name))
 
     def read_yaml(self, name: str) -> dict[str, Any]:
-        """Return what `config.yaml` or `choices.yaml` says."""
-        return yaml.safe_load(self._file(name).read_text(encoding="utf-8"))
+        """Return what `config.yaml` or `choices.yaml` says.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        return self._parse(name, yaml.safe_load) or {}
+
+    def _parse(self, name: str, parse: Callable[[str], Any]) -> Any:
+        """Return what a file holds; None: there is no such file."""
+        if not self._file(name).is_file():
+            return None
+        try:
+            return parse(self._file(name).read_text(encoding="utf-8"))
+        except (ValueError, yaml.YAMLError) as error:
+            raise UserError(
+                f"{self._file(name)} is damaged ({one_line(error)[:100]}); put back what it was, "
+                "or start a new run"
+            ) from error
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a value as JSON, secrets masked."""
@@ -132,25 +242,40 @@ class RunFolder:
 
     def status(self) -> dict[str, Any]:
         """Return `status.json`; before there is one, the run has not begun."""
-        file = self._file("status.json")
-        if not file.exists():
-            return {"state": "missing", "reason": "", "exit_code": None}
-        return json.loads(file.read_text(encoding="utf-8"))
+        none = {"state": "missing", "reason": "", "exit_code": None}
+        try:
+            return self._parse("status.json", json.loads) or none
+        except UserError as error:
+            return none | {"reason": str(error)}
 
     def append_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Append a line to `metrics.jsonl`."""
         with self._file("metrics.jsonl").open("a", encoding="utf-8") as lines:
             lines.write(json.dumps({"step": step, **metrics}) + "\n")
 
-    def cut_metrics(self, step: int) -> None:
-        """Drop the lines after `step`: a resumed run writes them again."""
-        kept = [line for line in self.metrics() if line["step"] <= step]
-        self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
-
     def metrics(self) -> list[dict[str, float]]:
         """Return the lines of `metrics.jsonl`."""
         file = self._file("metrics.jsonl")
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or a folder's names, on the disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def put_in_place(part: Path, path: Path) -> None:
+    """Rename a whole file or folder to its name: a reader sees nothing half, also after a crash."""
+    for one in [part, *part.rglob("*")]:
+        sync(one)
+    if part.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    os.replace(part, path)
+    sync(path.parent)
 
 
 def natural_order(path: Path) -> list[tuple[int, str]]:

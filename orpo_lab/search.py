@@ -13,6 +13,7 @@ FOLDER keeps the study: the same command goes on with it, and several may work o
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from hydra.errors import HydraException
 from orpo_lab.compare import MARGINS
 from orpo_lab.errors import UserError, one_line
 from orpo_lab.run_folder import RunFolder
+from orpo_lab.stop import EXIT_CODE
 
 if TYPE_CHECKING:
     import optuna
@@ -107,7 +109,8 @@ def run_trial(trial: "optuna.Trial", folder: Path, overrides: list[str]) -> floa
         said.seek(0)
         last_words = one_line(said.read())
     if pruned and place.status()["state"] != "finished":
-        place.set_status("stopped", f"pruned after step {reported}", exit_code=143)
+        place.set_status("stopped", f"pruned after step {reported}", exit_code=EXIT_CODE)
+        shutil.rmtree(folder / "checkpoints")  # nobody goes on with it
         raise optuna.TrialPruned
     if process.returncode:
         reason = place.status()["reason"] or last_words

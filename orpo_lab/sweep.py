@@ -3,8 +3,9 @@
 `launch.py -m` gives Hydra's launcher one job after the other, or several at a time. Each asks
 `Sweep.claim` which folder is its own: jobs whose configurations come to the same share one, and
 what has finished is not run again. So the same command with the same `hydra.sweep.dir` goes on with
-a sweep that was stopped. All state is in the run folders; `sweep.json` says by what code and on
-what data they were made, `.cache/` holds what jobs share and goes when the sweep ends.
+a sweep that was stopped, every job from its newest checkpoint. All state is in the run folders;
+`sweep.json` says by what code and on what data they were made, `.cache/` holds what jobs share and
+goes when the sweep ends.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -68,30 +69,26 @@ class Sweep:
             folder: the one that Hydra has made for it.
         """
         identity = config.identity(loaded)
-        with FileLock(self.folder / ".cache" / "claims.lock"):
-            place = self._folder_of(identity) or _without_another_run(folder)
-            lock = FileLock(place.path / ".lock")
-            is_free = self._wants_running(place) and _take(lock)
-            if is_free:
-                _empty(place.path)
-                place.set_status("running", config_hash=identity)
-        if place.path != folder:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        if not is_free:
-            print(f"{place.path}: {place.status()['state']} already, not run again")
-            yield None
-            return
-        try:
-            yield place
-        except BaseException as error:
-            if place.status()["state"] == "running":  # it had not come to keep its own status
-                reason = one_line(f"{type(error).__name__}: {error}")
-                place.set_status("failed", reason, exit_code=1)
-            raise
-        finally:
-            lock.release()
-            (place.path / ".lock").unlink(missing_ok=True)
+        with contextlib.ExitStack() as stack:
+            with FileLock(self.folder / ".cache" / "claims.lock"):
+                place = self._folder_of(identity) or _without_another_run(folder)
+                is_free = self._wants_running(place) and stack.enter_context(place.held())
+                if is_free:
+                    place.set_status("running", config_hash=identity)
+            if place.path != folder:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+            if not is_free:
+                print(f"{place.path}: {place.status()['state']} already, not run again")
+                yield None
+                return
+            try:
+                yield place
+            except BaseException as error:
+                if place.status()["state"] == "running":  # it had not come to keep its own status
+                    reason = one_line(f"{type(error).__name__}: {error}")
+                    place.set_status("failed", reason, exit_code=1)
+                raise
 
     def _folder_of(self, identity: str) -> RunFolder | None:
         """Return the run folder in this sweep of a configuration."""
@@ -185,26 +182,6 @@ def _without_another_run(folder: Path) -> RunFolder:
     """
     holds_another = RunFolder(folder).status().get("config_hash") is not None
     return RunFolder(fresh_folder(folder) if holds_another else folder)
-
-
-def _take(lock: FileLock) -> bool:
-    """Take a run folder's lock, which a process that was killed has given up."""
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        return False
-    return True
-
-
-def _empty(folder: Path) -> None:
-    """Take away what a run that did not finish has left; its id stays, so that W&B has one run."""
-    for path in folder.iterdir():
-        if path.name in (".lock", "wandb_id"):
-            continue
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
 
 
 def _table(jobs: list[tuple[RunFolder, dict[str, Any]]]) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from orpo_lab.config import NoTracker, Tracker, WandbTracker
 from orpo_lab.errors import one_line
-from orpo_lab.run_folder import mask
+from orpo_lab.run_folder import RunFolder, mask
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,13 @@ class Untracked:
 
 
 def start(
-    tracker: Tracker, *, folder: Path, name: str, config: dict[str, Any], sweep: str | None
+    tracker: Tracker,
+    *,
+    folder: Path,
+    name: str,
+    config: dict[str, Any],
+    sweep: str | None,
+    history: list[dict[str, float]],
 ) -> Run:
     """Begin tracking a run.
 
@@ -61,6 +67,8 @@ def start(
         name: what the run is called.
         config: our own configuration, under our own names, secrets masked.
         sweep: the group, unless the tracker's settings name one.
+        history: the lines of metrics of a run that goes on, with their `step`; W&B gets again what
+            it may not have of them.
     """
     match tracker:
         case NoTracker():
@@ -80,6 +88,7 @@ def start(
                 tags=[
                     choices[group] for group in ("model", "dataset", "optimizer", "beta_schedule")
                 ],
+                history=history,
             )
     raise TypeError(f"no tracker: {tracker!r}")
 
@@ -107,6 +116,7 @@ def publish_comparison(
         group=tracker.group or folder.name,
         job_type="comparison",
         tags=[],
+        history=[],
     )
     run.report_comparison(folder, verdict, settings)
     run.finish(0)
@@ -125,6 +135,7 @@ class WandbRun:
         group: str | None,
         job_type: str,
         tags: list[str],
+        history: list[dict[str, float]],
     ) -> None:
         import wandb
 
@@ -158,7 +169,7 @@ class WandbRun:
             try:
                 # With the id alone W&B would overwrite what a resumed run has logged before
                 self._run = wandb.init(
-                    mode="online", resume="allow" if config.get("resume") else None, **options
+                    mode="online", resume="allow" if history else None, **options
                 )
             except Exception as error:  # whatever W&B's client or its service process raises
                 online, why = False, f"the server does not take the run ({one_line(error)[:150]})"
@@ -172,6 +183,9 @@ class WandbRun:
             )
         else:
             log.info("W&B: online, %s", self._run.url)
+        # What it has already W&B ignores; what a killed process did not send closes the gap
+        for line in history:
+            self.log(int(line["step"]), {key: line[key] for key in line if key != "step"})
 
     def _decide(self, tracker: WandbTracker) -> tuple[bool, str]:
         """Return whether to go online, and if not, why."""
@@ -243,10 +257,9 @@ def _run_id(folder: Path) -> str:
     """Return the folder's W&B run id, made once; or the one that `wandb agent` has given."""
     if given := os.environ.get("WANDB_RUN_ID"):
         return given
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / "wandb_id"
     if not file.exists():
-        file.write_text(secrets.token_hex(4))
+        RunFolder(folder).write("wandb_id", secrets.token_hex(4))
     return file.read_text()
 
 

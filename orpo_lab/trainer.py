@@ -17,14 +17,16 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
 
-from orpo_lab import engine
+from orpo_lab import checkpoint, engine
 from orpo_lab import optimizer as optimizers
 from orpo_lab.beta_schedule import beta_at, progress
-from orpo_lab.config import Config, Galore
+from orpo_lab.checkpoint import Checkpoint, Made, Spent
+from orpo_lab.config import Config, Galore, Train
 from orpo_lab.data import Data
 from orpo_lab.errors import LIKELY_CAUSES, NonFiniteError, UserError
 from orpo_lab.galore import GaLore
 from orpo_lab.run_folder import RunFolder
+from orpo_lab.stop import Stop, Stopped
 from orpo_lab.tracker import Run
 
 log = logging.getLogger(__name__)
@@ -32,13 +34,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainStats:
-    """What training cost; design: `summary.json`, key `train`."""
+    """What training cost, over all starts of the run; design: `summary.json`, key `train`."""
 
     steps: int
     wall_seconds: float
     tokens_per_second: float
     pairs_per_second: float
     peak_memory_bytes: int
+    skipped_steps: int
+    """Steps that took no gradient, since it or the loss was not finite."""
     device: str
     """The GPU's name, or cpu."""
     galore_memory_bytes: dict[str, dict[str, int]] | None
@@ -54,7 +58,9 @@ def fit(
     dtype: torch.dtype,
     place: RunFolder,
     log_to: Run,
-    checkpoint: Path | None,
+    made: Made,
+    start: Checkpoint | None,
+    stop: Stop,
 ) -> TrainStats:
     """Train the model in place.
 
@@ -66,15 +72,20 @@ def fit(
         dtype: precision of the arithmetic.
         place: the run folder; checkpoints go to `checkpoints/` in it, metrics to its file.
         log_to: the tracked run, which gets the same metrics.
-        checkpoint: the one to continue from; None: from the start.
+        made: what the run is made from, for its checkpoints.
+        start: the checkpoint to continue from; None: from the beginning.
+        stop: whether the run should end early.
 
     Raises:
-        NonFiniteError: a loss or a gradient is not finite; no weight took it.
+        NonFiniteError: a loss, a gradient or a weight is not finite; nothing of it is kept.
+        UserError: a checkpoint cannot be written, or the one to continue from does not fit.
+        Stopped: the run was asked to end; its last step is in a checkpoint.
     """
     num_steps = count_steps(config, len(data.train))
     data = replace(data, train=_whole_batches(data.train, config.train.batch_size))
     optimizer = optimizers.build(config, model, num_steps=num_steps, dtype=dtype)
-    guard = NonFiniteGuard(optimizer, fp16=dtype == torch.float16)
+    meter, stopper = Meter(start.spent if start else Spent()), StopCallback(stop)
+    guard = NonFiniteGuard(optimizer, config.train, meter, fp16=dtype == torch.float16)
     trainer = engine.build(
         config,
         model=model,
@@ -82,29 +93,36 @@ def fit(
         data=data,
         arguments=arguments(config, place.path, dtype),
         optimizer=optimizer,
-        callbacks=[guard],
+        # The guard looks before anything is saved, also where the run is asked to stop
+        callbacks=[stopper, guard],
     )
     for upstream in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(upstream)
-    metrics = MetricsCallback(trainer, optimizer, place, log_to)
-    for ours in (BetaCallback(config, trainer), metrics):
+    for ours in (
+        ResumeCallback(trainer, optimizer),
+        BetaCallback(config, trainer),
+        MetricsCallback(trainer, optimizer, meter, place, log_to),
+        CheckpointCallback(trainer, place, made, meter, config.train.num_checkpoints),
+    ):
         trainer.add_callback(ours)
     guard.watch(trainer)
-    # A resumed run writes the lines after its checkpoint again
-    place.cut_metrics(_step_of(checkpoint) if checkpoint else 0)
 
-    reset_peak_memory()
-    start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds = time.perf_counter() - start
-    done = trainer.state.global_step - (_step_of(checkpoint) if checkpoint else 0)
-    pairs = done * config.train.batch_size
+    meter.start()
+    try:
+        trainer.train(resume_from_checkpoint=str(start.path) if start else None)
+    finally:
+        stop.is_training = False
+    spent = meter.spent()
+    if reason := stopper.reason or stop.signal:
+        raise Stopped(reason)
+    pairs = trainer.state.global_step * config.train.batch_size
     return TrainStats(
         steps=trainer.state.global_step,
-        wall_seconds=seconds,
-        tokens_per_second=pairs * _mean_tokens(data) / seconds,
-        pairs_per_second=pairs / seconds,
-        peak_memory_bytes=peak_memory_bytes(),
+        wall_seconds=spent.wall_seconds,
+        tokens_per_second=pairs * _mean_tokens(data) / spent.wall_seconds,
+        pairs_per_second=pairs / spent.wall_seconds,
+        peak_memory_bytes=spent.peak_memory_bytes,
+        skipped_steps=spent.num_skipped,
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         galore_memory_bytes=optimizer.memory() if isinstance(optimizer, GaLore) else None,
     )
@@ -164,10 +182,33 @@ def arguments(config: Config, folder: Path, dtype: torch.dtype) -> dict[str, Any
         "eval_steps": train.eval_steps,
         "save_strategy": "steps" if train.save_steps else "no",
         "save_steps": train.save_steps or 0,
-        "save_total_limit": train.num_checkpoints,
+        # transformers would count checkpoints that nobody finished: `checkpoint.rotate` does it
+        "save_total_limit": None,
         "report_to": "none",
         "disable_tqdm": True,
     }
+
+
+class Meter:
+    """What training costs, what was spent before a resume included."""
+
+    def __init__(self, before: Spent) -> None:
+        self.before = before
+        self.num_skipped = before.num_skipped
+        self._begin = math.nan
+
+    def start(self) -> None:
+        """Begin to count, before the first step."""
+        reset_peak_memory()
+        self._begin = time.perf_counter()
+
+    def spent(self) -> Spent:
+        """Return what has been spent so far."""
+        return Spent(
+            wall_seconds=self.before.wall_seconds + time.perf_counter() - self._begin,
+            peak_memory_bytes=max(self.before.peak_memory_bytes, peak_memory_bytes()),
+            num_skipped=self.num_skipped,
+        )
 
 
 class BetaCallback(TrainerCallback):
@@ -192,9 +233,14 @@ class MetricsCallback(TrainerCallback):
     SHOWN = ("loss", "preference_accuracy", "logp_margin", "beta")
 
     def __init__(
-        self, trainer: Any, optimizer: torch.optim.Optimizer, place: RunFolder, log_to: Run
+        self,
+        trainer: Any,
+        optimizer: torch.optim.Optimizer,
+        meter: Meter,
+        place: RunFolder,
+        log_to: Run,
     ) -> None:
-        self.trainer, self.optimizer = trainer, optimizer
+        self.trainer, self.optimizer, self.meter = trainer, optimizer, meter
         self.place, self.log_to = place, log_to
         self.bar: Any = None
 
@@ -217,6 +263,10 @@ class MetricsCallback(TrainerCallback):
             metrics["beta"] = self.trainer.beta
             if isinstance(self.optimizer, GaLore) and self.optimizer.grad_norm is not None:
                 metrics["grad_norm"] = self.optimizer.grad_norm.item()
+            if self.meter.num_skipped:
+                # The means of an interval with a skipped step are not finite
+                metrics = {key: one for key, one in metrics.items() if math.isfinite(one)}
+                metrics["skipped_steps"] = self.meter.num_skipped
         self.place.append_metrics(state.global_step, metrics)
         self.log_to.log(state.global_step, metrics)
         shown = {key: f"{metrics[key]:.3f}" for key in self.SHOWN if key in metrics}
@@ -230,24 +280,104 @@ class MetricsCallback(TrainerCallback):
         self.bar.close()
 
 
-class NonFiniteGuard(TrainerCallback):
-    """Keeps a non-finite loss or gradient from every weight, and stops the run.
+class StopCallback(TrainerCallback):
+    """Ends the run after a step, saved, when it is asked to."""
 
-    What it sees stays on the device: from the first such step on, gradients are zero. It is read,
-    and the run stopped, at the next logging step and before anything is evaluated or saved.
+    def __init__(self, stop: Stop) -> None:
+        self.stop = stop
+        self.reason = ""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """From now on a request waits for the end of a step."""
+        self.stop.is_training = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save, and stop."""
+        self.reason = self.stop.reason()
+        if self.reason:
+            control.should_save = control.should_training_stop = True
+
+
+class ResumeCallback(TrainerCallback):
+    """Gives a resumed run its own settings; transformers takes those that are in the checkpoint."""
+
+    def __init__(self, trainer: Any, optimizer: torch.optim.Optimizer) -> None:
+        self.trainer = trainer
+        self.settings = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in optimizer.param_groups
+        ]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set intervals, and the optimizer's settings with the learning rate of this step."""
+        state.compute_steps(args, state.max_steps)
+        scheduler = self.trainer.lr_scheduler
+        scheduler.base_lrs = [settings["lr"] for settings in self.settings]
+        for group, settings, factor in zip(
+            self.trainer.optimizer.param_groups, self.settings, scheduler.lr_lambdas, strict=True
+        ):
+            base = settings["lr"]
+            group |= settings | {"initial_lr": base, "lr": base * factor(scheduler.last_epoch)}
+        # What transformers logs
+        scheduler._last_lr = [group["lr"] for group in self.trainer.optimizer.param_groups]
+
+
+class CheckpointCallback(TrainerCallback):
+    """Seals what transformers saves, and never lets it save weights that are not finite."""
+
+    def __init__(
+        self, trainer: Any, place: RunFolder, made: Made, meter: Meter, num_checkpoints: int
+    ) -> None:
+        self.place, self.made, self.meter = place, made, meter
+        self.num_checkpoints = num_checkpoints
+        save = trainer._save_checkpoint
+
+        def watched(*args: Any, **kwargs: Any) -> None:
+            path = place.path / "checkpoints" / f"checkpoint-{trainer.state.global_step}"
+            with checkpoint.written(path):
+                save(*args, **kwargs)
+                checkpoint.seal(path, place, made, meter.spent())
+            checkpoint.rotate(place, num_checkpoints)
+
+        trainer._save_checkpoint = watched
+
+    def on_step_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Log what is saved: the sums of metrics since the last line are not in a checkpoint."""
+        if not control.should_save:
+            return
+        control.should_log = True
+        finite = [p.isfinite().all() for p in model.parameters() if p.requires_grad]
+        if not torch.stack(finite).all():  # device-to-host sync
+            raise NonFiniteError(
+                f"step {state.global_step}: its update left weights that are not finite; the run "
+                f"stops, and nothing of that step is kept. {LIKELY_CAUSES}"
+            )
+
+
+class NonFiniteGuard(TrainerCallback):
+    """Keeps a non-finite loss or gradient from every weight, and stops the run or skips the step.
+
+    To stop, what it sees stays on the device: from the first such step on, gradients are zero. It
+    is read, and the run stopped, at the next logging step and before anything is evaluated or
+    saved. To skip a step, it is read at every step.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, *, fp16: bool) -> None:
-        self.optimizer = optimizer
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, train: Train, meter: Meter, *, fp16: bool
+    ) -> None:
+        self.optimizer, self.train, self.meter = optimizer, train, meter
         # In fp16 the loss scaler meets infinite gradients by design, and skips those steps
         self.check_gradients = not fp16
         self.losses: list[torch.Tensor] = []
+        self.clipped_norm: torch.Tensor | None = None
         self.seen: torch.Tensor | None = None
         """The first non-finite step, its loss and its gradient norm, [3]; zeros: none yet."""
 
     def watch(self, trainer: Any) -> None:
-        """Look at every micro-batch's loss as the trainer computes it."""
-        compute_loss = trainer.compute_loss
+        """Look at every micro-batch's loss, and the gradients' norm before they are clipped."""
+        compute_loss, clip = trainer.compute_loss, trainer._clip_grad_norm
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             result = compute_loss(*args, **kwargs)
@@ -256,16 +386,59 @@ class NonFiniteGuard(TrainerCallback):
                 self.losses.append(loss.detach())
             return result
 
-        trainer.compute_loss = watched
+        def clipped(*args: Any, **kwargs: Any) -> Any:
+            # A norm that overflows scales every gradient to zero, which looks like a fine step
+            self.clipped_norm = clip(*args, **kwargs)
+            return self.clipped_norm
+
+        trainer.compute_loss, trainer._clip_grad_norm = watched, clipped
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        """Make the optimizer skip the steps that are to be skipped."""
+        if self.train.on_nonfinite == "stop":
+            return
+        take_step = optimizer.step
+
+        def step(*args: Any, **kwargs: Any) -> None:
+            if self.is_skipping():
+                optimizer.zero_grad()
+            else:
+                take_step(*args, **kwargs)
+
+        optimizer.step = step
+
+    def is_skipping(self) -> bool:
+        """Return whether the step about to be taken is not finite, and count it.
+
+        Raises:
+            NonFiniteError: too many steps were.
+        """
+        assert self.seen is not None
+        if not self.seen[0]:  # device-to-host sync
+            return False
+        self.meter.num_skipped += 1
+        limit = self.train.max_skipped_steps
+        if self.meter.num_skipped > limit:
+            raise NonFiniteError(
+                f"{self._said()}; that is above train.max_skipped_steps={limit}, and the run "
+                f"stops. {LIKELY_CAUSES}"
+            )
+        log.warning("%s; skipped (%d of %d)", self._said(), self.meter.num_skipped, limit)
+        self.seen.zero_()
+        return True
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the step's losses and gradients, and zero the latter if there is a fault."""
         gradients = self._gradients() if self.check_gradients else []
         loss = torch.stack(self.losses).sum().float()
         self.losses.clear()
-        norm = (
-            torch.nn.utils.get_total_norm(gradients).to(loss) if gradients else loss.new_zeros(())
-        )
+        norm = loss.new_zeros(())
+        if gradients:
+            norm = torch.nn.utils.get_total_norm(gradients).to(loss)
+            if self.clipped_norm is not None:
+                norm = torch.maximum(norm, self.clipped_norm.to(loss))
         now = torch.stack([torch.full_like(loss, state.global_step + 1), loss, norm])
         if self.seen is None:
             self.seen = torch.zeros_like(now)
@@ -285,29 +458,17 @@ class NonFiniteGuard(TrainerCallback):
         flags = ("should_log", "should_evaluate", "should_save", "should_training_stop")
         if self.seen is None or not any(getattr(control, flag) for flag in flags):
             return
-        step, loss, norm = self.seen.tolist()  # device-to-host sync
-        if step:
-            what = f"gradient norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
+        if self.seen[0]:  # device-to-host sync
             raise NonFiniteError(
-                f"step {step:.0f}: the {what}; the run stops, and nothing of that step or after it "
-                f"is kept. {LIKELY_CAUSES}"
+                f"{self._said()}; the run stops, and nothing of that step or after it is kept. "
+                f"{LIKELY_CAUSES}"
             )
 
-
-def latest_checkpoint(folder: Path) -> Path:
-    """Return a run folder's newest checkpoint.
-
-    Raises:
-        UserError: it has none.
-    """
-    found = sorted((folder / "checkpoints").glob("checkpoint-*[0-9]"), key=_step_of)
-    if not found:
-        raise UserError(f"resume={folder}: no checkpoint in it; set train.save_steps to write some")
-    return found[-1]
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rsplit("-", 1)[-1])
+    def _said(self) -> str:
+        assert self.seen is not None
+        step, loss, norm = self.seen.tolist()
+        what = f"gradient norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
+        return f"step {step:.0f}: the {what}"
 
 
 def _mean_tokens(data: Data) -> float:

@@ -21,6 +21,7 @@ from transformers import TrainerCallback, TrainerControl
 
 from orpo_lab import config, engine, trainer
 from orpo_lab.adapter import attach
+from orpo_lab.checkpoint import Spent
 from orpo_lab.data import Data
 from orpo_lab.engine import attention, head, packing, shared_prefix
 from orpo_lab.errors import UserError
@@ -446,7 +447,9 @@ class Synchronisations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_does_not_wait_for_the_device(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_does_not_wait_for_the_device(
+    build: Build, load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lists = []
 
     def tolist(self: Tensor) -> Any:
@@ -454,7 +457,8 @@ def test_a_step_does_not_wait_for_the_device(build: Build, monkeypatch: pytest.M
         return self.numpy().tolist()
 
     built = build(make_model("llama"), make_pairs(6))
-    guard = trainer.NonFiniteGuard(built.optimizer, fp16=False)
+    train = load().train
+    guard = trainer.NonFiniteGuard(built.optimizer, train, trainer.Meter(Spent()), fp16=False)
     guard.watch(built)
     batch = next(iter(built.get_train_dataloader()))
     monkeypatch.setattr(Tensor, "tolist", tolist)

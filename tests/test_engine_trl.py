@@ -12,8 +12,10 @@ from transformers import TrainerCallback
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from orpo_lab import config, data, model, trainer
+from orpo_lab.checkpoint import Made
 from orpo_lab.data import embedded
 from orpo_lab.run_folder import RunFolder
+from orpo_lab.stop import Stop
 from orpo_lab.tracker import Untracked
 
 Load = Callable[..., config.Config]
@@ -118,7 +120,9 @@ def ours(
         dtype=torch.float32,
         place=place,
         log_to=Untracked(),
-        checkpoint=None,
+        made=Made("", "", ""),
+        start=None,
+        stop=Stop(),
     )
     return [line["loss"] for line in place.metrics() if "loss" in line], spy
 
@@ -222,7 +226,9 @@ def test_preference_accuracy_does_not_vanish_at_beta_zero(
         dtype=torch.float32,
         place=place,
         log_to=Untracked(),
-        checkpoint=None,
+        made=Made("", "", ""),
+        start=None,
+        stop=Stop(),
     )
     for line in place.metrics():
         assert line["rewards/accuracies"] == 0  # TRL's

@@ -12,11 +12,15 @@ def test_secrets_are_masked_and_commits_are_not() -> None:
     assert mask({"beta": 0.1, "path": "org/name"}) == {"beta": 0.1, "path": "org/name"}
 
 
-def test_metrics_are_appended_and_cut_back_to_a_step(tmp_path: Path) -> None:
+def test_metrics_are_appended_and_cut_back_to_a_checkpoint(tmp_path: Path) -> None:
     place = RunFolder(tmp_path)
-    for step in (1, 2, 3, 4):
+    for step in (1, 2):
         place.append_metrics(step, {"loss": 1 / step})
-    place.cut_metrics(2)
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    place.append_metrics(3, {"loss": 1 / 3})
+    with (tmp_path / "metrics.jsonl").open("a") as lines:
+        lines.write('{"step": 4, "lo')  # killed here
+    place.go_on(size)
     place.append_metrics(3, {"loss": 9.0})
     assert [line["step"] for line in place.metrics()] == [1, 2, 3]
     assert place.metrics()[-1]["loss"] == 9.0

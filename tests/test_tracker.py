@@ -43,9 +43,19 @@ def settings(mode: str = "auto", **changes: Any) -> WandbTracker:
     return WandbTracker(mode=mode, **(values | changes))
 
 
-def start(folder: Path, mode: str = "auto", **changes: Any) -> tracker.Run:
+def start(
+    folder: Path,
+    mode: str = "auto",
+    history: list[dict[str, float]] | None = None,
+    **changes: Any,
+) -> tracker.Run:
     return tracker.start(
-        settings(mode, **changes), folder=folder, name="a-run", config=RECORD, sweep="a-sweep"
+        settings(mode, **changes),
+        folder=folder,
+        name="a-run",
+        config=RECORD,
+        sweep="a-sweep",
+        history=history or [],
     )
 
 
@@ -240,14 +250,21 @@ def test_a_run_that_begins_anew_in_its_folder_is_one_run(
     assert len(server.runs) == 1
 
 
-def test_a_resumed_run_goes_on_in_the_run_it_was(server: WandbServer, tmp_path: Path) -> None:
-    for steps, record in (((1, 5), RECORD), ((6, 9), {**RECORD, "resume": "here"})):
-        run = tracker.start(settings(), folder=tmp_path, name="a", config=record, sweep=None)
-        for step in steps:
-            run.log(step, {"loss": 1.0})
+def test_a_resumed_run_has_no_gap_and_no_step_twice(server: WandbServer, tmp_path: Path) -> None:
+    first = start(tmp_path)
+    for step in (1, 2, 4, 7):  # 3 was logged to the folder by a process that was killed then
+        first.log(step, {"loss": 1 / step})
+    first.finish(1)
+    # Continued from step 5: after what the server has, and after what it lacks
+    for begin in (5, 9):
+        history = [{"step": step, "loss": 1 / step} for step in range(1, begin)]
+        run = start(tmp_path, history=history)
+        for step in range(begin, begin + 4):
+            run.log(step, {"loss": 1 / step})
         run.finish(0)
     (arrived,) = server.runs.values()
-    assert [line["_step"] for line in arrived["history"]] == [1, 5, 6, 9]
+    assert [line["_step"] for line in arrived["history"]] == [1, 2, 4, 7, 8, 9, 10, 11, 12]
+    assert [line["loss"] for line in arrived["history"]][-1] == 1 / 12
 
 
 @pytest.mark.parametrize("illness", ["errors", "waits", "dies"])
@@ -280,7 +297,9 @@ def test_a_tracker_that_breaks_is_said_and_does_not_stop_a_run(
 
 
 def test_none_and_disabled_track_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = tracker.start(NoTracker(), folder=tmp_path, name="a", config=RECORD, sweep=None)
+    run = tracker.start(
+        NoTracker(), folder=tmp_path, name="a", config=RECORD, sweep=None, history=[]
+    )
     run.log(1, {"loss": 1.0})
     run.finish(0)
     monkeypatch.setenv("WANDB_MODE", "disabled")

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from orpo_lab import config, data, trainer
+from orpo_lab.checkpoint import Made
 from orpo_lab.errors import NonFiniteError, UserError
 from orpo_lab.run_folder import RunFolder
+from orpo_lab.stop import Stop
 from orpo_lab.tracker import Untracked
 
 Load = Callable[..., config.Config]
@@ -42,7 +43,9 @@ def fit(
         dtype=torch.float32,
         place=place,
         log_to=Untracked(),
-        checkpoint=None,
+        made=Made("", "", ""),
+        start=None,
+        stop=Stop(),
     )
     return stats, place
 
@@ -161,69 +164,91 @@ def test_beta_is_logged_at_every_logging_step(
     assert stats.peak_memory_bytes > 50e6
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        "optimizer=qlora",
-        pytest.param("optimizer=lora", marks=pytest.mark.slow),
-        pytest.param("optimizer=adamw", marks=pytest.mark.slow),
-        GALORE,
-        # After step 4 of periods of 3: in the middle of one
-        f"{GALORE} optimizer.bits=8 optimizer.layerwise=true model.dtype=bf16",
-        pytest.param(f"{GALORE} optimizer.bits=8", marks=pytest.mark.slow),
-        pytest.param(f"{GALORE} optimizer.implementation=galore_torch", marks=pytest.mark.slow),
-    ],
-)
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
-    launch: Launch, tmp_path: Path, optimizer: str
+def test_steps_that_are_not_finite_are_skipped_counted_and_capped(
+    load: Load,
+    build_model: Any,
+    tokenizer: Any,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    common = [
-        *optimizer.split(),
-        *SMALL,
-        "train.max_steps=6",
-        "train.save_steps=2",
-        "train.logging_steps=1",
-        "train.num_checkpoints=9",
-        "beta_schedule=linear",
-    ]
-    launch(*common, "hydra.run.dir=whole")
-    launch(*common, "hydra.run.dir=half")
-    half = tmp_path / "half"
-    # As if the run had been killed after step 4
-    for late in ("checkpoints/checkpoint-6", "final"):
-        subprocess.run(["rm", "-r", str(half / late)], check=True)
-    launch(*common, "resume=half")
-    weights = [
-        next((tmp_path / name / "final").glob("*.safetensors")) for name in ("whole", "half")
-    ]
-    one, other = (load_file(file) for file in weights)
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    lines = [RunFolder(tmp_path / name).metrics() for name in ("whole", "half")]
-    assert [line["step"] for line in lines[1]] == [1, 2, 3, 4, 5, 6]
-    assert [line["loss"] for line in lines[0]] == [line["loss"] for line in lines[1]]
+    logging.getLogger("orpo_lab").propagate = True
+    for name, overrides in {"lora": ["optimizer=lora"], "galore": GALORE.split()}.items():
+        loaded = load(
+            *overrides,
+            *SMALL,
+            "train.max_steps=5",
+            "train.logging_steps=1",
+            "train.on_nonfinite=skip",
+        )
+        network = build_model(loaded)
+        before = {key: value.clone() for key, value in network.state_dict().items()}
+        last_norm = [one for key, one in network.named_modules() if key.endswith("norm")][-1]
+        calls = {"num": 0}
+
+        def spoil(module: Any, args: Any, output: Any, calls: dict[str, int] = calls) -> Any:
+            calls["num"] += module.training
+            return output * float("nan") if calls["num"] in (2, 3) else output
+
+        last_norm.register_forward_hook(spoil)
+        stats, place = fit(loaded, network, tokenizer, tmp_path / name)
+        assert (stats.steps, stats.skipped_steps) == (5, 2)
+        lines = place.metrics()
+        assert ["loss" in line for line in lines] == [True, False, False, True, True]
+        assert [line.get("skipped_steps") for line in lines] == [None, 1, 2, 2, 2]
+        after = network.state_dict()
+        assert all(torch.isfinite(one).all() for one in after.values() if one.is_floating_point())
+        assert any(not torch.equal(after[key], before[key]) for key in before)
+    assert "step 3: the loss is nan; skipped (2 of 10)" in caplog.text
+    capped = load(*GALORE.split(), *SMALL, "train.on_nonfinite=skip", "train.max_skipped_steps=1")
+    network = build_model(capped)
+    poison("gradient", network, pytest.MonkeyPatch())
+    with pytest.raises(NonFiniteError, match=r"step 4: .* above train.max_skipped_steps=1"):
+        fit(capped, network, tokenizer, tmp_path / "capped")
 
 
-def test_resuming_another_run_is_refused_with_the_difference(
-    launch: Launch, tmp_path: Path
+def test_a_skipped_step_moves_nothing(
+    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
-    launch("optimizer=lora", *SMALL, "train.max_steps=2", "train.save_steps=1", "hydra.run.dir=run")
-    done = launch(
-        "optimizer=lora",
+    loaded = load(*GALORE.split(), *SMALL, "train.max_steps=3", "train.on_nonfinite=skip")
+    network = build_model(loaded)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    last_norm = [one for key, one in network.named_modules() if key.endswith("norm")][-1]
+    last_norm.register_forward_hook(lambda module, args, output: output * float("nan"))
+    stats, _ = fit(loaded, network, tokenizer, tmp_path)
+    assert stats.skipped_steps == 3
+    assert all(torch.equal(one, before[key]) for key, one in network.state_dict().items())
+
+
+def test_a_gradient_norm_that_overflows_is_not_clipped_to_nothing(
+    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    loaded = load("optimizer=lora", *SMALL, "train.max_steps=3", "train.logging_steps=1")
+    network = build_model(loaded)
+    last_norm = [one for key, one in network.named_modules() if key.endswith("norm")][-1]
+
+    def explode(module: Any, args: Any, output: torch.Tensor) -> None:
+        if output.requires_grad:  # finite gradients, whose squares are not
+            output.register_hook(lambda gradient: gradient * 1e25)
+
+    last_norm.register_forward_hook(explode)
+    with pytest.raises(NonFiniteError, match="step 1: the gradient norm is inf"):
+        fit(loaded, network, tokenizer, tmp_path)
+
+
+def test_weights_that_an_update_ruined_are_never_saved(
+    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    loaded = load(
+        "optimizer=adamw",
+        "optimizer.learning_rate=1e39",
         *SMALL,
-        "train.max_steps=2",
+        "train.max_steps=4",
+        "train.warmup_steps=0",
         "train.save_steps=1",
-        "resume=run",
-        "beta=0.5",
-        expect=1,
     )
-    assert "continues another run: beta: 0.1 -> 0.5" in done.stderr
-    done = launch("optimizer=lora", *SMALL, "resume=nowhere", expect=1)
-    assert "resume=nowhere is not a run folder" in done.stderr
-    assert not (tmp_path / "nowhere").exists()
-    done = launch("optimizer=lora", *SMALL, "train.max_steps=2", "hydra.run.dir=run", expect=1)
-    assert "holds a run already" in done.stderr
-    assert (tmp_path / "run" / "final").exists()
+    with pytest.raises(NonFiniteError, match="step 1: its update left weights"):
+        fit(loaded, build_model(loaded), tokenizer, tmp_path)
+    assert not list(tmp_path.glob("checkpoints/checkpoint-*"))
 
 
 def test_steps_are_counted_from_epochs(load: Load) -> None:

@@ -1,0 +1,194 @@
+"""Sealed checkpoints: a manifest, written last, says what a checkpoint holds.
+
+A checkpoint without its manifest is one that nobody finished; one that differs from it is damaged.
+Neither is ever continued from. What the folders hold is transformers' business.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from orpo_lab.errors import UserError, one_line
+from orpo_lab.run_folder import RunFolder, sync, versions
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a checkpoint was made from; to be continued, a run must be made from the same."""
+
+    config_hash: str
+    """See `config.identity`."""
+    data: str
+    """Fingerprints of the training and the held-out pairs."""
+    model: str
+    """Fingerprint of the weights that training began from."""
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What training has cost up to a checkpoint."""
+
+    wall_seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    num_skipped: int = 0
+    """Steps skipped for a non-finite number."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A valid checkpoint."""
+
+    path: Path
+    made: Made
+    spent: Spent
+    metrics_bytes: int
+    """Size of `metrics.jsonl` when it was sealed."""
+
+    @property
+    def step(self) -> int:
+        """The optimizer steps it has taken."""
+        return step_of(self.path)
+
+
+def step_of(path: Path) -> int:
+    """Return the step in a checkpoint folder's name."""
+    return int(path.name.rsplit("-", 1)[-1])
+
+
+def folders(place: RunFolder) -> list[Path]:
+    """Return a run's checkpoint folders, valid or not, oldest first."""
+    return sorted((place.path / "checkpoints").glob("checkpoint-*[0-9]"), key=step_of)
+
+
+def seal(path: Path, place: RunFolder, made: Made, spent: Spent) -> None:
+    """Write a checkpoint's manifest, after all else is on the disk.
+
+    Args:
+        path: the checkpoint's folder.
+        place: the run it belongs to; its metrics so far belong to the checkpoint.
+        made: what it was made from.
+        spent: what training has cost.
+    """
+    # Nothing reads it, and it could only be read by unpickling it
+    (path / "training_args.bin").unlink(missing_ok=True)
+    files = {name: _digest(path / name) for name in _files(path)}
+    for name in files:
+        sync(path / name)
+    metrics = place.path / "metrics.jsonl"
+    sync(metrics)
+    manifest = {
+        "step": step_of(path),
+        "made": asdict(made),
+        # Of a fixed width, so that two runs' checkpoints of a step have the same size
+        "spent": json.dumps(asdict(spent)).ljust(120),
+        "versions": versions(),
+        "metrics": {"bytes": metrics.stat().st_size, "sha256": _digest(metrics)},
+        "files": files,
+    }
+    RunFolder(path).write(MANIFEST, json.dumps(manifest, indent=2) + "\n")
+
+
+def newest_valid(place: RunFolder) -> Checkpoint | None:
+    """Return the newest checkpoint that is what its manifest says; say why others are not it."""
+    for path in reversed(folders(place)):
+        fault, manifest = _inspect(path, place)
+        if not fault:
+            made, spent = Made(**manifest["made"]), Spent(**json.loads(manifest["spent"]))
+            return Checkpoint(path, made, spent, manifest["metrics"]["bytes"])
+        log.warning("%s rejected: %s", path.name, fault)
+    return None
+
+
+def rotate(place: RunFolder, num_checkpoints: int) -> None:
+    """Delete what is older than the `num_checkpoints` newest valid checkpoints.
+
+    Seals are only counted here: of a checkpoint that was damaged since, `newest_valid` decides.
+    """
+    sealed = [path for path in folders(place) if (path / MANIFEST).exists()]
+    for path in sealed[:-num_checkpoints]:
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint; if that is cut short, what is left is no checkpoint."""
+    (path / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Take away a checkpoint that could not be written, and say so.
+
+    Raises:
+        UserError: the disk is full, or not to be written to.
+    """
+    if path.exists():  # of a run that was killed, or damaged since
+        remove(path)
+    try:
+        yield
+    # torch and safetensors have errors of their own for what the operating system says
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(path, ignore_errors=True)
+        raise UserError(
+            f"{path} cannot be written ({one_line(error)[:150]}); the run stops, and the "
+            "checkpoints before it are intact: make room, then go on with resume="
+        ) from error
+
+
+def _files(path: Path) -> list[str]:
+    found = (one for one in path.rglob("*") if one.is_file())
+    return sorted(str(one.relative_to(path)) for one in found if one.name != MANIFEST)
+
+
+def _digest(file: Path, size: int | None = None) -> str:
+    """Return the SHA-256 of a file, or of its first `size` bytes."""
+    digest, left = hashlib.sha256(), file.stat().st_size if size is None else size
+    with file.open("rb") as content:
+        while left and (block := content.read(min(left, BLOCK_BYTES))):
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest()
+
+
+def _inspect(path: Path, place: RunFolder) -> tuple[str, dict[str, Any]]:
+    """Return what is wrong with a checkpoint, empty if nothing is, and its manifest."""
+    if not (path / MANIFEST).exists():
+        return "it was never finished", {}
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        fault = _find_fault(path, place, manifest)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        return f"its manifest cannot be read ({one_line(error)[:100]})", {}
+    return fault, manifest
+
+
+def _find_fault(path: Path, place: RunFolder, manifest: dict[str, Any]) -> str:
+    if manifest["step"] != step_of(path):
+        return f"it is of step {manifest['step']}"
+    if manifest["made"]["config_hash"] not in place.config_hashes():
+        return "another run made it"
+    present, sealed = _files(path), manifest["files"]
+    for name in sorted(set(present) ^ sealed.keys()):
+        return f"{name} is {'missing' if name in sealed else 'not of it'}"
+    for name in present:
+        if _digest(path / name) != sealed[name]:
+            return f"{name} is damaged"
+    metrics, size = place.path / "metrics.jsonl", manifest["metrics"]["bytes"]
+    if not metrics.exists() or _digest(metrics, size) != manifest["metrics"]["sha256"]:
+        return "metrics.jsonl no longer begins with the lines it had then"
+    Made(**manifest["made"])
+    Spent(**json.loads(manifest["spent"]))
+    return ""
