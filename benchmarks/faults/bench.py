@@ -1,19 +1,25 @@
 """Faults, and where they are made to happen."""
 
+import itertools
+import signal
 import threading
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults import processes
-from benchmarks.faults.judge import Outcome, Verdict, resumed_from, silent, state, survived
+from benchmarks.faults import inside, processes
+from benchmarks.faults.judge import Outcome, Verdict, newest_sealed, resumed_from, silent, state, survived
 from benchmarks.faults.processes import Done
 
 # A run of two seconds with everything in it: six steps over an epoch and a half in shuffled order,
-# dropout, a beta that moves, three checkpoints, answers before and after
+# dropout, a beta and a learning rate that move and do not end at 0 (a step too many would not show),
+# three checkpoints, answers before and after
 SMALL = (
+    "beta=0.3",
+    "beta_end=0.1",
     "beta_schedule=linear",
     "dataset.num_train=16",
     "dataset.num_eval=4",
@@ -21,6 +27,8 @@ SMALL = (
     "dataset.max_new_tokens=4",
     "train.batch_size=4",
     "train.max_steps=6",
+    "train.lr_scheduler_type=inverse_sqrt",
+    "train.warmup_steps=2",
     "train.save_steps=2",
     "train.logging_steps=1",
 )
@@ -69,6 +77,14 @@ class Bench:
             return silent(f"it goes on from step {resumed_from(done)} instead of {step}")
         return outcome
 
+    def killed_in_step_6(self, *arguments: str) -> Path:
+        """Leave a run in `run` that was killed in its last step, after checkpoints 2 and 4."""
+        kill = partial(inside.in_step, 6, partial(inside.send, signal.SIGKILL))
+        done = self.run(*arguments, "hydra.run.dir=run", prepare=kill)
+        if done.code != -signal.SIGKILL or newest_sealed(self.path("run")) != 4:
+            raise RuntimeError(f"exit code {done.code}: {done.stderr[-300:]}")
+        return self.path("run")
+
     def path(self, name: str) -> Path:
         """Return a path in this place."""
         return self.folder / name
@@ -79,6 +95,7 @@ class References:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._numbers = itertools.count()
         self._made: dict[tuple[str, ...], Path] = {}
         self._locks: defaultdict[tuple[str, ...], threading.Lock] = defaultdict(threading.Lock)
 
@@ -86,7 +103,7 @@ class References:
         """Return the folder of the unharmed run with these arguments."""
         with self._locks[arguments]:
             if arguments not in self._made:
-                bench = Bench(self._folder / str(len(self._made)), self)
+                bench = Bench(self._folder / str(next(self._numbers)), self)
                 self._made[arguments] = bench.unharmed(*arguments, into="run")
             return self._made[arguments]
 

@@ -63,7 +63,13 @@ def survived(done: Done, run: Path, reference: Path) -> Outcome:
 
 
 def refused(
-    done: Done, run: Path, says: str, *, code: int = 1, untouched: dict[str, str] | None = None
+    done: Done,
+    run: Path,
+    says: str,
+    *,
+    code: int = 1,
+    untouched: dict[str, str] | None = None,
+    states: tuple[str, ...] = ("failed", "stopped"),
 ) -> Outcome:
     """Judge a run that should have been refused, or stopped.
 
@@ -73,6 +79,7 @@ def refused(
         says: what its one line is to say, a regular expression.
         code: the exit code to expect.
         untouched: `contents` of the folder before, where it held a run already.
+        states: what `status.json` may say.
     """
     if done.code != code:
         return silent(f"exit code {_code(done)} instead of {code}: {_end(done.stderr)}")
@@ -89,7 +96,7 @@ def refused(
         return silent("there is a final model")
     if (run / "summary.json").exists():
         return silent("there is a summary")
-    if run.exists() and status(run) not in ("failed", "stopped"):
+    if run.exists() and status(run) not in states:
         return silent(f"status.json says {status(run)}")
     return Outcome(Verdict.REFUSED)
 
@@ -127,13 +134,16 @@ def state(run: Path) -> dict[str, Any]:
 
 
 def status(run: Path) -> str:
-    """Return the state that `status.json` tells."""
+    """Return the state that `status.json` tells; `missing` where there is none."""
+    if not (run / "status.json").exists():
+        return "missing"
     return json.loads((run / "status.json").read_text())["state"]
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Return the hash of every file under a folder."""
-    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
+    """Return the hash of every file under a folder, but for a lock, which a kill leaves behind."""
+    found = (file for file in sorted(folder.rglob("*")) if file.name != ".lock")
+    files = (file for file in found if file.is_file())
     return {str(file.relative_to(folder)): _digest(file) for file in files}
 
 

@@ -159,6 +159,8 @@ class _Forked:
 def server() -> Iterator[None]:
     """Have what `preload` imports ready to be forked; forked runs end with it."""
     os.environ.update(ENVIRONMENT)
+    # A run that is killed leaves tqdm's semaphore to be taken away, which is said
+    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"
     _Forked.context.set_forkserver_preload([f"{__package__}.preload"])
     try:
         yield

@@ -11,7 +11,7 @@ from benchmarks.faults.processes import ROOT
 
 OPTIMIZERS = ("qlora", "lora", "galore", "adamw")
 NOT_FINITE = "(loss|gradient norm) is|not finite|non-finite"
-UNBOUNDED = ("train.max_grad_norm=0", "train.warmup_steps=0")
+UNBOUNDED = ("train.max_grad_norm=0", "train.lr_scheduler_type=constant")
 
 
 def faults(bench: Bench) -> Iterator[Fault]:
