@@ -11,15 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.faults import inside, processes
-from benchmarks.faults.judge import Outcome, Verdict, newest_sealed, resumed_from, silent, state, survived
+from benchmarks.faults.judge import (
+    Outcome,
+    Verdict,
+    newest_sealed,
+    resumed_from,
+    silent,
+    state,
+    survived,
+)
 from benchmarks.faults.processes import Done
 
 # A run of two seconds with everything in it: six steps over an epoch and a half in shuffled order,
-# dropout, a beta and a learning rate that move and do not end at 0 (a step too many would not show),
-# three checkpoints, answers before and after
+# dropout, a beta and a learning rate that move and do not end at 0 (where a step too many would not
+# show), three checkpoints, answers before and after
 SMALL = (
-    "beta=0.3",
-    "beta_end=0.1",
+    "beta_end=0.05",
     "beta_schedule=linear",
     "dataset.num_train=16",
     "dataset.num_eval=4",
@@ -79,7 +86,7 @@ class Bench:
 
     def killed_in_step_6(self, *arguments: str) -> Path:
         """Leave a run in `run` that was killed in its last step, after checkpoints 2 and 4."""
-        kill = partial(inside.in_step, 6, partial(inside.send, signal.SIGKILL))
+        kill = partial(inside.in_step, 6, inside.die)
         done = self.run(*arguments, "hydra.run.dir=run", prepare=kill)
         if done.code != -signal.SIGKILL or newest_sealed(self.path("run")) != 4:
             raise RuntimeError(f"exit code {done.code}: {done.stderr[-300:]}")

@@ -1,8 +1,8 @@
 """Every change that a run makes to files, as a point at which something can happen to it.
 
 Python tells of its own through audit events; torch.save and safetensors write from C++ and Rust, so
-their calls are events of their own. Two kinds of point for each: `before` it happens, and for a file
-that is written, `torn`: half of what was to be written is there.
+their calls are events of their own. Two kinds of point for each: `before` it happens, and for a
+file that is written, `torn`: half of what was to be written is there.
 
 What is in this module runs in the process of the run.
 """
@@ -12,7 +12,6 @@ import functools
 import io
 import json
 import os
-import signal
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -28,7 +27,7 @@ CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.
 
 @dataclass(frozen=True)
 class Event:
-    """One change: what is done to which file (its place in the watched folder), and the how-manieth."""
+    """One change: what is done, to which file in the watched folder, for the how-manieth time."""
 
     kind: str
     path: str
@@ -56,7 +55,7 @@ class Watch:
     folder: Path
     log: Path
     at: Point | None = None
-    do: Callable[[], None] = functools.partial(inside.send, signal.SIGKILL)
+    do: Callable[[], None] = inside.die
     seen: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def __call__(self) -> None:
@@ -154,7 +153,7 @@ def _arm(watch: Watch) -> None:
     import torch
 
     sys.addaudithook(hook)
-    builtins.open = io.open = watched_open(open)  # type: ignore[assignment]
+    builtins.open = io.open = watched_open(open)
     _replace(torch.save, watched_writer(torch.save, "torch.save"))
     save_file = safetensors.torch.save_file
     _replace(save_file, watched_writer(save_file, "safetensors.save_file"))

@@ -1,6 +1,6 @@
-"""What is done inside the process of a run, to make something happen to it at a place of its code.
+"""What is done inside the process of a run, to make something happen at a place of its code.
 
-Each function is given to `processes.start` as `prepare`, its arguments bound by `functools.partial`.
+Each function is given to `processes.start` as `prepare`, its arguments bound by `partial`.
 """
 
 import importlib
@@ -18,6 +18,11 @@ def send(*numbers: int) -> None:
     """Send this process signals."""
     for number in numbers:
         os.kill(os.getpid(), number)
+
+
+def die() -> None:
+    """End this process as the kernel does where memory runs out."""
+    send(signal.SIGKILL)
 
 
 def at_call(module: str, name: str, number: int, act: Act) -> None:
@@ -81,14 +86,14 @@ def exit_where(seed: int) -> None:
     """Have the job with a seed call sys.exit(0) instead of training."""
     from orpo_lab import run
 
-    train = run._train
+    train: Any = run._train
 
     def exits(config: Any, *rest: Any) -> Any:
         if config.seed == seed:
             sys.exit(0)
         return train(config, *rest)
 
-    run._train = exits
+    setattr(run, "_train", exits)  # noqa: B010  (of another type)
 
 
 def short_patience() -> None:

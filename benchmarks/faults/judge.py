@@ -1,15 +1,15 @@
-"""What a fault came to. There are three verdicts, and whatever is not one of the first two is the third.
+"""What a fault came to. What is not one of the first two verdicts is the third.
 
 survived
-    The run ended as finished, exit code 0, and its weights, its metrics and its held-out figures are
-    those of a run that nothing happened to: bit for bit.
+    The run ended as finished, exit code 0, and its weights, its metrics and its held-out figures
+    are those of a run that nothing happened to: bit for bit.
 refused
     The exit code is the documented one, stderr is the one line that says what was expected to be
-    said, there is no final model, and `status.json` says failed or stopped; where a refusal is about
-    a folder that held a run already, nothing in it has changed.
+    said, there is no final model, and `status.json` says failed or stopped; where a refusal is
+    about a folder that held a run already, nothing in it has changed.
 silent
-    All else: other weights, a traceback, work thrown away that a checkpoint held, a hang, a refusal for another reason, a fault that could not
-    be made to happen.
+    All else: other weights, a traceback, work thrown away that a checkpoint held, a hang, a refusal
+    for another reason, a fault that could not be made to happen.
 """
 
 import hashlib
@@ -44,19 +44,23 @@ def silent(detail: str) -> Outcome:
     return Outcome(Verdict.SILENT, detail)
 
 
-def survived(done: Done, run: Path, reference: Path) -> Outcome:
+def survived(
+    done: Done, run: Path, reference: Path, *, apart_from_step: int | None = None
+) -> Outcome:
     """Judge a run that should have come through.
 
     Args:
         done: how its last process ended.
         run: its folder.
         reference: the folder of the same run unharmed.
+        apart_from_step: whose line of metrics may differ.
     """
     if done.code != 0:
         return silent(f"exit code {_code(done)}: {_end(done.stderr)}")
     if "Traceback" in done.stderr:
         return silent(f"a traceback: {_end(done.stderr)}")
-    different = [name for name, one in state(run).items() if one != state(reference)[name]]
+    came_to, expected = (state(one, apart_from_step) for one in (run, reference))
+    different = [name for name, one in came_to.items() if one != expected[name]]
     if different:
         return silent(f"not as the unharmed run: {', '.join(different)}")
     return Outcome(Verdict.SURVIVED)
@@ -113,21 +117,20 @@ def resumed_from(done: Done) -> int | None:
     return int(said[-1]) if said else None
 
 
-def state(run: Path) -> dict[str, Any]:
+def state(run: Path, apart_from_step: int | None = None) -> dict[str, Any]:
     """Return what a finished run came to, by names for people.
 
     Raises:
         OSError, ValueError: it did not come to that; the suite's runner reports it as silent.
     """
     summary = json.loads((run / "summary.json").read_text())
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     weights = {file.name: _digest(file) for file in (run / "final").glob("*.safetensors")}
     return {
         "status": status(run),
         "weights": weights or "none",
         "files of final/": sorted(file.name for file in (run / "final").iterdir()),
-        "metrics.jsonl": [
-            json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()
-        ],
+        "metrics.jsonl": [line for line in lines if line["step"] != apart_from_step],
         "held-out figures": [summary["before"], summary["after"]],
         "scores": _digest(run / "scores.parquet"),
     }

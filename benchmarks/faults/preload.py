@@ -5,7 +5,7 @@ from orpo_lab.quiet import silence_upstream
 silence_upstream()
 
 import bitsandbytes  # noqa: E402, F401
-import matplotlib.backends.backend_agg  # noqa: E402, F401
+import matplotlib.backends.backend_agg  # noqa: E402
 import matplotlib.pyplot  # noqa: E402, F401
 import peft.tuners.lora.bnb  # noqa: E402, F401
 import torch  # noqa: E402

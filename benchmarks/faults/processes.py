@@ -34,7 +34,7 @@ class Done:
     """How a process ended."""
 
     code: int | None
-    """The exit code; minus the signal's number where one ended it; None: it hung, and was killed."""
+    """The exit code; minus the number of a signal that ended it; None: it hung, and was killed."""
     stdout: str
     stderr: str
 

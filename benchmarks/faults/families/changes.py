@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmarks.faults.bench import UNTRACKED, Bench, Fault
 from benchmarks.faults.families import data
-from benchmarks.faults.families.numbers import base_model
+from benchmarks.faults.families.numbers import base_model, change_base
 from benchmarks.faults.judge import Outcome, Verdict, contents, refused, silent, state, status
 
 # What is changed, and whether accept_changes=true allows it
@@ -70,7 +70,7 @@ def _changed_auto(bench: Bench) -> Outcome:
     run = bench.killed_in_step_6(*UNTRACKED)
     before = contents(run)
     done = bench.run(*UNTRACKED, "beta=0.5", "resume=auto", "hydra.run.dir=run")
-    return refused(done, run, "beta: 0.3 -> 0.5", untouched=before)
+    return refused(done, run, "beta: 0.1 -> 0.5", untouched=before)
 
 
 def _free(change: str) -> Callable[[Bench], Outcome]:
@@ -107,13 +107,9 @@ def _other_data(name: str, change: Callable[[Path], None]) -> Callable[[Bench], 
 
 
 def _other_base(bench: Bench) -> Outcome:
-    from safetensors.numpy import load_file, save_file
-
-    file = base_model(bench.path("base")) / "model.safetensors"
+    base_model(bench.path("base"))
     arguments = (*UNTRACKED, "model=local", "model.path=./base")
     run = bench.killed_in_step_6(*arguments)
-    weights = load_file(file)
-    weights["model.norm.weight"].flat[0] += 1
-    save_file(weights, file, metadata={"format": "pt"})
+    change_base(bench, "model.norm.weight", lambda weight: weight + 1)
     done = bench.run(*arguments, "resume=auto", "hydra.run.dir=run")
     return refused(done, run, "the base model is not the one")

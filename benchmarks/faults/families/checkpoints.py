@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.faults.bench import UNTRACKED, Bench, Fault
 from benchmarks.faults.families.kills import OPTIMIZERS
 from benchmarks.faults.families.security import Evil, unharmed_by_code
-from benchmarks.faults.judge import Outcome, Verdict, contents, refused, silent
+from benchmarks.faults.judge import Outcome, contents, refused, silent
 
 ALL_KEPT = "train.num_checkpoints=9"
 Harm = Callable[[Path], object]

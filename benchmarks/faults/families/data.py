@@ -1,7 +1,7 @@
 """Preference data that is not what it should be.
 
-Rows that teach nothing are dropped: the run is to come to the weights of the same file without them.
-What is no preference data at all is refused.
+Rows that teach nothing are dropped: the run is to come to the weights of the same file without
+them. What is no preference data at all is refused.
 """
 
 import json
@@ -125,7 +125,9 @@ def _drops(rows: list[Row], reason: str) -> Callable[[Bench], Outcome]:
         report = json.loads(bench.path("run/data_report.json").read_text())
         counted = report["train"]["dropped"].get(reason, {}).get("num")
         if counted != len(rows):
-            return silent(f"data_report.json does not count {len(rows)} {reason}: {report['train']}")
+            return silent(
+                f"data_report.json does not count {len(rows)} {reason}: {report['train']}"
+            )
         return outcome
 
     return happen

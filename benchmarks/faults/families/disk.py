@@ -1,7 +1,7 @@
 """Disks that are full, or become read-only, while a run writes: it says so and stops.
 
-Once there is room again it is gone on with and comes to the same bits. The disk is a tmpfs of its own,
-filled to the last byte at a given change to the run's files; mounting it takes root.
+Once there is room again it is gone on with and comes to the same bits. The disk is a tmpfs of its
+own, filled to the last byte at a given change to the run's files; mounting it takes root.
 """
 
 import contextlib

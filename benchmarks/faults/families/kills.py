@@ -10,7 +10,7 @@ from functools import partial
 
 from benchmarks.faults import events, inside
 from benchmarks.faults.bench import UNTRACKED, Bench, Fault
-from benchmarks.faults.judge import Outcome, newest_sealed, silent
+from benchmarks.faults.judge import Outcome, newest_sealed, silent, status
 from benchmarks.faults.processes import Done
 
 OPTIMIZERS = {
@@ -22,7 +22,7 @@ OPTIMIZERS = {
 }
 RUN = "hydra.run.dir=run"
 # One checkpoint is kept: the save of step 4 has a rotation in it
-CHECKPOINT = "checkpoints/checkpoint-4"
+CHECKPOINT, ROTATED = "checkpoints/checkpoint-4", "checkpoints/checkpoint-2"
 
 
 def settings(optimizer: str) -> tuple[str, ...]:
@@ -49,8 +49,8 @@ def _chosen(found: list[events.Event]) -> list[events.Event]:
     """Return the events of the run's beginning, of one save with its rotation, and of its end."""
     places = [number for number, event in enumerate(found) if "checkpoint-" in event.path]
     saves = [n for n, event in enumerate(found) if event.path.startswith(CHECKPOINT)]
-    rotation = [n for n, event in enumerate(found) if event.path.startswith("checkpoints/checkpoint-2")]
-    middle = range(saves[0], rotation[-1] + 1)
+    rotated = [n for n, event in enumerate(found) if event.path.startswith(ROTATED)]
+    middle = range(saves[0], rotated[-1] + 1)
     kept = {*range(places[0]), *middle, *range(places[-1] + 1, len(found))}
     # To make a folder that is there changes nothing
     return [
@@ -63,9 +63,10 @@ def _chosen(found: list[events.Event]) -> list[events.Event]:
 def _gone_on_with(bench: Bench, done: Done, optimizer: str, *, fresh: bool = False) -> Outcome:
     if done.code != -signal.SIGKILL:
         return silent(f"it was not killed: exit code {done.code}: {done.stderr[-300:]}")
-    # A finished run has nothing to go on with
     run = bench.path("run")
-    return bench.resumed(*settings(optimizer), step=newest_sealed(run), fresh=fresh)
+    # What had finished is left alone
+    step = None if status(run) == "finished" else newest_sealed(run)
+    return bench.resumed(*settings(optimizer), step=step, fresh=fresh)
 
 
 def _killed_at(point: events.Point, optimizer: str) -> Callable[[Bench], Outcome]:
@@ -79,7 +80,7 @@ def _killed_at(point: events.Point, optimizer: str) -> Callable[[Bench], Outcome
 
 def _killed_in(step: int, optimizer: str) -> Callable[[Bench], Outcome]:
     def happen(bench: Bench) -> Outcome:
-        kill = partial(inside.in_step, step, partial(inside.send, signal.SIGKILL))
+        kill = partial(inside.in_step, step, inside.die)
         return _gone_on_with(bench, bench.run(*settings(optimizer), RUN, prepare=kill), optimizer)
 
     return happen

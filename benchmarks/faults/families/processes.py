@@ -1,12 +1,11 @@
 """Several processes where there should be one."""
 
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
-import subprocess
 
 from benchmarks.faults.bench import UNTRACKED, Bench, Fault
-from benchmarks.faults.judge import Outcome, Verdict, refused, silent, survived
+from benchmarks.faults.judge import Outcome, refused, silent, survived
 from benchmarks.faults.processes import LAUNCH, PATIENCE, Done
 
 
@@ -14,7 +13,8 @@ def faults(bench: Bench) -> Iterator[Fault]:
     """Return the faults."""
     yield Fault("torchrun with two ranks", _torchrun)
     yield Fault("WORLD_SIZE=2 left in the environment", _world_size)
-    yield Fault("a second run in the folder of one that runs", _second_run)
+    yield Fault("a second run in the folder of one that runs", _second_run("beta=0.5"))
+    yield Fault("resume=auto in the folder of one that runs", _second_run("resume=auto"))
 
 
 def _torchrun(bench: Bench) -> Outcome:
@@ -37,13 +37,15 @@ def _world_size(bench: Bench) -> Outcome:
     return refused(done, bench.path("run"), "one device.*not with torchrun")
 
 
-def _second_run(bench: Bench) -> Outcome:
+def _second_run(*more: str) -> Callable[[Bench], Outcome]:
+    return lambda bench: _beside(bench, *more)
+
+
+def _beside(bench: Bench, *more: str) -> Outcome:
     first = bench.start(*UNTRACKED, "hydra.run.dir=run")
     first.wait_for(lambda: "step 2/6" in first.stdout)
-    second = bench.run(*UNTRACKED, "beta=0.5", "hydra.run.dir=run")
-    one = survived(first.wait(), bench.path("run"), bench.reference(*UNTRACKED))
-    if one.verdict != Verdict.SURVIVED:
-        return one
-    if second.code != 1 or "holds a run already" not in second.stderr:
+    second = bench.run(*UNTRACKED, *more, "hydra.run.dir=run")
+    outcome = survived(first.wait(), bench.path("run"), bench.reference(*UNTRACKED))
+    if second.code != 1 or second.stderr != "error: another process is running in run\n":
         return silent(f"the second was not refused: {second.code} {second.stderr[-300:]}")
-    return one
+    return outcome

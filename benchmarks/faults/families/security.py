@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.faults.bench import UNTRACKED, Bench, Fault
 from benchmarks.faults.families.numbers import base_model
-from benchmarks.faults.judge import Outcome, Verdict, refused, silent
+from benchmarks.faults.judge import Outcome, refused, silent
 
 # The file that foreign code would leave
 MARK = "code-was-run"
@@ -28,7 +28,9 @@ class Evil:
 def faults(bench: Bench) -> Iterator[Fault]:
     """Return the faults."""
     yield Fault("a model folder with code of its own", _refuses(_own_code, "trust_remote_code"))
-    yield Fault("pickled weights that run a command", _refuses(_pickled_weights, "model.path=./base"))
+    yield Fault(
+        "pickled weights that run a command", _refuses(_pickled_weights, "model.path=./base")
+    )
     yield Fault("a chat template that reaches for Python", _refuses(_evil_template, "template"))
     for override in (
         "+model._target_=os.system",

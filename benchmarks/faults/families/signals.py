@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and the time budget: a run ends as documented, and is gone on with to the same bits."""
+"""SIGTERM, SIGINT, the time budget: a run ends as documented, and goes on to the same bits."""
 
 import signal
 import time
@@ -21,7 +21,7 @@ ASKED = {
     (signal.SIGINT, signal.SIGINT): 130,
     (signal.SIGTERM, signal.SIGINT): 130,
 }
-# Seconds after a run's folder is there: torch and its friends are imported, then model and data read
+# Seconds after a run's folder is there: torch is imported, then data and model are read
 DELAYS = (0.0, 1.0, 2.0, 3.0, 4.0)
 
 

@@ -75,9 +75,7 @@ def _stopped(number: int) -> Callable[[Bench], Outcome]:
     return happen
 
 
-def _one_fails(
-    swept: str, prepare: Callable[[], None] | None
-) -> Callable[[Bench], Outcome]:
+def _one_fails(swept: str, prepare: Callable[[], None] | None) -> Callable[[Bench], Outcome]:
     """Sweep over a good and a bad value: the first job survives, the second is named."""
 
     def happen(bench: Bench) -> Outcome:

@@ -1,6 +1,7 @@
 """W&B servers that fail: training goes on, and comes to what it comes to without a tracker.
 
-The server is a loopback one that speaks W&B's protocol (tests/wandb_server.py); the client is W&B's.
+The server is a loopback one that speaks W&B's protocol (tests/wandb_server.py); the client is
+W&B's own.
 """
 
 from collections.abc import Callable, Iterator
