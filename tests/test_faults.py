@@ -49,14 +49,14 @@ def test_the_sample_is_of_every_family() -> None:
     assert sorted(SAMPLE) == suite.FAMILIES
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def _server() -> Iterator[None]:
     with processes.server():
         yield
 
 
 @pytest.fixture
-def bench(_server: None, tmp_path: Path) -> Bench:
+def bench(tmp_path: Path) -> Bench:
     """A place for runs that are forked from the server."""
     return Bench(tmp_path / "bench", References(tmp_path / "references"))
 
@@ -136,7 +136,6 @@ DEFECTS: list[tuple[Callable[[Bench], Outcome], str]] = [
 
 @pytest.mark.parametrize(("happen", "seen"), DEFECTS)
 def test_what_ends_silently_is_told_and_fails_the_suite(
-    _server: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     happen: Callable[[Bench], Outcome],
@@ -144,7 +143,7 @@ def test_what_ends_silently_is_told_and_fails_the_suite(
 ) -> None:
     fault = Fault("a defect", happen)
     monkeypatch.setattr(suite, "collect", lambda *_: [("kills", fault)])
-    monkeypatch.setattr(suite.processes, "server", contextlib.nullcontext)
+    monkeypatch.setattr(processes, "server", contextlib.nullcontext)
     monkeypatch.setattr(sys, "argv", ["faults"])
     with pytest.raises(SystemExit) as end:
         suite.main()
