@@ -8,7 +8,7 @@ BIN := .venv/bin
 ARGS ?=
 FAULTS ?=
 
-.PHONY: install run test test-slow check lint tiny faults ckpt-chaos
+.PHONY: install run test test-slow check lint tiny audit faults ckpt-chaos
 install: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -31,6 +31,15 @@ lint: install
 	$(BIN)/mypy
 
 check: lint test
+
+# Known vulnerabilities of the pinned versions; asks PyPI, so it needs a network and is in no check.
+# Without --strict pip-audit calls packages it could learn nothing of "no known vulnerabilities".
+audit: install
+	@test -x .venv/audit/bin/pip-audit || { $(PYTHON) -m venv .venv/audit && \
+		.venv/audit/bin/python -m pip install -q --disable-pip-version-check pip-audit==2.10.1; }
+	@.venv/audit/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip \
+		--progress-spinner off || { echo "audit: NOT PASSED. A table above lists vulnerabilities;" \
+		"without one, PyPI could not be asked and nothing was audited."; exit 1; }
 
 # Make the embedded model again (about eight minutes on two cores)
 tiny: install

@@ -20,9 +20,11 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from orpo_lab import config
+from orpo_lab import config, guard
 from orpo_lab.errors import UserError, one_line
+from orpo_lab.masking import mask
 from orpo_lab.run_folder import RunFolder
 from orpo_lab.stop import BUDGET, Stop, Stopped
 from orpo_lab.sweep import Start, Sweep
@@ -55,7 +57,7 @@ def launch(composed: DictConfig) -> None:
     except Exception as error:
         line = f"error: {type(error).__name__}: {one_line(error)} (in {folder})"
         _remember(line, folder, is_sweep)
-        traceback.print_exc()
+        print(mask(traceback.format_exc()), file=sys.stderr, end="")
 
 
 def run_job(composed: DictConfig, folder: Path, sweep: Sweep | None) -> None:
@@ -99,7 +101,7 @@ def _alone(loaded: config.Config, folder: Path) -> Iterator[RunFolder | None]:
 
 def _remember(failure: str, folder: Path, is_sweep: bool) -> None:
     """Remember a failure; a sweep also keeps that of a job that never began a run."""
-    failures.append(failure)
+    failures.append(mask(failure))
     if is_sweep and folder.is_dir() and not (folder / "status.json").exists():
         RunFolder(folder).set_status("failed", failure.removeprefix("error: "), exit_code=1)
     _remove_if_empty(folder)
@@ -173,8 +175,9 @@ def main() -> None:
 
 def _run() -> int:
     try:
+        guard.install()
         launch()
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         sys.exit(f"error: {explain(error)}")
     except OSError as error:
         # The run folder cannot be made

@@ -289,7 +289,8 @@ def _warnings(
                 )
     best = settings[int(qualities[0].measure.means.argmax())]
     for setting in settings:
-        ratio = _length(setting) / _length(best)
+        # Where no answer has a token there is nothing to compare
+        ratio = _length(setting) / (_length(best) or math.nan)
         if ratio > MAX_LENGTH_RATIO or ratio < 1 / MAX_LENGTH_RATIO:
             said.append(
                 f"greedy answers of {setting.name} are {ratio:.2f} times as long as those of "

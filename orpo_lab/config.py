@@ -21,6 +21,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from orpo_lab.errors import UserError, one_line
+from orpo_lab.masking import mask
 
 
 def _check(condition: bool, message: str) -> None:
@@ -98,8 +99,9 @@ class Optimizer:
 
     def __post_init__(self) -> None:
         _check(
-            0 <= self.learning_rate < math.inf,
-            f"optimizer.learning_rate={self.learning_rate} must be a number of at least 0",
+            0 <= self.learning_rate <= 1e36,
+            f"optimizer.learning_rate={self.learning_rate} must be a number of at least 0, and one "
+            "whose step fp32 can hold",
         )
         _at_least(0, optimizer__weight_decay=self.weight_decay)
         _check(self.adam_epsilon > 0, f"optimizer.adam_epsilon={self.adam_epsilon} must be above 0")
@@ -229,6 +231,52 @@ class HoldThenAnneal(BetaSchedule):
         )
 
 
+# Faults that a row can be trained on with; the others leave no pair of a prompt and two answers
+KEEPABLE_FAULTS = (
+    "nul_character",
+    "contradicting_prompt",
+    "unknown_role",
+    "special_token_text",
+    "duplicate",
+    "conflicting_duplicate",
+    "leaked_prompt",
+    "leaked_prompt_normalized",
+)
+
+
+@dataclass(kw_only=True)
+class Faults:
+    """What becomes of a row with a fault: refuse, drop or keep (see docs/data.md)."""
+
+    invalid_json: str = MISSING
+    invalid_utf8: str = MISSING
+    missing_column: str = MISSING
+    wrong_type: str = MISSING
+    oversized_row: str = MISSING
+    lone_surrogate: str = MISSING
+    nul_character: str = MISSING
+    empty_prompt: str = MISSING
+    empty_completion: str = MISSING
+    chosen_equals_rejected: str = MISSING
+    chosen_equals_rejected_after_cut: str = MISSING
+    differing_prompts: str = MISSING
+    contradicting_prompt: str = MISSING
+    turns_not_alternating: str = MISSING
+    unknown_role: str = MISSING
+    no_answer: str = MISSING
+    special_token_text: str = MISSING
+    template_error: str = MISSING
+    duplicate: str = MISSING
+    conflicting_duplicate: str = MISSING
+    leaked_prompt: str = MISSING
+    leaked_prompt_normalized: str = MISSING
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            policies = ("refuse", "drop", "keep")[: 3 if one.name in KEEPABLE_FAULTS else 2]
+            _one_of(policies, **{f"dataset__faults__{one.name}": getattr(self, one.name)})
+
+
 @dataclass(kw_only=True)
 class Dataset:
     """What every source of preference pairs has; alone it is never used."""
@@ -241,6 +289,7 @@ class Dataset:
     num_generations: int = MISSING
     max_new_tokens: int = MISSING
     num_proc: int | None = MISSING
+    faults: Faults = MISSING
 
     def __post_init__(self) -> None:
         _at_least(2, dataset__max_length=self.max_length)
@@ -276,23 +325,53 @@ class Columns:
 
 
 @dataclass(kw_only=True)
-class HubDataset(Dataset):
+class TableDataset(Dataset):
+    """Rows that hold a pair in columns; alone it is never used."""
+
+    columns: Columns = field(default_factory=Columns)
+    transcripts: bool = MISSING
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(
+            not self.transcripts or self.columns.prompt is None,
+            "dataset.transcripts=true reads the prompt out of the transcripts: "
+            "set dataset.columns.prompt=null",
+        )
+
+
+@dataclass(kw_only=True)
+class HubDataset(TableDataset):
     """A dataset of the Hugging Face hub, or a local folder laid out like one."""
 
     path: str = MISSING
     revision: str | None = MISSING
     train_split: str = MISSING
     eval_split: str | None = MISSING
-    columns: Columns = field(default_factory=Columns)
 
 
 @dataclass(kw_only=True)
-class JsonlDataset(Dataset):
-    """Files with one JSON object a line."""
+class FileDataset(TableDataset):
+    """A file of rows; its suffix says of which kind."""
 
     train_path: str = MISSING
     eval_path: str | None = MISSING
-    columns: Columns = field(default_factory=Columns)
+
+
+@dataclass(kw_only=True)
+class OasstDataset(Dataset):
+    """OpenAssistant's conversation trees, whose replies people have ranked."""
+
+    train_path: str = MISSING
+    eval_path: str | None = MISSING
+    languages: list[str] | None = MISSING
+    max_depth: int | None = MISSING
+    pairing: str = MISSING
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(1, dataset__max_depth=self.max_depth)
+        _one_of(("best_worst", "adjacent", "all"), dataset__pairing=self.pairing)
 
 
 @dataclass(kw_only=True)
@@ -500,7 +579,12 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "step": Step,
         "hold_then_anneal": HoldThenAnneal,
     },
-    "dataset": {"embedded": EmbeddedDataset, "hub": HubDataset, "jsonl": JsonlDataset},
+    "dataset": {
+        "embedded": EmbeddedDataset,
+        "hub": HubDataset,
+        "file": FileDataset,
+        "oasst": OasstDataset,
+    },
     "objective": {"objective": Objective},
     "engine": {"shared_prefix": SharedPrefixEngine, "trl": TrlEngine},
     "train": {"train": Train},
@@ -594,9 +678,9 @@ def _hash(value: Any) -> str:
 def slug(text: str) -> str:
     """Return `text` as one safe folder name of at most 120 characters.
 
-    A cut name ends in a hash of the whole, so that two long names stay apart.
+    A cut name ends in a hash of the whole, so that two long names stay apart. Secrets are left out.
     """
-    safe = re.sub(r"[^A-Za-z0-9=.,+_-]+", "-", text).strip("-.") or "run"
+    safe = re.sub(r"[^A-Za-z0-9=.,+_-]+", "-", mask(text)).strip("-.") or "run"
     if len(safe) <= 120:
         return safe
     return f"{safe[:107]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"

@@ -1,5 +1,7 @@
 """What ends a run early against the user's wish."""
 
+from orpo_lab.masking import mask
+
 
 class UserError(ValueError):
     """Something the user can put right: a key, a row, a path, a missing connection.
@@ -21,5 +23,8 @@ LIKELY_CAUSES = (
 
 
 def one_line(error: BaseException | str) -> str:
-    """Return an error's text on a single line, for messages that quote another library's."""
-    return " ".join(str(error).split())
+    """Return an error's text on a single line, for messages that quote another library's.
+
+    Secrets are masked, since the message may be cut, and half a secret has no shape.
+    """
+    return mask(" ".join(str(error).split()))

@@ -96,7 +96,7 @@ def locate(model: Model) -> str:
     """Return the hub name or the folder that holds the model.
 
     Raises:
-        UserError: it looks like a folder and is not one, or it holds no model.
+        UserError: it looks like a folder and is not one, or it holds no model in safetensors.
     """
     if model.path == EMBEDDED:
         return str(Path(__file__).with_name("tiny"))
@@ -104,6 +104,11 @@ def locate(model: Model) -> str:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"model.path={model.path} is not a model folder: no config.json in it")
+        if not any(folder.glob("*.safetensors")):
+            raise UserError(
+                f"model.path={model.path} has no weights in safetensors; a .bin file is a pickle, "
+                "which may run anything, and is not read: convert it where you trust it"
+            )
         return str(folder)
     if model.path.count("/") != 1 or model.path.startswith((".", "~", "/")):
         raise UserError(
@@ -124,6 +129,12 @@ def _fetch(load: Any, model: Model, **options: Any) -> Any:
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"model.path={model.path} comes with code of its own, which is not run; take a "
+                "model that transformers knows, or read that code and say "
+                "model.trust_remote_code=true"
+            ) from error
         raise UserError(
             f"model.path={model.path} cannot be loaded ({one_line(error)[:300]}); check the name, "
             "model.revision and the connection to the hub, or give a local folder"
@@ -134,8 +145,15 @@ def load_config(model: Model) -> PretrainedConfig:
     """Return the model's own configuration: small, fetched before anything heavy.
 
     Raises:
-        UserError: there is no such model, or the hub cannot be reached.
+        UserError: there is no such model, the hub cannot be reached, or the model needs code of its
+            own, which is not trusted.
     """
+    if model.trust_remote_code:
+        log.warning(
+            "model.trust_remote_code=true: WHATEVER CODE COMES WITH %s IS RUN, with all your "
+            "rights",
+            model.path,
+        )
     return _fetch(AutoConfig.from_pretrained, model)
 
 
@@ -202,6 +220,8 @@ def load(config: Config, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype)
         attn_implementation=resolve_attention(config.model.attention, on, dtype),
         quantization_config=quantization(config.quantization, dtype),
         device_map={"": on},
+        # All else is a pickle
+        use_safetensors=True,
     )
     keep_4bit_exact(model)
     # Dropout of the base is off, as in TRL; that of adapters is added later and stays

@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from orpo_lab.config import Config, Lora
 from orpo_lab.data import Data
 from orpo_lab.evaluate import Evaluation
+from orpo_lab.masking import mask
 from orpo_lab.plot import draw_training
-from orpo_lab.run_folder import RunFolder, git_commit, mask, put_in_place, versions
+from orpo_lab.run_folder import RunFolder, git_commit, put_in_place, versions
 from orpo_lab.tracker import Run
 from orpo_lab.trainer import TrainStats
 
@@ -106,6 +107,7 @@ def model_card(place: RunFolder, config: Config, summary: dict[str, Any]) -> str
     library = "peft" if is_adapter else "transformers"
     loader = "AutoPeftModelForCausalLM" if is_adapter else "AutoModelForCausalLM"
     base, name = mask([config.model.path, config.name or place.path.name])
+    code = " Code that comes with it was run." if config.model.trust_remote_code else ""
     return f"""---
 base_model: {base}
 library_name: {library}
@@ -115,7 +117,7 @@ tags: [orpo, orpo_lab]
 
 {base}, aligned with ORPO (Hong, Lee and Thorne 2024, arXiv:2403.07691) by orpo_lab:
 beta {config.beta:g}, {summary["train"]["steps"]} steps of {config.train.batch_size} pairs, seed
-{config.seed}. The whole configuration stands in `config.yaml` of the run folder.
+{config.seed}. The whole configuration stands in `config.yaml` of the run folder.{code}
 
 Measured on {summary["after"]["num_pairs"]} held-out pairs:
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from orpo_lab import checkpoint
 from orpo_lab.config import AUTO, Config, Lora, hash_of, identity, kind
 from orpo_lab.errors import UserError, one_line
+from orpo_lab.masking import MaskingFormatter, mask
 from orpo_lab.quiet import silence_upstream
-from orpo_lab.run_folder import RunFolder, mask
+from orpo_lab.run_folder import RunFolder
 from orpo_lab.stop import Stop, Stopped
 from orpo_lab.sweep import Sweep
 
@@ -264,6 +265,7 @@ def _said_in(place: RunFolder) -> Iterator[None]:
     file = _Log(place.path / "run.log", delay=True)
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), file]
     for handler in handlers:
+        handler.setFormatter(MaskingFormatter())
         log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False

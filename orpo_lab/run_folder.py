@@ -27,12 +27,8 @@ from orpo_lab.config import (
     kinds,
 )
 from orpo_lab.errors import UserError, one_line
+from orpo_lab.masking import mask
 
-# What a token or a password looks like, wherever it stands in a value
-SECRET = re.compile(
-    r"hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|wandb_v1_\w{16,}"
-    r"|\b[0-9a-f]{40}\b|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
-)
 PACKAGES = (
     "torch",
     "transformers",
@@ -44,21 +40,6 @@ PACKAGES = (
     "hydra-core",
     "wandb",
 )
-
-
-# Commits, which look like old W&B keys
-NOT_SECRET = ("revision", "git_commit")
-
-
-def mask(value: Any) -> Any:
-    """Return a value with every secret in its texts replaced by ***."""
-    if isinstance(value, str):
-        return SECRET.sub("***", value)
-    if isinstance(value, dict):
-        return {key: one if key in NOT_SECRET else mask(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [mask(one) for one in value]
-    return value
 
 
 class RunFolder:

@@ -28,6 +28,7 @@ from hydra.errors import HydraException
 
 from orpo_lab.compare import MARGINS
 from orpo_lab.errors import UserError, one_line
+from orpo_lab.masking import mask
 from orpo_lab.run_folder import RunFolder
 from orpo_lab.stop import EXIT_CODE
 
@@ -43,7 +44,7 @@ def parse(overrides: Sequence[str]) -> tuple[list[str], dict[str, Override]]:
     """Split overrides into those that are fixed, as they are, and those to be searched, by key.
 
     Raises:
-        UserError: one cannot be parsed, or none is to be searched.
+        UserError: one cannot be parsed, none is to be searched, or over secrets.
     """
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
@@ -56,6 +57,11 @@ def parse(overrides: Sequence[str]) -> tuple[list[str], dict[str, Override]]:
             "no override is a range or a list; say what to search, e.g. "
             "'beta=tag(log,interval(0.02,1))' or beta_schedule=constant,cosine"
         )
+    for key, one in searched.items():
+        if one.input_line != mask(one.input_line):
+            raise UserError(
+                f"{key} is searched over what looks like secrets, and the study keeps it"
+            )
     return fixed, searched
 
 

@@ -13,12 +13,14 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from filelock import FileLock
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -159,6 +161,9 @@ class Sweep:
         from orpo_lab import compare, tracker
 
         shutil.rmtree(self.folder / ".cache", ignore_errors=True)
+        # What submitit has handed to its processes and back: the overrides as they were typed
+        for pickled in self.folder.glob(".submitit/*/*.pkl"):
+            pickled.unlink()
         jobs = [(job, job.status()) for job in self.jobs()]
         if jobs:
             print(f"\n{_table(jobs)}")
@@ -231,7 +236,15 @@ class Start(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         Start.tracker = cast(Tracker, OmegaConf.to_object(config.tracker))
         Start.sweep = Sweep(folder)
-        Start.sweep.begin(accept_changes=config.accept_changes)
+        try:
+            Start.sweep.begin(accept_changes=config.accept_changes)
+        except UserError as error:
+            # Hydra would make a warning of it and go on
+            sys.exit(f"error: {error}")
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Let go of a job's configurations: Hydra keeps them all until the sweep ends."""
+        job_return.cfg = job_return.hydra_cfg = None
 
 
 def fresh_folder(folder: Path) -> Path:

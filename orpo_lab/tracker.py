@@ -3,6 +3,7 @@
 import logging
 import netrc
 import os
+import re
 import secrets
 import urllib.error
 import urllib.parse
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from orpo_lab.config import NoTracker, Tracker, WandbTracker
-from orpo_lab.errors import one_line
-from orpo_lab.run_folder import RunFolder, mask
+from orpo_lab.errors import UserError, one_line
+from orpo_lab.masking import mask
+from orpo_lab.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -142,9 +144,7 @@ class WandbRun:
         self._wandb = wandb
         online, why = self._decide(tracker)
         options: dict[str, Any] = {
-            "project": tracker.project,
-            "entity": tracker.entity,
-            "group": group,
+            **mask({"project": tracker.project, "entity": tracker.entity, "group": group}),
             "job_type": job_type,
             # One run in W&B for one folder, also where a sweep runs a job again
             "id": _run_id(folder),
@@ -254,13 +254,22 @@ class WandbRun:
 
 
 def _run_id(folder: Path) -> str:
-    """Return the folder's W&B run id, made once; or the one that `wandb agent` has given."""
-    if given := os.environ.get("WANDB_RUN_ID"):
-        return given
+    """Return the folder's W&B run id, made once; or the one that `wandb agent` has given.
+
+    Raises:
+        UserError: W&B would not take it, in whose folder names it stands.
+    """
     file = folder / "wandb_id"
-    if not file.exists():
+    given = os.environ.get("WANDB_RUN_ID")
+    if not given and not file.exists():
         RunFolder(folder).write("wandb_id", secrets.token_hex(4))
-    return file.read_text()
+    run_id = given or file.read_text()
+    if not re.fullmatch(r"[^:;,#?/'\\\s]+", run_id):
+        raise UserError(
+            f"{'WANDB_RUN_ID' if given else file} holds {run_id!r}, which is no W&B run id; remove "
+            "it, and a new one is made"
+        )
+    return run_id
 
 
 def _in_netrc(server: str) -> bool:

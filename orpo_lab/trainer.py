@@ -10,6 +10,7 @@ import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import datasets
@@ -23,7 +24,7 @@ from orpo_lab.beta_schedule import beta_at, progress
 from orpo_lab.checkpoint import Checkpoint, Made, Spent
 from orpo_lab.config import Config, Galore, Train
 from orpo_lab.data import Data
-from orpo_lab.errors import LIKELY_CAUSES, NonFiniteError, UserError
+from orpo_lab.errors import LIKELY_CAUSES, NonFiniteError, UserError, one_line
 from orpo_lab.galore import GaLore
 from orpo_lab.run_folder import RunFolder
 from orpo_lab.stop import Stop, Stopped
@@ -110,6 +111,12 @@ def fit(
     meter.start()
     try:
         trainer.train(resume_from_checkpoint=str(start.path) if start else None)
+    except UnpicklingError as error:  # torch reads nothing but tensors and plain values
+        assert start is not None
+        raise UserError(
+            f"{start.path} holds more than a checkpoint of ours does, and nothing of that was run "
+            f"({one_line(error)[:100]}); do not trust this folder"
+        ) from error
     finally:
         stop.is_training = False
     spent = meter.spent()
@@ -404,6 +411,7 @@ class NonFiniteGuard(TrainerCallback):
         def step(*args: Any, **kwargs: Any) -> None:
             if self.is_skipping():
                 optimizer.zero_grad()
+                optimizer._opt_called = True  # or the scheduler warns that no step was taken
             else:
                 take_step(*args, **kwargs)
 
@@ -415,18 +423,18 @@ class NonFiniteGuard(TrainerCallback):
         Raises:
             NonFiniteError: too many steps were.
         """
-        assert self.seen is not None
-        if not self.seen[0]:  # device-to-host sync
+        fault = self._fault()
+        if not fault:
             return False
         self.meter.num_skipped += 1
         limit = self.train.max_skipped_steps
         if self.meter.num_skipped > limit:
             raise NonFiniteError(
-                f"{self._said()}; that is above train.max_skipped_steps={limit}, and the run "
+                f"{fault}; more than train.max_skipped_steps={limit} were skipped, and the run "
                 f"stops. {LIKELY_CAUSES}"
             )
-        log.warning("%s; skipped (%d of %d)", self._said(), self.meter.num_skipped, limit)
-        self.seen.zero_()
+        log.warning("%s; skipped (%d of %d)", fault, self.meter.num_skipped, limit)
+        self.seen = None
         return True
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -456,19 +464,21 @@ class NonFiniteGuard(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop the run before a fault is logged over or saved."""
         flags = ("should_log", "should_evaluate", "should_save", "should_training_stop")
-        if self.seen is None or not any(getattr(control, flag) for flag in flags):
+        if not any(getattr(control, flag) for flag in flags):
             return
-        if self.seen[0]:  # device-to-host sync
+        if fault := self._fault():
             raise NonFiniteError(
-                f"{self._said()}; the run stops, and nothing of that step or after it is kept. "
+                f"{fault}; the run stops, and nothing of that step or after it is kept. "
                 f"{LIKELY_CAUSES}"
             )
 
-    def _said(self) -> str:
-        assert self.seen is not None
-        step, loss, norm = self.seen.tolist()
+    def _fault(self) -> str:
+        """Return what was not finite, and at which step; empty: nothing yet."""
+        if self.seen is None:
+            return ""
+        step, loss, norm = self.seen.tolist()  # device-to-host sync
         what = f"gradient norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
-        return f"step {step:.0f}: the {what}"
+        return f"step {step:.0f}: the {what}" if step else ""
 
 
 def _mean_tokens(data: Data) -> float:

@@ -19,6 +19,7 @@ NEEDS = {
     "model/hub": ["model.path=org/name"],
     "model/local": ["model.path=folder"],
     "dataset/hub": ["dataset.path=org/name"],
+    "dataset/file": ["dataset.train_path=pairs.jsonl"],
     "dataset/jsonl": ["dataset.train_path=pairs.jsonl"],
     "quantization/none": ["optimizer=lora"],
     "quantization/int8": ["optimizer=qlora"],
@@ -77,8 +78,10 @@ def test_every_yaml_key_has_a_comment(file: Path) -> None:
 
 def test_every_dataclass_field_has_a_value_in_yaml(load: Callable[..., config.Config]) -> None:
     written = {key for file in FILES for key in _keys(yaml.safe_load(file.read_text()))}
-    named = {one.name for schema in (config.Config, *_schemas()) for one in fields(schema)}
-    assert named - set(GROUPS) - {"train"} <= written
+    named = {
+        one.name for schema in (config.Config, config.Faults, *_schemas()) for one in fields(schema)
+    }
+    assert named - set(GROUPS) - {"train", "faults"} <= written
 
 
 def _schemas() -> list[type]:
@@ -126,6 +129,12 @@ GALORE_TORCH = "optimizer.implementation=galore_torch"
         (["beta_schedule=step", "beta_schedule.milestones=[0.7,0.5]"], "must rise"),
         (["beta_schedule=hold_then_anneal", "beta_schedule.anneal_fraction=0"], "anneal_fraction"),
         (["dataset.overlong=keep"], "must be one of drop"),
+        (["dataset.faults.duplicate=ignore"], "must be one of refuse, drop, keep"),
+        (["dataset.faults.wrong_type=keep"], "faults.wrong_type=keep must be one of refuse, drop"),
+        (["+dataset.faults.typo=drop"], "unknown key: dataset.faults.typo"),
+        (["dataset=hub", "dataset.path=a/b", "dataset.transcripts=true"], "columns.prompt=null"),
+        (["dataset=oasst", "dataset.pairing=some"], "must be one of best_worst, adjacent, all"),
+        (["dataset=oasst", "dataset.max_depth=0"], "dataset.max_depth=0 must be at least 1"),
         (["model.dtype=bfloat16"], "must be one of bf16"),
         (["model=hub"], "model.path has no value"),
         (["seed=${nowhere}"], "seed: Interpolation key 'nowhere' not found"),

@@ -10,13 +10,13 @@ import pytest
 
 from orpo_lab import config, data
 from orpo_lab.data.encode import fit, render, tokenize
+from orpo_lab.data.faults import Fault
 from orpo_lab.data.pairs import Pair, split
 from orpo_lab.errors import UserError
 
 ASKED = {"role": "user", "content": "what is 2 plus 2?"}
 RIGHT = {"role": "assistant", "content": "it is 4."}
 WRONG = {"role": "assistant", "content": "it is 5."}
-WHERE = "rows, row 0"
 
 Load = Callable[..., config.Config]
 
@@ -27,10 +27,12 @@ def write_rows(file: Path, rows: list[Any]) -> Path:
 
 
 def jsonl(load: Load, file: Path, *overrides: str) -> config.Dataset:
+    held_out = {"prompt": "held out", "chosen": "b", "rejected": "c"}
+    held_out_file = write_rows(file.with_name("held_out.jsonl"), [held_out])
     return load(
         "dataset=jsonl",
         f"dataset.train_path={file}",
-        f"dataset.eval_path={file}",
+        f"dataset.eval_path={held_out_file}",
         "dataset.max_length=96",
         "dataset.max_prompt_length=64",
         *overrides,
@@ -38,35 +40,35 @@ def jsonl(load: Load, file: Path, *overrides: str) -> config.Dataset:
 
 
 def test_the_prompt_is_what_both_conversations_share() -> None:
-    pair = split("what is 2 plus 2?", [ASKED, RIGHT], [ASKED, WRONG], WHERE)
+    pair = split("what is 2 plus 2?", [ASKED, RIGHT], [ASKED, WRONG])
     assert pair == Pair([ASKED], [RIGHT], [WRONG])
-    assert split(None, [ASKED, RIGHT], [ASKED, WRONG], WHERE) == pair
+    assert split(None, [ASKED, RIGHT], [ASKED, WRONG]) == pair
 
 
 def test_a_prompt_column_that_contradicts_the_messages_is_counted() -> None:
-    assert split("what is 3 plus 3?", [ASKED, RIGHT], [ASKED, WRONG], WHERE).contradicted
+    assert split("what is 3 plus 3?", [ASKED, RIGHT], [ASKED, WRONG]).contradicted
 
 
 def test_whole_conversations_outrank_an_explicit_prompt_that_contradicts_them() -> None:
     other = [{"role": "user", "content": "what is 3 plus 3?"}]
-    pair = split(other, [ASKED, RIGHT], [ASKED, WRONG], WHERE)
+    pair = split(other, [ASKED, RIGHT], [ASKED, WRONG])
     assert pair == Pair([ASKED], [RIGHT], [WRONG], contradicted=True)
 
 
 def test_explicit_prompts_stay_as_they_are() -> None:
-    assert split([ASKED], [RIGHT], [WRONG], WHERE) == Pair([ASKED], [RIGHT], [WRONG])
-    assert split("2+2=", "4", "5", WHERE) == Pair("2+2=", "4", "5")
-    assert split("2+2?", [RIGHT], [WRONG], WHERE).prompt == [{"role": "user", "content": "2+2?"}]
+    assert split([ASKED], [RIGHT], [WRONG]) == Pair([ASKED], [RIGHT], [WRONG])
+    assert split("2+2=", "4", "5") == Pair("2+2=", "4", "5")
+    assert split("2+2?", [RIGHT], [WRONG]).prompt == [{"role": "user", "content": "2+2?"}]
 
 
 def test_a_prompt_repeated_in_both_answers_is_trained_once() -> None:
-    assert split("2+2=", "2+2=4", "2+2=5", WHERE) == Pair("2+2=", "4", "5", repeated=True)
-    pair = split([ASKED], [ASKED, RIGHT], [ASKED, WRONG], WHERE)
+    assert split("2+2=", "2+2=4", "2+2=5") == Pair("2+2=", "4", "5", repeated=True)
+    pair = split([ASKED], [ASKED, RIGHT], [ASKED, WRONG])
     assert pair == Pair([ASKED], [RIGHT], [WRONG], repeated=True)
 
 
 def test_identical_conversations_keep_their_last_turn_as_completion() -> None:
-    assert split(None, [ASKED, RIGHT], [ASKED, RIGHT], WHERE) == Pair([ASKED], [RIGHT], [RIGHT])
+    assert split(None, [ASKED, RIGHT], [ASKED, RIGHT]) == Pair([ASKED], [RIGHT], [RIGHT])
 
 
 def test_an_implicit_plain_prompt_is_cut_as_trl_cuts_it() -> None:
@@ -74,15 +76,15 @@ def test_an_implicit_plain_prompt_is_cut_as_trl_cuts_it() -> None:
 
     row = {"chosen": "Q: 2+2? A: four", "rejected": "Q: 2+2? A: five"}
     theirs = maybe_extract_prompt(row)
-    ours = split(None, row["chosen"], row["rejected"], WHERE)
+    ours = split(None, row["chosen"], row["rejected"])
     assert (ours.prompt, ours.chosen, ours.rejected) == tuple(
         theirs[key] for key in ("prompt", "chosen", "rejected")
     )
 
 
 def test_a_string_beside_messages_is_refused() -> None:
-    with pytest.raises(UserError, match="row 0: chosen and rejected must both be"):
-        split(None, "text", [ASKED, WRONG], WHERE)
+    with pytest.raises(Fault, match="chosen and rejected must both be"):
+        split(None, "text", [ASKED, WRONG])
 
 
 def test_bos_and_eos_stand_once_and_the_generation_prompt_once(tokenizer: Any) -> None:
@@ -105,7 +107,7 @@ def test_tokens_merged_across_the_boundary_belong_to_the_answer() -> None:
 
         bos_token_id, eos_token_id = None, 0
 
-        def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        def __call__(self, text: str, **_: bool) -> dict[str, list[int]]:
             ids, vocabulary = [], {"ab": 3, "a": 1, "b": 2, "c": 4}
             while text:
                 word = next(word for word in vocabulary if text.startswith(word))
@@ -123,14 +125,14 @@ PROMPT, LONG, SHORT = list(range(1, 11)), list(range(20, 32)), list(range(40, 44
 @pytest.mark.parametrize(
     ("overlong", "max_length", "max_prompt_length", "expected"),
     [
-        ("drop", 22, 10, ((PROMPT, LONG, SHORT), "", False)),
-        ("drop", 21, 10, (None, "pair_too_long", False)),
-        ("drop", 40, 9, (None, "prompt_too_long", False)),
-        ("cut_prompt", 40, 6, (([1, 6, 7, 8, 9, 10], LONG, SHORT), "", True)),
-        ("cut_prompt", 15, 10, (([1, 9, 10], LONG, SHORT), "", True)),
-        ("cut_prompt", 13, 10, (None, "pair_too_long", False)),
-        ("cut_completion", 16, 10, ((PROMPT, LONG[:6], SHORT), "", True)),
-        ("cut_completion", 16, 9, (None, "prompt_too_long", False)),
+        ("drop", 22, 10, ((PROMPT, LONG, SHORT), False)),
+        ("drop", 21, 10, "pair_too_long"),
+        ("drop", 40, 9, "prompt_too_long"),
+        ("cut_prompt", 40, 6, (([1, 6, 7, 8, 9, 10], LONG, SHORT), True)),
+        ("cut_prompt", 15, 10, (([1, 9, 10], LONG, SHORT), True)),
+        ("cut_prompt", 13, 10, "pair_too_long"),
+        ("cut_completion", 16, 10, ((PROMPT, LONG[:6], SHORT), True)),
+        ("cut_completion", 16, 9, "prompt_too_long"),
     ],
 )
 def test_a_pair_that_does_not_fit_follows_the_stated_policy(
@@ -141,76 +143,19 @@ def test_a_pair_that_does_not_fit_follows_the_stated_policy(
         f"dataset.max_length={max_length}",
         f"dataset.max_prompt_length={max_prompt_length}",
     ).dataset
-    ids, fault, cut = fit(PROMPT, LONG, SHORT, settings)
-    assert (fault, cut) == expected[1:]
-    if expected[0]:
-        assert ids == expected[0]
-        assert all(ids)
+    if isinstance(expected, str):
+        with pytest.raises(Fault, match=expected):
+            fit(PROMPT, LONG, SHORT, settings)
+    else:
+        assert fit(PROMPT, LONG, SHORT, settings) == expected
 
 
-def test_a_cut_that_makes_both_sides_equal_drops_the_pair(load: Load) -> None:
+def test_a_cut_that_makes_both_sides_equal_is_a_fault(load: Load) -> None:
     settings = load(
         "dataset.overlong=cut_completion", "dataset.max_length=12", "dataset.max_prompt_length=10"
     ).dataset
-    assert fit(PROMPT, [1, 2, 3], [1, 2, 4], settings)[1] == "chosen_equals_rejected_after_cut"
-
-
-def test_every_fault_is_counted_with_its_rows(load: Load, tokenizer: Any, tmp_path: Path) -> None:
-    good = {"prompt": "add 1 and 2.", "chosen": "3", "rejected": "4"}
-    rows = [
-        good,
-        {**good, "prompt": "count " * 200},
-        {**good, "chosen": "  "},
-        {**good, "rejected": "3"},
-        {**good, "prompt": ""},
-        {**good, "chosen": "add 1 and 2.3", "rejected": "add 1 and 2.4"},
-    ]
-    loaded = data.load(jsonl(load, write_rows(tmp_path / "rows.jsonl", rows)), tokenizer)
-    report = loaded.report["train"]
-    assert report["num_rows"] == 6
-    assert report["num_kept"] == len(loaded.train) == 2
-    assert report["dropped"] == {
-        "prompt_too_long": {"num": 1, "rows": [1]},
-        "empty_completion": {"num": 1, "rows": [2]},
-        "chosen_equals_rejected": {"num": 1, "rows": [3]},
-        "empty_prompt": {"num": 1, "rows": [4]},
-    }
-    assert report["num_repeated_prompts"] == 1
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "holds no rows"),
-        ('{"prompt": "a", "chosen": "b"}\n', "line 1 lacks column 'rejected'"),
-        ("null\n", "line 1 holds null, not an object"),
-        ("5\n", "line 1 holds 5, not an object"),
-        ('{"prompt": "a", "chosen": "b", "rejected": null}\n', "line 1: rejected is null"),
-        ('{"prompt": "a", "chosen": 3, "rejected": "c"}\n', "line 1: chosen is of type int"),
-        ('{"prompt": "a", "chosen": [{}], "rejected": "c"}\n', "without a role and a content"),
-        ('{"prompt": "a"', "line 1 is not JSON"),
-        (
-            '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
-            '{"prompt": "a", "chosen": [{"role": "user", "content": "b"}], "rejected": "c"}\n',
-            "rows differ in their form",
-        ),
-        ('{"prompt": "", "chosen": "b", "rejected": "c"}\n', "no train pair is left of 1"),
-    ],
-)
-def test_a_bad_file_is_refused_in_one_line(
-    load: Load, tokenizer: Any, tmp_path: Path, text: str, message: str
-) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text(text)
-    with pytest.raises(UserError) as refusal:
-        data.load(jsonl(load, file), tokenizer)
-    assert message in str(refusal.value)
-    assert "\n" not in str(refusal.value)
-
-
-def test_a_missing_file_is_refused(load: Load, tokenizer: Any, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere\.jsonl cannot be read"):
-        data.load(jsonl(load, tmp_path / "nowhere.jsonl"), tokenizer)
+    with pytest.raises(Fault, match="chosen_equals_rejected_after_cut"):
+        fit(PROMPT, [1, 2, 3], [1, 2, 4], settings)
 
 
 def test_an_unreachable_hub_dataset_is_refused(load: Load, tokenizer: Any) -> None:
@@ -229,7 +174,7 @@ def hub_folder(folder: Path, **splits: list[dict[str, Any]]) -> Path:
     return folder
 
 
-ULTRAFEEDBACK = [
+ULTRAFEEDBACK: list[dict[str, Any]] = [
     {
         "prompt": f"add {i} and 2.",
         "prompt_id": str(i),
@@ -244,14 +189,16 @@ ULTRAFEEDBACK = [
         "score_chosen": 9.0,
         "score_rejected": 2.0,
     }
-    for i in range(20)
+    for i in range(25)
 ]
 
 
 def test_a_folder_laid_out_like_ultrafeedback_loads(
     load: Load, tokenizer: Any, tmp_path: Path
 ) -> None:
-    folder = hub_folder(tmp_path / "uf", train_prefs=ULTRAFEEDBACK, test_prefs=ULTRAFEEDBACK[:5])
+    folder = hub_folder(
+        tmp_path / "uf", train_prefs=ULTRAFEEDBACK[:20], test_prefs=ULTRAFEEDBACK[20:]
+    )
     settings = load("dataset=ultrafeedback", f"dataset.path={folder}", "dataset.num_proc=2").dataset
     loaded = data.load(settings, tokenizer)
     assert len(loaded.train) == 20
@@ -260,7 +207,11 @@ def test_a_folder_laid_out_like_ultrafeedback_loads(
 
 
 def test_one_split_is_divided_by_prompt(load: Load, tokenizer: Any, tmp_path: Path) -> None:
-    folder = hub_folder(tmp_path / "uf", train=ULTRAFEEDBACK * 2)
+    others = [
+        {**row, "rejected": [row["rejected"][0], {"role": "assistant", "content": "no."}]}
+        for row in ULTRAFEEDBACK
+    ]
+    folder = hub_folder(tmp_path / "uf", train=ULTRAFEEDBACK + others)
     settings = load(
         "dataset=ultrafeedback_cleaned", f"dataset.path={folder}", "dataset.num_eval=6"
     ).dataset
@@ -269,7 +220,8 @@ def test_one_split_is_divided_by_prompt(load: Load, tokenizer: Any, tmp_path: Pa
     assert not train & held_out
     assert len(loaded.held_out) == 6
     # Six prompts are held out, and with them both rows of each
-    assert len(loaded.train) == 28
+    assert len(loaded.train) == 38
+    assert loaded.report["held_out"]["num_not_drawn"] == 6
 
 
 def test_too_few_prompts_to_hold_out_are_refused(
@@ -285,30 +237,15 @@ def test_too_few_prompts_to_hold_out_are_refused(
 def test_columns_may_have_other_names(
     load: Load, tokenizer: Any, tmp_path: Path, columns: tuple[str, str, str]
 ) -> None:
-    row = dict(zip(columns, ("add 1 and 2.", "3", "4"), strict=True))
+    rows = [
+        dict(zip(columns, (f"add {number} and 2.", "3", "4"), strict=True)) for number in range(2)
+    ]
     overrides = [
         f"dataset.columns.{key}={name}"
         for key, name in zip(("prompt", "chosen", "rejected"), columns, strict=True)
     ]
-    file = write_rows(tmp_path / "rows.jsonl", [row])
-    assert len(data.load(jsonl(load, file, *overrides), tokenizer).train) == 1
-
-
-@pytest.mark.parametrize(
-    "name", ["chat_pairs/multiturn", "chat_pairs/test_prefs", "math_pairs/test"]
-)
-def test_real_rows_load_and_the_report_adds_up(
-    load: Load, tokenizer: Any, assets: Path, name: str
-) -> None:
-    settings = jsonl(
-        load,
-        assets / "data" / f"{name}.jsonl",
-        "dataset.max_length=4096",
-        "dataset.max_prompt_length=2048",
-        "dataset.overlong=cut_prompt",
-    )
-    loaded = data.load(settings, tokenizer)
-    report = loaded.report["train"]
-    dropped = sum(entry["num"] for entry in report["dropped"].values())
-    assert report["num_kept"] == len(loaded.train) == report["num_rows"] - dropped
-    assert len(loaded.train) >= 0.6 * report["num_rows"]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    settings = load(
+        "dataset=jsonl", f"dataset.train_path={file}", "dataset.num_eval=1", *overrides
+    ).dataset
+    assert len(data.load(settings, tokenizer).train) == 1

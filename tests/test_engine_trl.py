@@ -96,8 +96,10 @@ def ours(
     """Train through `data.load` and `trainer.fit`, as `run.train` does."""
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert isinstance(loaded.dataset, config.JsonlDataset)
+    assert isinstance(loaded.dataset, config.FileDataset)
+    # What is held out does not matter here
     loaded.dataset.train_path = loaded.dataset.eval_path = str(file)
+    loaded.dataset.faults.leaked_prompt = "keep"
     if "prompt" not in rows[0]:
         loaded.dataset.columns.prompt = None
     pairs = data.load(loaded.dataset, tokenizer)

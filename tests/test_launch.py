@@ -76,9 +76,9 @@ def test_a_bad_command_line_ends_in_one_line(
     [
         (None, "rows.jsonl cannot be read"),
         ("", "rows.jsonl holds no rows"),
-        ('{"prompt": "a", "chosen": "b"}\n', "line 1 lacks column 'rejected'"),
-        (GOOD + "null\n", "line 2 holds null"),
-        (GOOD + "7\n", "line 2 holds 7"),
+        ('{"prompt": "a", "chosen": "b"}\n', "line 1: lacks column 'rejected'"),
+        (GOOD + "null\n", "line 2: holds null"),
+        (GOOD + "7\n", "line 2: holds 7"),
         (GOOD + '{"prompt": "a", "chosen": "b", "rejected": null}\n', "line 2: rejected is null"),
         (GOOD + '{"prompt": "a", "chosen": 7, "rejected": "c"}\n', "line 2: chosen is of type int"),
     ],

@@ -93,6 +93,7 @@ def test_faulty_rows_are_counted_and_never_reach_a_weight(launch: Launch, tmp_pa
         "dataset=jsonl",
         "dataset.train_path=rows.jsonl",
         "dataset.eval_path=rows.jsonl",
+        "dataset.faults.leaked_prompt=keep",
         "dataset.max_length=128",
         "dataset.max_prompt_length=64",
         "dataset.max_new_tokens=8",

@@ -52,6 +52,12 @@ def test_nothing_to_search_is_refused(overrides: list[str]) -> None:
         search.parse(overrides)
 
 
+def test_a_search_over_secrets_is_refused() -> None:
+    with pytest.raises(UserError, match="name is searched over what looks like secrets") as error:
+        search.parse(["beta=0.1,0.2", f"name=hf_{'a' * 34},b"])
+    assert "hf_" not in str(error.value)
+
+
 def test_a_misspelt_override_is_one_line(tmp_path: Path) -> None:
     done = run(tmp_path, "study", "beta=interval(0.1", expect=1)
     assert len(done.stderr.strip().splitlines()) == 1

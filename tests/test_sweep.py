@@ -170,6 +170,16 @@ def test_a_folder_made_by_other_code_or_data_is_refused_unless_told(sweep: Sweep
     sweep.begin(accept_changes=False)
 
 
+def test_a_sweep_that_other_code_made_is_refused_before_any_job(
+    launch: Launch, tmp_path: Path
+) -> None:
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "sweep.json").write_text('{"code": "other", "data": {}}')
+    done = launch("-m", "beta=0.1,0.2", SWEEP, *SHORT, expect=1)
+    assert re.fullmatch("error: sweep was made by other code.*\n", done.stderr)
+    assert [one.name for one in (tmp_path / "sweep").iterdir()] == ["sweep.json"]
+
+
 def test_what_jobs_share_is_made_once(sweep: Sweep) -> None:
     made = []
 
@@ -331,3 +341,27 @@ def test_jobs_in_processes_of_their_own_run_once_and_are_told_at_the_end(
     assert sorted(found.values()) == ["failed", "failed", "finished", "finished"]
     assert done.stdout.count("NonFiniteError: after training") >= 2
     assert (tmp_path / "sweep" / "report.html").exists()
+    assert not list((tmp_path / "sweep").rglob("*.pkl"))
+
+
+COUNT = """
+import collections, gc, runpy, sys
+from orpo_lab import run
+
+def count(*arguments, **more):
+    gc.collect()
+    kinds = collections.Counter(type(one).__name__ for one in gc.get_objects())
+    print("held", kinds["DictConfig"], kinds["JobReturn"])
+
+run.train = count
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_configurations_of_jobs_that_are_done_are_let_go(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", COUNT, str(ROOT / "launch.py"), "-m", "seed=range(8)", SWEEP]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    held = re.findall(r"^held (\d+) (\d+)$", done.stdout, flags=re.MULTILINE)
+    assert [int(jobs) for _, jobs in held] == list(range(1, 9)), done.stderr
+    assert int(held[-1][0]) <= int(held[3][0]) + 10, "Hydra keeps 34 of each job"

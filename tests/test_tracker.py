@@ -15,6 +15,7 @@ import pytest
 
 from orpo_lab import tracker
 from orpo_lab.config import NoTracker, WandbTracker
+from orpo_lab.errors import UserError
 from tests.test_launch import _path
 from tests.wandb_server import WandbServer
 
@@ -294,6 +295,13 @@ def test_a_tracker_that_breaks_is_said_and_does_not_stop_a_run(
     run.finish(0)
     run.log(1, {"loss": 1.0})
     assert "the run goes on" in caplog.text
+
+
+@pytest.mark.parametrize("run_id", ["../../../escaped", "a/b", "", "a\\b"])
+def test_a_run_id_is_one_name(tmp_path: Path, run_id: str) -> None:
+    (tmp_path / "wandb_id").write_text(run_id)
+    with pytest.raises(UserError, match=r"wandb_id holds .* no W&B run id"):
+        start(tmp_path)
 
 
 def test_none_and_disabled_track_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from orpo_lab import config, data, trainer
+from orpo_lab import config, data, optimizer, trainer
 from orpo_lab.checkpoint import Made
 from orpo_lab.errors import NonFiniteError, UserError
 from orpo_lab.run_folder import RunFolder
@@ -202,7 +203,7 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_capped(
     capped = load(*GALORE.split(), *SMALL, "train.on_nonfinite=skip", "train.max_skipped_steps=1")
     network = build_model(capped)
     poison("gradient", network, pytest.MonkeyPatch())
-    with pytest.raises(NonFiniteError, match=r"step 4: .* above train.max_skipped_steps=1"):
+    with pytest.raises(NonFiniteError, match=r"step 4: .* more than train.max_skipped_steps=1"):
         fit(capped, network, tokenizer, tmp_path / "capped")
 
 
@@ -236,18 +237,21 @@ def test_a_gradient_norm_that_overflows_is_not_clipped_to_nothing(
 
 
 def test_weights_that_an_update_ruined_are_never_saved(
-    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path
+    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded = load(
-        "optimizer=adamw",
-        "optimizer.learning_rate=1e39",
-        *SMALL,
-        "train.max_steps=4",
-        "train.warmup_steps=0",
-        "train.save_steps=1",
-    )
+    loaded = load("optimizer=lora", *SMALL, "train.max_steps=4", "train.save_steps=1")
+    network = build_model(loaded)
+    build = optimizer.build
+
+    def build_ruinous(*args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        built = build(*args, **kwargs)
+        weight = built.param_groups[0]["params"][0]
+        built.register_step_post_hook(lambda *_: weight.data.fill_(math.inf))
+        return built
+
+    monkeypatch.setattr(optimizer, "build", build_ruinous)
     with pytest.raises(NonFiniteError, match="step 1: its update left weights"):
-        fit(loaded, build_model(loaded), tokenizer, tmp_path)
+        fit(loaded, network, tokenizer, tmp_path)
     assert not list(tmp_path.glob("checkpoints/checkpoint-*"))
 
 

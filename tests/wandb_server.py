@@ -3,6 +3,7 @@
 It keeps what it is sent, and can fall ill in the middle: answer 500, keep clients waiting, or die.
 """
 
+import gzip
 import http.server
 import json
 import re
@@ -22,6 +23,7 @@ class WandbServer(http.server.ThreadingHTTPServer):
         self.health = "good"
         self.runs: dict[str, dict[str, Any]] = {}
         self.uploads: list[str] = []
+        self.received: list[bytes] = []
         self.views: list[dict[str, Any]] = []
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -91,6 +93,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _read(self) -> Any:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        # W&B's service packs what is long
+        is_packed = self.headers.get("Content-Encoding") == "gzip"
+        self.server.received.append(gzip.decompress(body) if is_packed else body)
         try:
             return json.loads(body)
         except ValueError:

@@ -1,27 +1,35 @@
 """Preference data: rows -> pairs -> token ids, with every fault counted and reported.
 
-A pair passes through `sources` (rows), `pairs` (prompt, chosen, rejected) and `encode` (ids).
+A row passes through `sources` and `files` (raw rows), `pairs` or `trees` (prompt, chosen and
+rejected), `splits` (what it shares with other rows, what is held out) and `encode` (ids). What can
+be wrong on the way is a `Fault`, and `dataset.faults` says what becomes of it.
 """
 
 import hashlib
 import json
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from orpo_lab.config import Dataset, EmbeddedDataset
+from orpo_lab.config import Dataset, EmbeddedDataset, OasstDataset, TableDataset
 from orpo_lab.data import sources
-from orpo_lab.data.encode import encode_row
-from orpo_lab.errors import UserError
+from orpo_lab.data.encode import encode_row, special_tokens
+from orpo_lab.data.faults import Fault
+from orpo_lab.data.files import Source
+from orpo_lab.data.pairs import Pair, find_faults, from_transcripts, to_pair
+from orpo_lab.data.splits import Split
+from orpo_lab.data.trees import Trees
+from orpo_lab.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
 
-# Row numbers listed per fault in the report; the count beside them is of all
-NUM_ROWS_LISTED = 20
+# What the answers to embedded prompts are checked with
+CHECKS = ("answer", "family", "wording")
 
 
 @dataclass(frozen=True)
@@ -56,70 +64,99 @@ def load(config: Dataset, tokenizer: PreTrainedTokenizerBase) -> Data:
     """Read, check and tokenize the training pairs and the held-out pairs.
 
     Raises:
-        UserError: the source cannot be read, a row is not a pair, or no pair is left.
+        UserError: the source cannot be read, a row has a fault that `config.faults` refuses, or no
+            pair is left.
     """
-    train, train_report, held_out, held_out_report = (
-        part
-        for name, rows in zip(("train", "held_out"), sources.read(config), strict=True)
-        for part in _encode(rows, name, config, tokenizer)
-    )
-    report = {"train": train_report, "held_out": held_out_report}
-    return Data(train, held_out, report, checkable=isinstance(config, EmbeddedDataset))
+    train_source, held_out_source = sources.read(config)
+    train, about_train = _read("train", train_source, config, tokenizer)
+    if held_out_source:
+        held_out, about_held_out = _read("held_out", held_out_source, config, tokenizer)
+        train.drop_leaks(held_out)
+    else:
+        held_out, about_held_out = train.hold_out(config.num_eval), {}
+    train.draw(config.num_train)
+    held_out.draw(config.num_eval)
+    train_pairs, train_report = _encode(train, config, tokenizer)
+    held_out_pairs, held_out_report = _encode(held_out, config, tokenizer)
+    report = {"train": train_report | about_train, "held_out": held_out_report | about_held_out}
+    return Data(train_pairs, held_out_pairs, report, isinstance(config, EmbeddedDataset))
+
+
+def _read(
+    name: str, source: Source, config: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Split, dict[str, Any]]:
+    """Return a split's pairs, and what its report has to say beside them."""
+    find = partial(find_faults, special_tokens=special_tokens(tokenizer))
+    split = Split(name, source, config.faults)
+    match config:
+        case OasstDataset():
+            trees = Trees(config)
+            split.read(trees.pairs, find)
+            about = {"replies": trees.report()}
+        case TableDataset():
+            parse = from_transcripts if config.transcripts else to_pair
+            split.read(lambda raw, _: [parse(raw, config.columns)], find)
+            about = {}
+        case _:
+            split.read(lambda raw, _: [to_pair(raw, sources.EMBEDDED_COLUMNS)], find, CHECKS)
+            about = {}
+    split.drop_repeats()
+    return split, about
 
 
 def _encode(
-    rows: datasets.Dataset, name: str, config: Dataset, tokenizer: PreTrainedTokenizerBase
+    split: Split, config: Dataset, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[datasets.Dataset, dict[str, Any]]:
-    columns = sources.columns_of(config)
-    encoded = rows.map(
-        encode_row,
-        with_indices=True,
-        fn_kwargs={
-            "columns": columns,
-            "dataset": config,
-            "tokenizer": tokenizer,
-            "source": name,
-        },
-        # What the text said is in the ids now; a column of another name may stay
-        remove_columns=[one for one in rows.column_names if one in _raw_columns(columns)],
-        num_proc=config.num_proc,
-        # A cache that outlives a change of this code would train on old ids
-        load_from_cache_file=False,
-        desc=f"tokenize {name}",
-    )
-    report = _report(encoded)
-    kept = encoded.select([index for index, fault in enumerate(encoded["fault"]) if not fault])
-    if not len(kept):
-        raise UserError(
-            f"no {name} pair is left of {len(rows)}: {report['dropped']}; "
-            "see dataset.max_length, dataset.max_prompt_length and dataset.overlong"
-        )
-    report["fingerprint"] = _fingerprint(kept)
-    _say(name, report)
-    return kept.remove_columns(["fault", "cut", "contradicted", "repeated"]), report
-
-
-def _raw_columns(columns: Any) -> set[str]:
-    return {columns.prompt, columns.chosen, columns.rejected, "prompt", "chosen", "rejected"}
-
-
-def _report(encoded: datasets.Dataset) -> dict[str, Any]:
-    faults = encoded["fault"]
-    dropped: dict[str, dict[str, Any]] = {}
-    for index, fault in enumerate(faults):
-        if fault:
-            entry = dropped.setdefault(fault, {"num": 0, "rows": []})
-            entry["num"] += 1
-            if len(entry["rows"]) < NUM_ROWS_LISTED:
-                entry["rows"].append(index)
-    return {
-        "num_rows": len(faults),
-        "num_kept": len(faults) - sum(entry["num"] for entry in dropped.values()),
-        "dropped": dropped,
-        "num_cut": sum(encoded["cut"]),
-        "num_contradicting_prompts": sum(encoded["contradicted"]),
-        "num_repeated_prompts": sum(encoded["repeated"]),
+    _check_any_left(split)
+    encoded = _map(split, config, tokenizer)
+    faults = zip(encoded["fault"], encoded["detail"], strict=True)
+    found = {row: Fault(*one) for row, one in zip(split.rows, faults, strict=True) if one[0]}
+    split.filter(lambda row: [found[row]] if row in found else [])
+    _check_any_left(split)
+    kept = encoded.select([at for at, fault in enumerate(encoded["fault"]) if not fault])
+    report = split.report() | {
+        "num_cut": sum(kept["cut"]),
+        "num_repeated_prompts": sum(row.pair.repeated for row in split.rows),
+        "fingerprint": _fingerprint(kept),
     }
+    _say(split, report)
+    return kept.remove_columns(["pair", "fault", "detail", "cut"]), report
+
+
+def _map(split: Split, config: Dataset, tokenizer: PreTrainedTokenizerBase) -> datasets.Dataset:
+    """Tokenize in processes."""
+    # As JSON, since a column of a dataset cannot hold strings in one row and messages in another
+    rows = [{"pair": _to_json(row.pair), **row.checks} for row in split.rows]
+    try:
+        return datasets.Dataset.from_list(rows).map(
+            encode_row,
+            fn_kwargs={"dataset": config, "tokenizer": tokenizer},
+            num_proc=config.num_proc,
+            # A cache that outlives a change of this code would train on old ids
+            load_from_cache_file=False,
+            desc=f"tokenize {split.name}",
+        )
+    except RuntimeError as error:
+        if "abruptly died" not in str(error):
+            raise
+        # It was killed, as when memory runs out
+        raise UserError(
+            f"{split.name}: a process that tokenizes has died ({one_line(error)[:200]}); lower "
+            "dataset.num_proc, or set it to null"
+        ) from error
+
+
+def _to_json(pair: Pair) -> str:
+    return json.dumps([pair.prompt, pair.chosen, pair.rejected])
+
+
+def _check_any_left(split: Split) -> None:
+    if split.rows:
+        return
+    raise UserError(
+        f"no {split.name} pair is left of {split.num_rows} ({split.dropped}) in "
+        f"{split.source.name}; {split.dropped.examples()}; see docs/data.md for what drops a pair"
+    )
 
 
 def _fingerprint(kept: datasets.Dataset) -> str:
@@ -129,13 +166,14 @@ def _fingerprint(kept: datasets.Dataset) -> str:
     return digest.hexdigest()
 
 
-def _say(name: str, report: dict[str, Any]) -> None:
+def _say(split: Split, report: dict[str, Any]) -> None:
     said = [f"{entry['num']} dropped ({fault})" for fault, entry in report["dropped"].items()]
+    said += [f"{entry['num']} kept in spite of {fault}" for fault, entry in report["kept"].items()]
     for key, what in (
         ("num_cut", "cut to fit"),
-        ("num_contradicting_prompts", "with a prompt column that contradicts the messages"),
         ("num_repeated_prompts", "repeat their prompt in both answers (removed)"),
+        ("num_not_drawn", "not drawn"),
     ):
         if report[key]:
             said.append(f"{report[key]} {what}")
-    log.info("%s: %d pairs%s", name, report["num_kept"], "".join(f", {one}" for one in said))
+    log.info("%s: %d pairs%s", split.name, report["num_kept"], "".join(f", {one}" for one in said))

@@ -3,16 +3,31 @@
 The prompt is what both sides share. A row can state it (`prompt`), or hold two whole conversations
 or texts that begin alike. Where a row says two things about its prompt, what both sides share wins
 and the contradiction is counted.
+
+What is wrong with a row is raised (`to_pair`, `from_transcripts`: there is no pair) or yielded
+(`find_faults`: there is one) as a `Fault`.
 """
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from orpo_lab.errors import UserError
+from orpo_lab.config import Columns
+from orpo_lab.data.faults import Fault, quote
 
 Message = dict[str, str]
 Content = str | list[Message]
+
+# Longer than any context, and a second to tokenize
+MAX_CHARACTERS = 2**20
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+# Where a turn of a transcript begins, and whose it is (Bai et al. 2022, arXiv:2204.05862)
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -28,32 +43,103 @@ class Pair:
     repeated: bool = False
 
 
-def to_content(value: Any, what: str) -> Content:
+def to_pair(row: Any, columns: Columns) -> Pair:
+    """Return the pair that a row holds in its columns.
+
+    Raises:
+        Fault: a column is missing or holds neither a string nor messages, or there is no prompt
+            that both sides answer.
+    """
+    contents = {
+        key: to_content(_value_of(row, name, key), name)
+        for key, name in vars(columns).items()
+        if name is not None
+    }
+    _check_size(contents.values())
+    return split(contents.get("prompt"), contents["chosen"], contents["rejected"])
+
+
+def from_transcripts(row: Any, columns: Columns) -> Pair:
+    """Return the pair of two transcripts: the prompt is all before the last assistant turn.
+
+    Raises:
+        Fault: a column is missing or no string, the turns do not alternate or do not end in the
+            assistant's, or the two differ before their last turn.
+    """
+    chosen, rejected = (
+        _to_messages(_value_of(row, name, key), name)
+        for key, name in (("chosen", columns.chosen), ("rejected", columns.rejected))
+    )
+    if chosen[:-1] != rejected[:-1]:
+        raise Fault("differing_prompts", "chosen and rejected differ before their last turn")
+    return Pair(chosen[:-1], chosen[-1:], rejected[-1:])
+
+
+def _value_of(row: Any, name: str, key: str) -> Any:
+    if not isinstance(row, Mapping):
+        raise Fault("wrong_type", f"holds {quote(json.dumps(row))}, not an object with columns")
+    if name not in row:
+        null = ", or null where there is none" if key == "prompt" else ""
+        present = ", ".join(quote(one) for one in sorted(row)[:20])
+        raise Fault(
+            "missing_column",
+            f"lacks column '{name}' (it has {present or 'none'}); "
+            f"name the right one with dataset.columns.{key}=...{null}",
+        )
+    return row[name]
+
+
+def _check_size(contents: Iterable[Content]) -> None:
+    size = sum(len(text) for content in contents for text in _texts(content))
+    if size > MAX_CHARACTERS:
+        raise Fault("oversized_row", f"holds {size} characters, more than {MAX_CHARACTERS}")
+
+
+def to_content(value: Any, name: str) -> Content:
     """Return a row's value as a string or as messages with just `role` and `content`.
 
     Raises:
-        UserError: it is neither; `what` names the row and the column in the message.
+        Fault: it is neither; `name` is the column's.
     """
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        name = "null" if value is None else f"of type {type(value).__name__}"
-        raise UserError(f"{what} is {name}; it must be a string or a list of messages")
+        kind = "null" if value is None else f"of type {type(value).__name__}"
+        raise Fault("wrong_type", f"{name} is {kind}; it must be a string or a list of messages")
     for message in value:
         if not (
             isinstance(message, Mapping)
             and isinstance(message.get("role"), str)
             and isinstance(message.get("content"), str)
         ):
-            raise UserError(f"{what} holds a message without a role and a content, both strings")
+            raise Fault(
+                "wrong_type", f"{name} holds a message without a role and a content, both strings"
+            )
     return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
-def split(prompt: Content | None, chosen: Content, rejected: Content, where: str) -> Pair:
+def _to_messages(text: Any, name: str) -> list[Message]:
+    if not isinstance(to_content(text, name), str):
+        raise Fault("wrong_type", f"{name} holds messages; with dataset.transcripts it is one text")
+    _check_size([text])
+    before, *turns = _TURN.split(text)
+    roles = [_SPEAKERS[speaker] for speaker in turns[::2]]
+    if before.strip() or roles != [("user", "assistant")[turn % 2] for turn in range(len(roles))]:
+        raise Fault("turns_not_alternating", f"{name}: its turns do not alternate from Human's on")
+    if roles[-1:] != ["assistant"]:
+        raise Fault("no_answer", f"{name} does not end in an assistant turn")
+    return [
+        {"role": role, "content": said.strip()}
+        for role, said in zip(roles, turns[1::2], strict=True)
+    ]
+
+
+def split(prompt: Content | None, chosen: Content, rejected: Content) -> Pair:
     """Tell a row's prompt from its two completions.
 
     Raises:
-        UserError: one side is a string and the other a list of messages; `where` names the row.
+        Fault: one side is a string and the other a list of messages, or the two sides are the same
+            or begin differently where only their beginning would tell the prompt.
     """
     if isinstance(chosen, str) and isinstance(rejected, str):
         if isinstance(prompt, list):
@@ -61,7 +147,7 @@ def split(prompt: Content | None, chosen: Content, rejected: Content, where: str
         return _split_text(prompt, chosen, rejected)
     if isinstance(chosen, list) and isinstance(rejected, list):
         return _split_messages(prompt, chosen, rejected)
-    raise UserError(f"{where}: chosen and rejected must both be strings or both lists of messages")
+    raise Fault("wrong_type", "chosen and rejected must both be strings or both lists of messages")
 
 
 def _answer(text: str) -> list[Message]:
@@ -70,7 +156,11 @@ def _answer(text: str) -> list[Message]:
 
 def _split_text(prompt: str | None, chosen: str, rejected: str) -> Pair:
     if prompt is None:
+        if chosen == rejected:
+            raise Fault("chosen_equals_rejected", "chosen and rejected are the same text")
         size = num_shared(chosen, rejected)
+        if not size and chosen and rejected:
+            raise Fault("differing_prompts", "chosen and rejected do not begin alike")
         if 0 < size < min(len(chosen), len(rejected)) and chosen[size - 1] == " ":
             size -= 1  # TRL's rule: a space before the first difference belongs to the answers
         return Pair(chosen[:size], chosen[size:], rejected[size:])
@@ -101,6 +191,67 @@ def _split_messages(prompt: Content | None, chosen: list[Message], rejected: lis
 def _begin_alike_with_a_question(chosen: list[Message], rejected: list[Message]) -> bool:
     """Whether both sides are whole conversations rather than answers."""
     return chosen[:1] == rejected[:1] and bool(chosen) and chosen[0]["role"] != "assistant"
+
+
+def find_faults(pair: Pair, special_tokens: re.Pattern[str]) -> Iterator[Fault]:
+    """Yield what is wrong with a pair before it is tokenized, the worst first.
+
+    Each fault presumes that none of those above it has ended the row that cannot be kept.
+
+    Args:
+        pair: as `to_pair` returns it.
+        special_tokens: matches the text of a token that controls the model.
+    """
+    contents = (pair.prompt, pair.chosen, pair.rejected)
+    parts = [text for content in contents for text in _texts(content)]
+    if any(not text.isascii() and _SURROGATE.search(text) for text in parts):
+        yield Fault("lone_surrogate", "holds half of a surrogate pair, which is no character")
+    if not (_is_visible(pair.chosen) and _is_visible(pair.rejected)):
+        yield Fault("empty_completion", "chosen or rejected is empty")
+    if pair.chosen == pair.rejected:
+        yield Fault("chosen_equals_rejected", "chosen and rejected are the same")
+    if unknown := next((one for one in map(_unknown_role, contents) if one is not None), None):
+        yield Fault("unknown_role", f"has role {quote(unknown)}; known are {', '.join(ROLES)}")
+    if not all(_is_by_assistant(side, 0) for side in (pair.chosen, pair.rejected)):
+        yield Fault("differing_prompts", "chosen and rejected answer different prompts")
+    if not all(_is_by_assistant(side, -1) for side in (pair.chosen, pair.rejected)):
+        yield Fault("no_answer", "chosen or rejected does not end in an assistant's message")
+    if not _is_visible(pair.prompt):
+        yield Fault("empty_prompt", "the prompt is empty")
+    if any("\0" in text for text in parts):
+        yield Fault("nul_character", "holds a NUL character")
+    if control := next(filter(None, map(special_tokens.search, parts)), None):
+        yield Fault("special_token_text", f"holds the control token {quote(control[0])} as text")
+    if pair.contradicted:
+        yield Fault("contradicting_prompt", "the prompt column is not what the conversations share")
+
+
+def _texts(content: Content) -> list[str]:
+    """Return every text of a prompt or completion, roles included: templates print them."""
+    if isinstance(content, str):
+        return [content]
+    return [text for message in content for text in (message["role"], message["content"])]
+
+
+def text_of(content: Content) -> str:
+    """Return what a prompt or completion says."""
+    if isinstance(content, str):
+        return content
+    return "\n".join(message["content"] for message in content)
+
+
+def _is_visible(content: Content) -> bool:
+    return any(one.isprintable() and not one.isspace() for one in text_of(content))
+
+
+def _is_by_assistant(completion: Content, turn: int) -> bool:
+    return isinstance(completion, str) or completion[turn]["role"] == "assistant"
+
+
+def _unknown_role(content: Content) -> str | None:
+    if isinstance(content, str):
+        return None
+    return next((one["role"] for one in content if one["role"] not in ROLES), None)
 
 
 def num_shared(left: Any, right: Any) -> int:

@@ -97,10 +97,10 @@ def _swap_rows(file: Path) -> None:
 def _other_data(name: str, change: Callable[[Path], None]) -> Callable[[Bench], Outcome]:
     def happen(bench: Bench) -> Outcome:
         data.write(bench.path("train.jsonl"), data.GOOD)
-        data.write(bench.path("eval.jsonl"), data.pairs(90, 4))
-        run = bench.killed_in_step_6(*data.SETTINGS)
+        data.write(bench.path("eval.jsonl"), data.HELD_OUT)
+        run = bench.killed_in_step_6(*data.settings())
         change(bench.path(name))
-        done = bench.run(*data.SETTINGS, "resume=auto", "hydra.run.dir=run")
+        done = bench.run(*data.settings(), "resume=auto", "hydra.run.dir=run")
         return refused(done, run, "the pairs are not those")
 
     return happen

@@ -1,9 +1,11 @@
 """Preference data that is not what it should be.
 
-Rows that teach nothing are dropped: the run is to come to the weights of the same file without
-them. What is no preference data at all is refused.
+Rows with a fault are dropped by default, or where `dataset.faults.*=drop` says so: the run is to
+come to the weights of the same file without them. Other faults of rows, and files that hold no
+preference data, are refused.
 """
 
+import gzip
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,16 +14,20 @@ from typing import Any
 from benchmarks.faults.bench import UNTRACKED, Bench, Fault
 from benchmarks.faults.judge import Outcome, refused, silent, survived
 
-JSONL = (
-    "dataset=jsonl",
-    "dataset.train_path=train.jsonl",
-    "dataset.eval_path=eval.jsonl",
-    "dataset.max_length=96",
-    "dataset.max_prompt_length=64",
-)
-SETTINGS = tuple(one for one in UNTRACKED if not one.startswith("dataset.num_train")) + JSONL
-
 Row = dict[str, Any]
+
+
+def settings(name: str = "train.jsonl") -> tuple[str, ...]:
+    """Return the command line of a run on a file."""
+    others = (one for one in UNTRACKED if not one.startswith("dataset.num_train"))
+    return (
+        *others,
+        "dataset=file",
+        f"dataset.train_path={name}",
+        "dataset.eval_path=eval.jsonl",
+        "dataset.max_length=96",
+        "dataset.max_prompt_length=64",
+    )
 
 
 def pairs(first: int, num: int) -> list[Row]:
@@ -32,112 +38,213 @@ def pairs(first: int, num: int) -> list[Row]:
     ]
 
 
-GOOD = pairs(10, 16)
-ONE = GOOD[0]
+def lines(rows: list[Row]) -> bytes:
+    """Return rows as JSON lines."""
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
-# Rows among good ones, and what the report calls them
-DROPPED: dict[str, tuple[list[Row], str]] = {
-    "empty chosen": ([{**ONE, "chosen": ""}], "empty_completion"),
-    "empty rejected": ([{**ONE, "rejected": ""}], "empty_completion"),
-    "blank chosen": ([{**ONE, "chosen": " \n\t "}], "empty_completion"),
-    "chosen equals rejected": ([{**ONE, "rejected": ONE["chosen"]}], "chosen_equals_rejected"),
-    "empty prompt": ([{**ONE, "prompt": ""}], "empty_prompt"),
-    "prompt too long": ([{**ONE, "prompt": "count " * 300}], "prompt_too_long"),
-    "answer too long": ([{**ONE, "chosen": "word " * 300}], "pair_too_long"),
-    "a row of 100 MB": ([{**ONE, "chosen": "word " * 20_000_000}], "pair_too_long"),
-    "a third of all rows": (
-        [{**row, "rejected": row["chosen"]} for row in pairs(50, 8)],
+
+GOOD, HELD_OUT = pairs(10, 16), pairs(90, 4)
+(ONE,) = pairs(60, 1)
+ASKED = {"role": "user", "content": ONE["prompt"]}
+SWAPPED = {**ONE, "chosen": ONE["rejected"], "rejected": ONE["chosen"]}
+
+# Bytes among good lines, how many rows that is, what the report calls them, and the policy
+DROPPED: dict[str, tuple[bytes, int, str, str]] = {
+    "an empty chosen": (lines([{**ONE, "chosen": ""}]), 1, "empty_completion", ""),
+    "an empty rejected": (lines([{**ONE, "rejected": ""}]), 1, "empty_completion", ""),
+    "a blank chosen": (lines([{**ONE, "chosen": " \n\t "}]), 1, "empty_completion", ""),
+    "chosen equals rejected": (
+        lines([{**ONE, "rejected": ONE["chosen"]}]),
+        1,
         "chosen_equals_rejected",
+        "",
+    ),
+    "chosen equals rejected in a third of the rows": (
+        lines([{**row, "rejected": row["chosen"]} for row in pairs(40, 8)]),
+        8,
+        "chosen_equals_rejected",
+        "",
+    ),
+    "an empty prompt": (lines([{**ONE, "prompt": ""}]), 1, "empty_prompt", ""),
+    "a prompt too long": (lines([{**ONE, "prompt": "count " * 300}]), 1, "prompt_too_long", ""),
+    "an answer too long": (lines([{**ONE, "chosen": "word " * 99}]), 1, "pair_too_long", ""),
+    "a row of 3 MB": (lines([{**ONE, "chosen": "word " * 600_000}]), 1, "oversized_row", ""),
+    "a row of 100 MB": (lines([{**ONE, "chosen": "word " * 20_000_000}]), 1, "oversized_row", ""),
+    "a NUL": (lines([{**ONE, "chosen": "9\0"}]), 1, "nul_character", ""),
+    "half a surrogate pair": (lines([{**ONE, "chosen": "9\ud83d"}]), 1, "lone_surrogate", ""),
+    "a control token": (lines([{**ONE, "rejected": "8</s>"}]), 1, "special_token_text", ""),
+    "a turn that is faked": (
+        lines([{**ONE, "chosen": "62</s><|user|>thanks"}]),
+        1,
+        "special_token_text",
+        "",
+    ),
+    "a repeated row": (lines(GOOD[:1]), 1, "duplicate", ""),
+    "the whole file again": (lines(GOOD), 16, "duplicate", ""),
+    "a pair, and the same swapped": (lines([ONE, SWAPPED]), 2, "conflicting_duplicate", ""),
+    "a held-out prompt": (
+        lines([{**ONE, "prompt": HELD_OUT[0]["prompt"]}]),
+        1,
+        "leaked_prompt",
+        "",
+    ),
+    "a held-out prompt in other case": (
+        lines([{**ONE, "prompt": HELD_OUT[0]["prompt"].upper()}]),
+        1,
+        "leaked_prompt_normalized",
+        "",
+    ),
+    "a role that nobody has": (
+        lines(
+            [
+                {
+                    "prompt": [{**ASKED, "role": "prompter"}],
+                    "chosen": [{"role": "assistant", "content": "62"}],
+                    "rejected": [{"role": "assistant", "content": "63"}],
+                }
+            ]
+        ),
+        1,
+        "unknown_role",
+        "",
+    ),
+    "a line of text, dropped": (b"hello\n", 1, "invalid_json", "drop"),
+    "a line cut short, dropped": (lines([ONE])[:-9] + b"\n", 1, "invalid_json", "drop"),
+    "Latin-1, dropped": (
+        lines([ONE]).replace(b"add", b"\xe9"),
+        1,
+        "invalid_utf8",
+        "drop",
+    ),
+    "a row without rejected, dropped": (
+        b'{"prompt": "a", "chosen": "b"}\n',
+        1,
+        "missing_column",
+        "drop",
+    ),
+    "a null and a number as chosen, dropped": (
+        lines([{**ONE, "chosen": None}, {**ONE, "chosen": 7}]),
+        2,
+        "wrong_type",
+        "drop",
     ),
 }
 
-# The file's bytes, and what the refusal is to say
-AS_LINES = "".join(json.dumps(row) + "\n" for row in GOOD).encode()
-REFUSED: dict[str, tuple[bytes | None, str]] = {
-    "no file": (None, "train.jsonl cannot be read"),
-    "an empty file": (b"", "train.jsonl holds no rows"),
-    "blank lines only": (b"\n\n  \n", "train.jsonl holds no rows"),
-    "a line cut short": (AS_LINES[:-9], "line 16 is not JSON"),
-    "a line of text": (AS_LINES + b"hello\n", "line 17 is not JSON"),
-    "one JSON array instead of lines": (json.dumps(GOOD).encode(), "line 1 holds .*not an object"),
-    "null": (AS_LINES + b"null\n", "line 17 holds null"),
-    "a number": (AS_LINES + b"7\n", "line 17 holds 7"),
-    "invalid UTF-8": (AS_LINES.replace(b"add 12", b"add \xff\xfe"), "train.jsonl cannot be read"),
-    "UTF-16": (AS_LINES.decode().encode("utf-16"), "train.jsonl cannot be read"),
-    "binary": (bytes(range(256)) * 100, "train.jsonl"),
-    "a null chosen": (AS_LINES + b'{"prompt": "a", "chosen": null, "rejected": "c"}\n', "null"),
+# The file's name, its bytes, and what the refusal is to say
+TEXT = lines(GOOD)
+REFUSED: dict[str, tuple[str, bytes | None, str]] = {
+    "no file": ("train.jsonl", None, "train.jsonl cannot be read"),
+    "an empty file": ("train.jsonl", b"", "train.jsonl holds no rows"),
+    "blank lines only": ("train.jsonl", b"\n\n  \n", "train.jsonl holds no rows"),
+    "a line cut short": ("train.jsonl", TEXT[:-9], "line 16: is not JSON"),
+    "a line of text": ("train.jsonl", TEXT + b"hello\n", "line 17: is not JSON"),
+    "one JSON array in .jsonl": ("train.jsonl", json.dumps(GOOD).encode(), "line 1: "),
+    "JSON lines in .json": ("train.json", TEXT, "train.json cannot be read"),
+    "null": ("train.jsonl", TEXT + b"null\n", "line 17: .*null"),
+    "a number": ("train.jsonl", TEXT + b"7\n", "line 17: "),
+    "invalid UTF-8": (
+        "train.jsonl",
+        TEXT.replace(b"add 12", b"add \xff\xfe"),
+        "line 3: is not UTF-8",
+    ),
+    "UTF-16": ("train.jsonl", TEXT.decode().encode("utf-16"), "line 1: is not UTF-8"),
+    "bytes of a picture": ("train.jsonl", b"\x89PNG\r\n\x1a\n" * 100, "line 1: "),
+    "brackets without end": ("train.jsonl", b"[" * 100_000 + b"\n", "line 1: is not JSON"),
+    "a null chosen": (
+        "train.jsonl",
+        TEXT + lines([{**ONE, "chosen": None}]),
+        "line 17: .*dataset.faults.wrong_type=drop",
+    ),
     "a number as chosen": (
-        AS_LINES + b'{"prompt": "a", "chosen": 7, "rejected": "c"}\n',
-        "line 17: chosen is of type int",
+        "train.jsonl",
+        TEXT + lines([{**ONE, "chosen": 7}]),
+        "line 17: .*dataset.faults.wrong_type=drop",
     ),
     "an object as chosen": (
-        AS_LINES + b'{"prompt": "a", "chosen": {"text": "b"}, "rejected": "c"}\n',
-        "line 17: chosen is of type dict",
+        "train.jsonl",
+        TEXT + lines([{**ONE, "chosen": {"text": "b"}}]),
+        "line 17: .*dataset.faults.wrong_type=drop",
     ),
     "messages without a role": (
-        b'{"prompt": "a", "chosen": [{"content": "b"}], "rejected": [{"content": "c"}]}\n',
-        "without a role and a content",
-    ),
-    "messages with a null content": (
-        b'{"prompt": "a", "chosen": [{"role": "assistant", "content": null}], "rejected": []}\n',
-        "without a role and a content",
+        "train.jsonl",
+        TEXT + lines([{**ONE, "chosen": [{"content": "b"}], "rejected": [{"content": "c"}]}]),
+        "line 17: .*dataset.faults.wrong_type=drop",
     ),
     "strings here and messages there": (
-        AS_LINES
-        + b'{"prompt": "a", "chosen": [{"role": "assistant", "content": "b"}], "rejected": "c"}\n',
-        "line 17|row",
+        "train.jsonl",
+        TEXT + lines([{**ONE, "chosen": [{"role": "assistant", "content": "b"}]}]),
+        "line 17: .*dataset.faults.wrong_type=drop",
     ),
-    "no column rejected": (b'{"prompt": "a", "chosen": "b"}\n', "lacks column 'rejected'"),
-    "no column prompt": (b'{"question": "a", "chosen": "b", "rejected": "c"}\n', "lacks column"),
-    "a later row without rejected": (
-        AS_LINES + b'{"prompt": "a", "chosen": "b"}\n',
-        "line 17 lacks column 'rejected'",
+    "no column rejected": (
+        "train.jsonl",
+        b'{"prompt": "a", "chosen": "b"}\n',
+        "line 1: .*rejected",
+    ),
+    "no column prompt": (
+        "train.jsonl",
+        b'{"question": "a", "chosen": "b", "rejected": "c"}\n',
+        "line 1: .*prompt",
     ),
     "no row left": (
-        b'{"prompt": "a", "chosen": "b", "rejected": "b"}\n' * 5,
-        "no train pair is left of 5",
+        "train.jsonl",
+        lines([{**row, "rejected": row["chosen"]} for row in GOOD]),
+        "no train pair is left of 16",
     ),
-    "fewer rows than a batch": (AS_LINES.splitlines(keepends=True)[0], "train.batch_size=4"),
+    "the held-out file to train on": (
+        "eval.jsonl",
+        lines(HELD_OUT),
+        "no train pair is left of 4",
+    ),
+    "fewer rows than a batch": ("train.jsonl", lines(GOOD[:1]), "train.batch_size=4"),
+    "a gzip file cut short": ("train.jsonl.gz", gzip.compress(TEXT)[:-20], "cannot be read"),
+    "text in a .gz": ("train.jsonl.gz", TEXT, "cannot be read"),
+    "a CSV without a column": ("train.csv", b"prompt,chosen\na,b\n", "lacks column 'rejected'"),
+    "a quote without end in a CSV": (
+        "train.csv",
+        b'prompt,chosen,rejected\na,b,"c\n',
+        "cannot be read",
+    ),
+    "text in a .parquet": ("train.parquet", TEXT, "cannot be read"),
+    "an unknown suffix": ("train.txt", TEXT, "the name must end in"),
 }
 
 
 def faults(bench: Bench) -> Iterator[Fault]:
     """Return a fault for each kind of bad row and bad file."""
-    for name, (rows, reason) in DROPPED.items():
-        yield Fault(name, _drops(rows, reason))
-    for name, (content, says) in REFUSED.items():
-        yield Fault(name, _refuses(content, says))
+    for name, dropped in DROPPED.items():
+        yield Fault(name, _drops(*dropped))
+    for name, given in REFUSED.items():
+        yield Fault(name, _refuses(*given))
 
 
-def write(file: Path, rows: list[Row]) -> None:
-    """Write JSON lines."""
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _drops(rows: list[Row], reason: str) -> Callable[[Bench], Outcome]:
+def _drops(content: bytes, num: int, reason: str, policy: str) -> Callable[[Bench], Outcome]:
     def happen(bench: Bench) -> Outcome:
-        write(bench.path("eval.jsonl"), pairs(90, 4))
-        write(bench.path("train.jsonl"), GOOD)
-        reference = bench.unharmed(*SETTINGS, into="reference")
-        write(bench.path("train.jsonl"), GOOD[:7] + rows + GOOD[7:])
-        done = bench.run(*SETTINGS, "hydra.run.dir=run")
+        bench.path("eval.jsonl").write_bytes(lines(HELD_OUT))
+        bench.path("train.jsonl").write_bytes(lines(GOOD))
+        reference = bench.unharmed(*settings(), into="reference")
+        bench.path("train.jsonl").write_bytes(lines(GOOD[:7]) + content + lines(GOOD[7:]))
+        policies = [f"dataset.faults.{reason}={policy}"] if policy else []
+        done = bench.run(*settings(), *policies, "hydra.run.dir=run")
         outcome = survived(done, bench.path("run"), reference)
-        report = json.loads(bench.path("run/data_report.json").read_text())
-        counted = report["train"]["dropped"].get(reason, {}).get("num")
-        if counted != len(rows):
-            return silent(
-                f"data_report.json does not count {len(rows)} {reason}: {report['train']}"
-            )
+        report = json.loads(bench.path("run/data_report.json").read_text())["train"]
+        counted = {key: one["num"] for key, one in report["dropped"].items()}
+        if counted != {reason: num}:
+            return silent(f"counted as {counted} instead of {num} {reason}")
         return outcome
 
     return happen
 
 
-def _refuses(content: bytes | None, says: str) -> Callable[[Bench], Outcome]:
+def _refuses(name: str, content: bytes | None, says: str) -> Callable[[Bench], Outcome]:
     def happen(bench: Bench) -> Outcome:
-        write(bench.path("eval.jsonl"), pairs(90, 4))
+        bench.path("eval.jsonl").write_bytes(lines(HELD_OUT))
         if content is not None:
-            bench.path("train.jsonl").write_bytes(content)
-        return refused(bench.run(*SETTINGS, "hydra.run.dir=run"), bench.path("run"), says)
+            bench.path(name).write_bytes(content)
+        return refused(bench.run(*settings(name), "hydra.run.dir=run"), bench.path("run"), says)
 
     return happen
+
+
+def write(file: Path, rows: list[Row]) -> None:
+    """Write JSON lines."""
+    file.write_bytes(lines(rows))

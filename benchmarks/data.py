@@ -1,0 +1,118 @@
+"""What reading, checking and tokenizing rows costs: `python benchmarks/data.py`.
+
+Loads made-up conversations with the embedded model's tokenizer, from 5,000 rows to 20,000, and
+fifty rows of which one has 100 million characters, in every kind of file. Each case has a process
+of its own. Prints a line a case: seconds of CPU time, and the peak of memory above what imports take,
+in MiB. About two minutes on one CPU core.
+"""
+
+import gzip
+import json
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+from hydra import compose, initialize_config_dir
+
+from orpo_lab import config, data, model
+from orpo_lab.quiet import silence_upstream
+
+ROOT = Path(__file__).parents[1]
+WORDS = ("so", "well", "now", "right", "okay", "sure", "yes", "look", "see", "fine", "add", "minus")
+CASES = (
+    ("5000.jsonl",),
+    ("10000.jsonl",),
+    ("20000.jsonl",),
+    ("20000.jsonl", "dataset.num_train=1000"),
+    *((f"large{kind}",) for kind in (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")),
+)
+SHARED = ("dataset.num_eval=5", "dataset.max_length=2048", "dataset.max_prompt_length=1024")
+
+
+def conversations(num: int) -> Iterator[dict[str, object]]:
+    """Yield rows in UltraFeedback's schema, of 20 to 150 words a prompt and 20 to 250 an answer."""
+    rng = random.Random(0)
+    for number in range(num):
+        asked = f"{number} " + " ".join(rng.choices(WORDS, k=rng.randint(20, 150)))
+        sides = (" ".join(rng.choices(WORDS, k=rng.randint(20, 250))) for _ in range(2))
+        chosen, rejected = (
+            [{"role": "user", "content": asked}, {"role": "assistant", "content": side}]
+            for side in sides
+        )
+        yield {"prompt": asked, "chosen": chosen, "rejected": rejected}
+
+
+def with_a_large_row() -> Iterator[dict[str, object]]:
+    """Yield fifty short rows, the 26th of 100 million characters."""
+    for number in range(50):
+        chosen = "well " * 20_000_000 if number == 25 else str(number)
+        yield {"prompt": f"add {number} and 1.", "chosen": chosen, "rejected": "no"}
+
+
+def write(file: Path) -> None:
+    """Write a case's file, as its name says."""
+    size = file.name.split(".")[0]
+    rows = with_a_large_row() if size == "large" else conversations(int(size))
+    match file.suffix:
+        case ".parquet":
+            datasets.Dataset.from_list(list(rows)).to_parquet(file)
+        case ".csv":
+            datasets.Dataset.from_list(list(rows)).to_csv(file)
+        case ".json":
+            file.write_text(json.dumps(list(rows)))
+        case ".gz":
+            with gzip.open(file, "wt", compresslevel=1) as out:
+                out.writelines(json.dumps(row) + "\n" for row in rows)
+        case _:
+            with file.open("w") as out:
+                out.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def measure(file: str, overrides: list[str]) -> None:
+    """Load a file in this process and print what it took."""
+    config.register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        composed = compose("config", ["dataset=file", f"dataset.train_path={file}", *overrides])
+    loaded = config.load(composed)
+    tokenizer = model.load_tokenizer(loaded.model, model.load_config(loaded.model))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.process_time()
+    report = data.load(loaded.dataset, tokenizer).report["train"]
+    result = {
+        "file": Path(file).name,
+        "overrides": [one for one in overrides if one not in SHARED],
+        "cpu_seconds": round(time.process_time() - start, 2),
+        "peak_mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024,
+        "num_kept": report["num_kept"],
+        "dropped": {fault: one["num"] for fault, one in report["dropped"].items()},
+    }
+    print(json.dumps(result), flush=True)
+
+
+def main() -> None:
+    """Measure every case in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, *overrides in CASES:
+            file = Path(folder) / name
+            # In processes of their own: what was held once would hide what is held later
+            subprocess.run([sys.executable, __file__, "write", str(file)], check=True)
+            command = [sys.executable, __file__, "measure", str(file), *SHARED, *overrides]
+            subprocess.run(command, check=True)
+            file.unlink()
+
+
+if __name__ == "__main__":
+    silence_upstream()
+    match sys.argv[1:]:
+        case ["write", file]:
+            write(Path(file))
+        case ["measure", file, *overrides]:
+            measure(file, overrides)
+        case _:
+            main()

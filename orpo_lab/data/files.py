@@ -1,0 +1,210 @@
+"""Rows of a file, whose suffix says how they are written: JSON lines, JSON, CSV or Parquet.
+
+A row that cannot be read is yielded as its `Fault`; a file that cannot be read is a `UserError`.
+"""
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from huggingface_hub import hf_hub_download
+
+from orpo_lab.data.faults import Fault
+from orpo_lab.errors import UserError, one_line
+
+Rows = Iterator[tuple[int, Any]]
+# The number of a line counts from 1, as editors do; that of a row from 0, as pandas and datasets do
+Unit = Literal["line", "row"]
+
+# A longer line is no pair and no tree; it is not held in memory
+MAX_LINE_BYTES = 4 * 2**20
+_ON_HUB = "hf://datasets/"
+ROWS_PER_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Source:
+    """Numbered rows, or the fault of a row that cannot be read, and what to call them."""
+
+    name: str
+    unit: Unit
+    rows: Rows
+
+    def where(self, number: int) -> str:
+        """Name a row in a message."""
+        return f"{self.name}, {self.unit} {number}"
+
+
+def read_file(path: str, columns: list[str] | None) -> Source:
+    """Return a file's rows, read as they are asked for.
+
+    Args:
+        path: a file, or `hf://datasets/org/name/file` on the hub.
+        columns: the ones that are needed; None where rows are no tables (JSON lines only).
+
+    Raises:
+        UserError: the suffix is unknown; reading a row also raises it where the file cannot be
+            read on.
+    """
+    kind = "".join(Path(path).suffixes[-2:]) if path.endswith(".gz") else Path(path).suffix
+    match kind.removesuffix(".gz"):
+        case ".jsonl":
+            return Source(path, "line", guard(path, _read_json_lines(path)))
+        case ".json" if columns:
+            return Source(path, "row", guard(path, _read_json(path)))
+        case ".csv" if columns:
+            return Source(path, "line", guard(path, _read_csv(path, columns)))
+        case ".parquet" if columns and kind == ".parquet":
+            return Source(path, "row", guard(path, _read_parquet(path, columns)))
+    known = ".jsonl, .json, .csv (each also .gz) or .parquet" if columns else ".jsonl or .jsonl.gz"
+    raise UserError(f"{path}: the name must end in {known}, to say how its rows are written")
+
+
+def read_table(batches: Iterator[pa.Table]) -> Rows:
+    """Yield the rows of Arrow tables; text that is not UTF-8 is the fault of its row."""
+    number = 0
+    for batch in batches:
+        try:
+            rows: list[Any] = batch.to_pylist()
+        except UnicodeDecodeError:
+            rows = [_read_row(batch.slice(index, 1)) for index in range(len(batch))]
+        for row in rows:
+            yield number, row
+            number += 1
+
+
+def check_columns(present: list[str], wanted: list[str], name: str) -> None:
+    """Refuse a table without a column that is needed.
+
+    Raises:
+        UserError: it lacks one.
+    """
+    if missing := [one for one in wanted if one not in present]:
+        raise UserError(
+            f"{name} lacks column '{missing[0]}' (it has {', '.join(sorted(present)[:20])}); "
+            "name the right ones with dataset.columns.prompt=... (null where there is none), "
+            "dataset.columns.chosen=... and dataset.columns.rejected=..."
+        )
+
+
+def guard(name: str, rows: Rows) -> Rows:
+    """Yield the rows of a reader; what it raises, or that there are none, is a `UserError`."""
+    is_empty = True
+    try:
+        for row in rows:
+            is_empty = False
+            yield row
+    except (OSError, EOFError, zlib.error, csv.Error, pa.ArrowException, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{name} cannot be read: {one_line(error)[:200]}") from error
+    if is_empty:
+        raise UserError(f"{name} holds no rows")
+
+
+def _open(path: str) -> io.BufferedReader:
+    file = _locate(path)
+    return io.BufferedReader(gzip.open(file)) if path.endswith(".gz") else file.open("rb")
+
+
+def _locate(path: str) -> Path:
+    if not path.startswith(_ON_HUB):
+        return Path(path)
+    parts = path.removeprefix(_ON_HUB).split("/", 2)
+    if len(parts) < 3:
+        raise UserError(f"{path}: a file of the hub is named {_ON_HUB}org/name/file")
+    try:
+        return Path(hf_hub_download("/".join(parts[:2]), parts[2], repo_type="dataset"))
+    except Exception as error:  # a dozen types, from the network to the name
+        raise UserError(
+            f"{path} cannot be fetched ({one_line(error)[:200]}); check the name and the "
+            "connection to the hub, or give a local file"
+        ) from error
+
+
+def _read_json_lines(path: str) -> Rows:
+    with _open(path) as file:
+        number = 0
+        while line := file.readline(MAX_LINE_BYTES):
+            number += 1
+            if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+                size = len(line)
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(MAX_LINE_BYTES)
+                    size += len(line)
+                yield (
+                    number,
+                    Fault("oversized_row", f"is {size} bytes long, more than {MAX_LINE_BYTES}"),
+                )
+            elif line.strip():
+                yield number, _parse(line)
+
+
+def _parse(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return Fault("invalid_utf8", f"is not UTF-8: byte {error.start + 1} of the line is wrong")
+    except (ValueError, RecursionError) as error:
+        return Fault("invalid_json", f"is not JSON: {one_line(error)}")
+
+
+def _read_json(path: str) -> Rows:
+    with _open(path) as file:
+        try:
+            rows = json.loads(file.read().decode("utf-8-sig"))
+        except RecursionError as error:
+            raise UserError(f"{path} cannot be read: it is nested too deeply") from error
+    if not isinstance(rows, list):
+        raise UserError(
+            f"{path} holds no array of objects; if it has one object a line, name it .jsonl"
+        )
+    yield from enumerate(rows)
+
+
+def _read_csv(path: str, columns: list[str]) -> Rows:
+    csv.field_size_limit(2**31 - 1)  # what is too much is told of the row
+    with _open(path) as file:
+        # Bytes that are not UTF-8 become surrogates, for a row to be told from the others
+        text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
+        reader = csv.reader(text, strict=True)
+        header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise UserError(f"{path} has two columns of one name: {', '.join(header)[:200]}")
+        check_columns(header, columns, path)
+        number = reader.line_num + 1
+        for cells in reader:
+            if cells:
+                yield number, _to_row(header, cells)
+            number = reader.line_num + 1
+
+
+def _to_row(header: list[str], cells: list[str]) -> Any:
+    if len(cells) != len(header):
+        detail = f"has {len(cells)} cells, not {len(header)} as the first line has"
+        return Fault("missing_column", detail)
+    if any("\udc80" <= one <= "\udcff" for cell in cells if not cell.isascii() for one in cell):
+        return Fault("invalid_utf8", "is not UTF-8")
+    return dict(zip(header, cells, strict=True))
+
+
+def _read_parquet(path: str, columns: list[str]) -> Rows:
+    with pq.ParquetFile(_locate(path)) as file:
+        check_columns(file.schema_arrow.names, columns, path)
+        batches = file.iter_batches(ROWS_PER_BATCH, columns=columns)
+        yield from read_table(pa.Table.from_batches([batch]) for batch in batches)
+
+
+def _read_row(row: pa.Table) -> Any:
+    try:
+        return row.to_pylist()[0]
+    except UnicodeDecodeError:
+        return Fault("invalid_utf8", "is not UTF-8")

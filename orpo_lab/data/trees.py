@@ -1,0 +1,118 @@
+"""OpenAssistant's conversation trees (Köpf et al. 2023, arXiv:2304.07327) -> preference pairs.
+
+A tree is a message with `replies`, each a message again. People have ranked the assistant's replies
+to one message; two of them, differently ranked, are a pair.
+"""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+from orpo_lab.config import OasstDataset
+from orpo_lab.data.faults import Fault, Tally, quote
+from orpo_lab.data.pairs import Message, Pair
+
+_ROLES = {"prompter": "user", "assistant": "assistant"}
+
+
+class Trees:
+    """Makes pairs of trees and counts every reply of the assistant: paired, or why it is not."""
+
+    def __init__(self, config: OasstDataset) -> None:
+        self._config = config
+        self._num_replies = 0
+        self._left_out = Tally()
+
+    def pairs(self, tree: Any, number: int) -> list[Pair]:
+        """Return a tree's pairs; `number` is its line, for the count of what is left out.
+
+        Raises:
+            Fault: it is no tree, or its turns do not alternate. Then none of it is counted.
+        """
+        if not isinstance(tree, Mapping):
+            raise Fault("wrong_type", "is no tree: it is no object with a prompt")
+        pairs: list[Pair] = []
+        left_out: list[str] = []
+        num_replies = 0
+        # A prompter's message, what was said before it, and whether that is good to be read
+        stack: list[tuple[Any, list[Message], bool]] = [(tree.get("prompt"), [], True)]
+        while stack:
+            message, before, good = stack.pop()
+            asked = [*before, _said(message, "prompter")]
+            good = good and not self._flaw(message)
+            ranked: list[tuple[int, Message]] = []
+            for reply in message["replies"]:
+                answer = _said(reply, "assistant")
+                num_replies += 1
+                flaw = self._flaw(reply) if good else "below_left_out"
+                stack += [(one, [*asked, answer], not flaw) for one in reversed(reply["replies"])]
+                flaw = flaw or self._why_unranked(reply, depth=len(asked) // 2 + 1)
+                if flaw:
+                    left_out.append(flaw)
+                else:
+                    ranked.append((reply["rank"], answer))
+            chosen = self._choose(ranked)
+            pairs += [Pair(asked, [better], [worse]) for better, worse in chosen]
+            num_used = len({id(answer) for pair in chosen for answer in pair})
+            left_out += ["not_compared"] * (len(ranked) - num_used)
+        for reason in left_out:
+            self._left_out.add(reason, number)
+        self._num_replies += num_replies
+        return pairs
+
+    def _flaw(self, message: Mapping[str, Any]) -> str:
+        """Return why a message is neither to be learnt nor to be read in a prompt, if it is so."""
+        if message.get("deleted"):
+            return "deleted"
+        if message.get("review_result") is None:
+            return "unreviewed"
+        if not message["review_result"]:
+            return "failed_review"
+        languages = self._config.languages
+        return "other_language" if languages and message.get("lang") not in languages else ""
+
+    def _why_unranked(self, reply: Mapping[str, Any], depth: int) -> str:
+        if self._config.max_depth and depth > self._config.max_depth:
+            return "too_deep"
+        return "unranked" if reply.get("rank") is None else ""
+
+    def _choose(self, ranked: list[tuple[int, Message]]) -> list[tuple[Message, Message]]:
+        """Return which replies to one message make pairs, the better one first."""
+        ranked = sorted(ranked, key=lambda one: one[0])
+        match self._config.pairing:
+            case "best_worst":
+                candidates = [(ranked[0], ranked[-1])] if ranked else []
+            case "adjacent":
+                candidates = list(itertools.pairwise(ranked))
+            case _:
+                candidates = list(itertools.combinations(ranked, 2))
+        return [(one[1], other[1]) for one, other in candidates if one[0] < other[0]]
+
+    def report(self) -> dict[str, Any]:
+        """Return `num_replies`, `num_paired` and what is `left_out`; they add up."""
+        left_out = self._left_out.report()
+        num_left_out = sum(one["num"] for one in left_out.values())
+        return {
+            "num_replies": self._num_replies,
+            "num_paired": self._num_replies - num_left_out,
+            "left_out": left_out,
+        }
+
+
+def _said(message: Any, role: str) -> Message:
+    if not (
+        isinstance(message, Mapping)
+        and isinstance(message.get("text"), str)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("replies"), list)
+        and type(message.get("rank")) in (int, type(None))
+    ):
+        raise Fault(
+            "wrong_type",
+            "is no tree: a message needs a text, a role, a list of replies, and a rank or null",
+        )
+    if message["role"] != role:
+        raise Fault(
+            "turns_not_alternating", f"has {quote(message['role'])} where {role} has the turn"
+        )
+    return {"role": _ROLES[role], "content": message["text"]}

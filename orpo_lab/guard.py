@@ -1,0 +1,155 @@
+"""What Hydra may be told: names of known parts, and nothing to call.
+
+Our own groups name no callable, but Hydra has settings that do: launchers, sweepers, callbacks and
+logging handlers are called by the name that a command line or a config file gives, before a job
+sees its configuration. Hydra 1.3 keeps a list of what it refuses; here is a list of what it takes.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra._internal import hydra as hydra_internals
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import get_args_parser
+from hydra.core.plugins import Plugins
+from omegaconf import DictConfig, OmegaConf
+
+from orpo_lab.errors import UserError
+from orpo_lab.masking import mask
+
+KNOWN = {
+    "hydra.callbacks": ("orpo_lab.sweep.Start",),
+    "hydra.sweeper": ("hydra._internal.core_plugins.basic_sweeper.BasicSweeper",),
+    "hydra.launcher": (
+        "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
+        "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher",
+        "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher",
+        "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",
+    ),
+}
+# One name: made safe by `slug`, or of safe characters and the job's number
+SUBDIR = re.compile(
+    r"\$\{slug:([^/{}]|\$\{[\w.]+\})*\}|(\$\{hydra\.job\.num\}|[\w=+,-]|(?<=\w)\.(?=\w))+"
+)
+
+
+def install() -> None:
+    """Let Hydra compose and save through this module, once the flags are known to be harmless.
+
+    Raises:
+        UserError: a flag would have a pickle or a Python package loaded.
+    """
+    flags, _ = get_args_parser().parse_known_args()
+    if flags.experimental_rerun:
+        raise UserError(
+            "--experimental-rerun loads a pickle, which may run anything; give the overrides that "
+            "stand in the run's choices.yaml"
+        )
+    _check_place("--config-path", flags.config_path)
+    setattr(hydra_internals, "ConfigLoaderImpl", CheckedLoader)  # noqa: B010  (not its type)
+    (sweeper,) = KNOWN["hydra.sweeper"]
+    # Hydra imports its plugins once more: the module of that name is not the one it uses
+    module: Any = Plugins.instance().class_name_to_class[sweeper].sweep.__globals__  # type: ignore[attr-defined]
+    module["OmegaConf"] = MaskingOmegaConf
+
+
+class CheckedLoader(ConfigLoaderImpl):
+    """Hydra's way to a configuration, for runs, sweeps and each of their jobs."""
+
+    def load_configuration(self, *args: Any, **kwargs: Any) -> DictConfig:
+        """Compose as Hydra does, and check the result before anything in it is called.
+
+        Raises:
+            UserError: it names what is not known.
+        """
+        composed = super().load_configuration(*args, **kwargs)
+        check(composed)
+        return composed
+
+    def _process_config_searchpath(
+        self, config_name: str | None, parsed_overrides: Any, repo: Any
+    ) -> None:
+        """Check the places that Hydra is about to add: looking for a package imports it."""
+        primary = repo.load_config(config_path=config_name)
+        places = [OmegaConf.select(primary.config, "hydra.searchpath") if primary else None]
+        places += [
+            one.value() for one in parsed_overrides if one.get_key_element() == "hydra.searchpath"
+        ]
+        for place in places:
+            _check_place("hydra.searchpath", str(place))
+        super()._process_config_searchpath(config_name, parsed_overrides, repo)
+
+
+class MaskingOmegaConf(OmegaConf):
+    """What Hydra's sweeper writes `multirun.yaml` with: every override stands in it as typed."""
+
+    @staticmethod
+    def save(config: Any, f: Any, resolve: bool = False) -> None:
+        """Write a configuration to a file, secrets masked."""
+        plain = mask(OmegaConf.to_container(config, resolve=resolve))
+        OmegaConf.save(OmegaConf.create(plain), f)
+
+
+def check(composed: DictConfig) -> None:
+    """Refuse Hydra settings that name something to call, or write values as they are.
+
+    Raises:
+        UserError: which, and what to do instead.
+    """
+    for section, known in KNOWN.items():
+        for target in _targets(OmegaConf.select(composed, section)):
+            if target not in known:
+                raise UserError(
+                    f"{section} names {target}, and only these are called: {', '.join(known)}"
+                )
+    settings: Any = OmegaConf.to_container(composed.hydra, resolve=False)
+    for section in ("job_logging", "hydra_logging"):
+        if not isinstance(settings[section], dict) or settings[section].get("root") is not None:
+            raise UserError(
+                f"hydra.{section} may name classes to call and is not used here; leave it out: "
+                "the log goes to the terminal and to run.log"
+            )
+    job = settings["job"]
+    if set(job["env_set"]) - set(job["env_copy"]):
+        raise UserError(
+            "hydra.job.env_set may name programs to run; set environment variables in the shell"
+        )
+    if settings["output_subdir"] is not None:
+        raise UserError(
+            "hydra.output_subdir would write the configuration with its secrets; leave it out: "
+            "config.yaml and choices.yaml of the run folder have it, masked"
+        )
+    subdir = settings["sweep"]["subdir"]
+    if not SUBDIR.fullmatch(str(subdir)):
+        raise UserError(
+            f"hydra.sweep.subdir={subdir} may lead out of the sweep's folder; use one name of "
+            "letters, digits and ${hydra.job.num}, or ${slug:...}"
+        )
+    for group, option in settings["runtime"]["choices"].items():
+        if option and (".." in Path(option).parts or Path(option).is_absolute()):
+            raise UserError(
+                f"{group}={option} leads out of the folder of options; name one in it, or add a "
+                "folder of your own with --config-dir"
+            )
+
+
+def _targets(node: Any) -> Iterator[str]:
+    """Yield every `_target_` below a node, interpolations resolved as Hydra will."""
+    plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    if isinstance(plain, dict):
+        for key, value in plain.items():
+            if key == "_target_":
+                yield str(value)
+            else:
+                yield from _targets(value)
+    elif isinstance(plain, list):
+        for value in plain:
+            yield from _targets(value)
+
+
+def _check_place(key: str, place: str | None) -> None:
+    """Refuse to look for options in a Python package, which would be imported."""
+    if place and "pkg:" in place:
+        raise UserError(f"{key}={place} imports a Python package; give a folder")
