@@ -27,7 +27,7 @@ class Evil:
 
 def faults(bench: Bench) -> Iterator[Fault]:
     """Return the faults."""
-    yield Fault("a model folder with code of its own", _refuses(_own_code, "custom code"))
+    yield Fault("a model folder with code of its own", _refuses(_own_code, "code of its own"))
     yield Fault(
         "pickled weights that run a command", _refuses(_pickled_weights, "model.path=./base")
     )
