@@ -31,6 +31,8 @@ from orpo_lab.sweep import Start, Sweep
 
 # One line per failed job: Hydra's basic launcher would go on and exit 0
 failures: list[str] = []
+# What the process is asked between its jobs; while one runs, that has a stop of its own
+stop = Stop()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -39,6 +41,7 @@ def launch(composed: DictConfig) -> None:
     hydra_config = HydraConfig.get()
     folder = Path(os.path.relpath(hydra_config.runtime.output_dir))
     is_sweep = hydra_config.mode == RunMode.MULTIRUN
+    stop.check()
     try:
         run_job(composed, folder, Sweep(folder.parent) if is_sweep else None)
     except UserError as error:
@@ -163,7 +166,7 @@ def main() -> None:
     # Hydra then raises its errors as they are, and `explain` can say them in one line
     os.environ["HYDRA_FULL_ERROR"] = "1"
     codes = []
-    with Stop().listening():
+    with stop.listening():
         for part in (_run, _close):
             try:
                 codes.append(part())

@@ -2,8 +2,8 @@
 
 Loads made-up conversations with the embedded model's tokenizer, from 5,000 rows to 20,000, and
 fifty rows of which one has 100 million characters, in every kind of file. Each case has a process
-of its own. Prints a line a case: seconds of CPU time, and the peak of memory above what imports take,
-in MiB. About two minutes on one CPU core.
+of its own. Prints a line a case: seconds of CPU time, and the peak of memory above what imports
+take, in MiB. About two minutes on one CPU core.
 """
 
 import gzip
@@ -21,6 +21,7 @@ import datasets
 from hydra import compose, initialize_config_dir
 
 from orpo_lab import config, data, model
+from orpo_lab.errors import UserError
 from orpo_lab.quiet import silence_upstream
 
 ROOT = Path(__file__).parents[1]
@@ -83,14 +84,20 @@ def measure(file: str, overrides: list[str]) -> None:
     tokenizer = model.load_tokenizer(loaded.model, model.load_config(loaded.model))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.process_time()
-    report = data.load(loaded.dataset, tokenizer).report["train"]
+    try:
+        report = data.load(loaded.dataset, tokenizer).report["train"]
+        outcome = {
+            "num_kept": report["num_kept"],
+            "dropped": {fault: one["num"] for fault, one in report["dropped"].items()},
+        }
+    except UserError as error:
+        outcome = {"refused": str(error).split("/")[-1]}
     result = {
         "file": Path(file).name,
         "overrides": [one for one in overrides if one not in SHARED],
         "cpu_seconds": round(time.process_time() - start, 2),
         "peak_mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024,
-        "num_kept": report["num_kept"],
-        "dropped": {fault: one["num"] for fault, one in report["dropped"].items()},
+        **outcome,
     }
     print(json.dumps(result), flush=True)
 

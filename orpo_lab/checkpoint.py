@@ -124,6 +124,9 @@ def rotate(place: RunFolder, num_checkpoints: int) -> None:
 
 def remove(path: Path) -> None:
     """Delete a checkpoint; if that is cut short, what is left is no checkpoint."""
+    if not path.is_dir():
+        path.unlink()
+        return
     (path / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(path)
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from orpo_lab.config import Config, Lora
 from orpo_lab.data import Data
+from orpo_lab.errors import UserError, one_line
 from orpo_lab.evaluate import Evaluation
 from orpo_lab.masking import mask
 from orpo_lab.plot import draw_training
@@ -95,7 +97,10 @@ def save_final(
     """Save the adapter or the model, its tokenizer and a model card to `final/`."""
     part = place.path / "final.part"
     model.config.use_cache = True
-    model.save_pretrained(part)
+    try:
+        model.save_pretrained(part)
+    except SafetensorError as error:  # its own, for what the operating system says
+        raise UserError(f"{part} cannot be written: {one_line(error)}") from error
     tokenizer.save_pretrained(part)
     (part / "README.md").write_text(model_card(place, config, summary), encoding="utf-8")
     put_in_place(part, place.path / "final")

@@ -68,7 +68,10 @@ def train(
         resume = AUTO if sweep else config.resume
         record = place.begin(config, choices, overrides, resume=resume)
         with _status_kept(place):
-            return _train(config, place, record, sweep, stop)
+            result = _train(config, place, record, sweep, stop)
+        if sweep:
+            stop.check()
+        return result
 
 
 def _train(
@@ -106,6 +109,7 @@ def _train(
         checkpointing = config.train.gradient_checkpointing
         network = attach(network, config.optimizer, gradient_checkpointing=checkpointing)
     engine.check(config, network, dtype)
+    stop.check()
 
     run = tracker.start(
         config.tracker,
@@ -120,6 +124,7 @@ def _train(
         # Evaluation, training, evaluation
         measure = partial(evaluate, network, tokenizer, pairs, config.dataset, dtype=dtype)
         before = _measure_before(config, measure, sweep)
+        stop.check()
         stats = trainer.fit(
             config,
             model=network,
@@ -133,6 +138,8 @@ def _train(
             stop=stop,
         )
         after = measure(desc="after")
+        stop.check()
+        stop.waits = True
 
         # What the run leaves, in its folder and in the tracker
         summary = report.summarize(before, after, stats, pairs, place)
@@ -229,10 +236,12 @@ def _status_kept(place: RunFolder) -> Iterator[None]:
     try:
         yield
     except Stopped as error:
+        place.drop_results()
         place.set_status("stopped", error.reason, exit_code=error.exit_code)
         raise
     except BaseException as error:
         with suppress(OSError):  # a full disk does not take that either
+            place.drop_results()
             place.set_status("failed", one_line(f"{type(error).__name__}: {error}"), exit_code=1)
         raise
     place.set_status("finished", exit_code=0)

@@ -92,7 +92,12 @@ class RunFolder:
                 f"{self.path} holds a run already; choose another with hydra.run.dir, or go on "
                 "with it by resume=auto"
             )
-        before = flat(self.read_yaml("config.yaml")) | self._kinds()
+        if not self.segments():
+            raise UserError(
+                f"{self._file('segments.json')} is missing, and with it what this run was; put it "
+                "back, or start a new run"
+            )
+        before = flat(self.read_yaml("config.yaml")) | self.segments()[-1]["kinds"]
         now = flat(resolved) | kinds(config)
         changes = {
             key: [before.get(key), now.get(key)]
@@ -119,10 +124,6 @@ class RunFolder:
         """Return what `segments.json` says: the starts of this run, the first one included."""
         return self._parse("segments.json", json.loads) or []
 
-    def _kinds(self) -> dict[str, str]:
-        segments = self.segments()
-        return segments[-1]["kinds"] if segments else {}
-
     def has_finished(self, config: Config) -> bool:
         """Return whether this very run ended well: there is nothing to go on with."""
         status = self.status()
@@ -134,16 +135,16 @@ class RunFolder:
 
     def start_over(self) -> None:
         """Take away what an earlier start left that never came to a checkpoint."""
-        self._drop_results()
+        self.drop_results()
         self._file("metrics.jsonl").unlink(missing_ok=True)
 
     def go_on(self, metrics_bytes: int) -> None:
         """Cut `metrics.jsonl` back to a checkpoint; the lines after it are written again."""
-        self._drop_results()
+        self.drop_results()
         os.truncate(self._file("metrics.jsonl"), metrics_bytes)
 
-    def _drop_results(self) -> None:
-        """Take away results: until this run ends again there are none."""
+    def drop_results(self) -> None:
+        """Take away results, which a run that has not finished does not have."""
         for name in ("summary.json", "scores.parquet"):
             self._file(name).unlink(missing_ok=True)
         for name in ("final", "final.part"):
@@ -162,10 +163,13 @@ class RunFolder:
         except Timeout:
             yield False
             return
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written to: {one_line(error)}") from error
         try:
             yield True
         finally:
-            self._file(".lock").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it has become read-only
+                self._file(".lock").unlink(missing_ok=True)
             lock.release()
 
     def _file(self, name: str) -> Path:

@@ -29,7 +29,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class Stop:
-    """What a run has been asked. While it trains, a first request lets the step end.
+    """What a run has been asked. While it `waits`, a first signal does not interrupt it.
 
     Args:
         max_hours: hours from now after which no further step begins; None: no such budget.
@@ -37,7 +37,8 @@ class Stop:
 
     def __init__(self, max_hours: float | None = None) -> None:
         self.deadline = math.inf if max_hours is None else time.monotonic() + 3600 * max_hours
-        self.is_training = False
+        self.waits = False
+        """Whether what is being done now is finished first: a step, or the writing of results."""
         self.signal = ""
         """The first that was received."""
 
@@ -65,5 +66,14 @@ class Stop:
         if self.signal:
             raise Stopped(f"{self.signal}, then {name}", 128 + number)
         self.signal = name
-        if not self.is_training:
+        if not self.waits:
             raise Stopped(name)
+
+    def check(self) -> None:
+        """Stop here, if asked to: Python drops what is raised while it runs a finalizer.
+
+        Raises:
+            Stopped: a signal was received.
+        """
+        if self.signal:
+            raise Stopped(self.signal)

@@ -230,7 +230,8 @@ class Start(Callback):
                 config.hydra.overrides.hydra.append(f"hydra.sweep.dir={folder}")
         # Jobs are told apart by what is swept; what all have in common would only be long
         parsed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
-        common = [one.key_or_group for one in parsed if not one.is_sweep_override()]
+        swept = {one.key_or_group for one in parsed if one.is_sweep_override()}
+        common = [one.key_or_group for one in parsed if one.key_or_group not in swept]
         excluded = f"hydra.job.config.override_dirname.exclude_keys=[{','.join(common)}]"
         config.hydra.overrides.hydra.append(excluded)
         folder.mkdir(parents=True, exist_ok=True)

@@ -110,7 +110,7 @@ def fit(
 
     meter.start()
     try:
-        trainer.train(resume_from_checkpoint=str(start.path) if start else None)
+        num_taken = _train(trainer, start, num_steps)
     except UnpicklingError as error:  # torch reads nothing but tensors and plain values
         assert start is not None
         raise UserError(
@@ -118,13 +118,14 @@ def fit(
             f"({one_line(error)[:100]}); do not trust this folder"
         ) from error
     finally:
-        stop.is_training = False
+        stop.waits = False
     spent = meter.spent()
-    if reason := stopper.reason or stop.signal:
-        raise Stopped(reason)
-    pairs = trainer.state.global_step * config.train.batch_size
+    if stopper.reason:
+        raise Stopped(stopper.reason)
+    stop.check()
+    pairs = num_taken * config.train.batch_size
     return TrainStats(
-        steps=trainer.state.global_step,
+        steps=num_taken,
         wall_seconds=spent.wall_seconds,
         tokens_per_second=pairs * _mean_tokens(data) / spent.wall_seconds,
         pairs_per_second=pairs / spent.wall_seconds,
@@ -133,6 +134,16 @@ def fit(
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         galore_memory_bytes=optimizer.memory() if isinstance(optimizer, GaLore) else None,
     )
+
+
+def _train(trainer: Any, start: Checkpoint | None, num_steps: int) -> int:
+    """Train to the end, and return the steps that the weights have taken."""
+    if start is not None and start.step >= num_steps:
+        # transformers takes a step before it asks whether it was the last one
+        trainer._load_from_checkpoint(str(start.path))
+        return start.step
+    trainer.train(resume_from_checkpoint=str(start.path) if start else None)
+    return trainer.state.global_step
 
 
 def _whole_batches(pairs: datasets.Dataset, batch_size: int) -> datasets.Dataset:
@@ -183,8 +194,8 @@ def arguments(config: Config, folder: Path, dtype: torch.dtype) -> dict[str, Any
         "use_cpu": not torch.cuda.is_available(),
         "logging_steps": train.logging_steps,
         "logging_first_step": True,
-        # It would log the last good loss in place of NaN; the guard stops instead
-        "logging_nan_inf_filter": False,
+        # It leaves NaN out of the mean that is logged; where the guard stops, none must be hidden
+        "logging_nan_inf_filter": train.on_nonfinite == "skip",
         "eval_strategy": "steps" if train.eval_steps else "no",
         "eval_steps": train.eval_steps,
         "save_strategy": "steps" if train.save_steps else "no",
@@ -249,6 +260,7 @@ class MetricsCallback(TrainerCallback):
     ) -> None:
         self.trainer, self.optimizer, self.meter = trainer, optimizer, meter
         self.place, self.log_to = place, log_to
+        self.num_skipped = meter.num_skipped
         self.bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -270,10 +282,11 @@ class MetricsCallback(TrainerCallback):
             metrics["beta"] = self.trainer.beta
             if isinstance(self.optimizer, GaLore) and self.optimizer.grad_norm is not None:
                 metrics["grad_norm"] = self.optimizer.grad_norm.item()
-            if self.meter.num_skipped:
-                # The means of an interval with a skipped step are not finite
-                metrics = {key: one for key, one in metrics.items() if math.isfinite(one)}
-                metrics["skipped_steps"] = self.meter.num_skipped
+            if self.meter.num_skipped > self.num_skipped:
+                # Of an interval with a skipped step there are no means over all its pairs
+                finite = {key: one for key, one in metrics.items() if math.isfinite(one)}
+                metrics = {key: one for key, one in finite.items() if key != "loss"}
+                self.num_skipped = metrics["skipped_steps"] = self.meter.num_skipped
         self.place.append_metrics(state.global_step, metrics)
         self.log_to.log(state.global_step, metrics)
         shown = {key: f"{metrics[key]:.3f}" for key in self.SHOWN if key in metrics}
@@ -296,7 +309,7 @@ class StopCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """From now on a request waits for the end of a step."""
-        self.stop.is_training = True
+        self.stop.waits = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save, and stop."""
@@ -415,6 +428,7 @@ class NonFiniteGuard(TrainerCallback):
             else:
                 take_step(*args, **kwargs)
 
+        step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # and torch is content
         optimizer.step = step
 
     def is_skipping(self) -> bool:

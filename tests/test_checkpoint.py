@@ -377,3 +377,12 @@ def test_two_processes_do_not_share_a_run_folder(tmp_path: Path, launch: Launch)
         assert is_free
         done = launch(*RUN, "hydra.run.dir=run", expect=1)
     assert "another process is running in run" in done.stderr
+
+
+def test_a_run_that_has_taken_its_last_step_takes_no_other(
+    finished: Path, tmp_path: Path, launch: Launch
+) -> None:
+    place = copy(finished, tmp_path)
+    done = launch(*RUN, "resume=run")
+    assert "resuming from step 6" in done.stdout
+    assert_same(finished, place.path)

@@ -354,14 +354,19 @@ def test_an_online_run_sends_no_secret(launch: Launch, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        [*HUB, "dataset.path=https://me:mypassword1@127.0.0.1:9/x"],
-        ["model=hub", f"model.path=org/{TOKENS['Hugging Face']}"],
-        [*OWN_ROWS, f"dataset.train_path=x/{TOKENS['AWS']}"],
         [f"betta={TOKENS['Google']}"],
         [f"beta={TOKENS['Google']}"],
         [f"+{TOKENS['GitLab']}=1"],
         [f"optimizer={TOKENS['GitLab']}"],
         ["beta=-1", f"name={TOKENS['GitLab']}"],
+        *(
+            pytest.param(started, marks=pytest.mark.slow)
+            for started in (
+                [*HUB, "dataset.path=https://me:mypassword1@127.0.0.1:9/x"],
+                [*OWN_ROWS, f"dataset.train_path=x/{TOKENS['AWS']}"],
+                ["model=hub", f"model.path=org/{TOKENS['Hugging Face']}"],
+            )
+        ),
     ],
     ids=lambda value: value[-1].split("=")[0],
 )

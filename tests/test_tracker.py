@@ -268,6 +268,32 @@ def test_a_resumed_run_has_no_gap_and_no_step_twice(server: WandbServer, tmp_pat
     assert [line["loss"] for line in arrived["history"]][-1] == 1 / 12
 
 
+def test_offline_segments_of_a_resumed_run_sync_into_one(
+    server: WandbServer, tmp_path: Path
+) -> None:
+    first = start(tmp_path, mode="offline")
+    for step in range(1, 7):
+        first.log(step, {"loss": 1 / step})
+    first.finish(75)
+    second = start(
+        tmp_path, mode="offline", history=[{"step": n, "loss": 1 / n} for n in range(1, 5)]
+    )
+    for step in range(5, 9):
+        second.log(step, {"loss": 1 / step})
+    second.finish(0)
+    for segment in sorted(tmp_path.glob("wandb/offline-run-*")):
+        subprocess.run(
+            ["wandb", "sync", str(segment)],
+            check=True,
+            capture_output=True,
+            cwd=tmp_path,
+            env={**os.environ, "PATH": _path(), "WANDB_MODE": "online"},
+        )
+    (arrived,) = server.runs.values()
+    assert [line["_step"] for line in arrived["history"]] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert arrived["exit_code"] == 0
+
+
 @pytest.mark.parametrize("illness", ["errors", "waits", "dies"])
 def test_a_server_that_falls_ill_in_mid_run_does_not_stop_it(
     server: WandbServer, tmp_path: Path, illness: str

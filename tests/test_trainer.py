@@ -195,7 +195,7 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_capped(
         assert (stats.steps, stats.skipped_steps) == (5, 2)
         lines = place.metrics()
         assert ["loss" in line for line in lines] == [True, False, False, True, True]
-        assert [line.get("skipped_steps") for line in lines] == [None, 1, 2, 2, 2]
+        assert [line.get("skipped_steps") for line in lines] == [None, 1, 2, None, None]
         after = network.state_dict()
         assert all(torch.isfinite(one).all() for one in after.values() if one.is_floating_point())
         assert any(not torch.equal(after[key], before[key]) for key in before)

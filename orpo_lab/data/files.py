@@ -171,7 +171,8 @@ def _read_json(path: str) -> Rows:
 
 
 def _read_csv(path: str, columns: list[str]) -> Rows:
-    csv.field_size_limit(2**31 - 1)  # what is too much is told of the row
+    # Above it the file is refused: where such a field ends is not told without holding it
+    csv.field_size_limit(MAX_LINE_BYTES)
     with _open(path) as file:
         # Bytes that are not UTF-8 become surrogates, for a row to be told from the others
         text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
@@ -181,10 +182,13 @@ def _read_csv(path: str, columns: list[str]) -> Rows:
             raise UserError(f"{path} has two columns of one name: {', '.join(header)[:200]}")
         check_columns(header, columns, path)
         number = reader.line_num + 1
-        for cells in reader:
-            if cells:
-                yield number, _to_row(header, cells)
-            number = reader.line_num + 1
+        try:
+            for cells in reader:
+                if cells:
+                    yield number, _to_row(header, cells)
+                number = reader.line_num + 1
+        except csv.Error as error:
+            raise UserError(f"{path}, line {number}, cannot be read: {one_line(error)}") from error
 
 
 def _to_row(header: list[str], cells: list[str]) -> Any:

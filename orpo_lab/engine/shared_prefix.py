@@ -6,6 +6,7 @@ depend on the packing.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +26,7 @@ from orpo_lab.data import Data
 from orpo_lab.engine import attention
 from orpo_lab.engine.head import add_scoring
 from orpo_lab.engine.packing import Collator
-from orpo_lab.errors import UserError, one_line
+from orpo_lab.errors import NonFiniteError, UserError, one_line
 from orpo_lab.loss import Losses, orpo, supervised
 
 # Tokens of a micro-batch below which its fixed costs show
@@ -235,6 +236,11 @@ def check(model: Any, dtype: torch.dtype) -> None:
         ) from error
     finally:
         base.train(was_training)
+    if not math.isfinite(apart):
+        raise NonFiniteError(
+            f"{name} predicts nothing finite (a mean log-probability is {apart}) before it is "
+            "trained: its weights are damaged, or model.dtype is too narrow for them"
+        )
     if not apart < MAX_APART[dtype]:
         raise UserError(
             f"engine=shared_prefix cannot train {name}: a pair read as one row and as two "
