@@ -66,6 +66,24 @@ def survived(
     return Outcome(Verdict.SURVIVED)
 
 
+def told(done: Done, says: str, code: int = 1) -> Outcome:
+    """Judge what a run that was refused or stopped has told.
+
+    Args:
+        done: how it ended.
+        says: what its one line is to say, a regular expression.
+        code: the exit code to expect.
+    """
+    if done.code != code:
+        return silent(f"exit code {_code(done)} instead of {code}: {_end(done.stderr)}")
+    lines = done.stderr.strip().splitlines()
+    if len(lines) != 1 or not re.match("error: |stopped", lines[0]):
+        return silent(f"stderr is not one line of the lab's: {_end(done.stderr)}")
+    if not re.search(says, lines[0]):
+        return silent(f"it says something else than /{says}/: {lines[0]}")
+    return Outcome(Verdict.REFUSED)
+
+
 def refused(
     done: Done,
     run: Path,
@@ -75,7 +93,7 @@ def refused(
     untouched: dict[str, str] | None = None,
     states: tuple[str, ...] = ("failed", "stopped"),
 ) -> Outcome:
-    """Judge a run that should have been refused, or stopped.
+    """Judge what a run that was refused or stopped has told, and left.
 
     Args:
         done: how it ended.
@@ -85,24 +103,20 @@ def refused(
         untouched: `contents` of the folder before, where it held a run already.
         states: what `status.json` may say.
     """
-    if done.code != code:
-        return silent(f"exit code {_code(done)} instead of {code}: {_end(done.stderr)}")
-    lines = done.stderr.strip().splitlines()
-    if len(lines) != 1 or not re.match("error: |stopped", lines[0]):
-        return silent(f"stderr is not one line of the lab's: {_end(done.stderr)}")
-    if not re.search(says, lines[0]):
-        return silent(f"it says something else than /{says}/: {lines[0]}")
+    outcome = told(done, says, code)
+    if outcome.verdict != Verdict.REFUSED:
+        return outcome
     if untouched is not None:
         now = contents(run)
         changed = sorted(name for name in now | untouched if now.get(name) != untouched.get(name))
-        return silent(f"changed: {', '.join(changed)}") if changed else Outcome(Verdict.REFUSED)
+        return silent(f"changed: {', '.join(changed)}") if changed else outcome
     if (run / "final").exists():
         return silent("there is a final model")
     if (run / "summary.json").exists():
         return silent("there is a summary")
     if run.exists() and status(run) not in states:
         return silent(f"status.json says {status(run)}")
-    return Outcome(Verdict.REFUSED)
+    return outcome
 
 
 def newest_sealed(run: Path) -> int | None:

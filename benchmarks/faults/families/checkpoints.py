@@ -6,14 +6,13 @@ both damaged begin anew, and say what it rejects and why.
 
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.faults.bench import UNTRACKED, Bench, Fault
 from benchmarks.faults.families.kills import OPTIMIZERS
-from benchmarks.faults.families.security import Evil, unharmed_by_code
+from benchmarks.faults.families.security import evil, unharmed_by_code
 from benchmarks.faults.judge import Outcome, contents, refused, silent
 
 ALL_KEPT = "train.num_checkpoints=9"
@@ -166,7 +165,7 @@ def _evil(name: str) -> Callable[[Bench], Outcome]:
     def happen(bench: Bench) -> Outcome:
         run = bench.killed_in_step_6(*settings())
         checkpoint = run / "checkpoints" / "checkpoint-4"
-        (checkpoint / name).write_bytes(pickle.dumps(Evil(bench.folder)))
+        (checkpoint / name).write_bytes(evil(bench.folder))
         manifest = json.loads((checkpoint / "manifest.json").read_text())
         manifest["files"][name] = contents(checkpoint)[name]
         (checkpoint / "manifest.json").write_text(json.dumps(manifest))

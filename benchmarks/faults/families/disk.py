@@ -13,10 +13,11 @@ from pathlib import Path
 
 from benchmarks.faults import events, inside
 from benchmarks.faults.bench import UNTRACKED, Bench, Fault
-from benchmarks.faults.judge import Outcome, Verdict, newest_sealed, refused
+from benchmarks.faults.judge import Outcome, Verdict, newest_sealed, refused, told
 from benchmarks.faults.processes import Done
 
 RUN = "hydra.run.dir=run"
+SAYS = "cannot be written"
 KEPT = (*UNTRACKED, "train.num_checkpoints=9")
 WHEN = {
     "as the run begins": ("open", "config.yaml.part", 1),
@@ -96,21 +97,25 @@ def _in_trouble(
             if at is None:
                 begin(run)
             done = bench.run(*KEPT, RUN, prepare=watch)
+            # What cannot be written to keeps what it held, its status too
+            outcome = told(done, SAYS) if begin is make_read_only else _full(done, run)
             end(run)
-            return _gone_on_with(bench, done)
+            return _gone_on_with(bench, outcome)
 
     return happen
 
 
 def _too_large(bench: Bench) -> Outcome:
     done = bench.run(*KEPT, RUN, prepare=partial(inside.limit_file_size, 200_000))
-    return _gone_on_with(bench, done)
+    return _gone_on_with(bench, refused(done, bench.path("run"), SAYS))
 
 
-def _gone_on_with(bench: Bench, done: Done) -> Outcome:
-    # What cannot be written to cannot be given a status either
-    states = ("failed", "running", "missing")
-    outcome = refused(done, bench.path("run"), "cannot be written", states=states)
+def _full(done: Done, run: Path) -> Outcome:
+    """Judge a run whose disk had no room for its status either."""
+    return refused(done, run, SAYS, states=("failed", "running", "missing"))
+
+
+def _gone_on_with(bench: Bench, outcome: Outcome) -> Outcome:
     if outcome.verdict != Verdict.REFUSED:
         return outcome
     return bench.resumed(*KEPT, step=newest_sealed(bench.path("run")))

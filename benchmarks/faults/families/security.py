@@ -25,6 +25,11 @@ class Evil:
         return os.system, (f"touch {self._mark}",)
 
 
+def evil(folder: Path) -> bytes:
+    """Return a pickle that runs a command, in the protocol that torch writes."""
+    return pickle.dumps(Evil(folder), protocol=2)
+
+
 def faults(bench: Bench) -> Iterator[Fault]:
     """Return the faults."""
     yield Fault("a model folder with code of its own", _refuses(_own_code, "code of its own"))
@@ -71,7 +76,7 @@ def _own_code(bench: Bench) -> None:
 
 def _pickled_weights(bench: Bench) -> None:
     bench.path("base/model.safetensors").unlink()
-    bench.path("base/pytorch_model.bin").write_bytes(pickle.dumps(Evil(bench.folder)))
+    bench.path("base/pytorch_model.bin").write_bytes(evil(bench.folder))
 
 
 def _evil_template(bench: Bench) -> None:
