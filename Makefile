@@ -20,7 +20,7 @@ run: install
 	@$(BIN)/python launch.py $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadscope
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

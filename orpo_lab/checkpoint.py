@@ -107,9 +107,23 @@ def newest_valid(place: RunFolder) -> Checkpoint | None:
         fault, manifest = _inspect(path, place)
         if not fault:
             made, spent = Made(**manifest["made"]), Spent(**json.loads(manifest["spent"]))
+            _say_other_versions(manifest["versions"])
             return Checkpoint(path, made, spent, manifest["metrics"]["bytes"])
         log.warning("%s rejected: %s", path.name, fault)
     return None
+
+
+def _say_other_versions(before: dict[str, str]) -> None:
+    now = versions()
+    other = [
+        f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]
+    ]
+    if other:
+        log.warning(
+            "the checkpoint was made with other versions (%s): going on is no longer bit for bit "
+            "what an uninterrupted run would be",
+            ", ".join(other),
+        )
 
 
 def rotate(place: RunFolder, num_checkpoints: int) -> None:

@@ -217,7 +217,7 @@ def compare(runs: Sequence[Run], margins: dict[str, float]) -> Comparison:
         accuracy=accuracy,
         qualities=qualities,
         verdict=decide(accuracy, qualities),
-        warnings=_warnings(settings, accuracy, qualities),
+        warnings=[*_changed(complete), *_warnings(settings, accuracy, qualities)],
     )
 
 
@@ -297,6 +297,17 @@ def _warnings(
                 f"{best.name}, the best in {qualities[0].name}"
             )
     return said
+
+
+def _changed(runs: Sequence[Run]) -> list[str]:
+    """Say which runs were not trained throughout by the configuration they are listed under."""
+    changed = []
+    for run in runs:
+        assert run.summary is not None
+        keys = sorted({key for start in run.summary.get("changes", []) for key in start})
+        if keys:
+            changed.append(f"{run.folder.name} was resumed with changes of {', '.join(keys)}")
+    return changed
 
 
 def _length(setting: Setting) -> float:

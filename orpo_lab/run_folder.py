@@ -161,6 +161,8 @@ class RunFolder:
         try:
             lock.acquire(blocking=False)
         except Timeout:
+            if not self._file(".lock").exists():
+                raise UserError(f"{self.path} cannot be written to") from None
             yield False
             return
         except OSError as error:
@@ -226,12 +228,12 @@ class RunFolder:
         self.write("status.json", json.dumps(status | {"reason": mask(reason)}, indent=2) + "\n")
 
     def status(self) -> dict[str, Any]:
-        """Return `status.json`; before there is one, the run has not begun."""
+        """Return `status.json`; the state is missing before there is one, or damaged."""
         none = {"state": "missing", "reason": "", "exit_code": None}
         try:
             return self._parse("status.json", json.loads) or none
         except UserError as error:
-            return none | {"reason": str(error)}
+            return none | {"state": "damaged", "reason": str(error)}
 
     def append_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Append a line to `metrics.jsonl`."""

@@ -223,6 +223,15 @@ def test_the_report_opens_in_a_browser_without_a_request(write: Write, tmp_path:
     assert [url for url in asked if not re.search("google|gstatic|chrome", url)] == []
 
 
+def test_a_run_that_was_resumed_differently_is_named(write: Write) -> None:
+    folder = write("0")
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["changes"] = [{}, {"beta": [0.1, 0.5]}]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    compared = compare_sweep(folder.parent)
+    assert "0 was resumed with changes of beta" in compared.warnings
+
+
 @pytest.mark.parametrize("other", [{"held_out": "other"}, {"num_generations": 10}])
 def test_different_held_out_pairs_are_refused(write: Write, other: dict[str, Any]) -> None:
     write("0")
@@ -231,11 +240,20 @@ def test_different_held_out_pairs_are_refused(write: Write, other: dict[str, Any
         compare_sweep(folder)
 
 
-@pytest.mark.parametrize("name", ["summary.json", "choices.yaml", "scores.parquet", "status.json"])
-def test_a_damaged_run_folder_is_one_clear_line(write: Write, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        *[
+            (name, "0 cannot be read as a run folder")
+            for name in ("summary.json", "choices.yaml", "scores.parquet")
+        ],
+        ("status.json", r"no run has finished with scores to compare \(0: damaged\)"),
+    ],
+)
+def test_a_damaged_run_folder_is_one_clear_line(write: Write, name: str, said: str) -> None:
     folder = write("0")
     (folder / name).write_bytes(b"{ \x00")
-    with pytest.raises(UserError, match="0 cannot be read as a run folder"):
+    with pytest.raises(UserError, match=said):
         compare_sweep(folder.parent)
 
 

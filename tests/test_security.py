@@ -245,6 +245,7 @@ OWN_ROWS = (
     "dataset=jsonl",
     "dataset.train_path=rows.jsonl",
     "dataset.eval_path=rows.jsonl",
+    "dataset.faults.leaked_prompt=keep",
     "dataset.max_length=250",
     "dataset.max_prompt_length=150",
 )

@@ -26,6 +26,7 @@ Unit = Literal["line", "row"]
 
 # A longer line is no pair and no tree; it is not held in memory
 MAX_LINE_BYTES = 4 * 2**20
+_HINT = "if it has one object a line, name it .jsonl"
 _ON_HUB = "hf://datasets/"
 ROWS_PER_BATCH = 256
 
@@ -163,10 +164,10 @@ def _read_json(path: str) -> Rows:
             rows = json.loads(file.read().decode("utf-8-sig"))
         except RecursionError as error:
             raise UserError(f"{path} cannot be read: it is nested too deeply") from error
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} cannot be read: {one_line(error)}; {_HINT}") from error
     if not isinstance(rows, list):
-        raise UserError(
-            f"{path} holds no array of objects; if it has one object a line, name it .jsonl"
-        )
+        raise UserError(f"{path} holds no array of objects; {_HINT}")
     yield from enumerate(rows)
 
 
