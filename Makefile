@@ -1,11 +1,14 @@
 # make run [ARGS="optimizer=galore beta=0.2"]   the main job, on the embedded default
 # make test                                     the quick tests
 # make check                                    what CI runs, less the slow tests
+# make faults [FAULTS="--family kills"]         make every fault happen and judge what comes of it
+# make ckpt-chaos                               have an outside judge kill runs while they save
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
+FAULTS ?=
 
-.PHONY: install run test test-slow check lint tiny audit
+.PHONY: install run test test-slow check lint tiny audit faults ckpt-chaos
 install: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -41,3 +44,10 @@ audit: install
 # Make the embedded model again (about eight minutes on two cores)
 tiny: install
 	$(BIN)/python -m orpo_lab.tiny.make
+
+# Needs root for its disks (about 20 minutes on two cores)
+faults: install
+	@$(BIN)/python -m benchmarks.faults $(FAULTS)
+
+ckpt-chaos: install
+	@benchmarks/ckpt_chaos.sh

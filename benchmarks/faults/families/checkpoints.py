@@ -1,0 +1,203 @@
+"""Checkpoints and run folders that are damaged: by a disk, a copy cut short, a hand.
+
+A run with the checkpoints 2 and 4 was killed in step 6. With 4 damaged it must go on from 2, with
+both damaged begin anew, and say what it rejects and why.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from benchmarks.faults.bench import UNTRACKED, Bench, Fault
+from benchmarks.faults.families.kills import OPTIMIZERS
+from benchmarks.faults.families.security import evil, unharmed_by_code
+from benchmarks.faults.judge import Outcome, contents, refused, silent
+
+ALL_KEPT = "train.num_checkpoints=9"
+Harm = Callable[[Path], object]
+
+
+def settings(optimizer: str = "qlora") -> tuple[str, ...]:
+    """Return the command line of the runs whose checkpoints are damaged."""
+    return (*UNTRACKED, *OPTIMIZERS[optimizer], ALL_KEPT)
+
+
+def _flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def _halve(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def _empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+HARMS: dict[str, Harm] = {
+    "missing": Path.unlink,
+    "cut to half": _halve,
+    "empty": _empty,
+    "of one other bit": _flip_a_bit,
+}
+FILES = (
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "trainer_state.json",
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "manifest.json",
+)
+
+
+def faults(bench: Bench) -> Iterator[Fault]:
+    """Return the faults."""
+    for file in FILES:
+        for name, harm in HARMS.items():
+            yield Fault(f"{file} {name}", _damaged(harm, file))
+    for optimizer in ("galore", "adamw"):
+        for file in ("optimizer.pt", "model.safetensors"):
+            name = f"{file} of one other bit, {optimizer}"
+            yield Fault(name, _damaged(_flip_a_bit, file, optimizer))
+    yield Fault("a file too many", _damaged(Path.touch, "more.bin"))
+    yield Fault("checkpoint 2 under the name of 4", _renamed)
+    yield Fault("a checkpoint of another run", _of_another_run)
+    yield Fault("a file in place of the checkpoint", _a_file_instead)
+    yield Fault("every checkpoint damaged", _all_damaged)
+    yield Fault("every checkpoint damaged, resume=FOLDER", _all_damaged_and_named)
+    yield Fault("no checkpoint, resume=FOLDER", _none_and_named)
+    for name in ("optimizer.pt", "rng_state.pth"):
+        yield Fault(f"a pickle that runs a command, sealed, as {name}", _evil(name))
+
+    last_line_torn: Harm = lambda run: os.truncate(  # noqa: E731
+        run / "metrics.jsonl", (run / "metrics.jsonl").stat().st_size - 9
+    )
+    yield Fault("metrics.jsonl torn in its last line", _folder_damaged(last_line_torn, step=4))
+    harm = _in_folder(Path.unlink, "metrics.jsonl")
+    yield Fault("metrics.jsonl missing", _folder_damaged(harm, step=None))
+    yield Fault("metrics.jsonl with another first line", _folder_damaged(_other_line, step=None))
+    for name, one in HARMS.items():
+        if name == "of one other bit":
+            continue  # what people read has no checksum
+        harm = _in_folder(one, "status.json")
+        yield Fault(f"status.json {name}", _folder_damaged(harm, step=4))
+        yield Fault(f"segments.json {name}", _folder_refused(one, "segments.json"))
+    not_yaml: Harm = lambda file: file.write_text("beta: [0.1")  # noqa: E731
+    yield Fault("config.yaml that is not YAML", _folder_refused(not_yaml, "config.yaml"))
+    harm = _in_folder(Path.unlink, "config.yaml")
+    yield Fault("config.yaml missing", _folder_damaged(harm, step=4))
+    harm = _in_folder(Path.unlink, "run.log")
+    yield Fault("run.log missing", _folder_damaged(harm, step=4))
+
+
+def _damaged(harm: Harm, file: str, optimizer: str = "qlora") -> Callable[[Bench], Outcome]:
+    def happen(bench: Bench) -> Outcome:
+        arguments = settings(optimizer)
+        run = bench.killed_in_step_6(*arguments)
+        harm(run / "checkpoints" / "checkpoint-4" / file)
+        return _rejecting(bench, bench.resumed(*arguments, step=2), "checkpoint-4")
+
+    return happen
+
+
+def _rejecting(bench: Bench, outcome: Outcome, *names: str) -> Outcome:
+    """Return the outcome, if what was rejected is named with the reason in the run's log."""
+    log = bench.path("run/run.log").read_text()
+    unsaid = [name for name in names if f"{name} rejected: " not in log]
+    return silent(f"not said to be rejected: {unsaid}") if unsaid else outcome
+
+
+def _renamed(bench: Bench) -> Outcome:
+    checkpoints = bench.killed_in_step_6(*settings()) / "checkpoints"
+    shutil.rmtree(checkpoints / "checkpoint-4")
+    (checkpoints / "checkpoint-2").rename(checkpoints / "checkpoint-4")
+    return _rejecting(bench, bench.resumed(*settings(), step=None), "checkpoint-4")
+
+
+def _of_another_run(bench: Bench) -> Outcome:
+    run = bench.killed_in_step_6(*settings(), "beta=0.5")
+    run.rename(bench.path("other"))
+    run = bench.killed_in_step_6(*settings())
+    shutil.rmtree(run / "checkpoints" / "checkpoint-4")
+    shutil.copytree(bench.path("other/checkpoints/checkpoint-4"), run / "checkpoints/checkpoint-4")
+    return _rejecting(bench, bench.resumed(*settings(), step=2), "checkpoint-4")
+
+
+def _a_file_instead(bench: Bench) -> Outcome:
+    checkpoint = bench.killed_in_step_6(*settings()) / "checkpoints" / "checkpoint-4"
+    shutil.rmtree(checkpoint)
+    checkpoint.write_text("")
+    return bench.resumed(*settings(), step=2)
+
+
+def _damage_all(bench: Bench) -> Path:
+    run = bench.killed_in_step_6(*settings())
+    for file in run.glob("checkpoints/*/optimizer.pt"):
+        _flip_a_bit(file)
+    return run
+
+
+def _all_damaged(bench: Bench) -> Outcome:
+    _damage_all(bench)
+    outcome = bench.resumed(*settings(), step=None)
+    return _rejecting(bench, outcome, "checkpoint-2", "checkpoint-4")
+
+
+def _all_damaged_and_named(bench: Bench) -> Outcome:
+    run = _damage_all(bench)
+    return refused(bench.run(*settings(), "resume=run"), run, "no valid checkpoint")
+
+
+def _none_and_named(bench: Bench) -> Outcome:
+    run = bench.killed_in_step_6(*settings())
+    shutil.rmtree(run / "checkpoints")
+    return refused(bench.run(*settings(), "resume=run"), run, "no valid checkpoint")
+
+
+def _evil(name: str) -> Callable[[Bench], Outcome]:
+    """Seal a checkpoint with a pickle that runs a command: the seal keeps no secret."""
+
+    def happen(bench: Bench) -> Outcome:
+        run = bench.killed_in_step_6(*settings())
+        checkpoint = run / "checkpoints" / "checkpoint-4"
+        (checkpoint / name).write_bytes(evil(bench.folder))
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        manifest["files"][name] = contents(checkpoint)[name]
+        (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+        done = bench.run(*settings(), "resume=run")
+        return unharmed_by_code(refused(done, run, "checkpoint"), bench)
+
+    return happen
+
+
+def _in_folder(harm: Harm, name: str) -> Harm:
+    return lambda run: harm(run / name)
+
+
+def _other_line(run: Path) -> None:
+    file = run / "metrics.jsonl"
+    file.write_text(file.read_text().replace('"step": 1,', '"step": 0,', 1))
+
+
+def _folder_damaged(harm: Harm, step: int | None) -> Callable[[Bench], Outcome]:
+    def happen(bench: Bench) -> Outcome:
+        harm(bench.killed_in_step_6(*settings()))
+        return bench.resumed(*settings(), step=step)
+
+    return happen
+
+
+def _folder_refused(harm: Harm, name: str) -> Callable[[Bench], Outcome]:
+    def happen(bench: Bench) -> Outcome:
+        run = bench.killed_in_step_6(*settings())
+        harm(run / name)
+        before = contents(run)
+        done = bench.run(*settings(), "resume=auto", "hydra.run.dir=run")
+        return refused(done, run, f"{name} is (damaged|missing)", untouched=before)
+
+    return happen

@@ -1,0 +1,65 @@
+"""What a command line can get wrong: names, types, ranges, choices that do not go together."""
+
+from collections.abc import Callable, Iterator
+
+from benchmarks.faults.bench import Bench, Fault
+from benchmarks.faults.judge import Outcome, refused
+
+# Command line, and what the refusal is to say
+WRONG = (
+    ("betta=0.2", "Could not override 'betta'.*Did you mean 'beta'"),
+    ("+betta=0.2", "unknown key: betta"),
+    ("train.max_step=6", "Did you mean 'max_steps'"),
+    ("optimizer=galor", "Did you mean 'galore'"),
+    ("beta_shedule=linear", "beta_shedule"),
+    ("beta=abc", "beta=abc .*could not be converted to Float"),
+    ("beta=-1", "beta=-1.0 must be a number of at least 0"),
+    ("beta=nan", "beta=nan must be a number"),
+    ("beta=inf", "beta=inf must be a number"),
+    ("seed=-1", "seed=-1 must be at least 0"),
+    ("seed=1.5", "seed"),
+    ("optimizer.learning_rate=-1e-3", "optimizer.learning_rate=-0.001"),
+    ("optimizer.adam_beta2=1", r"optimizer.adam_beta2 must be in \[0, 1\)"),
+    ("optimizer.r=0", "optimizer.r=0 must be at least 1"),
+    ("optimizer.rank=8", "rank"),
+    ("train.batch_size=0", "train.batch_size=0 must be at least 1"),
+    ("train.batch_size=4000", "train.batch_size=4000 is above the 1920 training pairs"),
+    ("train.num_epochs=1", "exactly one of train.max_steps and train.num_epochs"),
+    ("train.max_steps=null", "exactly one of train.max_steps and train.num_epochs"),
+    ("train.warmup_steps=1.5", "train.warmup_steps=1.5 must be a whole number"),
+    ("train.lr_scheduler_type=cosin", "train.lr_scheduler_type=cosin must be one of"),
+    ("train.save_steps=0", "train.save_steps=0 must be at least 1"),
+    ("dataset.max_length=300", "above the model's context of 256"),
+    ("dataset.max_prompt_length=96", "dataset.max_prompt_length=96 must be below"),
+    ("dataset.num_eval=100000", "dataset.num_eval=100000 is more than"),
+    ("dataset.overlong=cut", "dataset.overlong=cut must be one of"),
+    ("beta_schedule=step beta_schedule.milestones=[0.7,0.3]", "must rise"),
+    ("optimizer=galore quantization=nf4", "quantized weights cannot be trained"),
+    ("optimizer=qlora quantization=none", "optimizer=qlora trains adapters on a quantized base"),
+    ("optimizer=galore optimizer.rank=128", "there is nothing to project"),
+    ("engine=trl objective=paper", "engine=trl can only compute objective=trl"),
+    ("engine=trl engine.micro_batch_size=3", "must be a multiple of engine.micro_batch_size=3"),
+    ("engine.tokens_per_microbatch=100", "engine.tokens_per_microbatch=100 must be at least 192"),
+    ("model=hub", "model.path has no value"),
+    ("model=local model.path=./nowhere", "neither a folder nor a hub name"),
+    ("model=mistral_7b", "cannot be loaded"),
+    ("resume=nowhere", "resume=nowhere is not a run folder"),
+    ("hydra.run.dir=/proc/nowhere", "/proc/nowhere.*choose another folder"),
+)
+# Every so many in a new interpreter, as users type them
+FRESH = 5
+
+
+def faults(bench: Bench) -> Iterator[Fault]:
+    """Return a fault for each wrong command line."""
+    for number, (line, says) in enumerate(WRONG):
+        yield Fault(line, _refuses(line, says, fresh=number % FRESH == 0))
+
+
+def _refuses(line: str, says: str, *, fresh: bool) -> Callable[[Bench], Outcome]:
+    def happen(bench: Bench) -> Outcome:
+        place = [] if "hydra.run.dir" in line or "resume" in line else ["hydra.run.dir=run"]
+        done = bench.run("tracker=none", *line.split(), *place, fresh=fresh)
+        return refused(done, bench.path("run"), says)
+
+    return happen

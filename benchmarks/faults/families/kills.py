@@ -1,0 +1,105 @@
+"""SIGKILL at every change that a run makes to its files, and in the middle of a step.
+
+What is killed is gone on with by the same command and `resume=auto`. It must go on from the newest
+checkpoint that was sealed when it died, and come to the same bits as a run that was never killed.
+"""
+
+import signal
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from benchmarks.faults import events, inside
+from benchmarks.faults.bench import UNTRACKED, Bench, Fault
+from benchmarks.faults.judge import Outcome, newest_sealed, silent, status
+from benchmarks.faults.processes import Done
+
+OPTIMIZERS = {
+    "qlora": ("optimizer=qlora",),
+    "lora": ("optimizer=lora",),
+    # A period of its bases is half over at step 4
+    "galore": ("optimizer=galore", "optimizer.update_proj_gap=3"),
+    "adamw": ("optimizer=adamw",),
+}
+RUN = "hydra.run.dir=run"
+# One checkpoint is kept: the save of step 4 has a rotation in it
+CHECKPOINT, ROTATED = "checkpoints/checkpoint-4", "checkpoints/checkpoint-2"
+
+
+def settings(optimizer: str) -> tuple[str, ...]:
+    """Return the command line of the runs that are killed."""
+    return (*UNTRACKED, *OPTIMIZERS[optimizer], "train.num_checkpoints=1")
+
+
+def faults(bench: Bench) -> Iterator[Fault]:
+    """Return every point of every optimizer's run but those of saves like the one that is there."""
+    for optimizer in OPTIMIZERS:
+        log = bench.path(f"events-{optimizer}")
+        watch = events.Watch(bench.path(f"recorded-{optimizer}/run"), log)
+        recorded = Bench(watch.folder.parent, bench.reference)
+        if recorded.run(*settings(optimizer), RUN, prepare=watch).code != 0:
+            raise RuntimeError(f"the unharmed run of {optimizer} failed")
+        for point in events.points(_chosen(events.read(log))):
+            if not (point.torn and _is_put_in_place(point.event)):
+                yield Fault(f"{optimizer}: {point}", _killed_at(point, optimizer))
+        for step in (1, 4):
+            yield Fault(f"{optimizer}: in step {step}", _killed_in(step, optimizer))
+        yield Fault(f"{optimizer}: after step 3, from outside", _killed_from_outside(optimizer))
+
+
+def _is_put_in_place(event: events.Event) -> bool:
+    """Whether nobody sees a file before it is renamed: torn or whole makes no difference then."""
+    written_whole = ".part" in event.path and "checkpoint-" not in event.path
+    return event.kind == "open" and written_whole
+
+
+def _chosen(found: list[events.Event]) -> list[events.Event]:
+    """Return the events of the run's beginning, of one save with its rotation, and of its end."""
+    places = [number for number, event in enumerate(found) if "checkpoint-" in event.path]
+    saves = [n for n, event in enumerate(found) if event.path.startswith(CHECKPOINT)]
+    rotated = [n for n, event in enumerate(found) if event.path.startswith(ROTATED)]
+    middle = range(saves[0], rotated[-1] + 1)
+    kept = {*range(places[0]), *middle, *range(places[-1] + 1, len(found))}
+    # To make a folder that is there changes nothing
+    return [
+        event
+        for number, event in enumerate(found)
+        if number in kept and (event.kind, event.number > 1) != ("os.mkdir", True)
+    ]
+
+
+def _gone_on_with(bench: Bench, done: Done, optimizer: str, *, fresh: bool = False) -> Outcome:
+    if done.code != -signal.SIGKILL:
+        return silent(f"it was not killed: exit code {done.code}: {done.stderr[-300:]}")
+    run = bench.path("run")
+    # What had finished is left alone
+    step = None if status(run) == "finished" else newest_sealed(run)
+    return bench.resumed(*settings(optimizer), step=step, fresh=fresh)
+
+
+def _killed_at(point: events.Point, optimizer: str) -> Callable[[Bench], Outcome]:
+    def happen(bench: Bench) -> Outcome:
+        watch = events.Watch(bench.path("run"), bench.path("events"), point)
+        done = bench.run(*settings(optimizer), RUN, prepare=watch)
+        return _gone_on_with(bench, done, optimizer)
+
+    return happen
+
+
+def _killed_in(step: int, optimizer: str) -> Callable[[Bench], Outcome]:
+    def happen(bench: Bench) -> Outcome:
+        kill = partial(inside.in_step, step, inside.die)
+        return _gone_on_with(bench, bench.run(*settings(optimizer), RUN, prepare=kill), optimizer)
+
+    return happen
+
+
+def _killed_from_outside(optimizer: str) -> Callable[[Bench], Outcome]:
+    """Kill a process of its own, and go on in another."""
+
+    def happen(bench: Bench) -> Outcome:
+        running = bench.start(*settings(optimizer), RUN, fresh=True)
+        running.wait_for(lambda: "step 3/6" in running.stdout)
+        running.signal(signal.SIGKILL)
+        return _gone_on_with(bench, running.wait(), optimizer, fresh=True)
+
+    return happen

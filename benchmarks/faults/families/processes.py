@@ -1,0 +1,51 @@
+"""Several processes where there should be one."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+from benchmarks.faults.bench import UNTRACKED, Bench, Fault
+from benchmarks.faults.judge import Outcome, refused, silent, survived
+from benchmarks.faults.processes import LAUNCH, PATIENCE, Done
+
+
+def faults(bench: Bench) -> Iterator[Fault]:
+    """Return the faults."""
+    yield Fault("torchrun with two ranks", _torchrun)
+    yield Fault("WORLD_SIZE=2 left in the environment", _world_size)
+    yield Fault("a second run in the folder of one that runs", _second_run("beta=0.5"))
+    yield Fault("resume=auto in the folder of one that runs", _second_run("resume=auto"))
+
+
+def _torchrun(bench: Bench) -> Outcome:
+    logs = bench.path("logs")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--redirects=3"]
+    command += [f"--log-dir={logs}", LAUNCH, *UNTRACKED, "hydra.run.dir=run"]
+    done = subprocess.run(command, cwd=bench.folder, capture_output=True, timeout=PATIENCE)
+    if not done.returncode:
+        return silent("exit code 0")
+    for rank in (0, 1):
+        (file,) = logs.glob(f"*/attempt_0/{rank}/stderr.log")
+        text = file.read_text()
+        if text:  # torchrun ends the other ranks as soon as one has failed
+            return refused(Done(1, "", text), bench.path("run"), "one device.*not with torchrun")
+    return silent("no rank has said anything")
+
+
+def _world_size(bench: Bench) -> Outcome:
+    done = bench.run(*UNTRACKED, "hydra.run.dir=run", environment={"WORLD_SIZE": "2"})
+    return refused(done, bench.path("run"), "one device.*not with torchrun")
+
+
+def _second_run(*more: str) -> Callable[[Bench], Outcome]:
+    return lambda bench: _beside(bench, *more)
+
+
+def _beside(bench: Bench, *more: str) -> Outcome:
+    first = bench.start(*UNTRACKED, "hydra.run.dir=run")
+    first.wait_for(lambda: "step 2/6" in first.stdout)
+    second = bench.run(*UNTRACKED, *more, "hydra.run.dir=run")
+    outcome = survived(first.wait(), bench.path("run"), bench.reference(*UNTRACKED))
+    if second.code != 1 or second.stderr != "error: another process is running in run\n":
+        return silent(f"the second was not refused: {second.code} {second.stderr[-300:]}")
+    return outcome

@@ -1,0 +1,120 @@
+"""SIGTERM, SIGINT, the time budget: a run ends as documented, and goes on to the same bits."""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from benchmarks.faults import events, inside
+from benchmarks.faults.bench import UNTRACKED, Bench, Fault
+from benchmarks.faults.judge import Outcome, Verdict, newest_sealed, refused, silent
+from benchmarks.faults.processes import Done
+
+RUN = "hydra.run.dir=run"
+KEPT = (*UNTRACKED, "train.num_checkpoints=9")
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Signals, and the exit code; with two the second does not wait
+ASKED = {
+    (signal.SIGTERM,): 75,
+    (signal.SIGINT,): 75,
+    (signal.SIGTERM, signal.SIGTERM): 143,
+    (signal.SIGINT, signal.SIGINT): 130,
+    (signal.SIGTERM, signal.SIGINT): 130,
+}
+# Seconds after a run's folder is there: torch is imported, then data and model are read
+DELAYS = (0.0, 1.0, 2.0, 3.0, 4.0)
+
+
+def faults(bench: Bench) -> Iterator[Fault]:
+    """Return the faults."""
+    for signals, code in ASKED.items():
+        name = ", ".join(one.name for one in signals)
+        yield Fault(f"{name} in step 3", _in_step_3(signals, code))
+        yield Fault(f"{name} while checkpoint 4 is saved", _while_saving(signals, code))
+    for number in SIGNALS:
+        for where, module, function, calls in (
+            ("data are read", "orpo_lab.data", "load", 1),
+            ("the model is loaded", "orpo_lab.model", "load", 1),
+            ("the base is scored", "orpo_lab.evaluate", "score", 1),
+            ("the base answers", "orpo_lab.evaluate", "generate", 1),
+            ("the trained model is scored", "orpo_lab.evaluate", "score", 2),
+            ("the trained model answers", "orpo_lab.evaluate", "generate", 2),
+            ("the model is saved", "orpo_lab.report", "model_card", 1),
+            ("the plot is drawn", "orpo_lab.report", "draw_training", 1),
+        ):
+            act = partial(inside.send, number)
+            prepare = partial(inside.at_call, module, function, calls, act)
+            yield Fault(f"{number.name} while {where}", _outside_training(prepare, number))
+    for delay in DELAYS:
+        number = SIGNALS[int(delay) % 2]
+        name = f"{number.name} {delay:.0f} s after a fresh start"
+        yield Fault(name, _early(delay, number))
+    yield Fault("SIGTERM in training, from outside", _from_outside)
+    yield Fault("train.max_hours used up", _out_of_time)
+
+
+def _stopped_and_gone_on_with(bench: Bench, done: Done, code: int, says: str) -> Outcome:
+    run = bench.path("run")
+    outcome = refused(done, run, f"stopped by {says}", code=code)
+    if outcome.verdict != Verdict.REFUSED:
+        return outcome
+    return bench.resumed(*KEPT, step=newest_sealed(run))
+
+
+def _in_step_3(signals: tuple[signal.Signals, ...], code: int) -> Callable[[Bench], Outcome]:
+    def happen(bench: Bench) -> Outcome:
+        prepare = partial(inside.in_step, 3, partial(inside.send, *signals))
+        done = bench.run(*KEPT, RUN, prepare=prepare)
+        if code == 75 and newest_sealed(bench.path("run")) != 3:
+            return silent(f"step 3 is in no checkpoint: {done.stderr[-300:]}")
+        return _stopped_and_gone_on_with(bench, done, code, signals[0].name)
+
+    return happen
+
+
+def _while_saving(signals: tuple[signal.Signals, ...], code: int) -> Callable[[Bench], Outcome]:
+    def happen(bench: Bench) -> Outcome:
+        file = "checkpoints/checkpoint-4/optimizer.pt"
+        watch = events.Watch(
+            bench.path("run"),
+            bench.path("events"),
+            events.Point(events.Event("torch.save", file, 1)),
+            partial(inside.send, *signals),
+        )
+        done = bench.run(*KEPT, RUN, prepare=watch)
+        return _stopped_and_gone_on_with(bench, done, code, signals[0].name)
+
+    return happen
+
+
+def _outside_training(
+    prepare: Callable[[], None], number: signal.Signals
+) -> Callable[[Bench], Outcome]:
+    def happen(bench: Bench) -> Outcome:
+        done = bench.run(*KEPT, RUN, prepare=prepare)
+        return _stopped_and_gone_on_with(bench, done, 75, number.name)
+
+    return happen
+
+
+def _early(delay: float, number: signal.Signals) -> Callable[[Bench], Outcome]:
+    def happen(bench: Bench) -> Outcome:
+        running = bench.start(*KEPT, RUN, fresh=True)
+        running.wait_for(bench.path("run/status.json").exists)
+        time.sleep(delay)
+        running.signal(number)
+        return _stopped_and_gone_on_with(bench, running.wait(), 75, number.name)
+
+    return happen
+
+
+def _from_outside(bench: Bench) -> Outcome:
+    running = bench.start(*KEPT, RUN, fresh=True)
+    running.wait_for(lambda: "step 2/6" in running.stdout)
+    running.signal(signal.SIGTERM)
+    return _stopped_and_gone_on_with(bench, running.wait(), 75, "SIGTERM")
+
+
+def _out_of_time(bench: Bench) -> Outcome:
+    done = bench.run(*KEPT, RUN, "train.max_hours=1e-9")
+    return _stopped_and_gone_on_with(bench, done, 75, "train.max_hours")

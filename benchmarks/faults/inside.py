@@ -1,0 +1,109 @@
+"""What is done inside the process of a run, to make something happen at a place of its code.
+
+Each function is given to `processes.start` as `prepare`, its arguments bound by `partial`.
+"""
+
+import importlib
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+Act = Callable[[], None]
+
+
+def send(*numbers: int) -> None:
+    """Send this process signals."""
+    for number in numbers:
+        os.kill(os.getpid(), number)
+
+
+def die() -> None:
+    """End this process as the kernel does where memory runs out."""
+    send(signal.SIGKILL)
+
+
+def at_call(module: str, name: str, number: int, act: Act) -> None:
+    """Act when a function of a module is called the `number`-th time, before it does anything."""
+    home = importlib.import_module(module)
+    function, calls = getattr(home, name), 0
+
+    def called(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            act()
+        return function(*arguments, **named)
+
+    setattr(home, name, called)
+
+
+def in_step(step: int, act: Act) -> None:
+    """Act in an optimizer step, between its forward and its backward pass."""
+
+    def acted(loss: Any) -> Any:
+        act()
+        return loss
+
+    _change_loss(lambda now: now == step, acted)
+
+
+def poison_step(what: str, *steps: int) -> None:
+    """Make the loss of steps NaN, or the gradient that it sends back."""
+
+    def poisoned(loss: Any) -> Any:
+        if what == "loss":
+            return loss * float("nan")
+        loss.register_hook(lambda gradient: gradient * float("nan"))
+        return loss
+
+    _change_loss(lambda now: now in steps, poisoned)
+
+
+def _change_loss(applies: Callable[[int], bool], change: Callable[[Any], Any]) -> None:
+    from orpo_lab import engine
+
+    build = engine.build
+
+    def changed(*arguments: Any, **parts: Any) -> Any:
+        trainer: Any = build(*arguments, **parts)
+        compute_loss = trainer.compute_loss
+
+        def loss_of(*arguments: Any, **named: Any) -> Any:
+            loss = compute_loss(*arguments, **named)
+            is_training = loss.requires_grad and applies(trainer.state.global_step + 1)
+            return change(loss) if is_training else loss
+
+        trainer.compute_loss = loss_of
+        return trainer
+
+    engine.build = changed
+
+
+def exit_where(seed: int) -> None:
+    """Have the job with a seed call sys.exit(0) instead of training."""
+    from orpo_lab import run
+
+    train: Any = run._train
+
+    def exits(config: Any, *rest: Any) -> Any:
+        if config.seed == seed:
+            sys.exit(0)
+        return train(config, *rest)
+
+    setattr(run, "_train", exits)  # noqa: B010  (of another type)
+
+
+def short_patience() -> None:
+    """Give up on a W&B server after seconds at the run's end."""
+    from orpo_lab import tracker
+
+    tracker.FINISH_SECONDS = 4.0
+
+
+def limit_file_size(num_bytes: int) -> None:
+    """Let no file grow beyond a size: a write then fails, as where a quota is used up."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))

@@ -1,0 +1,17 @@
+"""What the server of `processes` imports once, for all the runs that are forked from it."""
+
+from orpo_lab.quiet import silence_upstream
+
+silence_upstream()
+
+import bitsandbytes  # noqa: E402, F401
+import matplotlib.backends.backend_agg  # noqa: E402
+import matplotlib.pyplot  # noqa: E402, F401
+import peft.tuners.lora.bnb  # noqa: E402, F401
+import torch  # noqa: E402
+
+from orpo_lab import adapter, data, engine, evaluate, model, report, tracker, trainer  # noqa: E402, F401
+from orpo_lab.engine import shared_prefix  # noqa: E402, F401
+
+# A thread that exists at a fork is lost in the child
+torch.set_num_threads(1)
