@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -107,6 +108,7 @@ def fit(
     ):
         trainer.add_callback(ours)
     guard.watch(trainer)
+    trainer._issue_warnings_after_load = partial(_check_loaded, model)
 
     meter.start()
     try:
@@ -144,6 +146,24 @@ def _train(trainer: Any, start: Checkpoint | None, num_steps: int) -> int:
         return start.step
     trainer.train(resume_from_checkpoint=str(start.path) if start else None)
     return trainer.state.global_step
+
+
+def _check_loaded(model: torch.nn.Module, result: Any) -> None:
+    """Check that a checkpoint had every weight; transformers warns, also of one that is tied.
+
+    Args:
+        model: the weights were loaded into.
+        result: what torch says of names that were missing and names that nothing has.
+
+    Raises:
+        UserError: it had not, or it had others.
+    """
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    loaded = {id(weight) for name, weight in weights.items() if name not in result.missing_keys}
+    missing = [name for name, weight in weights.items() if id(weight) not in loaded]
+    if missing or result.unexpected_keys:
+        names = ", ".join([*missing, *result.unexpected_keys][:3])
+        raise UserError(f"the checkpoint's weights are not this model's ({names}); start a new run")
 
 
 def _whole_batches(pairs: datasets.Dataset, batch_size: int) -> datasets.Dataset:

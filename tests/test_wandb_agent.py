@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -36,7 +37,10 @@ def test_an_agent_starts_runs_with_the_sweeps_values(server: WandbServer, tmp_pa
     example["program"] = str(ROOT / "launch.py")
     example["command"] += SHORT
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(example))
-    values = [{"beta": 0.05, "beta_schedule": "cosine", "seed": 3}, {"beta": 0.5, "seed": 1}]
+    values: list[dict[str, Any]] = [
+        {"beta": 0.05, "beta_schedule": "cosine", "seed": 3},
+        {"beta": 0.5, "seed": 1},
+    ]
     server.commands = [
         {
             "type": "run",
