@@ -124,8 +124,9 @@ def check(composed: DictConfig) -> None:
     subdir = settings["sweep"]["subdir"]
     if not SUBDIR.fullmatch(str(subdir)):
         raise UserError(
-            f"hydra.sweep.subdir={subdir} may lead out of the sweep's folder; use one name of "
-            "letters, digits and ${hydra.job.num}, or ${slug:...}"
+            f"hydra.sweep.subdir={subdir} may lead out of the sweep's folder, or deeper into it "
+            "than the sweep looks for its jobs; use one name of letters, digits and "
+            "${hydra.job.num}, without a slash, or ${slug:...}"
         )
     for group, option in settings["runtime"]["choices"].items():
         if option and (".." in Path(option).parts or Path(option).is_absolute()):

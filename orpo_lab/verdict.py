@@ -15,8 +15,9 @@ and a mediocre setting alike.
 
 The winner has to beat every other setting in a test of its own at `LEVEL`. That is an
 intersection-union test (Berger 1982), which needs no further correction: however many settings
-there are, a setting that is not the best is named with a probability of at most `LEVEL`. Statements
-about a single other setting among many ("its quality is worse") are Bonferroni-corrected.
+there are, a setting that is not the best is named with a probability of at most `LEVEL`, where
+seeds move all settings alike. Statements about a single other setting among many ("its quality is
+worse") are Bonferroni-corrected.
 """
 
 import math

@@ -178,6 +178,15 @@ def test_a_sweep_that_other_code_made_is_refused_before_any_job(
     assert [one.name for one in (tmp_path / "sweep").iterdir()] == ["sweep.json"]
 
 
+def test_jobs_folders_below_one_another_are_refused_before_any_job(
+    launch: Launch, tmp_path: Path
+) -> None:
+    subdir = "hydra.sweep.subdir=group/${hydra.job.num}"
+    done = launch("-m", "beta=0.1,0.2", SWEEP, subdir, *SHORT, expect=1)
+    assert re.fullmatch(r"error: hydra\.sweep\.subdir=group/.* without a slash.*\n", done.stderr)
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_what_jobs_share_is_made_once(sweep: Sweep) -> None:
     made = []
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.verdict import NUM_SWEEPS, count
+from benchmarks.verdict import NUM_SWEEPS, bound, count
 from orpo_lab.verdict import LEVEL, Array, Measure, Quality, decide, overoptimised
 
 
@@ -24,11 +24,30 @@ def test_an_interval_over_pairs_alone_names_false_winners() -> None:
     assert counts["ours_named"] < 0.03 * NUM_SWEEPS
 
 
-@pytest.mark.parametrize(("base", "lead", "num_pairs"), [(0.85, 0.1, 200), (0.9, 0.08, 500)])
+@pytest.mark.parametrize(
+    ("base", "lead", "num_pairs"), [(0.85, 0.1, 200), (0.88, 0.1, 200), (0.88, 0.08, 500)]
+)
 def test_a_planted_lead_is_found(base: float, lead: float, num_pairs: int) -> None:
     counts = count(base, lead, 3, num_pairs)
     assert counts["ours_planted"] >= 0.8 * NUM_SWEEPS
     assert counts["ours_named"] - counts["ours_planted"] <= LEVEL * NUM_SWEEPS
+
+
+def test_where_two_settings_share_the_lead_either_is_named_about_as_often_as_the_level_says() -> (
+    None
+):
+    named = count(0.85, 0.08, 3, 500, num_leaders=2)["ours_named"]
+    error = 3 * (2 * LEVEL * (1 - 2 * LEVEL) * NUM_SWEEPS) ** 0.5
+    assert named <= 2 * LEVEL * NUM_SWEEPS + error
+
+
+@pytest.mark.slow
+def test_no_rule_finds_a_small_lead_with_three_seeds_without_naming_one_of_two_equals() -> None:
+    """Rules that know all but which setting leads: what ours misses is not there to be found."""
+    rules = bound(0.85, 0.08, 3, 500)
+    assert rules["mean_planted"] >= rules["second_planted"] > rules["tie_planted"]
+    assert rules["second_tied"] > 0.25
+    assert rules["tie_planted"] < 0.75
 
 
 def scores(rng: np.random.Generator, means: list[float], num_seeds: int, run: float) -> list[Array]:

@@ -11,6 +11,9 @@ import threading
 import time
 from typing import Any
 
+PROJECT = {"id": "p", "name": "orpo_lab", "entity": {"id": "e", "name": "me"}}
+SWEEP = "a-sweep"
+
 
 class WandbServer(http.server.ThreadingHTTPServer):
     """Knows runs by id, with their configuration, history lines and exit code."""
@@ -25,6 +28,9 @@ class WandbServer(http.server.ThreadingHTTPServer):
         self.uploads: list[str] = []
         self.received: list[bytes] = []
         self.views: list[dict[str, Any]] = []
+        self.sweeps: dict[str, dict[str, Any]] = {}
+        self.commands: list[dict[str, Any]] = []
+        """What agents are told, one each time they ask and have no run."""
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def die(self) -> None:
@@ -58,10 +64,24 @@ class WandbServer(http.server.ThreadingHTTPServer):
 
     def answer(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
         """Answer a GraphQL request."""
+        if "upsertSweep" in query:
+            self.sweeps[SWEEP] = variables
+            sweep = {"name": SWEEP, "project": PROJECT}
+            return {"upsertSweep": {"sweep": sweep, "configValidationWarnings": []}}
+        if "sweep(sweepName" in query:
+            known = self.sweeps[variables["sweep"]]
+            sweep = {"id": SWEEP, "name": SWEEP, "state": "RUNNING", "config": known["config"]}
+            return {"project": {"sweep": {**sweep, "runs": {"edges": []}}}}
+        if "createAgent" in query:
+            return {"createAgent": {"agent": {"id": "agent"}}}
+        if "agentHeartbeat" in query:
+            # One run at a time, as W&B tells an agent; to exit beside a run would kill it
+            is_idle = not json.loads(variables["runState"])
+            told = [self.commands.pop(0)] if self.commands and is_idle else []
+            return {"agentHeartbeat": {"agent": {"id": "agent"}, "commands": json.dumps(told)}}
         if "upsertBucket" in query:
             name = variables.get("name") or variables["id"]
             self.run(name)["upserts"].append(variables)
-            project = {"id": "p", "name": "orpo_lab", "entity": {"id": "e", "name": "me"}}
             bucket = {
                 "id": name,
                 "name": name,
@@ -70,7 +90,7 @@ class WandbServer(http.server.ThreadingHTTPServer):
                 "config": "{}",
                 "sweepName": None,
                 "historyLineCount": 0,
-                "project": project,
+                "project": PROJECT,
             }
             return {"upsertBucket": {"bucket": bucket, "inserted": True}}
         if "RunResumeStatus" in query:
