@@ -19,7 +19,7 @@ from benchmarks.faults.processes import ROOT, Done
 
 OPTIMIZERS = ("qlora", "lora", "galore", "adamw")
 # A line that says so, whatever it was found in
-NOT_FINITE = "(loss|gradient norm) is (nan|inf)|not finite"
+NOT_FINITE = "(loss|gradient norm) is (nan|inf)|not finite|nothing finite"
 UNBOUNDED = ("train.max_grad_norm=0", "train.lr_scheduler_type=constant")
 
 

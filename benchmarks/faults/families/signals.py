@@ -7,7 +7,7 @@ from functools import partial
 
 from benchmarks.faults import events, inside
 from benchmarks.faults.bench import UNTRACKED, Bench, Fault
-from benchmarks.faults.judge import Outcome, Verdict, newest_sealed, refused, silent
+from benchmarks.faults.judge import Outcome, Verdict, newest_sealed, refused, silent, survived
 from benchmarks.faults.processes import Done
 
 RUN = "hydra.run.dir=run"
@@ -39,12 +39,17 @@ def faults(bench: Bench) -> Iterator[Fault]:
             ("the base answers", "orpo_lab.evaluate", "generate", 1),
             ("the trained model is scored", "orpo_lab.evaluate", "score", 2),
             ("the trained model answers", "orpo_lab.evaluate", "generate", 2),
-            ("the model is saved", "orpo_lab.report", "model_card", 1),
-            ("the plot is drawn", "orpo_lab.report", "draw_training", 1),
         ):
             act = partial(inside.send, number)
             prepare = partial(inside.at_call, module, function, calls, act)
             yield Fault(f"{number.name} while {where}", _outside_training(prepare, number))
+        for where, function in (
+            ("the model is saved", "model_card"),
+            ("the plot is drawn", "draw_training"),
+        ):
+            act = partial(inside.send, number)
+            prepare = partial(inside.at_call, "orpo_lab.report", function, 1, act)
+            yield Fault(f"{number.name} while {where}", _while_results_are_written(prepare))
     for delay in DELAYS:
         number = SIGNALS[int(delay) % 2]
         name = f"{number.name} {delay:.0f} s after a fresh start"
@@ -95,6 +100,13 @@ def _outside_training(
         return _stopped_and_gone_on_with(bench, done, 75, number.name)
 
     return happen
+
+
+def _while_results_are_written(prepare: Callable[[], None]) -> Callable[[Bench], Outcome]:
+    """The second that it takes is waited for: the run has finished then."""
+    return lambda bench: survived(
+        bench.run(*KEPT, RUN, prepare=prepare), bench.path("run"), bench.reference(*KEPT)
+    )
 
 
 def _early(delay: float, number: signal.Signals) -> Callable[[Bench], Outcome]:
