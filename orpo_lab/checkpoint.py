@@ -22,7 +22,8 @@ from orpo_lab.run_folder import RunFolder, sync, versions
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-BLOCK_BYTES = 1 << 20
+# The run's metrics so far; what is beside it in the run folder may have been cut short since
+METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,6 @@ class Checkpoint:
     path: Path
     made: Made
     spent: Spent
-    metrics_bytes: int
-    """Size of `metrics.jsonl` when it was sealed."""
 
     @property
     def step(self) -> int:
@@ -78,24 +77,22 @@ def seal(path: Path, place: RunFolder, made: Made, spent: Spent) -> None:
 
     Args:
         path: the checkpoint's folder.
-        place: the run it belongs to; its metrics so far belong to the checkpoint.
+        place: the run it belongs to; its metrics so far are copied.
         made: what it was made from.
         spent: what training has cost.
     """
     # Nothing reads it, and it could only be read by unpickling it
     (path / "training_args.bin").unlink(missing_ok=True)
+    shutil.copyfile(place.path / METRICS, path / METRICS)
     files = {name: _digest(path / name) for name in _files(path)}
     for name in files:
         sync(path / name)
-    metrics = place.path / "metrics.jsonl"
-    sync(metrics)
     manifest = {
         "step": step_of(path),
         "made": asdict(made),
         # Of a fixed width, so that two runs' checkpoints of a step have the same size
         "spent": json.dumps(asdict(spent)).ljust(120),
         "versions": versions(),
-        "metrics": {"bytes": metrics.stat().st_size, "sha256": _digest(metrics)},
         "files": files,
     }
     RunFolder(path).write(MANIFEST, json.dumps(manifest, indent=2) + "\n")
@@ -108,7 +105,7 @@ def newest_valid(place: RunFolder) -> Checkpoint | None:
         if not fault:
             made, spent = Made(**manifest["made"]), Spent(**json.loads(manifest["spent"]))
             _say_other_versions(manifest["versions"])
-            return Checkpoint(path, made, spent, manifest["metrics"]["bytes"])
+            return Checkpoint(path, made, spent)
         log.warning("%s rejected: %s", path.name, fault)
     return None
 
@@ -170,14 +167,9 @@ def _files(path: Path) -> list[str]:
     return sorted(str(one.relative_to(path)) for one in found if one.name != MANIFEST)
 
 
-def _digest(file: Path, size: int | None = None) -> str:
-    """Return the SHA-256 of a file, or of its first `size` bytes."""
-    digest, left = hashlib.sha256(), file.stat().st_size if size is None else size
+def _digest(file: Path) -> str:
     with file.open("rb") as content:
-        while left and (block := content.read(min(left, BLOCK_BYTES))):
-            digest.update(block)
-            left -= len(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _inspect(path: Path, place: RunFolder) -> tuple[str, dict[str, Any]]:
@@ -203,9 +195,6 @@ def _find_fault(path: Path, place: RunFolder, manifest: dict[str, Any]) -> str:
     for name in present:
         if _digest(path / name) != sealed[name]:
             return f"{name} is damaged"
-    metrics, size = place.path / "metrics.jsonl", manifest["metrics"]["bytes"]
-    if not metrics.exists() or _digest(metrics, size) != manifest["metrics"]["sha256"]:
-        return "metrics.jsonl no longer begins with the lines it had then"
     Made(**manifest["made"])
     Spent(**json.loads(manifest["spent"]))
     return ""

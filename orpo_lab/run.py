@@ -171,7 +171,7 @@ def _find_start(config: Config, place: RunFolder) -> checkpoint.Checkpoint | Non
         place.start_over()
         return None
     log.info("resuming from step %d (%s)", start.step, start.path)
-    place.go_on(start.metrics_bytes)
+    place.go_on(start.path / checkpoint.METRICS)
     return start
 
 

@@ -138,10 +138,10 @@ class RunFolder:
         self.drop_results()
         self._file("metrics.jsonl").unlink(missing_ok=True)
 
-    def go_on(self, metrics_bytes: int) -> None:
-        """Cut `metrics.jsonl` back to a checkpoint; the lines after it are written again."""
+    def go_on(self, metrics: Path) -> None:
+        """Put back `metrics.jsonl` as it was at a checkpoint; later lines are written again."""
         self.drop_results()
-        os.truncate(self._file("metrics.jsonl"), metrics_bytes)
+        self.write("metrics.jsonl", metrics.read_text(encoding="utf-8"))
 
     def drop_results(self) -> None:
         """Take away results, which a run that has not finished does not have."""

@@ -215,9 +215,6 @@ def test_what_else_makes_a_checkpoint_invalid(
         assert said in caplog.text
     (folders / "checkpoint-2" / "more.bin").unlink()
     shutil.rmtree(folders / "checkpoint-8")
-    (place.path / "metrics.jsonl").write_text("{}")
-    assert checkpoint.newest_valid(place) is None
-    assert "checkpoint-2 rejected: metrics.jsonl no longer begins" in caplog.text
     segments = json.loads((place.path / "segments.json").read_text())
     place.write_json("segments.json", [segments[0] | {"config_hash": "another"}])
     assert checkpoint.newest_valid(place) is None
@@ -383,6 +380,7 @@ def test_a_run_that_has_taken_its_last_step_takes_no_other(
     finished: Path, tmp_path: Path, launch: Launch
 ) -> None:
     place = copy(finished, tmp_path)
+    os.truncate(place.path / "metrics.jsonl", 100)
     done = launch(*RUN, "resume=run")
     assert "resuming from step 6" in done.stdout
     assert_same(finished, place.path)

@@ -79,8 +79,8 @@ def faults(bench: Bench) -> Iterator[Fault]:
     )
     yield Fault("metrics.jsonl torn in its last line", _folder_damaged(last_line_torn, step=4))
     harm = _in_folder(Path.unlink, "metrics.jsonl")
-    yield Fault("metrics.jsonl missing", _folder_damaged(harm, step=None))
-    yield Fault("metrics.jsonl with another first line", _folder_damaged(_other_line, step=None))
+    yield Fault("metrics.jsonl missing", _folder_damaged(harm, step=4))
+    yield Fault("metrics.jsonl with another first line", _folder_damaged(_other_line, step=4))
     for name, one in HARMS.items():
         if name == "of one other bit":
             continue  # what people read has no checksum
