@@ -141,14 +141,11 @@ def test_every_recipe_runs_on_a_small_local_model(
 ) -> None:
     import datasets
 
-    rows = [
-        json.loads(line)
-        for line in (assets / "data/chat_pairs/train_prefs.jsonl").read_text().splitlines()
-    ]
-    for name in ("train_prefs", "test_prefs", "train"):
+    for name, source in {"train_prefs": "train", "test_prefs": "test", "train": "train"}.items():
+        lines = (assets / f"data/chat_pairs/{source}_prefs.jsonl").read_text().splitlines()
         file = tmp_path / "uf" / "data" / f"{name}-00000-of-00001.parquet"
         file.parent.mkdir(parents=True, exist_ok=True)
-        datasets.Dataset.from_list(rows).to_parquet(file)
+        datasets.Dataset.from_list([json.loads(line) for line in lines]).to_parquet(file)
     shrink = [
         "train.max_steps=2",
         "train.num_epochs=null",
