@@ -303,8 +303,8 @@ def test_a_job_that_diverges_and_one_that_exits_are_named_and_the_others_finish(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_stops_the_sweep_after_recording(tmp_path: Path, number: int, code: int) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_the_sweep_after_recording(tmp_path: Path, number: int) -> None:
     command = [sys.executable, str(ROOT / "launch.py"), "-m", "beta=0.1,0.2", SWEEP, *SHORT]
     command[command.index("train.max_steps=2")] = "train.max_steps=5000"
     process = subprocess.Popen(
@@ -325,7 +325,7 @@ def test_a_signal_stops_the_sweep_after_recording(tmp_path: Path, number: int, c
         out, _ = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == code
+    assert process.returncode == 75
     assert list(states(tmp_path / "sweep").values()) == ["stopped"]
     assert re.search(r"0-beta=0.1\S*\s+stopped", out)
 
