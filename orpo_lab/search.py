@@ -116,7 +116,7 @@ def run_trial(trial: "optuna.Trial", folder: Path, overrides: list[str]) -> floa
         last_words = one_line(said.read())
     if pruned and place.status()["state"] != "finished":
         place.set_status("stopped", f"pruned after step {reported}", exit_code=EXIT_CODE)
-        shutil.rmtree(folder / "checkpoints")  # nobody goes on with it
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # nobody goes on with it
         raise optuna.TrialPruned
     if process.returncode:
         reason = place.status()["reason"] or last_words
