@@ -368,8 +368,6 @@ class CheckpointCallback(TrainerCallback):
     def __init__(
         self, trainer: Any, place: RunFolder, made: Made, meter: Meter, num_checkpoints: int
     ) -> None:
-        self.place, self.made, self.meter = place, made, meter
-        self.num_checkpoints = num_checkpoints
         save = trainer._save_checkpoint
 
         def watched(*args: Any, **kwargs: Any) -> None:
