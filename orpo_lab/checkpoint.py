@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
@@ -55,6 +54,8 @@ class Checkpoint:
     path: Path
     made: Made
     spent: Spent
+    versions: dict[str, str]
+    """Of the packages that made it."""
 
     @property
     def step(self) -> int:
@@ -101,12 +102,13 @@ def seal(path: Path, place: RunFolder, made: Made, spent: Spent) -> None:
 def newest_valid(place: RunFolder) -> Checkpoint | None:
     """Return the newest checkpoint that is what its manifest says; say why others are not it."""
     for path in reversed(folders(place)):
-        fault, manifest = _inspect(path, place)
-        if not fault:
-            made, spent = Made(**manifest["made"]), Spent(**json.loads(manifest["spent"]))
-            _say_other_versions(manifest["versions"])
-            return Checkpoint(path, made, spent)
-        log.warning("%s rejected: %s", path.name, fault)
+        try:
+            found = _verify(path, place)
+        except UserError as error:
+            log.warning("%s rejected: %s", path.name, error)
+            continue
+        _say_other_versions(found.versions)
+        return found
     return None
 
 
@@ -172,29 +174,33 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def _inspect(path: Path, place: RunFolder) -> tuple[str, dict[str, Any]]:
-    """Return what is wrong with a checkpoint, empty if nothing is, and its manifest."""
+def _verify(path: Path, place: RunFolder) -> Checkpoint:
+    """Return a checkpoint that is what its manifest says.
+
+    Raises:
+        UserError: it is not; the text says why.
+    """
     if not (path / MANIFEST).exists():
-        return "it was never finished", {}
+        raise UserError("it was never finished")
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        fault = _find_fault(path, place, manifest)
+        made, spent = Made(**manifest["made"]), Spent(**json.loads(manifest["spent"]))
+        found = Checkpoint(path, made, spent, dict(manifest["versions"]))
+        step, sealed = manifest["step"], dict(manifest["files"])
     except (OSError, ValueError, TypeError, KeyError) as error:
-        return f"its manifest cannot be read ({one_line(error)[:100]})", {}
-    return fault, manifest
-
-
-def _find_fault(path: Path, place: RunFolder, manifest: dict[str, Any]) -> str:
-    if manifest["step"] != step_of(path):
-        return f"it is of step {manifest['step']}"
-    if manifest["made"]["config_hash"] not in place.config_hashes():
-        return "another run made it"
-    present, sealed = _files(path), manifest["files"]
+        raise UserError(f"its manifest cannot be read ({one_line(error)[:100]})") from error
+    if step != found.step:
+        raise UserError(f"it is of step {step}")
+    if made.config_hash not in place.config_hashes():
+        raise UserError("another run made it")
+    present = _files(path)
     for name in sorted(set(present) ^ sealed.keys()):
-        return f"{name} is {'missing' if name in sealed else 'not of it'}"
+        raise UserError(f"{name} is {'missing' if name in sealed else 'not of it'}")
     for name in present:
-        if _digest(path / name) != sealed[name]:
-            return f"{name} is damaged"
-    Made(**manifest["made"])
-    Spent(**json.loads(manifest["spent"]))
-    return ""
+        try:
+            is_intact = _digest(path / name) == sealed[name]
+        except OSError as error:
+            raise UserError(f"{name} cannot be read ({one_line(error)[:100]})") from error
+        if not is_intact:
+            raise UserError(f"{name} is damaged")
+    return found
