@@ -6,12 +6,13 @@ to be held out, and what the seed did to the run as a whole. The second does not
 pairs, so an interval over pairs alone names winners that another seed would not confirm
 (`benchmarks/verdict.py` counts how often). Here a difference has both:
 
-    Var(mean) = s^2 / K + Var_i(h_i) / N - residual / (K N)
+    Var(mean) = r^2 / K + Var_i(h_i) / N
 
-with K seeds and N pairs, s^2 the variance between the seeds of a setting, pooled over settings, and
-h_i the pair's score, a mean over seeds (two-way random effects; the residual is in both terms, and
-counted once). Shares (accuracy, exact match) are compared as log-odds, where a seed moves a good
-and a mediocre setting alike.
+with K seeds and N pairs, h_i the pair's score, a mean over seeds, and r^2 the variance of what a
+seed does to a run as a whole, pooled over settings: the variance between a setting's seeds less
+what pairs of that setting add to it by chance (two-way random effects). Shares (accuracy, exact
+match) are compared as log-odds, where a seed moves a good and a mediocre setting alike; chance does
+not, so what it adds is taken from each setting before pooling.
 
 The winner has to beat every other setting in a test of its own at `LEVEL`. That is an
 intersection-union test (Berger 1982), which needs no further correction: however many settings
@@ -62,11 +63,9 @@ class Measure:
         self.is_share = is_share
         self.num_pairs = scores[0].shape[1]
         self.num_seeds = [len(one) for one in scores]
-        by_run = [self._link(one.mean(1)) for one in scores]
-        self.means = np.array([one.mean() for one in by_run])
+        self._by_run = [self._link(one.mean(1)) for one in scores]
+        self.means = np.array([one.mean() for one in self._by_run])
         self.freedom = sum(num - 1 for num in self.num_seeds)
-        within = sum(((one - one.mean()) ** 2).sum() for one in by_run)
-        self.seed_variance = float(within / self.freedom) if self.freedom else math.nan
 
     def _link(self, shares: Array) -> Array:
         """Return log-odds of shares, half a pair added to both sides so that 0 and 1 have some."""
@@ -85,17 +84,25 @@ class Measure:
 
     @cached_property
     def _residuals(self) -> list[float]:
-        """The part of a mean's variance that seeds and pairs both contain."""
-        parts = []
-        for one in self.scores:
-            num_seeds, num_pairs = one.shape
-            if num_seeds == 1:
-                parts.append(0.0)
-                continue
-            rest = one - one.mean(0) - one.mean(1, keepdims=True) + one.mean()
-            variance = (rest**2).sum() / ((num_seeds - 1) * (num_pairs - 1))
-            parts.append(float(variance / one.size * self._slope(one) ** 2))
-        return parts
+        """The variance that chance in its pairs adds to a run's mean, of every setting."""
+        return [self._residual(one) if len(one) > 1 else 0.0 for one in self.scores]
+
+    def _residual(self, scores: Array) -> float:
+        num_seeds, num_pairs = scores.shape
+        rest = scores - scores.mean(0) - scores.mean(1, keepdims=True) + scores.mean()
+        variance = (rest**2).sum() / ((num_seeds - 1) * (num_pairs - 1))
+        return float(variance / num_pairs * self._slope(scores) ** 2)
+
+    @cached_property
+    def seed_variance(self) -> float:
+        """The variance r^2 between a setting's runs that no number of pairs takes away."""
+        if not self.freedom:
+            return math.nan
+        between = sum(
+            ((one - one.mean()) ** 2).sum() - (len(one) - 1) * residual
+            for one, residual in zip(self._by_run, self._residuals, strict=True)
+        )
+        return max(float(between / self.freedom), 0.0)
 
     def _slope(self, scores: Array) -> float:
         """Return the link's derivative at a setting's mean (delta method)."""
@@ -105,10 +112,8 @@ class Measure:
         return float(1 / (share * (1 - share)))
 
     def _pair_variance(self, a: int, b: int | None) -> float:
-        h, rest = self._by_pair[a], self._residuals[a]
-        if b is not None:
-            h, rest = h - self._by_pair[b], rest + self._residuals[b]
-        return max(float(h.var(ddof=1)) / self.num_pairs - rest, 0.0)
+        h = self._by_pair[a] if b is None else self._by_pair[a] - self._by_pair[b]
+        return float(h.var(ddof=1)) / self.num_pairs
 
     def standard_error(self, a: int, b: int | None = None) -> float:
         """Return the standard error of a setting's mean, or of two settings' difference."""
@@ -161,13 +166,12 @@ class Measure:
 
     def _smallest(self, a: int, b: int, sizes: list[tuple[int, int]], which: int) -> int | None:
         gap = float(self.means[a] - self.means[b])
-        by_seed_and_pair = self.num_pairs * sum(
-            self._residuals[one] * self.num_seeds[one] for one in (a, b)
-        )
-        by_pair = self._pair_variance(a, b) * self.num_pairs
-        by_seed = max(2 * self.seed_variance - by_seed_and_pair / self.num_pairs, 0.0)
+        chance = sum(self._residuals[one] / self.num_seeds[one] for one in (a, b))
+        by_pair = max(self._pair_variance(a, b) - chance, 0.0) * self.num_pairs
+        by_run_and_pair = (self._residuals[a] + self._residuals[b]) * self.num_pairs
         for seeds, pairs in sizes:
-            variance = by_seed / seeds + by_seed_and_pair / (seeds * pairs) + by_pair / pairs
+            by_run = 2 * self.seed_variance + by_run_and_pair / pairs
+            variance = by_run / seeds + by_pair / pairs
             freedom = len(self.scores) * (seeds - 1)
             wanted = stats.t.ppf(1 - LEVEL, freedom) + stats.norm.ppf(POWER)
             if gap > wanted * math.sqrt(variance):
