@@ -16,6 +16,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
 
+from orpo_lab.config import Config
 from orpo_lab.errors import UserError
 from orpo_lab.masking import mask
 
@@ -93,11 +94,16 @@ class MaskingOmegaConf(OmegaConf):
 
 
 def check(composed: DictConfig) -> None:
-    """Refuse Hydra settings that name something to call, or write values as they are.
+    """Refuse a configuration that is not ours, and what Hydra would call or write unasked.
 
     Raises:
         UserError: which, and what to do instead.
     """
+    if OmegaConf.get_type(composed) is not Config:
+        raise UserError(
+            "--config-name names a configuration that does not begin with the lab's; begin it with "
+            "`defaults: [config, _self_]`"
+        )
     for section, known in KNOWN.items():
         for target in _targets(OmegaConf.select(composed, section)):
             if target not in known:

@@ -53,6 +53,7 @@ CALLS = "{_target_: shutil.copy, src: conf/a.txt, dst: marker}"
         ),
         (["--config-dir", "conf", "experiment=logging"], "hydra.hydra_logging may name classes"),
         (["--config-dir", "conf", "experiment=tag"], "could not determine a constructor"),
+        (["--config-dir", "conf", "--config-name", "other"], "does not begin with the lab's"),
         (["hydra.searchpath=[pkg://package]"], "imports a Python package"),
         (["--config-path", "pkg://package"], "imports a Python package"),
         (["--experimental-rerun", "conf/run.pickle"], "loads a pickle"),
@@ -65,6 +66,9 @@ def test_what_a_command_line_or_a_file_names_is_not_called(
     experiments = tmp_path / "conf" / "experiment"
     experiments.mkdir(parents=True)
     (tmp_path / "conf" / "a.txt").write_text("a")
+    (tmp_path / "conf" / "other.yaml").write_text(
+        f"beta: 0.2\nhydra: {{callbacks: {{x: {CALLS}}}}}\n"
+    )
     head = "# @package _global_\n"
     (experiments / "null_.yaml").write_text(f"{head}beta: 0.2\n")
     (experiments / "callback.yaml").write_text(f"{head}hydra: {{callbacks: {{x: {CALLS}}}}}\n")
