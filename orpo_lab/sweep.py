@@ -221,6 +221,12 @@ class Start(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Give the sweep a folder of its own, unless it was told one, and its jobs short names."""
+        needs_slurm = config.hydra.runtime.choices["hydra/launcher"] == "submitit_slurm"
+        if needs_slurm and shutil.which("srun") is None:
+            sys.exit(
+                "error: hydra/launcher=submitit_slurm needs Slurm's srun, which is not in PATH; "
+                "start the sweep on the cluster, or use hydra/launcher=submitit_local"
+            )
         folder = Path(config.hydra.sweep.dir)
         if not any(one.startswith("hydra.sweep.dir=") for one in config.hydra.overrides.hydra):
             folder = fresh_folder(folder)

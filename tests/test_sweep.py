@@ -178,6 +178,12 @@ def test_a_sweep_that_other_code_made_is_refused_before_any_job(
     assert [one.name for one in (tmp_path / "sweep").iterdir()] == ["sweep.json"]
 
 
+def test_a_sweep_for_slurm_is_refused_where_there_is_none(launch: Launch, tmp_path: Path) -> None:
+    done = launch("-m", "beta=0.1,0.2", "hydra/launcher=submitit_slurm", SWEEP, *SHORT, expect=1)
+    assert re.fullmatch(r"error: .*needs Slurm's srun.*submitit_local\n", done.stderr)
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_jobs_folders_below_one_another_are_refused_before_any_job(
     launch: Launch, tmp_path: Path
 ) -> None:
