@@ -22,8 +22,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = str(ROOT / "launch.py")
-# Seconds after which a run that has not ended hangs
-PATIENCE = 120.0
+# Seconds after which a run that has not ended hangs. Where W&B's server keeps it waiting it takes
+# more than a minute on an idle machine, and twice that on a busy one.
+PATIENCE = 300.0
 
 # For every run: this checkout, no hub, one thread
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
