@@ -45,7 +45,7 @@ audit: install
 tiny: install
 	$(BIN)/python -m orpo_lab.tiny.make
 
-# Needs root for its disks (about 20 minutes on two cores)
+# Needs root for its disks (20 to 50 minutes on two cores)
 faults: install
 	@$(BIN)/python -m benchmarks.faults $(FAULTS)
 
