@@ -22,14 +22,16 @@ GOOD = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
 
 def cpu_seconds(*arguments: str) -> float:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, str(ROOT / "launch.py"), *arguments], capture_output=True)
+    subprocess.run([sys.executable, *arguments], capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def test_help_and_a_typo_answer_within_a_second_of_cpu_time() -> None:
-    assert min(cpu_seconds("--help") for _ in range(3)) < 1
-    assert min(cpu_seconds("betta=0.2") for _ in range(3)) < 1
+@pytest.mark.parametrize("argument", ["--help", "betta=0.2"])
+def test_help_and_a_typo_answer_before_torch_would_be_imported(argument: str) -> None:
+    """In CPU time, whatever the machine; on a fast one that is within a second."""
+    answer = min(cpu_seconds(str(ROOT / "launch.py"), argument) for _ in range(3))
+    assert answer < min(cpu_seconds("-c", "import torch") for _ in range(3))
 
 
 def test_help_lists_every_option(launch: Launch) -> None:
