@@ -29,9 +29,9 @@ def cpu_seconds(*arguments: str) -> float:
 
 @pytest.mark.parametrize("argument", ["--help", "betta=0.2"])
 def test_help_and_a_typo_answer_before_torch_would_be_imported(argument: str) -> None:
-    """In CPU time, whatever the machine; on a fast one that is within a second."""
+    """In CPU time, whatever the machine; where torch takes 1.3 s that is within a second."""
     answer = min(cpu_seconds(str(ROOT / "launch.py"), argument) for _ in range(3))
-    assert answer < min(cpu_seconds("-c", "import torch") for _ in range(3))
+    assert answer < 0.75 * min(cpu_seconds("-c", "import torch") for _ in range(3))
 
 
 def test_help_lists_every_option(launch: Launch) -> None:
