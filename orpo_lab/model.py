@@ -24,15 +24,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import find_adapter_config_file
 
 from orpo_lab import quantization
-from orpo_lab.config import Config, Dataset, Galore, Lora, Model, Optimizer
+from orpo_lab.config import Config, Dataset, Galore, Lora, Model, Optimizer, local_path
 from orpo_lab.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
-
-# conf/model/tiny.yaml names the embedded model by its place in the package
-EMBEDDED = "orpo_lab/tiny"
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -118,14 +116,12 @@ def locate(model: Model) -> str:
     """Return the hub name or the folder that holds the model.
 
     Raises:
-        UserError: it looks like a folder and is not one, it holds an adapter, or it holds no model
-            in safetensors.
+        UserError: it looks like a folder and is not one, or it holds no model in safetensors.
     """
-    if model.path == EMBEDDED:
-        return str(Path(__file__).with_name("tiny"))
-    folder = Path(model.path).expanduser()
+    folder = local_path(model.path)
     if folder.is_dir():
-        _refuse_adapter(model, folder)
+        if (folder / "adapter_config.json").is_file():
+            return str(folder)  # and `load_config` says what to do
         if not (folder / "config.json").is_file():
             raise UserError(f"model.path={model.path} is not a model folder: no config.json in it")
         if not any(folder.glob("*.safetensors")):
@@ -147,25 +143,19 @@ def locate(model: Model) -> str:
     return model.path
 
 
-def _refuse_adapter(model: Model, folder: Path) -> None:
-    """Refuse a folder with an adapter: transformers would put it on a base without a word."""
-    file = folder / "adapter_config.json"
-    if not file.is_file():
+def _refuse_adapter(model: Model) -> None:
+    """Refuse a place with an adapter: transformers would put it on a base without a word."""
+    file = find_adapter_config_file(locate(model), revision=model.revision)
+    if file is None:
         return
-    if (folder / "config.json").is_file():
-        raise UserError(
-            f"model.path={model.path} holds a model and an adapter (adapter_config.json) in one "
-            "folder; move the adapter out to train the model alone, or merge the two first (peft's "
-            "merge_and_unload) and save the result in a folder of its own"
-        )
     try:
-        base = json.loads(file.read_text()).get("base_model_name_or_path")
+        base = json.loads(Path(file).read_text()).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError):
         base = None
     raise UserError(
-        f"model.path={model.path} is an adapter, not a model; to train on from it, merge it into "
-        "its base first (peft's merge_and_unload) and save that in a folder; to begin anew, give "
-        f"its base, model.path={base or '...'}"
+        f"model.path={model.path} holds an adapter of {base or 'some base'}, not a model alone; to "
+        "go on from the adapter, merge it into its base (peft's merge_and_unload) and save that in "
+        "a folder; to begin from the base, give the base in a folder without adapter_config.json"
     )
 
 
@@ -203,8 +193,8 @@ def load_config(model: Model) -> PretrainedConfig:
     """Return the model's own configuration: small, fetched before anything heavy.
 
     Raises:
-        UserError: there is no such model, the hub cannot be reached, or the model needs code of its
-            own, which is not trusted.
+        UserError: there is no such model, the hub cannot be reached, the model needs code of its
+            own, which is not trusted, or there is an adapter.
     """
     if model.trust_remote_code:
         log.warning(
@@ -212,6 +202,7 @@ def load_config(model: Model) -> PretrainedConfig:
             "rights",
             model.path,
         )
+    _refuse_adapter(model)
     return _fetch(AutoConfig.from_pretrained, model)
 
 
