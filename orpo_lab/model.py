@@ -28,6 +28,7 @@ from transformers.utils import find_adapter_config_file
 
 from orpo_lab import quantization
 from orpo_lab.config import Config, Dataset, Galore, Lora, Model, Optimizer, local_path
+from orpo_lab.data import Data
 from orpo_lab.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
@@ -293,6 +294,26 @@ def _check_vocabulary(model: Model, tokenizer: PreTrainedTokenizerBase, num_rows
         )
 
 
+def check_ids(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, data: Data) -> None:
+    """Refuse texts with a token that has no embedding.
+
+    Raises:
+        UserError: a pair has one.
+    """
+    num_rows = config.get_text_config().vocab_size
+    if len(tokenizer) <= num_rows:
+        return
+    for rows in (data.train, data.held_out):
+        for row in rows.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]):
+            beyond = [i for ids in row.values() for i in ids if i >= num_rows]
+            if beyond:
+                token = tokenizer.convert_ids_to_tokens(beyond[0])
+                raise UserError(
+                    f"a pair holds the token {token}, which has no row in the model's embeddings; "
+                    "take it out of the data"
+                )
+
+
 def load(config: Config, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
     """Return the base model on its device, quantized as asked, ready to be trained.
 
@@ -413,7 +434,7 @@ def _check_steady(model: PreTrainedModel) -> None:
     """Read a few tokens in training mode, under two seeds, and refuse a base that tells them apart.
 
     Raises:
-        UserError: its results depend on chance, as where a dropout stayed on, or it cannot be read.
+        UserError: its results depend on chance, as where a dropout stayed on, or it reads nothing.
     """
     ids = (
         torch.arange(3, 19, device=model.device)[None]
@@ -430,10 +451,12 @@ def _check_steady(model: PreTrainedModel) -> None:
         model.train()
         with torch.no_grad(), torch.random.fork_rng(devices):
             first, again, other = read(1), read(1), read(2)
-    except (TypeError, ValueError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError) as error:
         raise UserError(
-            f"{name} cannot be trained on text alone ({one_line(error)[:200]}); take a causal "
-            "language model"
+            f"{name} cannot read a text as it was loaded ({one_line(error)[:200]}); take a causal "
+            "language model, or for one whose layers cannot be quantized another optimizer"
         ) from error
     finally:
         model.train(was_training)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
@@ -93,10 +94,19 @@ def save_final(
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
     summary: dict[str, Any],
+    dtype: torch.dtype | None,
 ) -> None:
-    """Save the adapter or the model, its tokenizer and a model card to `final/`."""
+    """Save the adapter or the model, its tokenizer and a model card to `final/`.
+
+    A model is saved in `dtype`, the precision of the base's folder, where that is narrower than the
+    one that it was trained in. Its weights are rounded in place.
+    """
     part = place.path / "final.part"
-    model.config.use_cache = True
+    model.config.get_text_config().use_cache = True
+    is_adapter = isinstance(config.optimizer, Lora)
+    if not is_adapter and dtype is not None and dtype.itemsize < model.dtype.itemsize:
+        log.info("final/ is in %s, as the base is; checkpoints keep %s", dtype, model.dtype)
+        model.to(dtype)
     try:
         model.save_pretrained(part)
     except SafetensorError as error:  # its own, for what the operating system says

@@ -81,7 +81,7 @@ def _train(
     # Seconds of imports, once the configuration is known to be good and the folder is ours
     from transformers import set_seed
 
-    from orpo_lab import engine, model, report, tracker, trainer
+    from orpo_lab import engine, model, quantization, report, tracker, trainer
     from orpo_lab.adapter import attach
     from orpo_lab.evaluate import evaluate
 
@@ -89,11 +89,13 @@ def _train(
     start = _find_start(config, place)
     model_config = model.load_config(config.model)
     model.check_context(model_config, config.dataset)
+    quantization.check(config, model_config)
 
     # Rows -> pairs -> token ids
     tokenizer = model.load_tokenizer(config.model, model_config)
     pairs = _load_data(config, tokenizer, sweep)
     place.write_json("data_report.json", pairs.report)
+    model.check_ids(tokenizer, model_config, pairs)
     trainer.count_steps(config, len(pairs.train))
 
     # Weights, quantization, adapter
@@ -146,7 +148,7 @@ def _train(
         # What the run leaves, in its folder and in the tracker
         summary = report.summarize(before, after, stats, pairs, place)
         report.save_scores(place, before, after)
-        report.save_final(place, network, tokenizer, config, summary)
+        report.save_final(place, network, tokenizer, config, summary, model_config.dtype)
         report.publish(place, run, before, after, summary)
         exit_code = 0
     except Stopped as error:
