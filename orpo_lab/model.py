@@ -39,6 +39,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # a package that a model needs
 UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError)
 
+# Of transformers' table of weights that are missing or over, and of tied ones that are all missing
+SAID_IN_A_LINE = ("LOAD REPORT", "absent from the checkpoint")
+
 # Numbers of each weight that a fingerprint is of
 NUM_SAMPLED = 256
 # What Git leaves in the place of a file that is stored elsewhere begins like this
@@ -371,17 +374,17 @@ def load(config: Config, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype)
 
 @contextlib.contextmanager
 def _without_table() -> Iterator[None]:
-    """Keep transformers' table of missing weights from the terminal: we refuse them in a line."""
+    """Keep what transformers says of missing weights from the terminal: we refuse them in a line."""
     logger = logging.getLogger("transformers.modeling_utils")
 
-    def is_no_table(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
+    def is_other(record: logging.LogRecord) -> bool:
+        return not any(words in record.getMessage() for words in SAID_IN_A_LINE)
 
-    logger.addFilter(is_no_table)
+    logger.addFilter(is_other)
     try:
         yield
     finally:
-        logger.removeFilter(is_no_table)
+        logger.removeFilter(is_other)
 
 
 def _check_complete(model: Model, found: dict[str, Any]) -> None:
