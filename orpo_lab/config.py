@@ -236,7 +236,9 @@ KEEPABLE_FAULTS = (
     "nul_character",
     "contradicting_prompt",
     "unknown_role",
+    "other_turn_in_answer",
     "special_token_text",
+    "unrendered_text",
     "duplicate",
     "conflicting_duplicate",
     "leaked_prompt",
@@ -264,8 +266,12 @@ class Faults:
     turns_not_alternating: str = MISSING
     unknown_role: str = MISSING
     no_answer: str = MISSING
+    prefilled_answer: str = MISSING
+    other_turn_in_answer: str = MISSING
     special_token_text: str = MISSING
     template_error: str = MISSING
+    misrendered: str = MISSING
+    unrendered_text: str = MISSING
     duplicate: str = MISSING
     conflicting_duplicate: str = MISSING
     leaked_prompt: str = MISSING

@@ -42,8 +42,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NUM_SAMPLED = 256
 
 # Zephyr's layout, which the ORPO authors give to models without a template of their own. It needs
-# no new tokens: untrained embeddings would be frozen under LoRA.
+# no new tokens: untrained embeddings would be frozen under LoRA. The BOS in front is ours: it is
+# trained wherever a tokenizer has one, so who asks the model by this template has to start from it.
 DEFAULT_CHAT_TEMPLATE = (
+    "{{ bos_token }}"
     "{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
     "{% endfor %}"

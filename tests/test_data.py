@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import datasets
 import pytest
 
 from orpo_lab import config, data
-from orpo_lab.data.encode import fit, render, tokenize
+from orpo_lab.data.encode import fit, tokenize
 from orpo_lab.data.faults import Fault
 from orpo_lab.data.pairs import Pair, split
+from orpo_lab.data.render import render
 from orpo_lab.errors import UserError
 
 ASKED = {"role": "user", "content": "what is 2 plus 2?"}
@@ -88,8 +90,9 @@ def test_a_string_beside_messages_is_refused() -> None:
 
 
 def test_bos_and_eos_stand_once_and_the_generation_prompt_once(tokenizer: Any) -> None:
+    rendered = render(Pair([ASKED], [RIGHT], [WRONG]), tokenizer, date(2026, 11, 26))
     prompt, chosen, rejected = tokenize(
-        *render(Pair([ASKED], [RIGHT], [WRONG]), tokenizer), tokenizer
+        rendered.prompt, rendered.chosen, rendered.rejected, tokenizer
     )
     assert prompt[0] == tokenizer.bos_token_id
     assert (prompt + chosen).count(tokenizer.bos_token_id) == 1
