@@ -4,6 +4,7 @@ A template may leave text out, move text, or render a prompt otherwise once an a
 is trained would then not be what the row says, so this is found here and is a `Fault` of the row.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -140,7 +141,7 @@ def _check_ending(pair: Pair, prompt: str, chosen: str, apply: Callable[..., str
         Fault: it does, since the template ignores `add_generation_prompt`.
     """
     assert isinstance(pair.chosen, list)
-    asking = _last_text(pair.prompt, prompt)[len(_content(pair.prompt)) :]
+    asking = _asking(pair, prompt)
     if not asking.strip() or not chosen.endswith(asking):
         return
     # Where all turns end alike, what follows goes on from there
@@ -160,6 +161,11 @@ def _last_text(messages: Any, prompt: str) -> str:
     return prompt[at:] if at >= 0 else ""
 
 
+def _asking(pair: Pair, prompt: str) -> str:
+    """Return what of a rendered prompt stands behind its last text."""
+    return _last_text(pair.prompt, prompt)[len(_content(pair.prompt)) :]
+
+
 def _content(messages: Any) -> str:
     return str(messages[-1].get("content", "")).strip()
 
@@ -176,13 +182,17 @@ def find_unrendered(
         return
     template = tokenizer.get_chat_template(tools=pair.context.get("tools"))
     placed: list[Message] = [{"role": "row", key: value} for key, value in pair.context.items()]
-    for messages, text in (
-        (placed + pair.prompt, rendered.prompt),
-        (pair.chosen, rendered.chosen),
-        (pair.rejected, rendered.rejected),
+    # Some generation prompts begin the answer: with <think>, which may be the row's own
+    asking = _asking(pair, rendered.prompt)
+    for messages, before, text in (
+        (placed + pair.prompt, "", rendered.prompt),
+        (pair.chosen, asking, rendered.chosen),
+        (pair.rejected, asking, rendered.rejected),
     ):
-        lost = _find_lost(messages, text, str) and _find_lost(messages, text, _without_spaces)
-        lost = lost or _find_unread(messages, template)
+        lost = (
+            _find_lost(messages, before, text, str)
+            and _find_lost(messages, before, text, _without_spaces)
+        ) or _find_unread(messages, template)
         if lost:
             detail = (
                 f"the chat template of {tokenizer.name_or_path or 'the model'} leaves out {lost}; "
@@ -193,21 +203,23 @@ def find_unrendered(
             return
 
 
-def _find_lost(messages: Any, text: str, form: Callable[[str], str]) -> str:
+def _find_lost(messages: Any, before: str, text: str, form: Callable[[str], str]) -> str:
     """Return what of the messages a text lacks, in words; empty: nothing.
 
     Args:
         messages: of the prompt or of a completion.
+        before: what stands before the text, and may hold a beginning of what it says.
         text: their rendering.
         form: what both are compared in.
     """
-    text = form(text)
+    least = len(form(before))
+    text = form(before) + form(text)
     reached = 0
     for message in messages:
         is_placed = message["role"] in PLACED_ANYWHERE
         end = reached
         for key, said in _texts(message):
-            found = _end_of(said, text, 0 if is_placed else reached, form)
+            found = _end_of(said, text, 0 if is_placed else reached, least, form)
             if found < 0:
                 return f"the {message['role']}'s {key} '{quote(said)}'"
             end = max(end, found)
@@ -215,15 +227,19 @@ def _find_lost(messages: Any, text: str, form: Callable[[str], str]) -> str:
     return ""
 
 
-def _end_of(said: str, text: str, start: int, form: Callable[[str], str]) -> int:
-    """Return where a text that is rendered as it is, or inside JSON, ends; -1: it is not there."""
+def _end_of(said: str, text: str, start: int, least: int, form: Callable[[str], str]) -> int:
+    """Return where a text that is rendered as it is, or inside JSON, ends; -1: it is not there.
+
+    The search is from `start` on, for an end above `least`.
+    """
     said = said.strip()
-    if (at := text.find(form(said), start)) >= 0:
-        return at + len(form(said))
-    for is_ascii in (False, True):
-        escaped = form(json.dumps(said, ensure_ascii=is_ascii)[1:-1])
-        if (at := text.find(escaped, start)) >= 0:
-            return at + len(escaped)
+    if not said:
+        return start
+    escaped = (json.dumps(said, ensure_ascii=is_ascii)[1:-1] for is_ascii in (False, True))
+    for one in itertools.chain((said,), escaped):
+        sought = form(one)
+        if (at := text.find(sought, max(start, least + 1 - len(sought)))) >= 0:
+            return at + len(sought)
     return -1
 
 
