@@ -141,8 +141,9 @@ def _check_ending(pair: Pair, prompt: str, chosen: str, apply: Callable[..., str
         Fault: it does, since the template ignores `add_generation_prompt`.
     """
     assert isinstance(pair.chosen, list)
-    asking = _asking(pair, prompt)
-    if not asking.strip() or not chosen.endswith(asking):
+    asking = _asking(pair, prompt).rstrip()
+    shared = num_shared(asking[::-1], chosen.rstrip()[: -len(asking) - 1 : -1])
+    if not any(map(str.isalnum, asking[len(asking) - shared :])):
         return
     # Where all turns end alike, what follows goes on from there
     following = [*pair.prompt, *pair.chosen, {"role": "user", "content": "and then?"}]
