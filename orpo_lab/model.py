@@ -52,8 +52,10 @@ MAX_OUTSIDE = 0.1
 UNTRAINED = 0.01
 
 # Zephyr's layout, which the ORPO authors give to models without a template of their own. It needs
-# no new tokens: untrained embeddings would be frozen under LoRA.
+# no new tokens: untrained embeddings would be frozen under LoRA. The BOS in front is ours: it is
+# trained wherever a tokenizer has one, so who asks the model by this template has to start from it.
 DEFAULT_CHAT_TEMPLATE = (
+    "{{ bos_token }}"
     "{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
     "{% endfor %}"
