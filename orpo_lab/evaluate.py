@@ -90,7 +90,7 @@ class Evaluation:
             "generations": list(map(asdict, self.generations)),
             "seconds": self.seconds,
         }
-        file.write_text(json.dumps(parts))
+        file.write_text(json.dumps(parts, allow_nan=False))
 
     @classmethod
     def restore(cls, file: Path) -> "Evaluation":
