@@ -304,9 +304,9 @@ class MetricsCallback(TrainerCallback):
                 metrics["grad_norm"] = self.optimizer.grad_norm.item()
             if self.meter.num_skipped > self.num_skipped:
                 # Of an interval with a skipped step there are no means over all its pairs
-                finite = {key: one for key, one in metrics.items() if math.isfinite(one)}
-                metrics = {key: one for key, one in finite.items() if key != "loss"}
+                del metrics["loss"]
                 self.num_skipped = metrics["skipped_steps"] = self.meter.num_skipped
+        metrics = _finite(state.global_step, metrics)
         self.place.append_metrics(state.global_step, metrics)
         self.log_to.log(state.global_step, metrics)
         shown = {key: f"{metrics[key]:.3f}" for key in self.SHOWN if key in metrics}
@@ -318,6 +318,18 @@ class MetricsCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the bar."""
         self.bar.close()
+
+
+def _finite(step: int, metrics: dict[str, float]) -> dict[str, float]:
+    """Return the figures that JSON and a curve can hold, and say which ones are left out.
+
+    The norm of gradients that fp16's loss scaler skips is infinite, for example.
+    """
+    others = {key: one for key, one in metrics.items() if not math.isfinite(one)}
+    if others:
+        said = ", ".join(f"{key} is {one}" for key, one in others.items())
+        log.warning("step %d: %s, left out of this step's metrics", step, said)
+    return {key: one for key, one in metrics.items() if key not in others}
 
 
 class StopCallback(TrainerCallback):
