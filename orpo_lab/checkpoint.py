@@ -30,7 +30,7 @@ class Made:
     """What a checkpoint was made from; to be continued, a run must be made from the same."""
 
     config_hash: str
-    """See `config.identity`."""
+    """See `identity.identity`."""
     data: str
     """Fingerprints of the training and the held-out pairs."""
     model: str

@@ -7,6 +7,7 @@ verdict. Reads run folders and nothing else; torch is not imported.
 
 import argparse
 import base64
+import hashlib
 import json
 import math
 import sys
@@ -20,10 +21,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import yaml
 
-from orpo_lab import plot
-from orpo_lab.config import FREE
+from orpo_lab import identity, plot
 from orpo_lab.errors import UserError, one_line
-from orpo_lab.run_folder import RunFolder, flat, natural_order
+from orpo_lab.run_folder import RunFolder, natural_order
 from orpo_lab.verdict import (
     LEVEL,
     Array,
@@ -39,8 +39,6 @@ from orpo_lab.verdict import (
 MARGINS = {"exact_match": 0.03, "chosen_nll": 0.03, "repetition": 0.05}
 # Answers that are so many times as long, or as short, as the best setting's are warned of
 MAX_LENGTH_RATIO = 1.25
-# What a setting is not told apart by
-NOT_SETTINGS = (*FREE, "seed")
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,11 @@ class Run:
 
     folder: Path
     values: dict[str, Any]
-    """The configuration, flat, and the option chosen in every group."""
+    """The configuration, flat, and the kind of what was chosen in every group."""
+    contents: dict[str, str]
+    """What lay at its locations when it was started last; see `identity.contents`."""
+    choices: dict[str, str]
+    """The options chosen, under the names that people gave."""
     state: str
     reason: str
     summary: dict[str, Any] | None
@@ -125,14 +127,17 @@ def read_run(folder: Path) -> Run:
     """
     place = RunFolder(folder)
     try:
-        values = flat(place.read_yaml("config.yaml"))
-        chosen = place.read_yaml("choices.yaml")
-        values |= {group: one for group, one in chosen["choices"].items() if group != "experiment"}
+        choices = place.read_yaml("choices.yaml")["choices"]
+        started = (place.segments() or [{}])[-1]
+        values = identity.flat(place.read_yaml("config.yaml")) | started.get("kinds", choices)
         status = place.status()
         has_summary = (folder / "summary.json").is_file()
         return Run(
             folder=folder,
             values=values,
+            # An earlier version kept no contents
+            contents=started.get("contents") or {"model.path": str(values.get("model.path"))},
+            choices=choices,
             state=status["state"],
             reason=status["reason"],
             summary=json.loads((folder / "summary.json").read_text()) if has_summary else None,
@@ -158,30 +163,52 @@ def group(runs: Sequence[Run]) -> list[Setting]:
 
     Of two runs with the same seed and values (two sweeps that overlap) the first one counts.
     """
-    read = [_effective(run.values) for run in runs]
+    read = [_told_apart_by(run) for run in runs]
     keys = sorted({key for values in read for key in values})
     # A key that only some have, all with one value, comes with another that tells them apart
     differing = [key for key in keys if len({json.dumps(v[key]) for v in read if key in v}) > 1]
-    settings: dict[str, Setting] = {}
-    for run, values in zip(runs, read, strict=True):
+    named = {key: _names(runs, read, key) for key in ("model", "dataset") if key in differing}
+    found: dict[str, Setting] = {}
+    for number, (run, values) in enumerate(zip(runs, read, strict=True)):
         mine = {key: values[key] for key in differing if key in values}
-        name = " ".join(_label(key, value) for key, value in mine.items()) or "all runs"
+        shown = mine | {key: names[number] for key, names in named.items()}
+        name = " ".join(_label(key, value) for key, value in shown.items()) or "all runs"
         # By exact values: names are rounded
-        setting = settings.setdefault(json.dumps(mine), Setting(name, run.values, []))
+        setting = found.setdefault(json.dumps(mine), Setting(name, run.values, []))
         if run.values["seed"] not in setting.seeds:
             setting.runs.append(run)
     return sorted(
-        settings.values(),
+        found.values(),
         key=lambda one: (one.values["beta_schedule"], one.values["beta"], one.name),
     )
 
 
-def _effective(values: dict[str, Any]) -> dict[str, Any]:
-    """Return what tells settings apart: a constant schedule does not read beta_end."""
-    unread = ("beta_end",) if values["beta_schedule"] == "constant" else ()
-    return {
-        key: value for key, value in values.items() if not key.startswith((*NOT_SETTINGS, *unread))
-    }
+def _told_apart_by(run: Run) -> dict[str, Any]:
+    """Return what tells settings apart: all that identifies a run but its seed.
+
+    Models are told apart by what lies at their place, data by the fingerprint of their pairs.
+    """
+    told = identity.settings(run.values)
+    told.pop("seed")
+    data = run.summary["dataset_fingerprint"] if run.summary else None
+    model = [one for key, one in sorted(run.contents.items()) if key.startswith("model.")]
+    return told | {"model": model, "dataset": data}
+
+
+def _names(runs: Sequence[Run], read: Sequence[dict[str, Any]], group: str) -> list[str]:
+    """Return what to call every run's model or data: the option, its place, or place and hash."""
+    hashes = [hashlib.sha256(json.dumps(values[group]).encode()).hexdigest()[:6] for values in read]
+    choices = [run.choices.get(group, "") for run in runs]
+    places = [_place(run, group) for run in runs]
+    for names in (choices, places):
+        if len(set(zip(names, hashes, strict=True))) == len(set(names)) == len(set(hashes)):
+            return names
+    return [f"{place} ({one})" for place, one in zip(places, hashes, strict=True)]
+
+
+def _place(run: Run, group: str) -> str:
+    keys = [f"{group}.{name}" for name in ("path", "train_path", "revision")]
+    return "@".join(str(run.values[key]) for key in keys if run.values.get(key))
 
 
 def _label(key: str, value: Any) -> str:
@@ -274,7 +301,7 @@ def _warnings(
     """Say where a higher beta still raises accuracy and costs quality, and where length changes."""
     families: dict[str, list[int]] = {}
     for number, setting in enumerate(settings):
-        rest = {k: v for k, v in _effective(setting.values).items() if k != "beta"}
+        rest = {k: v for k, v in _told_apart_by(setting.runs[0]).items() if k != "beta"}
         families.setdefault(json.dumps(rest, sort_keys=True), []).append(number)
     said = []
     for family in families.values():

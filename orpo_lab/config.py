@@ -6,22 +6,31 @@ dataclasses, once; everything after it sees dataclasses only.
 
 A dataclass checks its own ranges in `__post_init__`; `Config.__post_init__` checks what must fit
 together. Both raise a `ValueError` that names the key to change.
+
+Beside each key stands its policy: what it means to a run's identity (`policy`, `identity`).
 """
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from orpo_lab.errors import UserError, one_line
 from orpo_lab.masking import mask
+from orpo_lab.policy import free, lasting, location, setting
+
+# conf/model/tiny.yaml names the embedded model by its place in the package
+EMBEDDED = "orpo_lab/tiny"
+# What a model is loaded from; checkpoints and a README beside it are not read
+MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
+ALL_FILES = "**/*"
 
 
 def _check(condition: bool, message: str) -> None:
@@ -46,13 +55,14 @@ def _one_of(allowed: tuple[str, ...], **values: str) -> None:
 class Model:
     """A causal language model: a hub name or a local folder."""
 
-    path: str = MISSING
-    revision: str | None = MISSING
-    attention: str = MISSING
-    dtype: str = MISSING
-    trust_remote_code: bool = MISSING
-    learning_rate: float = MISSING
-    full_learning_rate: float = MISSING
+    path: str = location(*MODEL_FILES)
+    revision: str | None = location()
+    attention: str = lasting()
+    dtype: str = lasting()
+    trust_remote_code: bool = lasting()
+    # Read by other keys only: what a run takes of them stands in optimizer.learning_rate
+    learning_rate: float = free()
+    full_learning_rate: float = free()
 
     def __post_init__(self) -> None:
         _check(bool(self.path.strip()), "model.path is empty; give a hub name or a folder")
@@ -69,14 +79,14 @@ class Quantization:
 class Nf4(Quantization):
     """4-bit NormalFloat (Dettmers et al. 2023, arXiv:2305.14314)."""
 
-    double_quantization: bool = MISSING
+    double_quantization: bool = lasting()
 
 
 @dataclass(kw_only=True)
 class Int8(Quantization):
     """LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339)."""
 
-    outlier_threshold: float = MISSING
+    outlier_threshold: float = lasting()
 
     def __post_init__(self) -> None:
         _at_least(0, quantization__outlier_threshold=self.outlier_threshold)
@@ -91,11 +101,11 @@ class Unquantized(Quantization):
 class Optimizer:
     """What every optimizer has; alone it is never used."""
 
-    learning_rate: float = MISSING
-    weight_decay: float = MISSING
-    adam_beta1: float = MISSING
-    adam_beta2: float = MISSING
-    adam_epsilon: float = MISSING
+    learning_rate: float = setting()
+    weight_decay: float = setting()
+    adam_beta1: float = setting()
+    adam_beta2: float = setting()
+    adam_epsilon: float = setting()
 
     def __post_init__(self) -> None:
         _check(
@@ -113,9 +123,9 @@ class Optimizer:
 class Lora(Optimizer):
     """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on unquantized weights."""
 
-    r: int = MISSING
-    alpha: float = MISSING
-    dropout: float = MISSING
+    r: int = lasting()
+    alpha: float = lasting()
+    dropout: float = lasting()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -138,16 +148,16 @@ class AdamW(Optimizer):
 class Galore(Optimizer):
     """Full parameters with low-rank gradients (Zhao et al. 2024, arXiv:2403.03507)."""
 
-    implementation: str = MISSING
-    rank: int | None = MISSING
-    update_proj_gap: int | None = MISSING
-    scale: float = MISSING
-    proj_type: str = MISSING
-    bits: int = MISSING
-    refresh: str | None = MISSING
-    stagger_refresh: bool | None = MISSING
-    rotate_moments: bool = MISSING
-    layerwise: bool = MISSING
+    implementation: str = lasting()
+    rank: int | None = lasting()
+    update_proj_gap: int | None = lasting()
+    scale: float = lasting()
+    proj_type: str = lasting()
+    bits: int = lasting()
+    refresh: str | None = lasting()
+    stagger_refresh: bool | None = lasting()
+    rotate_moments: bool = lasting()
+    layerwise: bool = lasting()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -175,10 +185,10 @@ class Galore(Optimizer):
             "stagger_refresh=true": self.stagger_refresh,
             f"refresh={self.refresh}": self.refresh not in (None, "exact"),
         }
-        for setting, is_asked in asked.items():
+        for override, is_asked in asked.items():
             _check(
                 not is_asked,
-                f"optimizer.{setting} is not in galore-torch, which takes exact bases, all at "
+                f"optimizer.{override} is not in galore-torch, which takes exact bases, all at "
                 "once; use optimizer.implementation=orpo_lab",
             )
 
@@ -207,7 +217,7 @@ class Cosine(BetaSchedule):
 class Step(BetaSchedule):
     """Equal jumps at the milestones."""
 
-    milestones: list[float] = MISSING
+    milestones: list[float] = setting()
 
     def __post_init__(self) -> None:
         rising = self.milestones == sorted(set(self.milestones))
@@ -222,7 +232,7 @@ class Step(BetaSchedule):
 class HoldThenAnneal(BetaSchedule):
     """beta, then a straight line to beta_end over the final part of the run."""
 
-    anneal_fraction: float = MISSING
+    anneal_fraction: float = setting()
 
     def __post_init__(self) -> None:
         _check(
@@ -248,28 +258,28 @@ KEEPABLE_FAULTS = (
 class Faults:
     """What becomes of a row with a fault: refuse, drop or keep (see docs/data.md)."""
 
-    invalid_json: str = MISSING
-    invalid_utf8: str = MISSING
-    missing_column: str = MISSING
-    wrong_type: str = MISSING
-    oversized_row: str = MISSING
-    lone_surrogate: str = MISSING
-    nul_character: str = MISSING
-    empty_prompt: str = MISSING
-    empty_completion: str = MISSING
-    chosen_equals_rejected: str = MISSING
-    chosen_equals_rejected_after_cut: str = MISSING
-    differing_prompts: str = MISSING
-    contradicting_prompt: str = MISSING
-    turns_not_alternating: str = MISSING
-    unknown_role: str = MISSING
-    no_answer: str = MISSING
-    special_token_text: str = MISSING
-    template_error: str = MISSING
-    duplicate: str = MISSING
-    conflicting_duplicate: str = MISSING
-    leaked_prompt: str = MISSING
-    leaked_prompt_normalized: str = MISSING
+    invalid_json: str = setting()
+    invalid_utf8: str = setting()
+    missing_column: str = setting()
+    wrong_type: str = setting()
+    oversized_row: str = setting()
+    lone_surrogate: str = setting()
+    nul_character: str = setting()
+    empty_prompt: str = setting()
+    empty_completion: str = setting()
+    chosen_equals_rejected: str = setting()
+    chosen_equals_rejected_after_cut: str = setting()
+    differing_prompts: str = setting()
+    contradicting_prompt: str = setting()
+    turns_not_alternating: str = setting()
+    unknown_role: str = setting()
+    no_answer: str = setting()
+    special_token_text: str = setting()
+    template_error: str = setting()
+    duplicate: str = setting()
+    conflicting_duplicate: str = setting()
+    leaked_prompt: str = setting()
+    leaked_prompt_normalized: str = setting()
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -281,15 +291,15 @@ class Faults:
 class Dataset:
     """What every source of preference pairs has; alone it is never used."""
 
-    max_length: int = MISSING
-    max_prompt_length: int = MISSING
-    overlong: str = MISSING
-    num_train: int | None = MISSING
-    num_eval: int = MISSING
-    num_generations: int = MISSING
-    max_new_tokens: int = MISSING
-    num_proc: int | None = MISSING
-    faults: Faults = MISSING
+    max_length: int = setting()
+    max_prompt_length: int = setting()
+    overlong: str = setting()
+    num_train: int | None = setting()
+    num_eval: int = setting()
+    num_generations: int = setting()
+    max_new_tokens: int = setting(unread_under=("dataset.num_generations", 0))
+    num_proc: int | None = free()
+    faults: Faults = setting()
 
     def __post_init__(self) -> None:
         _at_least(2, dataset__max_length=self.max_length)
@@ -319,17 +329,17 @@ class EmbeddedDataset(Dataset):
 class Columns:
     """Which column of the source holds what; `prompt: null` where there is none."""
 
-    prompt: str | None = MISSING
-    chosen: str = MISSING
-    rejected: str = MISSING
+    prompt: str | None = setting()
+    chosen: str = setting()
+    rejected: str = setting()
 
 
 @dataclass(kw_only=True)
 class TableDataset(Dataset):
     """Rows that hold a pair in columns; alone it is never used."""
 
-    columns: Columns = field(default_factory=Columns)
-    transcripts: bool = MISSING
+    columns: Columns = setting(factory=Columns)
+    transcripts: bool = setting()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -344,29 +354,29 @@ class TableDataset(Dataset):
 class HubDataset(TableDataset):
     """A dataset of the Hugging Face hub, or a local folder laid out like one."""
 
-    path: str = MISSING
-    revision: str | None = MISSING
-    train_split: str = MISSING
-    eval_split: str | None = MISSING
+    path: str = location(ALL_FILES)
+    revision: str | None = location()
+    train_split: str = setting()
+    eval_split: str | None = setting()
 
 
 @dataclass(kw_only=True)
 class FileDataset(TableDataset):
     """A file of rows; its suffix says of which kind."""
 
-    train_path: str = MISSING
-    eval_path: str | None = MISSING
+    train_path: str = location(ALL_FILES)
+    eval_path: str | None = location(ALL_FILES)
 
 
 @dataclass(kw_only=True)
 class OasstDataset(Dataset):
     """OpenAssistant's conversation trees, whose replies people have ranked."""
 
-    train_path: str = MISSING
-    eval_path: str | None = MISSING
-    languages: list[str] | None = MISSING
-    max_depth: int | None = MISSING
-    pairing: str = MISSING
+    train_path: str = location(ALL_FILES)
+    eval_path: str | None = location(ALL_FILES)
+    languages: list[str] | None = setting()
+    max_depth: int | None = setting()
+    pairing: str = setting()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -378,9 +388,9 @@ class OasstDataset(Dataset):
 class Objective:
     """Which reading of the ORPO objective is optimised (see docs/method.md)."""
 
-    nll_scope: str = MISSING
-    nll_mean: str = MISSING
-    penalty: str = MISSING
+    nll_scope: str = setting()
+    nll_mean: str = setting()
+    penalty: str = setting()
 
     def __post_init__(self) -> None:
         _one_of(("prompt_and_completion", "completion"), objective__nll_scope=self.nll_scope)
@@ -397,7 +407,7 @@ class Engine:
 class SharedPrefixEngine(Engine):
     """Our own step: prompts once, packed rows, no logits."""
 
-    tokens_per_microbatch: int | None = MISSING
+    tokens_per_microbatch: int | None = setting()
 
     def __post_init__(self) -> None:
         _at_least(1, engine__tokens_per_microbatch=self.tokens_per_microbatch)
@@ -407,7 +417,7 @@ class SharedPrefixEngine(Engine):
 class TrlEngine(Engine):
     """TRL's own ORPO step."""
 
-    micro_batch_size: int = MISSING
+    micro_batch_size: int = setting()
 
     def __post_init__(self) -> None:
         _at_least(1, engine__micro_batch_size=self.micro_batch_size)
@@ -417,20 +427,20 @@ class TrlEngine(Engine):
 class Train:
     """Length, batch and rhythm of a run."""
 
-    max_steps: int | None = MISSING
-    num_epochs: float | None = MISSING
-    batch_size: int = MISSING
-    lr_scheduler_type: str = MISSING
-    warmup_steps: float = MISSING
-    max_grad_norm: float = MISSING
-    gradient_checkpointing: bool = MISSING
-    logging_steps: int = MISSING
-    eval_steps: int | None = MISSING
-    save_steps: int | None = MISSING
-    num_checkpoints: int = MISSING
-    max_hours: float | None = MISSING
-    on_nonfinite: str = MISSING
-    max_skipped_steps: int = MISSING
+    max_steps: int | None = setting()
+    num_epochs: float | None = setting()
+    batch_size: int = setting()
+    lr_scheduler_type: str = setting()
+    warmup_steps: float = setting(unread_under=("train.lr_scheduler_type", "constant"))
+    max_grad_norm: float = setting()
+    gradient_checkpointing: bool = setting()
+    logging_steps: int = free()
+    eval_steps: int | None = free()
+    save_steps: int | None = free()
+    num_checkpoints: int = free()
+    max_hours: float | None = free()
+    on_nonfinite: str = setting()
+    max_skipped_steps: int = setting(unread_under=("train.on_nonfinite", "stop"))
 
     def __post_init__(self) -> None:
         _at_least(
@@ -476,12 +486,12 @@ class Tracker:
 class WandbTracker(Tracker):
     """Weights & Biases."""
 
-    mode: str = MISSING
-    project: str = MISSING
-    entity: str | None = MISSING
-    group: str | None = MISSING
-    tags: list[str] = MISSING
-    summary_run: bool = MISSING
+    mode: str = free()
+    project: str = free()
+    entity: str | None = free()
+    group: str | None = free()
+    tags: list[str] = free()
+    summary_run: bool = free()
 
     def __post_init__(self) -> None:
         _one_of(("auto", "online", "offline"), tracker__mode=self.mode)
@@ -496,21 +506,21 @@ class NoTracker(Tracker):
 class Config:
     """A whole run."""
 
-    name: str | None = MISSING
-    seed: int = MISSING
-    beta: float = MISSING
-    beta_end: float = MISSING
-    resume: str | None = MISSING
-    accept_changes: bool = MISSING
-    model: Model = MISSING
-    quantization: Quantization = MISSING
-    optimizer: Optimizer = MISSING
-    beta_schedule: BetaSchedule = MISSING
-    dataset: Dataset = MISSING
-    objective: Objective = MISSING
-    engine: Engine = MISSING
-    train: Train = MISSING
-    tracker: Tracker = MISSING
+    name: str | None = free()
+    seed: int = setting()
+    beta: float = setting()
+    beta_end: float = setting(unread_under=("beta_schedule", "constant"))
+    resume: str | None = free()
+    accept_changes: bool = free()
+    model: Model = lasting()
+    quantization: Quantization = lasting()
+    optimizer: Optimizer = lasting()
+    beta_schedule: BetaSchedule = setting()
+    dataset: Dataset = setting()
+    objective: Objective = setting()
+    engine: Engine = setting()
+    train: Train = setting()
+    tracker: Tracker = free()
 
     def __post_init__(self) -> None:
         _at_least(0, seed=self.seed)
@@ -605,74 +615,11 @@ def kind(section: Any) -> str:
     raise KeyError(type(section).__name__)
 
 
-# What moves no weight and no held-out figure: a resumed run may change it
-FREE = (
-    "resume",
-    "accept_changes",
-    "name",
-    "tracker",
-    "train.logging_steps",
-    "train.eval_steps",
-    "train.save_steps",
-    "train.num_checkpoints",
-    "train.max_hours",
-)
-# Where things lie: a resumed run may change it, as long as what lies there is the same
-LOCATIONS = (
-    "model.path",
-    "model.revision",
-    "dataset.path",
-    "dataset.revision",
-    "dataset.train_path",
-    "dataset.eval_path",
-)
-# What the states in a checkpoint fit no longer: no resumed run may change it
-LASTING = ("model", "quantization", "optimizer")
-# ... but for the settings that every optimizer reads at each step
-READ_AT_EACH_STEP = (
-    "optimizer.learning_rate",
-    "optimizer.weight_decay",
-    "optimizer.adam_beta1",
-    "optimizer.adam_beta2",
-    "optimizer.adam_epsilon",
-)
-
-
-def is_of(key: str, groups: tuple[str, ...]) -> bool:
-    """Return whether a key like `train.max_steps` is one of `groups` or stands in one."""
-    return any(key == one or key.startswith(f"{one}.") for one in groups)
-
-
-def kinds(config: Config) -> dict[str, str]:
-    """Return what was chosen in each group that a run's result depends on."""
-    return {
-        group: kind(getattr(config, group))
-        for group in SCHEMAS
-        if group not in ("train", "tracker")
-    }
-
-
-def identity(config: Config) -> str:
-    """Return a hash of all that a run's result depends on; what is never read is left out."""
-    fixed = asdict(config)
-    for key in FREE:
-        *groups, last = key.split(".")
-        section = fixed
-        for one in groups:
-            section = section[one]
-        del section[last]
-    if isinstance(config.beta_schedule, Constant):
-        del fixed["beta_end"]
-    return _hash([fixed, kinds(config)])
-
-
-def hash_of(section: Any) -> str:
-    """Return a hash of a typed section of the configuration: its kind and its values."""
-    return _hash([kind(section), asdict(section)])
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+def local_path(path: str) -> Path:
+    """Return where a path lies that is not on the hub; whether something does is another matter."""
+    if path == EMBEDDED:
+        return Path(__file__).with_name("tiny")
+    return Path(path).expanduser()
 
 
 def slug(text: str) -> str:

@@ -3,7 +3,6 @@
 import hashlib
 import importlib.util
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,13 +27,11 @@ from orpo_lab.config import (
     Nf4,
     Optimizer,
     Quantization,
+    local_path,
 )
 from orpo_lab.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
-
-# conf/model/tiny.yaml names the embedded model by its place in the package
-EMBEDDED = "orpo_lab/tiny"
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -98,9 +95,7 @@ def locate(model: Model) -> str:
     Raises:
         UserError: it looks like a folder and is not one, or it holds no model in safetensors.
     """
-    if model.path == EMBEDDED:
-        return str(Path(__file__).with_name("tiny"))
-    folder = Path(model.path).expanduser()
+    folder = local_path(model.path)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"model.path={model.path} is not a model folder: no config.json in it")

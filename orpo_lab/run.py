@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orpo_lab import checkpoint
-from orpo_lab.config import AUTO, Config, Lora, hash_of, identity, kind
+from orpo_lab.config import AUTO, Config, Lora, kind
 from orpo_lab.errors import UserError, one_line
+from orpo_lab.identity import identity, name_of
 from orpo_lab.masking import MaskingFormatter, mask
 from orpo_lab.quiet import silence_upstream
 from orpo_lab.run_folder import RunFolder
@@ -103,7 +104,8 @@ def _train(
     dtype = model.resolve_dtype(config.model.dtype, model.device())
     network: Any = model.load(config, tokenizer, dtype)
     made = checkpoint.Made(
-        config_hash=identity(config),
+        # As it was at the start: files may have been written to since
+        config_hash=place.segments()[-1]["config_hash"],
         data="-".join(pairs.report[split]["fingerprint"] for split in ("train", "held_out")),
         model=model.fingerprint(network),
     )
@@ -210,10 +212,10 @@ def _load_data(config: Config, tokenizer: Any, sweep: Sweep | None) -> "Data":
 
     if sweep is None:
         return load()
-    name = f"data-{hash_of(config.dataset)}-{hash_of(config.model)}"
-    pairs = sweep.once(name, load, data.Data.save, data.Data.restore)
+    parts = ("dataset", "model")
+    pairs = sweep.once(f"data-{identity(config, *parts)}", load, data.Data.save, data.Data.restore)
     fingerprints = {split: pairs.report[split]["fingerprint"] for split in ("train", "held_out")}
-    sweep.check_data(name, fingerprints, accept_changes=config.accept_changes)
+    sweep.check_data(name_of(config, *parts), fingerprints, accept_changes=config.accept_changes)
     return pairs
 
 
@@ -228,8 +230,8 @@ def _measure_before(
 
     if sweep is None:
         return measure(desc="before")
-    parts = (config.dataset, config.model, config.quantization)
-    name = "-".join(["before", kind(config.optimizer), *map(hash_of, parts)])
+    parts = identity(config, "dataset", "model", "quantization")
+    name = f"before-{kind(config.optimizer)}-{parts}"
     return sweep.once(name, lambda: measure(desc="before"), Evaluation.save, Evaluation.restore)
 
 

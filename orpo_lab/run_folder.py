@@ -15,18 +15,9 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from orpo_lab.config import (
-    AUTO,
-    FREE,
-    LASTING,
-    LOCATIONS,
-    READ_AT_EACH_STEP,
-    Config,
-    identity,
-    is_of,
-    kinds,
-)
+from orpo_lab.config import AUTO, Config
 from orpo_lab.errors import UserError, one_line
+from orpo_lab.identity import contents, flat, identity, kinds, policies, settings
 from orpo_lab.masking import mask
 
 PACKAGES = (
@@ -67,6 +58,7 @@ class RunFolder:
         segment = {
             "config_hash": identity(config),
             "kinds": kinds(config),
+            "contents": contents(config),
             "changes": self._changes(config, resolved, resume),
             "overrides": mask(overrides),
         }
@@ -99,19 +91,25 @@ class RunFolder:
             )
         before = flat(self.read_yaml("config.yaml")) | self.segments()[-1]["kinds"]
         now = flat(resolved) | kinds(config)
+        read = settings(before).keys() | settings(now).keys()
         changes = {
             key: [before.get(key), now.get(key)]
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and not is_of(key, (*FREE, *LOCATIONS))
+            for key in sorted(read)
+            if before.get(key) != now.get(key)
         }
         said = "; ".join(f"{key}: {old} -> {new}" for key, (old, new) in changes.items())
-        lasting = [
-            key for key in changes if is_of(key, LASTING) and not is_of(key, READ_AT_EACH_STEP)
-        ]
+        lasting = [key for key in changes if policies()[key].kind == "lasting"]
         if lasting:
             raise UserError(
                 f"{self.path} holds another run ({said}); no checkpoint fits another "
                 f"{', '.join(lasting)}: start a new run"
+            )
+        made_of, now_of = self.segments()[-1].get("contents", {}), contents(config)
+        other = [key for key, content in now_of.items() if made_of.get(key) != content]
+        if self.status()["state"] == "finished" and other and not config.accept_changes:
+            raise UserError(
+                f"{self.path} holds a run that has finished on something else ({', '.join(other)} "
+                "has other contents now); start a new run, or say accept_changes=true"
             )
         if changes and not config.accept_changes:
             raise UserError(
@@ -221,7 +219,7 @@ class RunFolder:
             state: what the run has come to.
             reason: one line, for people.
             exit_code: the process's.
-            config_hash: see `config.identity`; None: as it was.
+            config_hash: see `identity.identity`; None: as it was.
         """
         status = {"state": state, "reason": reason, "exit_code": exit_code}
         status["config_hash"] = config_hash or self.status().get("config_hash")
@@ -269,17 +267,6 @@ def natural_order(path: Path) -> list[tuple[int, str]]:
     """Sort key: numbers in a name by their value, so that job 10 comes after job 9."""
     parts = re.findall(r"\d+|\D+", path.name)
     return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested dictionaries as one, with keys like `train.max_steps`."""
-    pairs: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            pairs |= flat(value, f"{prefix}{key}.")
-        else:
-            pairs[prefix + key] = value
-    return pairs
 
 
 def versions() -> dict[str, str]:

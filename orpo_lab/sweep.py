@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from orpo_lab import config
 from orpo_lab.config import Tracker
 from orpo_lab.errors import UserError, one_line
+from orpo_lab.identity import identity
 from orpo_lab.run_folder import RunFolder, natural_order
 
 T = TypeVar("T")
@@ -70,13 +71,13 @@ class Sweep:
             loaded: the job's configuration.
             folder: the one that Hydra has made for it.
         """
-        identity = config.identity(loaded)
+        config_hash = identity(loaded)
         with contextlib.ExitStack() as stack:
             with FileLock(self.folder / ".cache" / "claims.lock"):
-                place = self._folder_of(identity) or _without_another_run(folder)
+                place = self._folder_of(config_hash) or _without_another_run(folder)
                 is_free = self._wants_running(place) and stack.enter_context(place.held())
                 if is_free:
-                    place.set_status("running", config_hash=identity)
+                    place.set_status("running", config_hash=config_hash)
             if place.path != folder:
                 with contextlib.suppress(OSError):
                     folder.rmdir()
@@ -92,9 +93,9 @@ class Sweep:
                     place.set_status("failed", reason, exit_code=1)
                 raise
 
-    def _folder_of(self, identity: str) -> RunFolder | None:
+    def _folder_of(self, config_hash: str) -> RunFolder | None:
         """Return the run folder in this sweep of a configuration."""
-        same = (one for one in self.jobs() if one.status().get("config_hash") == identity)
+        same = (one for one in self.jobs() if one.status().get("config_hash") == config_hash)
         return next(same, None)
 
     def _wants_running(self, place: RunFolder) -> bool:

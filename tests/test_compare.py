@@ -38,14 +38,20 @@ def write(tmp_path: Path) -> Write:
         exact_match: float | None = 0.9,
         state: str = "finished",
         held_out: str = "same",
+        train: str = "same",
+        config: dict[str, Any] | None = None,
+        choices: dict[str, str] | None = None,
+        contents: dict[str, str] | None = None,
         length: int | None = 5,
         num_generations: int = 200,
     ) -> Path:
         place = RunFolder(tmp_path / "sweep" / name)
-        config = {"beta": beta, "beta_end": beta_end, "seed": seed, "train": {"max_steps": 10}}
-        place.write("config.yaml", yaml.safe_dump(config))
-        choices = {"choices": {"beta_schedule": schedule, "experiment": "x"}, "overrides": []}
-        place.write("choices.yaml", yaml.safe_dump(choices))
+        values = {"beta": beta, "beta_end": beta_end, "seed": seed, "train": {"max_steps": 10}}
+        place.write("config.yaml", yaml.safe_dump(values | (config or {})))
+        chosen = {"beta_schedule": schedule, "experiment": "x"} | (choices or {})
+        place.write("choices.yaml", yaml.safe_dump({"choices": chosen, "overrides": []}))
+        kinds = {"beta_schedule": schedule, "model": "model", "dataset": "file"}
+        place.write_json("segments.json", [{"kinds": kinds, "contents": contents or {}}])
         reason = "" if state == "finished" else "diverged <at> step 3"
         place.set_status(state, reason, exit_code=0, config_hash=name)
         for step in (1, 5, 10):
@@ -78,7 +84,7 @@ def write(tmp_path: Path) -> Write:
         }
         if exact_match is not None:
             after["exact_match"] = exact_match
-        train = {
+        cost = {
             "wall_seconds": 10.0,
             "tokens_per_second": 100.0,
             "peak_memory_bytes": 10**9,
@@ -87,8 +93,8 @@ def write(tmp_path: Path) -> Write:
         summary = {
             "evaluation_seconds": {"before": 1.0, "after": 1.0},
             "after": after,
-            "train": train,
-            "dataset_fingerprint": {"held_out": held_out},
+            "train": cost,
+            "dataset_fingerprint": {"held_out": held_out, "train": train},
         }
         place.write_json("summary.json", summary)
         return place.path
@@ -125,6 +131,50 @@ def test_a_constant_schedule_does_not_read_beta_end_and_the_same_seed_counts_onc
     compared = compare_sweep(folder)
     assert [len(one.runs) for one in compared.settings] == [1, 1]
     assert len(compared.runs) == 3
+
+
+def test_where_files_lie_and_how_they_are_read_tells_no_settings_apart(write: Write) -> None:
+    for number in (1, 2):
+        dataset = {"train_path": f"{number}/train.jsonl", "num_proc": number}
+        model = {"path": f"{number}/base", "full_learning_rate": number}
+        folder = write(
+            str(number),
+            seed=number,
+            config={"dataset": dataset, "model": model},
+            choices={"optimizer": ("galore", "galore_8bit")[number - 1]},
+            contents={"model.path": "same", "dataset.train_path": f"gz or not, {number}"},
+        ).parent
+    (setting,) = compare_sweep(folder).settings
+    assert setting.seeds == [1, 2]
+
+
+def test_other_data_and_other_models_are_other_settings(write: Write) -> None:
+    for number, (path, made_of, train) in enumerate(
+        [("a", "1", "x"), ("b", "2", "x"), ("b", "2", "y"), ("b", "3", "x")]
+    ):
+        folder = write(
+            str(number),
+            train=train,
+            config={"model": {"path": path}, "dataset": {"train_path": f"{train}.jsonl"}},
+            choices={"model": "local", "dataset": "file"},
+            contents={"model.path": made_of},
+        ).parent
+    names = [one.name for one in compare_sweep(folder).settings]
+    assert len(set(names)) == 4
+    assert all(re.search(r"dataset=[xy]\.jsonl model=[ab] \(\w{6}\)", name) for name in names), (
+        names
+    )
+
+
+def test_named_models_are_called_by_their_names(write: Write) -> None:
+    for name in ("tiny", "phi2"):
+        folder = write(
+            name,
+            config={"model": {"path": f"org/{name}"}},
+            choices={"model": name},
+            contents={"model.path": f"org/{name}"},
+        ).parent
+    assert [one.name for one in compare_sweep(folder).settings] == ["model=phi2", "model=tiny"]
 
 
 def test_settings_whose_names_round_to_the_same_stay_apart(write: Write) -> None:

@@ -36,44 +36,6 @@ def checksums(folder: Path) -> dict[str, str]:
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-# Identity
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        ([], ["beta_end=0.05"]),
-        ([], ["tracker=none", "name=other", "train.logging_steps=1", "train.save_steps=1"]),
-        (["optimizer=galore_8bit"], ["optimizer=galore", "optimizer.bits=8"]),
-    ],
-)
-def test_what_comes_to_the_same_has_one_identity(
-    load: Load, one: list[str], other: list[str]
-) -> None:
-    assert config.identity(load(*one)) == config.identity(load(*other))
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        ["beta=0.2"],
-        ["seed=1"],
-        ["beta_schedule=linear"],
-        ["train.max_steps=7"],
-        ["optimizer=galore"],
-        ["dataset.num_train=64"],
-        ["engine=trl"],
-    ],
-)
-def test_what_changes_a_result_changes_the_identity(load: Load, other: list[str]) -> None:
-    assert config.identity(load(*other)) != config.identity(load())
-
-
-def test_schedules_without_keys_of_their_own_are_told_apart(load: Load) -> None:
-    one, other = (load(f"beta_schedule={name}") for name in ("linear", "cosine"))
-    assert config.identity(one) != config.identity(other)
-
-
 # The folder
 
 

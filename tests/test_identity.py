@@ -1,0 +1,177 @@
+"""What identifies a run: the policies beside its keys, and what its data and model hold."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import save_file
+
+from orpo_lab import config, identity
+from orpo_lab.errors import UserError
+from orpo_lab.policy import Policy
+from orpo_lab.run_folder import RunFolder
+from tests.conftest import ROOT
+
+Load = Callable[..., config.Config]
+SCHEMAS = [config.Config, *(one for group in config.SCHEMAS.values() for one in group.values())]
+FILE = ("dataset=file", "dataset.train_path=train.jsonl")
+
+
+def nested(schema: type) -> Iterator[type]:
+    yield schema
+    for one in fields(schema):
+        if isinstance(one.type, type) and is_dataclass(one.type):
+            yield from nested(one.type)
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda one: one.__name__)
+def test_every_key_of_every_schema_has_a_policy(schema: type) -> None:
+    for one in (field for part in nested(schema) for field in fields(part)):
+        policy = one.metadata.get("policy")
+        assert isinstance(policy, Policy), f"{schema.__name__}.{one.name}: give it a policy"
+        if policy.unread_under is not None:
+            assert policy.unread_under[0] in identity.policies(), one.name
+
+
+def test_a_key_means_the_same_in_every_option_of_its_group() -> None:
+    for group, options in config.SCHEMAS.items():
+        for schema in options.values():
+            for one in fields(schema):
+                assert one.metadata["policy"] == identity.policies()[f"{group}.{one.name}"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ([], ["beta_end=0.05"]),
+        ([], ["tracker=none", "name=other", "train.logging_steps=1", "train.save_steps=1"]),
+        ([], ["dataset.num_proc=2"]),
+        ([], ["model.full_learning_rate=1"]),
+        (["optimizer=galore"], ["optimizer=galore", "model.learning_rate=1"]),
+        ([], ["train.max_skipped_steps=3"]),
+        (["dataset.num_generations=0"], ["dataset.num_generations=0", "dataset.max_new_tokens=7"]),
+        (["optimizer=galore_8bit"], ["optimizer=galore", "optimizer.bits=8"]),
+        (
+            ["train.lr_scheduler_type=constant"],
+            ["train.lr_scheduler_type=constant", "train.warmup_steps=5"],
+        ),
+    ],
+)
+def test_what_comes_to_the_same_has_one_identity(
+    load: Load, one: list[str], other: list[str]
+) -> None:
+    assert identity.identity(load(*one)) == identity.identity(load(*other))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ["beta=0.2"],
+        ["seed=1"],
+        ["beta_schedule=linear"],
+        ["train.max_steps=7"],
+        ["train.warmup_steps=7"],
+        ["model.learning_rate=1e-5"],
+        ["optimizer=galore"],
+        ["dataset.num_train=64"],
+        ["dataset.max_new_tokens=7"],
+        ["engine=trl"],
+        ["model=smollm2_135m"],
+        ["model=smollm2_135m", "model.revision=v1"],
+        ["dataset=hub", "dataset.path=org/name"],
+    ],
+)
+def test_what_changes_a_result_changes_the_identity(load: Load, other: list[str]) -> None:
+    assert identity.identity(load(*other)) != identity.identity(load())
+
+
+def test_schedules_without_keys_of_their_own_are_told_apart(load: Load) -> None:
+    one, other = (load(f"beta_schedule={name}") for name in ("linear", "cosine"))
+    assert identity.identity(one) != identity.identity(other)
+
+
+def test_a_file_is_what_it_holds_wherever_it_lies(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def identity_of(path: str) -> str:
+        return identity.identity(load("dataset=file", f"dataset.train_path='{path}'"))
+
+    missing = identity_of("train.jsonl")
+    for name, text in (("train.jsonl", "rows"), ("moved/x.jsonl", "rows"), ("b.jsonl", "others")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    here = identity_of("train.jsonl")
+    assert here not in (missing, identity_of("b.jsonl"))
+    for same in ("./train.jsonl", str(tmp_path / "train.jsonl"), "moved/x.jsonl"):
+        assert identity_of(same) == here
+    (tmp_path / "train.jsonl").write_text("edited")
+    assert identity_of("train.jsonl") != here
+
+
+def test_a_model_is_what_is_read_of_its_folder(load: Load, tmp_path: Path) -> None:
+    import numpy as np
+
+    def identity_of(folder: Path) -> str:
+        return identity.identity(load("model=local", f"model.path={folder}"))
+
+    base, copy = tmp_path / "base", tmp_path / "copy"
+    shutil.copytree(ROOT / "orpo_lab" / "tiny", base)
+    shutil.copytree(base, copy)
+    before = identity_of(base)
+    (copy / "README.md").write_text("another")
+    (copy / "checkpoint-1").mkdir()
+    (copy / "checkpoint-1" / "optimizer.pt").write_text("not read")
+    assert identity_of(copy) == before
+    # Large enough to be sampled
+    weights = np.zeros(2**21, dtype=np.float32)
+    for value, folder in ((0.0, base), (1.0, copy)):
+        save_file({"weight": weights + value}, folder / "model.safetensors")
+    assert len({before, identity_of(base), identity_of(copy)}) == 3
+
+
+def test_a_revision_is_a_name_and_no_folder(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = load("model=hub", "model.path=org/name", "model.revision=main")
+    before = identity.identity(asked)
+    (tmp_path / "main").mkdir()
+    assert identity.identity(asked) == before
+
+
+def begin(place: RunFolder, loaded: config.Config, **rest: Any) -> None:
+    place.begin(loaded, {}, [], **{"resume": None, **rest})
+
+
+def test_a_finished_run_is_recognised_by_its_data_and_refused_for_others(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.jsonl").write_text("rows")
+    place, loaded = RunFolder(tmp_path / "run"), load(*FILE)
+    begin(place, loaded)
+    place.set_status("finished", exit_code=0)
+    shutil.move("train.jsonl", "moved.jsonl")
+    assert place.has_finished(load("dataset=file", "dataset.train_path=moved.jsonl"))
+    (tmp_path / "train.jsonl").write_text("others")
+    assert not place.has_finished(loaded)
+    with pytest.raises(UserError, match=r"finished on something else \(dataset.train_path"):
+        begin(place, loaded, resume="auto")
+    begin(place, load(*FILE, "accept_changes=true"), resume="auto")
+
+
+def test_what_a_run_never_reads_may_change_when_it_goes_on(load: Load, tmp_path: Path) -> None:
+    place = RunFolder(tmp_path / "run")
+    begin(place, load())
+    for change in ("model.full_learning_rate=1", "dataset.num_proc=2", "beta_end=0.05"):
+        begin(place, load(change), resume="auto")
+    assert [start["changes"] for start in place.segments()] == [{}] * 4
+    with pytest.raises(UserError, match=r"optimizer.learning_rate: 0.001 -> 0.5"):
+        begin(place, load("model.learning_rate=0.5"), resume="auto")
+    with pytest.raises(UserError, match=r"no checkpoint fits another optimizer\.r"):
+        begin(place, load("optimizer.r=4", "accept_changes=true"), resume="auto")
