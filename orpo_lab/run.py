@@ -69,7 +69,10 @@ def train(
         resume = AUTO if sweep else config.resume
         record = place.begin(config, choices, overrides, resume=resume)
         with _status_kept(place):
-            result = _train(config, place, record, sweep, stop)
+            from orpo_lab import memory  # imports torch
+
+            with memory.given_back(), memory.trouble_said(config):
+                result = _train(config, place, record, sweep, stop)
         if sweep:
             stop.check()
         return result

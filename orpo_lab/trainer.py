@@ -4,7 +4,6 @@ What computes a step is the engine's; the loop, the learning rate, the checkpoin
 `transformers.Trainer`.
 """
 
-import contextlib
 import logging
 import math
 import time
@@ -19,7 +18,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
 
-from orpo_lab import checkpoint, engine
+from orpo_lab import checkpoint, engine, memory
 from orpo_lab import optimizer as optimizers
 from orpo_lab.beta_schedule import beta_at, progress
 from orpo_lab.checkpoint import Checkpoint, Made, Spent
@@ -80,6 +79,7 @@ def fit(
 
     Raises:
         NonFiniteError: a loss, a gradient or a weight is not finite; nothing of it is kept.
+        OutOfMemoryError, RuntimeError: memory ran out, and nothing is left to make smaller.
         UserError: a checkpoint cannot be written, or the one to continue from does not fit.
         Stopped: the run was asked to end; its last step is in a checkpoint.
     """
@@ -100,6 +100,7 @@ def fit(
     )
     for upstream in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(upstream)
+    trainer.token_budget = meter.before.token_budget
     for ours in (
         ResumeCallback(trainer, optimizer),
         BetaCallback(config, trainer),
@@ -237,14 +238,14 @@ class Meter:
 
     def start(self) -> None:
         """Begin to count, before the first step."""
-        reset_peak_memory()
+        memory.reset_peak()
         self._begin = time.perf_counter()
 
     def spent(self) -> Spent:
         """Return what has been spent so far."""
         return Spent(
             wall_seconds=self.before.wall_seconds + time.perf_counter() - self._begin,
-            peak_memory_bytes=max(self.before.peak_memory_bytes, peak_memory_bytes()),
+            peak_memory_bytes=max(self.before.peak_memory_bytes, memory.peak_bytes()),
             num_skipped=self.num_skipped,
         )
 
@@ -386,7 +387,8 @@ class CheckpointCallback(TrainerCallback):
             path = place.path / "checkpoints" / f"checkpoint-{trainer.state.global_step}"
             with checkpoint.written(path):
                 save(*args, **kwargs)
-                checkpoint.seal(path, place, made, meter.spent())
+                spent = replace(meter.spent(), token_budget=trainer.token_budget)
+                checkpoint.seal(path, place, made, spent)
             checkpoint.rotate(place, num_checkpoints)
 
         trainer._save_checkpoint = watched
@@ -530,25 +532,3 @@ def _mean_tokens(data: Data) -> float:
     columns = ("prompt_ids", "chosen_ids", "rejected_ids")
     total = sum(len(ids) for column in columns for ids in data.train[column])
     return total / len(data.train)
-
-
-def reset_peak_memory() -> None:
-    """Let the peak begin anew, from what is held now: a process may have trained before."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):  # elsewhere than on Linux it stays the process's
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory_bytes() -> int:
-    """Return the peak since `reset_peak_memory`: the GPU's allocations, or a CPU process's size."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():
-        # getrusage would count what a larger process held when it started this one
-        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return int(lines["VmHWM"].split()[0]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
