@@ -376,7 +376,7 @@ def load(config: Config, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype)
 
 @contextlib.contextmanager
 def _without_table() -> Iterator[None]:
-    """Keep what transformers says of missing weights from the terminal: we refuse them in a line."""
+    """Keep what transformers says of missing weights from the terminal: a refusal says it."""
     logger = logging.getLogger("transformers.modeling_utils")
 
     def is_other(record: logging.LogRecord) -> bool:

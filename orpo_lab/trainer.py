@@ -75,7 +75,8 @@ def fit(
         log_to: the tracked run, which gets the same metrics.
         made: what the run is made from, for its checkpoints.
         start: the checkpoint to continue from; None: from the beginning.
-        stop: whether the run should end early.
+        stop: whether the run should end early; it still waits when this returns, so that the
+            caller can save the trained model first.
 
     Raises:
         NonFiniteError: a loss, a gradient or a weight is not finite; nothing of it is kept.
@@ -120,12 +121,9 @@ def fit(
             f"{start.path} holds more than a checkpoint of ours does, and nothing of that was run "
             f"({one_line(error)[:100]}); do not trust this folder"
         ) from error
-    finally:
-        stop.waits = False
     spent = meter.spent()
     if stopper.reason:
         raise Stopped(stopper.reason)
-    stop.check()
     pairs = num_taken * config.train.batch_size
     return TrainStats(
         steps=num_taken,
@@ -400,12 +398,25 @@ class CheckpointCallback(TrainerCallback):
         if not control.should_save:
             return
         control.should_log = True
-        finite = [p.isfinite().all() for p in model.parameters() if p.requires_grad]
-        if not torch.stack(finite).all():  # device-to-host sync
-            raise NonFiniteError(
-                f"step {state.global_step}: its update left weights that are not finite; the run "
-                f"stops, and nothing of that step is kept. {LIKELY_CAUSES}"
-            )
+        check_weights(model, state.global_step)
+
+
+def check_weights(model: torch.nn.Module, step: int) -> None:
+    """Look at every trained weight.
+
+    Args:
+        model: its weights.
+        step: the last one that was taken.
+
+    Raises:
+        NonFiniteError: one is not finite.
+    """
+    finite = [p.isfinite().all() for p in model.parameters() if p.requires_grad]
+    if not torch.stack(finite).all():  # device-to-host sync
+        raise NonFiniteError(
+            f"step {step}: its update left weights that are not finite; the run stops, and nothing "
+            f"of that step is kept. {LIKELY_CAUSES}"
+        )
 
 
 class NonFiniteGuard(TrainerCallback):
