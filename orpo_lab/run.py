@@ -94,7 +94,7 @@ def _train(
     tokenizer = model.load_tokenizer(config.model, model_config)
     pairs = _load_data(config, tokenizer, sweep)
     place.write_json("data_report.json", pairs.report)
-    trainer.count_steps(config, len(pairs.train))
+    trainer.say_length(config, len(pairs.train))
 
     # Weights, quantization, adapter
     set_seed(config.seed)
