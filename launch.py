@@ -5,6 +5,7 @@ be good, so that `--help` and a typo answer within a second.
 """
 
 import contextlib
+import itertools
 import os
 import sys
 import time
@@ -83,6 +84,11 @@ def run_job(composed: DictConfig, folder: Path, sweep: Sweep | None) -> None:
     """Check one job's configuration, then run it, unless its sweep has run it already."""
     loaded = config.load(composed)
     hydra_config = HydraConfig.get()
+    if sweep and loaded.resume not in (None, config.AUTO):
+        raise UserError(
+            f"resume={loaded.resume} names one run, and a sweep has many; it goes on by "
+            "hydra.sweep.dir=..., without resume"
+        )
     with sweep.claim(loaded, folder) if sweep else _alone(loaded, folder) as place:
         if place is None:
             return
@@ -102,26 +108,61 @@ def run_job(composed: DictConfig, folder: Path, sweep: Sweep | None) -> None:
 @contextlib.contextmanager
 def _alone(loaded: config.Config, folder: Path) -> Iterator[RunFolder | None]:
     """Give a single run its folder; None: the run to go on with has finished."""
-    place = RunFolder(folder)
-    given = HydraConfig.get().overrides.hydra
-    if loaded.resume == config.AUTO and not any("hydra.run.dir=" in one for one in given):
-        raise UserError(
-            "resume=auto goes on with the run in a folder of your choice: give hydra.run.dir=..."
-        )
-    with place.held() as is_free:
-        if not is_free:
+    given = _given_folder()
+    _check_folder(loaded, folder, given)
+    with contextlib.ExitStack() as stack:
+        for place in _places(folder, is_fixed=given is not None or loaded.resume is not None):
+            if stack.enter_context(place.held()):
+                break
+        else:
             raise UserError(f"another process is running in {folder}")
         if loaded.resume and place.has_finished(loaded):
-            print(f"{folder}: finished already, nothing to do")
+            print(f"{place.path}: finished already, nothing to do")
             yield None
         else:
             yield place
 
 
+def _given_folder() -> str | None:
+    """Return what the command line says of the run's folder; None: nothing."""
+    given = HydraConfig.get().overrides.hydra
+    found = [one.partition("=")[2] for one in given if "hydra.run.dir=" in one]
+    return found[-1].strip("'\" ") if found else None
+
+
+def _check_folder(loaded: config.Config, folder: Path, given: str | None) -> None:
+    """Refuse folders that are named twice, or not at all."""
+    if given == "":
+        raise UserError("hydra.run.dir is empty (is a variable unset?); give a folder")
+    if loaded.resume == config.AUTO and given is None:
+        raise UserError(
+            "resume=auto goes on with the run in a folder of your choice: give hydra.run.dir=..."
+        )
+    if loaded.resume in (None, config.AUTO) or given is None:
+        return
+    if Path(loaded.resume).resolve() != folder.resolve():
+        raise UserError(
+            f"resume={loaded.resume} and hydra.run.dir={given} name two folders; the run goes on "
+            "in the one that resume names: leave the other out"
+        )
+
+
+def _places(folder: Path, *, is_fixed: bool) -> Iterator[RunFolder]:
+    """Yield the folder of a run; if nobody chose it, others beside it while another has that one.
+
+    Two runs that start in the same second have come to the same name.
+    """
+    yield RunFolder(folder)
+    for number in itertools.count(2):
+        if is_fixed:
+            return
+        yield RunFolder(folder.with_name(f"{folder.name}-{number}"))
+
+
 def _remember(failure: str, folder: Path, is_sweep: bool) -> None:
     """Remember a failure; a sweep also keeps that of a job that never began a run."""
     failures.append(mask(failure))
-    if is_sweep and folder.is_dir() and not (folder / "status.json").exists():
+    if is_sweep and folder.is_dir() and RunFolder(folder).is_empty():
         RunFolder(folder).set_status("failed", failure.removeprefix("error: "), exit_code=1)
     _remove_if_empty(folder)
 

@@ -247,7 +247,9 @@ KEEPABLE_FAULTS = (
     "nul_character",
     "contradicting_prompt",
     "unknown_role",
+    "other_turn_in_answer",
     "special_token_text",
+    "unrendered_text",
     "duplicate",
     "conflicting_duplicate",
     "leaked_prompt",
@@ -275,8 +277,12 @@ class Faults:
     turns_not_alternating: str = setting()
     unknown_role: str = setting()
     no_answer: str = setting()
+    prefilled_answer: str = setting()
+    other_turn_in_answer: str = setting()
     special_token_text: str = setting()
     template_error: str = setting()
+    misrendered: str = setting()
+    unrendered_text: str = setting()
     duplicate: str = setting()
     conflicting_duplicate: str = setting()
     leaked_prompt: str = setting()
