@@ -8,8 +8,10 @@ import contextlib
 import itertools
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import hydra
@@ -30,6 +32,8 @@ from orpo_lab.sweep import Start, Sweep
 
 # One line per failed job: Hydra's basic launcher would go on and exit 0
 failures: list[str] = []
+# What the jobs of a sweep took, one after the other
+seconds: list[float] = []
 # What the process is asked between its jobs; while one runs, that has a stop of its own
 stop = Stop()
 
@@ -41,6 +45,10 @@ def launch(composed: DictConfig) -> None:
     folder = Path(os.path.relpath(hydra_config.runtime.output_dir))
     is_sweep = hydra_config.mode == RunMode.MULTIRUN
     stop.check()
+    number = hydra_config.job.num + 1 if is_sweep else 0
+    begun = time.monotonic()
+    if is_sweep and guard.num_jobs:
+        print(f"\njob {number} of {guard.num_jobs}: {folder}", flush=True)
     try:
         run_job(composed, folder, Sweep(folder.parent) if is_sweep else None)
     except UserError as error:
@@ -60,6 +68,16 @@ def launch(composed: DictConfig) -> None:
         line = f"error: {type(error).__name__}: {one_line(error)} (in {folder})"
         _remember(line, folder, is_sweep)
         print(mask(traceback.format_exc()), file=sys.stderr, end="")
+    if is_sweep and guard.num_jobs:
+        seconds.append(time.monotonic() - begun)
+        print(_progress(number, guard.num_jobs), flush=True)
+
+
+def _progress(number: int, num_jobs: int) -> str:
+    """Return a line on how long a sweep has taken, and will take at the pace of its jobs so far."""
+    left = sum(seconds) / len(seconds) * (num_jobs - number)
+    spent, more = (timedelta(seconds=round(one)) for one in (sum(seconds), left))
+    return f"{number} of {num_jobs} jobs ended after {spent}, about {more} left"
 
 
 def run_job(composed: DictConfig, folder: Path, sweep: Sweep | None) -> None:
