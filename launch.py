@@ -23,19 +23,17 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from orpo_lab import command_line, config, guard
+from orpo_lab import command_line, config, guard, stop
 from orpo_lab.errors import UserError, one_line
 from orpo_lab.masking import mask
 from orpo_lab.run_folder import RunFolder
-from orpo_lab.stop import BUDGET, Stop, Stopped
+from orpo_lab.stop import BUDGET, Stopped
 from orpo_lab.sweep import Start, Sweep
 
 # One line per failed job: Hydra's basic launcher would go on and exit 0
 failures: list[str] = []
 # What the jobs of a sweep took, one after the other
 seconds: list[float] = []
-# What the process is asked between its jobs; while one runs, that has a stop of its own
-stop = Stop()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -44,7 +42,12 @@ def launch(composed: DictConfig) -> None:
     hydra_config = HydraConfig.get()
     folder = Path(os.path.relpath(hydra_config.runtime.output_dir))
     is_sweep = hydra_config.mode == RunMode.MULTIRUN
-    stop.check()
+    if is_sweep:
+        stop.PROCESS.work_for_another()  # unless this is the process that was started
+    if stop.PROCESS.is_worker and stop.PROCESS.signal:
+        _remove_if_empty(folder)
+        return
+    stop.PROCESS.check()
     number = hydra_config.job.num + 1 if is_sweep else 0
     begun = time.monotonic()
     if is_sweep and guard.num_jobs:
@@ -55,8 +58,13 @@ def launch(composed: DictConfig) -> None:
         _remember(f"error: {error}", folder, is_sweep)
         print(failures[-1], file=sys.stderr)
     except Stopped as error:
-        # A job's budget is its own; a signal ends the sweep
-        if not is_sweep or error.reason != BUDGET:
+        # A job's budget is its own; a signal ends the sweep, which a launcher's process leaves to
+        # the one that has passed the signal on
+        if error.reason != BUDGET:
+            stop.PROCESS.signal = stop.PROCESS.signal or error.reason
+            if not stop.PROCESS.is_worker:
+                raise
+        elif not is_sweep:
             raise
         _remember(f"stopped by {error.reason}", folder, is_sweep)
     except SystemExit as error:
@@ -210,7 +218,7 @@ def main() -> None:
     # Hydra then raises its errors as they are, and `explain` can say them in one line
     os.environ["HYDRA_FULL_ERROR"] = "1"
     codes = []
-    with stop.listening():
+    with stop.PROCESS.listening():
         for part in (_run, _close):
             try:
                 codes.append(part())
@@ -225,6 +233,7 @@ def _run() -> int:
         sys.argv[1:] = command_line.as_typed(sys.argv[1:])
         guard.install()
         launch()
+        stop.PROCESS.check()
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         sys.exit(f"error: {command_line.explain(error)}")
     except OSError as error:
