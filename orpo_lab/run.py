@@ -15,7 +15,7 @@ from orpo_lab import checkpoint
 from orpo_lab.config import AUTO, Config, Lora, kind
 from orpo_lab.errors import UserError, one_line
 from orpo_lab.identity import identity, name_of
-from orpo_lab.masking import MaskingFormatter, mask
+from orpo_lab.masking import MaskingFormatter
 from orpo_lab.quiet import silence_upstream
 from orpo_lab.run_folder import RunFolder
 from orpo_lab.stop import Stop, Stopped
@@ -86,6 +86,8 @@ def _train(
     from orpo_lab.evaluate import evaluate
 
     # What can be refused is refused before anything heavy is loaded
+    sweep_name = sweep.folder.name if sweep else None
+    tracker.check(config.tracker, folder=place.path, sweep=sweep_name)
     start = _find_start(config, place)
     model_config = model.load_config(config.model)
     model.check_context(model_config, config.dataset)
@@ -116,9 +118,9 @@ def _train(
     run = tracker.start(
         config.tracker,
         folder=place.path,
-        name=mask(config.name or place.path.name),
+        name=config.name,
         config=record,
-        sweep=sweep.folder.name if sweep else None,
+        sweep=sweep_name,
         history=place.metrics(),
     )
     exit_code = 1
