@@ -81,7 +81,7 @@ def check(tracker: Tracker, *, folder: Path, sweep: str | None) -> None:
         except Exception as error:
             hint = "; a team goes to tracker.entity" if key == "project" else ""
             raise UserError(f"W&B does not take tracker.{key}: {_reason(error)}{hint}") from error
-    _run_id(folder, sweep)
+    _known_id(folder, sweep)
 
 
 def start(
@@ -110,6 +110,7 @@ def start(
 
     Raises:
         UserError: see `check`.
+        Exception: whatever W&B's client raises where it cannot even write to the disk.
     """
     match tracker:
         case NoTracker():
@@ -120,11 +121,11 @@ def start(
         case WandbTracker():
             own, choices = _settings(), config["choices"]
             groups = ("model", "dataset", "optimizer", "beta_schedule")
-            return _begin(
+            return WandbRun(
                 tracker,
                 folder=folder,
                 # One name or id cannot be that of all jobs of a sweep
-                name=name or (own.run_name if sweep is None else None) or folder.name,
+                name=name or (own.run_name if sweep is None else None) or folder.resolve().name,
                 run_id=_run_id(folder, sweep),
                 config=config,
                 group=tracker.group or own.run_group or sweep,
@@ -148,31 +149,23 @@ def publish_comparison(
     """
     if not isinstance(tracker, WandbTracker) or not tracker.summary_run or _disabled():
         return
-    run = _begin(
-        tracker,
-        folder=folder,
-        name=f"{folder.name}-comparison",
-        run_id=_run_id(folder, folder.name),
-        config={},
-        group=tracker.group or _settings().run_group or folder.name,
-        job_type="comparison",
-        tags=[],
-        history=[],
-    )
-    if isinstance(run, WandbRun):
-        run.report_comparison(folder, verdict, settings)
-    run.finish(0)
-
-
-def _begin(tracker: WandbTracker, **parts: Any) -> Run:
-    """Begin a W&B run; where its client cannot even write to the disk, track nothing."""
     try:
-        return WandbRun(tracker, **parts)
-    except Exception as error:  # whatever W&B's client or its service process raises
-        log.warning(
-            "W&B: %s; the run goes on without it, its folder has everything", _reason(error)
+        run = WandbRun(
+            tracker,
+            folder=folder,
+            name=f"{folder.name}-comparison",
+            run_id=_run_id(folder, folder.name),
+            config={},
+            group=tracker.group or _settings().run_group or folder.name,
+            job_type="comparison",
+            tags=[],
+            history=[],
         )
-        return Untracked()
+    except Exception as error:  # whatever W&B's client or its service process raises
+        log.warning("W&B: %s; the sweep's folder has its report", _reason(error))
+        return
+    run.report_comparison(folder, verdict, settings)
+    run.finish(0)
 
 
 def _settings() -> Any:
@@ -342,12 +335,21 @@ def _run_id(folder: Path, sweep: str | None) -> str:
     """Return the folder's W&B run id, made once; or the one that `wandb agent` has given a run.
 
     Raises:
+        UserError: see `_known_id`.
+    """
+    return _known_id(folder, sweep) or _new_id(folder)
+
+
+def _known_id(folder: Path, sweep: str | None) -> str | None:
+    """Return the run id that is given or in the folder; None: there is none yet.
+
+    Raises:
         UserError: W&B would not take it, in whose folder names it stands.
     """
     file = folder / "wandb_id"
     given = os.environ.get("WANDB_RUN_ID") if sweep is None else None
     if not given and not file.exists():
-        return _new_id(folder)
+        return None
     run_id = given or file.read_text()
     if not re.fullmatch(r"[^:;,#?/'\\\s]+", run_id):
         raise UserError(

@@ -58,10 +58,11 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
         (["beta=nan"], "beta=nan must be a number of at least 0"),
         (["optimizer=galor"], "'optimizer/galor' .* adamw galore .* Did you mean 'galore'?"),
         (["optimizer=galore", "quantization=nf4"], "quantized weights cannot be trained"),
-        (["experiment=null"], "must be a string"),
+        (["experiment=null"], "experiment=null names no option of the group; leave it out"),
+        (["tracker=null"], "tracker=null names no option of the group; write tracker=none"),
         (["model=hub"], "model.path has no value"),
         (["hydra.run.dir=/proc/nowhere"], "/proc/nowhere.* choose another folder"),
-        (["hydra.run.dir=/proc/self"], "cannot be written to"),
+        (["hydra.run.dir=/proc/self"], "/proc/self is not empty and holds no run of this lab"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -130,7 +131,8 @@ def test_what_cannot_be_run_is_refused_before_training(
 
 def test_an_unreachable_hub_is_one_line_with_and_without_offline_mode(launch: Launch) -> None:
     online = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    line = refused(launch("model=hub", "model.path=org/name", "tracker=none", env=online, expect=1))
+    arguments = ("model=hub", "model.path=org/name", "tracker=none")
+    line = refused(launch(*arguments, env=online, expect=1, fresh=True))
     assert "org/name cannot be loaded" in line
 
 
