@@ -342,7 +342,7 @@ def load(config: Config, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype)
         options["quantization_config"] = asked
     architecture = AutoModelForCausalLM._model_mapping.get(type(own), None)
     has_flash = getattr(architecture, "_supports_flash_attn", True)
-    with _without_table():
+    with _tables_hidden():
         model, found = _fetch(
             AutoModelForCausalLM.from_pretrained,
             config.model,
@@ -377,8 +377,8 @@ def load(config: Config, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype)
 
 
 @contextlib.contextmanager
-def _without_table() -> Iterator[None]:
-    """Keep what transformers says of missing weights from the terminal: a refusal says it."""
+def _tables_hidden() -> Iterator[None]:
+    """Keep what transformers says of missing weights from the terminal: one line refuses them."""
     logger = logging.getLogger("transformers.modeling_utils")
 
     def is_other(record: logging.LogRecord) -> bool:

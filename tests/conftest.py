@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 
 from benchmarks.faults import processes
 from orpo_lab import config
+from orpo_lab.command_line import as_typed
 from orpo_lab.quiet import silence_upstream
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +31,7 @@ def compose_config(*overrides: str) -> DictConfig:
     """Compose as launch.py does."""
     config.register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("config", list(overrides))
+        return compose("config", as_typed(overrides))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.faults.families import weights
+from benchmarks.faults.families import numbers, weights
 from orpo_lab import config, model, quantization
 from orpo_lab.data import Data
 from orpo_lab.errors import UserError
@@ -193,7 +193,7 @@ def bare(tmp_path: Path) -> Path:
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     """The tiny model in a folder that a test may change."""
-    return weights.base_model(tmp_path / "base")
+    return numbers.base_model(tmp_path / "base")
 
 
 def load_base(load: Load, folder: Path, *overrides: str) -> Any:

@@ -9,7 +9,7 @@ import torch
 from bitsandbytes import functional
 from torch import Tensor
 
-from orpo_lab import config, quantization
+from orpo_lab import config, model, quantization
 
 Load = Callable[..., config.Config]
 
@@ -129,3 +129,21 @@ def assert_near(found: Tensor, right: Tensor) -> None:
     limit = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[found.dtype]
     assert found.dtype == right.dtype
     assert (found - right).abs().max() <= limit * right.abs().max()
+
+
+def test_a_4_bit_base_of_width_288_starts_where_the_unquantized_one_does(
+    load: Load, assets: Any
+) -> None:
+    """stories15M: four bits cost little, other blocks' constants cost two nats."""
+    nll = {}
+    texts = ["Once upon a time, there was a little girl named Lily.", "Tom had a red ball."]
+    for optimizer in ("lora", "qlora"):
+        path = assets / "models" / "stories15M"
+        loaded = load(f"optimizer={optimizer}", "model=local", f"model.path={path}")
+        tokenizer = model.load_tokenizer(loaded.model, model.load_config(loaded.model))
+        network = model.load(loaded, tokenizer, torch.float32)
+        ids = [torch.tensor([tokenizer(text).input_ids]) for text in texts]
+        with torch.no_grad():
+            losses = [network(input_ids=one, labels=one).loss.item() for one in ids]
+        nll[optimizer] = sum(losses) / len(losses)
+    assert abs(nll["qlora"] - nll["lora"]) < 0.3
