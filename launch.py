@@ -5,17 +5,17 @@ be good, so that `--help` and a typo answer within a second.
 """
 
 import contextlib
-import difflib
 import itertools
 import os
-import re
 import sys
+import time
 import traceback
-from collections.abc import Iterator
-from dataclasses import fields
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -23,17 +23,17 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from orpo_lab import config, guard
+from orpo_lab import command_line, config, guard, stop
 from orpo_lab.errors import UserError, one_line
 from orpo_lab.masking import mask
 from orpo_lab.run_folder import RunFolder
-from orpo_lab.stop import BUDGET, Stop, Stopped
+from orpo_lab.stop import BUDGET, Stopped
 from orpo_lab.sweep import Start, Sweep
 
 # One line per failed job: Hydra's basic launcher would go on and exit 0
 failures: list[str] = []
-# What the process is asked between its jobs; while one runs, that has a stop of its own
-stop = Stop()
+# What the jobs of a sweep took, one after the other
+seconds: list[float] = []
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -42,15 +42,29 @@ def launch(composed: DictConfig) -> None:
     hydra_config = HydraConfig.get()
     folder = Path(os.path.relpath(hydra_config.runtime.output_dir))
     is_sweep = hydra_config.mode == RunMode.MULTIRUN
-    stop.check()
+    if is_sweep:
+        stop.PROCESS.work_for_another()  # unless this is the process that was started
+    if stop.PROCESS.is_worker and stop.PROCESS.signal:
+        _remove_if_empty(folder)
+        return
+    stop.PROCESS.check()
+    number = hydra_config.job.num + 1 if is_sweep else 0
+    begun = time.monotonic()
+    if is_sweep and guard.num_jobs:
+        print(f"\njob {number} of {guard.num_jobs}: {folder}", flush=True)
     try:
         run_job(composed, folder, Sweep(folder.parent) if is_sweep else None)
     except UserError as error:
         _remember(f"error: {error}", folder, is_sweep)
         print(failures[-1], file=sys.stderr)
     except Stopped as error:
-        # A job's budget is its own; a signal ends the sweep
-        if not is_sweep or error.reason != BUDGET:
+        # A job's budget is its own; a signal ends the sweep, which a launcher's process leaves to
+        # the one that has passed the signal on
+        if error.reason != BUDGET:
+            stop.PROCESS.signal = stop.PROCESS.signal or error.reason
+            if not stop.PROCESS.is_worker:
+                raise
+        elif not is_sweep:
             raise
         _remember(f"stopped by {error.reason}", folder, is_sweep)
     except SystemExit as error:
@@ -62,6 +76,16 @@ def launch(composed: DictConfig) -> None:
         line = f"error: {type(error).__name__}: {one_line(error)} (in {folder})"
         _remember(line, folder, is_sweep)
         print(mask(traceback.format_exc()), file=sys.stderr, end="")
+    if is_sweep and guard.num_jobs:
+        seconds.append(time.monotonic() - begun)
+        print(_progress(number, guard.num_jobs), flush=True)
+
+
+def _progress(number: int, num_jobs: int) -> str:
+    """Return a line on how long a sweep has taken, and will take at the pace of its jobs so far."""
+    left = sum(seconds) / len(seconds) * (num_jobs - number)
+    spent, more = (timedelta(seconds=round(one)) for one in (sum(seconds), left))
+    return f"{number} of {num_jobs} jobs ended after {spent}, about {more} left"
 
 
 def run_job(composed: DictConfig, folder: Path, sweep: Sweep | None) -> None:
@@ -157,57 +181,44 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def explain(error: Exception) -> str:
-    """Return an error of Hydra's or OmegaConf's as one line that names the key."""
-    text = str(error)
-    if isinstance(error.__cause__, OmegaConfBaseException):
-        text += f"\n{error.__cause__}"
-    text = re.sub(r"\s*(full_key|object_type|reference_type)[:=].*", "", text)
-    text = re.sub(r"\s*To append to your config use \S+", "", text)
-    text = re.sub(r"\s*Config search path:.*", "", text, flags=re.DOTALL)
-    text = re.sub(r"^In '.*?': ", "", text)
-    return one_line(text) + _did_you_mean(text)
-
-
-def _did_you_mean(text: str) -> str:
-    unknown = re.search(r"Could not (?:override|find) '(?:.*[./])?(.+?)'", text)
-    if unknown is None:
-        return ""
-    schemas = [config.Config, *(one for group in config.SCHEMAS.values() for one in group.values())]
-    names = {one.name for schema in schemas for one in fields(schema)}
-    names |= set(re.findall(r"^\t(.+)$", text, flags=re.MULTILINE))  # the options Hydra listed
-    close = difflib.get_close_matches(unknown.group(1), sorted(names), n=1)
-    return f". Did you mean '{close[0]}'?" if close and close[0] != unknown.group(1) else ""
-
-
-def help_text() -> str:
+def help_text(arguments: Sequence[str] = ()) -> str:
     """Return every option of every config group with the first line of its file.
 
     Hydra's own help loads each of them twice and takes longer than a second.
+
+    Args:
+        arguments: the command line, for a folder of one's own in it (`--config-dir`).
     """
     lines = [__doc__ or "", "Options are group=name; -m sweeps over lists (beta=0.1,0.2)."]
-    for group in sorted(
-        path for path in Path(__file__).with_name("conf").iterdir() if path.is_dir()
-    ):
-        lines.append(f"\n{group.name}")
-        for option in sorted(group.glob("*.yaml")):
-            comments = (line[2:] for line in option.read_text().splitlines() if line[:2] == "# ")
-            about = next(line for line in comments if not line.startswith("@package"))
-            lines.append(f"  {option.stem:18} {about}")
+    own = get_args_parser().parse_known_args(list(arguments))[0].config_dir
+    places = [Path(__file__).with_name("conf"), *([Path(own)] if own else [])]
+    groups = {group.name for place in places if place.is_dir() for group in place.iterdir()}
+    for group in sorted(groups):
+        files = {file.stem: file for place in places for file in (place / group).glob("*.yaml")}
+        if files:
+            lines.append(f"\n{group}")
+        for name in sorted(files):
+            lines.append(f"  {name:18} {_first_comment(files[name])}")
     lines.append("\nEvery key with its value: python launch.py --cfg job; its meaning: conf/")
     return "\n".join(lines)
 
 
+def _first_comment(file: Path) -> str:
+    comments = (line[2:] for line in file.read_text().splitlines() if line[:2] == "# ")
+    return next((line for line in comments if not line.startswith("@package")), "")
+
+
 def main() -> None:
     """Entry point: what the user can put right ends in one line and exit code 1."""
+    command_line.open_streams()
     if {"-h", "--help"} & set(sys.argv[1:]):
-        print(help_text())
+        print(help_text(sys.argv[1:]))
         return
     config.register()
     # Hydra then raises its errors as they are, and `explain` can say them in one line
     os.environ["HYDRA_FULL_ERROR"] = "1"
     codes = []
-    with stop.listening():
+    with stop.PROCESS.listening():
         for part in (_run, _close):
             try:
                 codes.append(part())
@@ -219,10 +230,12 @@ def main() -> None:
 
 def _run() -> int:
     try:
+        sys.argv[1:] = command_line.as_typed(sys.argv[1:])
         guard.install()
         launch()
+        stop.PROCESS.check()
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
-        sys.exit(f"error: {explain(error)}")
+        sys.exit(f"error: {command_line.explain(error)}")
     except OSError as error:
         # The run folder cannot be made
         sys.exit(f"error: {one_line(error)}; choose another folder with hydra.run.dir=...")
@@ -231,6 +244,7 @@ def _run() -> int:
 
 def _close() -> int:
     failed = Start.sweep.close(Start.tracker) if Start.sweep else failures
+    failed = [*failed, *guard.left_out]
     return int(bool(failed))
 
 

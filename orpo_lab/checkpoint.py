@@ -54,6 +54,8 @@ class Spent:
     peak_memory_bytes: int = 0
     num_skipped: int = 0
     """Steps skipped for a non-finite number."""
+    token_budget: int | None = None
+    """Tokens of a micro-batch, where memory ran out with those of the configuration."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def seal(path: Path, place: RunFolder, made: Made, spent: Spent) -> None:
         "step": step_of(path),
         "made": asdict(made),
         # Of a fixed width, so that two runs' checkpoints of a step have the same size
-        "spent": json.dumps(asdict(spent)).ljust(120),
+        "spent": json.dumps(asdict(spent)).ljust(160),
         "versions": versions(),
         "files": files,
     }

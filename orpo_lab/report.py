@@ -4,6 +4,7 @@ The model is saved before anything else is made. What cannot be made then is mis
 be, in the log and in `status.json`; it takes nothing else away.
 """
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -16,6 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from orpo_lab.checkpoint import MANIFEST, METRICS
@@ -205,15 +207,49 @@ def save_scores(place: RunFolder, before: Evaluation, after: Evaluation) -> None
     put_in_place(part, place.file("scores.parquet"))
 
 
-def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save the adapter or the whole model, and its tokenizer."""
-    model.config.use_cache = True
+def save_model(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None,
+) -> None:
+    """Save the adapter or the whole model, and its tokenizer.
+
+    Args:
+        model: with its trained weights.
+        tokenizer: saved beside it.
+        folder: the one to write to.
+        dtype: precision of the base's folder. A whole model that was trained in a wider one is
+            rounded to this one in place, so that what is measured is what is saved.
+    """
+    model.config.get_text_config().use_cache = True
     for adapter in getattr(model, "peft_config", {}).values():
         base = Path(adapter.base_model_name_or_path)
         if base.is_dir():  # or it would be found from this working directory alone
             adapter.base_model_name_or_path = str(base.absolute())
-    model.save_pretrained(folder)
+    is_adapter = hasattr(model, "peft_config")
+    with contextlib.nullcontext() if is_adapter else _rounded(model, dtype):
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _rounded(model: Any, dtype: torch.dtype | None) -> Iterator[None]:
+    """Keep a model's weights in `dtype` meanwhile, if that is narrower; the rounding stays."""
+    wide = model.dtype
+    if dtype is None or dtype.itemsize >= wide.itemsize:
+        yield
+        return
+    log.info("the model is saved in %s, as its base is; checkpoints keep %s", dtype, wide)
+    # Not `model.to`: it would round the buffers too, of which some have no copy in the folder
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+    try:
+        yield
+    finally:
+        for weight in model.parameters():
+            weight.data = weight.data.to(wide)
 
 
 def save_final(place: RunFolder, trained: Path, card: str) -> None:

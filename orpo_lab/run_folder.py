@@ -361,8 +361,8 @@ class RunFolder:
             ) from error
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write a value as JSON, secrets masked."""
-        self.write(name, json.dumps(mask(value), indent=2) + "\n")
+        """Write a value as JSON, secrets masked; JSON has no NaN and no infinity."""
+        self.write(name, json.dumps(mask(value), indent=2, allow_nan=False) + "\n")
 
     def set_status(
         self,
@@ -406,10 +406,10 @@ class RunFolder:
         return none | found
 
     def append_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Append a line to `metrics.jsonl`."""
+        """Append a line to `metrics.jsonl`; its figures are finite."""
         file = self.file("metrics.jsonl")
         with naming(file), file.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps({"step": step, **metrics}) + "\n")
+            lines.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
 
     def metrics(self) -> list[dict[str, float]]:
         """Return the lines of `metrics.jsonl`."""

@@ -4,7 +4,6 @@ What computes a step is the engine's; the loop, the learning rate, the checkpoin
 `transformers.Trainer`.
 """
 
-import contextlib
 import logging
 import math
 import time
@@ -12,14 +11,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
 
-from orpo_lab import checkpoint, engine
+from orpo_lab import checkpoint, engine, memory
 from orpo_lab import optimizer as optimizers
 from orpo_lab.beta_schedule import beta_at, progress
 from orpo_lab.checkpoint import Checkpoint, Made, Spent
@@ -32,6 +31,9 @@ from orpo_lab.stop import Stop, Stopped
 from orpo_lab.tracker import Run
 
 log = logging.getLogger(__name__)
+
+# The most that the published recipes in conf/experiment/ take
+MAX_EPOCHS = 10
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ def fit(
 
     Raises:
         NonFiniteError: a loss, a gradient or a weight is not finite; nothing of it is kept.
+        OutOfMemoryError, RuntimeError: memory ran out, and nothing is left to make smaller.
         UserError: a checkpoint cannot be written, or the one to continue from does not fit.
         Stopped: the run was asked to end; its last step is in a checkpoint.
     """
@@ -101,6 +104,7 @@ def fit(
     )
     for upstream in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(upstream)
+    trainer.token_budget = meter.before.token_budget
     for ours in (
         ResumeCallback(trainer, optimizer),
         BetaCallback(config, trainer),
@@ -191,6 +195,32 @@ def count_steps(config: Config, num_pairs: int) -> int:
     return math.ceil(per_epoch * config.train.num_epochs)
 
 
+def say_length(config: Config, num_pairs: int) -> None:
+    """Say how often a run sees its pairs, and warn where that, or its warm-up, is too long."""
+    num_steps, train = count_steps(config, num_pairs), config.train
+    num_epochs = num_steps / (num_pairs // train.batch_size)
+    is_often = num_epochs > MAX_EPOCHS
+    log.log(
+        logging.WARNING if is_often else logging.INFO,
+        "%d steps are %.3g epochs of %d pairs%s",
+        num_steps,
+        num_epochs,
+        num_pairs,
+        f", more than the {MAX_EPOCHS} of any published recipe here: see train.max_steps"
+        if is_often
+        else "",
+    )
+    warms_up = train.lr_scheduler_type != "constant"
+    if warms_up and num_steps < train.warmup_steps:
+        log.warning(
+            "train.warmup_steps=%d is above the %d steps of this run: the learning rate ends at "
+            "%.3g of its peak; lower it, or give a fraction of the run (0.1)",
+            train.warmup_steps,
+            num_steps,
+            (num_steps - 1) / train.warmup_steps,
+        )
+
+
 def arguments(config: Config, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     """Return what every engine hands to `transformers.TrainingArguments`; nothing is left to its
     defaults that a run's result depends on."""
@@ -235,14 +265,14 @@ class Meter:
 
     def start(self) -> None:
         """Begin to count, before the first step."""
-        reset_peak_memory()
+        memory.reset_peak()
         self._begin = time.perf_counter()
 
     def spent(self) -> Spent:
         """Return what has been spent so far."""
         return Spent(
             wall_seconds=self.before.wall_seconds + time.perf_counter() - self._begin,
-            peak_memory_bytes=max(self.before.peak_memory_bytes, peak_memory_bytes()),
+            peak_memory_bytes=max(self.before.peak_memory_bytes, memory.peak_bytes()),
             num_skipped=self.num_skipped,
         )
 
@@ -266,7 +296,13 @@ class BetaCallback(TrainerCallback):
 class MetricsCallback(TrainerCallback):
     """Hands every line of metrics on, with the beta of its step, and shows how far the run is."""
 
-    SHOWN = ("loss", "preference_accuracy", "logp_margin", "beta")
+    # With short names, so that a bar is left in 80 columns
+    SHOWN: ClassVar = {
+        "loss": "loss",
+        "preference_accuracy": "accuracy",
+        "logp_margin": "margin",
+        "beta": "beta",
+    }
 
     def __init__(
         self,
@@ -284,7 +320,11 @@ class MetricsCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the bar; it hides itself where there is no terminal."""
         self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc="train", disable=None
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="train",
+            disable=None,
+            bar_format="{n_fmt}/{total_fmt} {bar} {elapsed}<{remaining}{postfix}",
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -302,13 +342,13 @@ class MetricsCallback(TrainerCallback):
                 metrics["grad_norm"] = self.optimizer.grad_norm.item()
             if self.meter.num_skipped > self.num_skipped:
                 # Of an interval with a skipped step there are no means over all its pairs
-                finite = {key: one for key, one in metrics.items() if math.isfinite(one)}
-                metrics = {key: one for key, one in finite.items() if key != "loss"}
+                del metrics["loss"]
                 self.num_skipped = metrics["skipped_steps"] = self.meter.num_skipped
+        metrics = _finite(state.global_step, metrics)
         self.place.append_metrics(state.global_step, metrics)
         self.log_to.log(state.global_step, metrics)
         shown = {key: f"{metrics[key]:.3f}" for key in self.SHOWN if key in metrics}
-        self.bar.set_postfix(shown)
+        self.bar.set_postfix({self.SHOWN[key]: value for key, value in shown.items()})
         if self.bar.disable and shown:
             text = "  ".join(f"{key} {value}" for key, value in shown.items())
             log.info("step %d/%d  %s", state.global_step, state.max_steps, text)
@@ -316,6 +356,18 @@ class MetricsCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the bar."""
         self.bar.close()
+
+
+def _finite(step: int, metrics: dict[str, float]) -> dict[str, float]:
+    """Return the figures that JSON and a curve can hold, and say which ones are left out.
+
+    The norm of gradients that fp16's loss scaler skips is infinite, for example.
+    """
+    others = {key: one for key, one in metrics.items() if not math.isfinite(one)}
+    if others:
+        said = ", ".join(f"{key} is {one}" for key, one in others.items())
+        log.warning("step %d: %s, left out of this step's metrics", step, said)
+    return {key: one for key, one in metrics.items() if key not in others}
 
 
 class StopCallback(TrainerCallback):
@@ -372,7 +424,8 @@ class CheckpointCallback(TrainerCallback):
             path = place.path / "checkpoints" / f"checkpoint-{trainer.state.global_step}"
             with checkpoint.written(path):
                 save(*args, **kwargs)
-                checkpoint.seal(path, place, made, meter.spent())
+                spent = replace(meter.spent(), token_budget=trainer.token_budget)
+                checkpoint.seal(path, place, made, spent)
             checkpoint.rotate(place, num_checkpoints)
 
         trainer._save_checkpoint = watched
@@ -529,25 +582,3 @@ def _mean_tokens(data: Data) -> float:
     columns = ("prompt_ids", "chosen_ids", "rejected_ids")
     total = sum(len(ids) for column in columns for ids in data.train[column])
     return total / len(data.train)
-
-
-def reset_peak_memory() -> None:
-    """Let the peak begin anew, from what is held now: a process may have trained before."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):  # elsewhere than on Linux it stays the process's
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory_bytes() -> int:
-    """Return the peak since `reset_peak_memory`: the GPU's allocations, or a CPU process's size."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():
-        # getrusage would count what a larger process held when it started this one
-        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return int(lines["VmHWM"].split()[0]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
