@@ -109,6 +109,7 @@ def _in_trouble(
             # What cannot be written to keeps what it held, its status too
             outcome = told(done, SAYS) if begin is make_read_only else _full(done, run)
             end(disk)
+            run.mkdir(exist_ok=True)  # an empty one is taken back
             return _gone_on_with(bench, outcome)
 
     return happen
@@ -121,7 +122,12 @@ def _too_large(bench: Bench) -> Outcome:
 
 
 def _full(done: Done, run: Path) -> Outcome:
-    """Judge a run whose disk had no room for its status either."""
+    """Judge a run whose disk had no room for its status either.
+
+    Where the trained model was saved already, what has been made of it may stay: it is complete.
+    """
+    if list(run.glob("checkpoints/trained-*/manifest.json")):
+        return told(done, SAYS)
     return refused(done, run, SAYS, states=("failed", "running", "missing"))
 
 
