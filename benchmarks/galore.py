@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from orpo_lab.galore import GaLore
+from orpo_lab.memory import peak_bytes
 from orpo_lab.model import projections
 from orpo_lab.run_folder import versions
-from orpo_lab.trainer import peak_memory_bytes
 
 RANK = 128
 SCALE = 0.25
@@ -225,7 +225,7 @@ def added_memory(name: str) -> int:
         if optimizer:
             optimizer.step()
         model.zero_grad()
-    return peak_memory_bytes()
+    return peak_bytes()
 
 
 def compare_memory() -> dict[str, int]:

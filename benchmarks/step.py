@@ -33,7 +33,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, set_seed
 
-from orpo_lab import config, data, engine, model, trainer
+from orpo_lab import config, data, engine, memory, model, trainer
 from orpo_lab.adapter import attach
 from orpo_lab.quiet import silence_upstream
 from orpo_lab.run_folder import versions
@@ -227,10 +227,10 @@ def measure_memory(case: Case, which: str, options: argparse.Namespace) -> int:
         if p.requires_grad:
             p.grad = torch.zeros_like(p).add_(0)
     largest = max(built.get_train_dataloader(), key=lambda batch: num_slots(which, batch))
-    trainer.reset_peak_memory()
-    before = trainer.peak_memory_bytes()
+    memory.reset_peak()
+    before = memory.peak_bytes()
     built.training_step(network, largest)
-    return trainer.peak_memory_bytes() - before
+    return memory.peak_bytes() - before
 
 
 def main() -> None:

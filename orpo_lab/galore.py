@@ -16,6 +16,7 @@ whole, so that every moment is kept in fp32 or 8 bits and every update is added 
 """
 
 import math
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -233,17 +234,27 @@ class GaLore(torch.optim.Optimizer):
         return self.param_groups[slot.group][key]
 
     def _hook(self, slot: _Slot) -> Any:
-        """Look at a gradient as soon as autograd has added it up; layer-wise, take it."""
+        """Look at a gradient as soon as autograd has added it up; layer-wise, take it.
+
+        The hook holds the optimizer weakly, and the weight not at all: Python's collector does not
+        see what such a hook holds (torch 2.13), so a cycle through it would never be freed.
+        """
+        optimizer, index = weakref.ref(self), slot.index
 
         @torch.no_grad()
         def collect(weight: Tensor) -> None:
-            assert weight.grad is not None
-            self._refresh_if_due(slot, weight.grad)
-            if self.layerwise:
-                self._project(slot, weight.grad)
-                weight.grad = None
+            galore = optimizer()
+            if galore is not None:
+                galore._take(galore._slots[index], weight)
 
         return slot.weight.register_post_accumulate_grad_hook(collect)
+
+    def _take(self, slot: _Slot, weight: Tensor) -> None:
+        assert weight.grad is not None
+        self._refresh_if_due(slot, weight.grad)
+        if self.layerwise:
+            self._project(slot, weight.grad)
+            weight.grad = None
 
     def remove_hooks(self) -> None:
         """Let go of the model, before another optimizer takes it."""
@@ -276,13 +287,24 @@ class GaLore(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
         self._clear()
 
+    def drop_gradients(self) -> None:
+        """Drop the gradients of a step that is taken again; a basis taken for that step stays.
+
+        Its moments may have been rotated into that basis, and would be once more by a second one.
+        """
+        super().zero_grad()
+        self._clear_flat()
+
     def _clear(self) -> None:
+        self._clear_flat()
+        for slot in self._slots:
+            slot.refreshed = False
+
+    def _clear_flat(self) -> None:
         for flat in {id(slot.flat): slot.flat for slot in self._slots}.values():
             assert flat.grad is not None
             flat.grad.zero_()
             flat.data.zero_()
-        for slot in self._slots:
-            slot.refreshed = False
 
     def memory(self) -> dict[str, dict[str, int]]:
         """Return bytes, for "projected" weights and the "others".

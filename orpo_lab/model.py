@@ -52,8 +52,10 @@ MAX_OUTSIDE = 0.1
 UNTRAINED = 0.01
 
 # Zephyr's layout, which the ORPO authors give to models without a template of their own. It needs
-# no new tokens: untrained embeddings would be frozen under LoRA.
+# no new tokens: untrained embeddings would be frozen under LoRA. The BOS in front is ours: it is
+# trained wherever a tokenizer has one, so who asks the model by this template has to start from it.
 DEFAULT_CHAT_TEMPLATE = (
+    "{{ bos_token }}"
     "{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
     "{% endfor %}"
@@ -338,7 +340,7 @@ def load(config: Config, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype)
         options["quantization_config"] = asked
     architecture = AutoModelForCausalLM._model_mapping.get(type(own), None)
     has_flash = getattr(architecture, "_supports_flash_attn", True)
-    with _tables_hidden():
+    with _without_table():
         model, found = _fetch(
             AutoModelForCausalLM.from_pretrained,
             config.model,
@@ -373,8 +375,8 @@ def load(config: Config, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype)
 
 
 @contextlib.contextmanager
-def _tables_hidden() -> Iterator[None]:
-    """Keep what transformers says of missing weights from the terminal: one line refuses them."""
+def _without_table() -> Iterator[None]:
+    """Keep what transformers says of missing weights from the terminal: a refusal says it."""
     logger = logging.getLogger("transformers.modeling_utils")
 
     def is_other(record: logging.LogRecord) -> bool:

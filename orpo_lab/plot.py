@@ -1,7 +1,9 @@
 """The pictures of a run, from its `metrics.jsonl` alone, and of a comparison of runs."""
 
 import io
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +35,30 @@ PANELS: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
 )
 
 
+@contextmanager
+def _as_shipped() -> Iterator[None]:
+    """Have matplotlib as it ships: no MPLBACKEND and no matplotlibrc has a say in our pictures.
+
+    A notebook names a backend in the environment that need not be installed here, and matplotlib
+    then fails as it is imported.
+    """
+    named = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    finally:
+        if named is not None:
+            os.environ["MPLBACKEND"] = named
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        yield
+
+
+def _plain(text: str) -> str:
+    """Return a text as matplotlib shows it letter by letter: between two $ it reads formulas."""
+    return text.replace("$", r"\$")
+
+
+@_as_shipped()
 def draw_training(metrics: list[dict[str, float]], title: str, file: Path) -> None:
     """Draw the loss and its parts, beta, accuracy, margin and learning rate over the steps.
 
@@ -49,7 +75,7 @@ def draw_training(metrics: list[dict[str, float]], title: str, file: Path) -> No
     FigureCanvasAgg(figure)
     for axes, (label, curves) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
         _draw_panel(axes, metrics, label, curves)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(_plain(title), fontsize=11)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
 
@@ -102,6 +128,7 @@ MARKERS = {"constant": "o", "linear": "s", "cosine": "D", "step": "^", "hold_the
 Picture = tuple[str, bytes]
 
 
+@_as_shipped()
 def comparison(compared: "Comparison") -> dict[str, Picture]:
     """Return the pictures of a comparison by name: a caption and a PNG."""
     pictures = {"pareto": _pareto(compared)}
@@ -167,7 +194,7 @@ def _pareto(compared: "Comparison") -> Picture:
             fmt=MARKERS[setting.values["beta_schedule"]],
             color=colour,
             elinewidth=1,
-            label=setting.name,
+            label=_plain(setting.name),
         )
     best = max(standing.intervals[0].estimate for standing in verdict.qualities)
     axes.axvline(quality.sign * (best - quality.margin), color=GREY, linestyle=":", linewidth=1)
@@ -198,7 +225,7 @@ def _curves(settings: Sequence["Setting"], key: str, label: str) -> Picture:
             linestyle=LINES[setting.values["beta_schedule"]],
             marker="o" if len(steps) < 12 else None,
             markersize=3,
-            label=setting.name,
+            label=_plain(setting.name),
         )
         if len(runs) > 1:
             axes.fill_between(

@@ -4,7 +4,6 @@ What computes a step is the engine's; the loop, the learning rate, the checkpoin
 `transformers.Trainer`.
 """
 
-import contextlib
 import logging
 import math
 import time
@@ -19,7 +18,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
 
-from orpo_lab import checkpoint, engine
+from orpo_lab import checkpoint, engine, memory
 from orpo_lab import optimizer as optimizers
 from orpo_lab.beta_schedule import beta_at, progress
 from orpo_lab.checkpoint import Checkpoint, Made, Spent
@@ -76,10 +75,12 @@ def fit(
         log_to: the tracked run, which gets the same metrics.
         made: what the run is made from, for its checkpoints.
         start: the checkpoint to continue from; None: from the beginning.
-        stop: whether the run should end early.
+        stop: whether the run should end early; it still waits when this returns, so that the
+            caller can save the trained model first.
 
     Raises:
         NonFiniteError: a loss, a gradient or a weight is not finite; nothing of it is kept.
+        OutOfMemoryError, RuntimeError: memory ran out, and nothing is left to make smaller.
         UserError: a checkpoint cannot be written, or the one to continue from does not fit.
         Stopped: the run was asked to end; its last step is in a checkpoint.
     """
@@ -100,6 +101,7 @@ def fit(
     )
     for upstream in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(upstream)
+    trainer.token_budget = meter.before.token_budget
     for ours in (
         ResumeCallback(trainer, optimizer),
         BetaCallback(config, trainer),
@@ -119,12 +121,9 @@ def fit(
             f"{start.path} holds more than a checkpoint of ours does, and nothing of that was run "
             f"({one_line(error)[:100]}); do not trust this folder"
         ) from error
-    finally:
-        stop.waits = False
     spent = meter.spent()
     if stopper.reason:
         raise Stopped(stopper.reason)
-    stop.check()
     pairs = num_taken * config.train.batch_size
     return TrainStats(
         steps=num_taken,
@@ -237,14 +236,14 @@ class Meter:
 
     def start(self) -> None:
         """Begin to count, before the first step."""
-        reset_peak_memory()
+        memory.reset_peak()
         self._begin = time.perf_counter()
 
     def spent(self) -> Spent:
         """Return what has been spent so far."""
         return Spent(
             wall_seconds=self.before.wall_seconds + time.perf_counter() - self._begin,
-            peak_memory_bytes=max(self.before.peak_memory_bytes, peak_memory_bytes()),
+            peak_memory_bytes=max(self.before.peak_memory_bytes, memory.peak_bytes()),
             num_skipped=self.num_skipped,
         )
 
@@ -304,9 +303,9 @@ class MetricsCallback(TrainerCallback):
                 metrics["grad_norm"] = self.optimizer.grad_norm.item()
             if self.meter.num_skipped > self.num_skipped:
                 # Of an interval with a skipped step there are no means over all its pairs
-                finite = {key: one for key, one in metrics.items() if math.isfinite(one)}
-                metrics = {key: one for key, one in finite.items() if key != "loss"}
+                del metrics["loss"]
                 self.num_skipped = metrics["skipped_steps"] = self.meter.num_skipped
+        metrics = _finite(state.global_step, metrics)
         self.place.append_metrics(state.global_step, metrics)
         self.log_to.log(state.global_step, metrics)
         shown = {key: f"{metrics[key]:.3f}" for key in self.SHOWN if key in metrics}
@@ -318,6 +317,18 @@ class MetricsCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the bar."""
         self.bar.close()
+
+
+def _finite(step: int, metrics: dict[str, float]) -> dict[str, float]:
+    """Return the figures that JSON and a curve can hold, and say which ones are left out.
+
+    The norm of gradients that fp16's loss scaler skips is infinite, for example.
+    """
+    others = {key: one for key, one in metrics.items() if not math.isfinite(one)}
+    if others:
+        said = ", ".join(f"{key} is {one}" for key, one in others.items())
+        log.warning("step %d: %s, left out of this step's metrics", step, said)
+    return {key: one for key, one in metrics.items() if key not in others}
 
 
 class StopCallback(TrainerCallback):
@@ -374,7 +385,8 @@ class CheckpointCallback(TrainerCallback):
             path = place.path / "checkpoints" / f"checkpoint-{trainer.state.global_step}"
             with checkpoint.written(path):
                 save(*args, **kwargs)
-                checkpoint.seal(path, place, made, meter.spent())
+                spent = replace(meter.spent(), token_budget=trainer.token_budget)
+                checkpoint.seal(path, place, made, spent)
             checkpoint.rotate(place, num_checkpoints)
 
         trainer._save_checkpoint = watched
@@ -386,12 +398,25 @@ class CheckpointCallback(TrainerCallback):
         if not control.should_save:
             return
         control.should_log = True
-        finite = [p.isfinite().all() for p in model.parameters() if p.requires_grad]
-        if not torch.stack(finite).all():  # device-to-host sync
-            raise NonFiniteError(
-                f"step {state.global_step}: its update left weights that are not finite; the run "
-                f"stops, and nothing of that step is kept. {LIKELY_CAUSES}"
-            )
+        check_weights(model, state.global_step)
+
+
+def check_weights(model: torch.nn.Module, step: int) -> None:
+    """Look at every trained weight.
+
+    Args:
+        model: its weights.
+        step: the last one that was taken.
+
+    Raises:
+        NonFiniteError: one is not finite.
+    """
+    finite = [p.isfinite().all() for p in model.parameters() if p.requires_grad]
+    if not torch.stack(finite).all():  # device-to-host sync
+        raise NonFiniteError(
+            f"step {step}: its update left weights that are not finite; the run stops, and nothing "
+            f"of that step is kept. {LIKELY_CAUSES}"
+        )
 
 
 class NonFiniteGuard(TrainerCallback):
@@ -518,25 +543,3 @@ def _mean_tokens(data: Data) -> float:
     columns = ("prompt_ids", "chosen_ids", "rejected_ids")
     total = sum(len(ids) for column in columns for ids in data.train[column])
     return total / len(data.train)
-
-
-def reset_peak_memory() -> None:
-    """Let the peak begin anew, from what is held now: a process may have trained before."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):  # elsewhere than on Linux it stays the process's
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory_bytes() -> int:
-    """Return the peak since `reset_peak_memory`: the GPU's allocations, or a CPU process's size."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():
-        # getrusage would count what a larger process held when it started this one
-        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return int(lines["VmHWM"].split()[0]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

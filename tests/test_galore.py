@@ -1,11 +1,13 @@
 """The GaLore optimizer against galore-torch, torch's AdamW and bitsandbytes'."""
 
 import copy
+import gc
 import io
 import math
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -348,6 +350,35 @@ def test_no_full_gradient_of_a_projected_weight_outlives_its_hook() -> None:
     train(network, optimizer, range(4), micro=2)
     assert len(alive) == 4 * 2 * 2
     assert set(alive) == {0}
+
+
+def test_an_optimizer_and_its_weights_are_freed_with_the_last_reference() -> None:
+    network = Network()
+    optimizer = GaLore(network.groups(), layerwise=True)
+    train(network, optimizer, range(2))
+    alive = [weakref.ref(one) for one in (optimizer, network, *network.parameters())]
+    del network, optimizer
+    gc.collect()
+    assert [one() for one in alive if one() is not None] == []
+
+
+@pytest.mark.parametrize("layerwise", [True, False])
+def test_a_step_taken_again_keeps_its_basis_and_nothing_else(layerwise: bool) -> None:
+    ends = []
+    for num_false_starts in (0, 1):
+        torch.manual_seed(0)
+        network = Network()
+        optimizer = GaLore(network.groups(), lr=1e-2, layerwise=layerwise, rotate_moments=True)
+        for step in range(5):
+            ids = torch.arange(12).view(4, 3) % 7 + step
+            for _ in range(num_false_starts):
+                loss(network, ids).backward()
+                optimizer.drop_gradients()
+            loss(network, ids).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append([one.detach().clone() for one in network.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
 
 
 def test_another_optimizer_may_take_the_model_once_the_hooks_are_removed() -> None:

@@ -1,4 +1,4 @@
-"""What a run leaves in `final/`."""
+"""What a run leaves of the model that it trained."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from orpo_lab import config, report
-from orpo_lab.run_folder import RunFolder
 
 Load = Callable[..., config.Config]
 
@@ -24,33 +23,26 @@ def test_a_model_is_saved_in_the_precision_of_its_base(
     build_model: Any,
     tokenizer: Any,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     base: torch.dtype | None,
     saved: torch.dtype,
 ) -> None:
-    monkeypatch.setattr(report, "model_card", lambda *_: "")
-    loaded = load("optimizer=adamw")
-    network = build_model(loaded)
+    network = build_model(load("optimizer=adamw"))
     trained = {name: p.detach().clone() for name, p in network.named_parameters()}
-    report.save_final(RunFolder(tmp_path), network, tokenizer, loaded, {}, base)
-    found = load_file(tmp_path / "final" / "model.safetensors")
+    report.save_model(network, tokenizer, tmp_path, dtype=base)
+    found = load_file(tmp_path / "model.safetensors")
     assert {one.dtype for one in found.values()} == {saved}
     for name, one in found.items():
         assert torch.equal(one, trained[name].to(saved))
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "final").dtype == saved
+        # What is measured afterwards is what was saved
+        assert torch.equal(network.get_parameter(name), one.float())
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == saved
 
 
 def test_adapters_stay_in_fp32(
-    load: Load,
-    build_model: Any,
-    tokenizer: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(report, "model_card", lambda *_: "")
-    loaded = load("optimizer=lora")
-    report.save_final(
-        RunFolder(tmp_path), build_model(loaded), tokenizer, loaded, {}, torch.bfloat16
+    report.save_model(
+        build_model(load("optimizer=lora")), tokenizer, tmp_path, dtype=torch.bfloat16
     )
-    found = load_file(tmp_path / "final" / "adapter_model.safetensors")
+    found = load_file(tmp_path / "adapter_model.safetensors")
     assert {one.dtype for one in found.values()} == {torch.float32}

@@ -1,10 +1,14 @@
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+from orpo_lab import config
 from orpo_lab.run_folder import RunFolder, git_commit, versions
 
+Load = Callable[..., config.Config]
 
-def test_metrics_are_appended_and_cut_back_to_a_checkpoint(tmp_path: Path) -> None:
+
+def test_metrics_are_appended_and_cut_back_to_a_checkpoint(load: Load, tmp_path: Path) -> None:
     place = RunFolder(tmp_path)
     for step in (1, 2):
         place.append_metrics(step, {"loss": 1 / step})
@@ -12,7 +16,8 @@ def test_metrics_are_appended_and_cut_back_to_a_checkpoint(tmp_path: Path) -> No
     place.append_metrics(3, {"loss": 1 / 3})
     with (tmp_path / "metrics.jsonl").open("a") as lines:
         lines.write('{"step": 4, "lo')  # killed here
-    place.go_on(Path(kept))
+    start = {"config_hash": "one", "overrides": []}
+    place.begin(load(), {}, start, metrics=Path(kept))
     place.append_metrics(3, {"loss": 9.0})
     assert [line["step"] for line in place.metrics()] == [1, 2, 3]
     assert place.metrics()[-1]["loss"] == 9.0

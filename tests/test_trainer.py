@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from orpo_lab import config, data, optimizer, trainer
-from orpo_lab.checkpoint import Made
+from orpo_lab import checkpoint, config, data, optimizer, trainer
+from orpo_lab.checkpoint import Made, Spent
 from orpo_lab.errors import NonFiniteError, UserError
 from orpo_lab.run_folder import RunFolder
 from orpo_lab.stop import Stop
@@ -33,7 +33,11 @@ GALORE = "optimizer=galore optimizer.update_proj_gap=3"
 
 
 def fit(
-    loaded: config.Config, network: Any, tokenizer: Any, folder: Path
+    loaded: config.Config,
+    network: Any,
+    tokenizer: Any,
+    folder: Path,
+    start: checkpoint.Checkpoint | None = None,
 ) -> tuple[trainer.TrainStats, RunFolder]:
     place = RunFolder(folder)
     stats = trainer.fit(
@@ -45,7 +49,7 @@ def fit(
         place=place,
         log_to=Untracked(),
         made=Made("", "", ""),
-        start=None,
+        start=start,
         stop=Stop(),
     )
     return stats, place
@@ -285,3 +289,127 @@ def test_layerwise_galore_logs_and_clips_the_projected_norm(
         assert stats.galore_memory_bytes is not None
     # Projection only loses length, and most of the gradient lies in the basis taken from it
     assert 0.5 * norms["false"][0] < norms["true"][0] < norms["false"][0]
+
+
+# Memory that runs out. There is no GPU to fill here: torch.OutOfMemoryError is raised by hand, the
+# other error is the real one of torch's allocator, asked for more than any machine has.
+
+
+def out_of_gpu_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def out_of_cpu_memory() -> None:
+    torch.empty(1 << 50)
+
+
+def run_out(network: Any, at: int, of_memory: Callable[[], None]) -> list[int]:
+    """Let memory run out in the `at`-th forward pass in training; return a count of all."""
+    calls = [0]
+
+    def hook(module: Any, args: Any, output: Any) -> None:
+        calls[0] += module.training
+        if calls[0] == at and module.training:
+            of_memory()
+
+    norms = [one for name, one in network.named_modules() if name.endswith("norm")]
+    norms[-1].register_forward_hook(hook)
+    return calls
+
+
+def weights(network: Any) -> dict[str, torch.Tensor]:
+    return {name: one for name, one in network.state_dict().items() if one.is_floating_point()}
+
+
+ROOMY = ("train.batch_size=16", "engine.tokens_per_microbatch=500", "train.logging_steps=1")
+
+
+@pytest.mark.parametrize(
+    ("of_memory", "overrides", "at"),
+    [
+        (out_of_cpu_memory, "optimizer=adamw", 2),
+        (out_of_gpu_memory, "optimizer=lora optimizer.dropout=0.1", 2),
+        # Before it takes a basis, which is from the first micro-batch
+        (out_of_gpu_memory, f"{GALORE} optimizer.layerwise=true", 1),
+    ],
+)
+def test_a_step_without_enough_memory_is_taken_again_with_half_the_budget(
+    load: Load,
+    build_model: Any,
+    tokenizer: Any,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    of_memory: Callable[[], None],
+    overrides: str,
+    at: int,
+) -> None:
+    logging.getLogger("orpo_lab").propagate = True
+    common = (*overrides.split(), *SMALL, *ROOMY, "train.max_steps=3")
+    network = build_model(load(*common))
+    run_out(network, at, of_memory)
+    stats, place = fit(load(*common), network, tokenizer, tmp_path / "short")
+    (line,) = [one.message for one in caplog.records if "out of memory" in one.message]
+    assert line.startswith("step 1: out of memory; taken again with engine.tokens_per_microbatch=2")
+    assert stats.steps == 3
+    # From its first step on it is the run that began with so many tokens, to the bit
+    budget = line.split("tokens_per_microbatch=")[1].split()[0]
+    began_so = load(*common, f"engine.tokens_per_microbatch={budget}")
+    other = build_model(began_so)
+    _, expected = fit(began_so, other, tokenizer, tmp_path / "halved")
+    for name, one in weights(network).items():
+        assert torch.equal(one, weights(other)[name]), name
+    assert place.metrics() == expected.metrics()
+
+
+def test_memory_that_runs_out_later_changes_the_packing_and_nothing_else(
+    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    loaded = load("optimizer=adamw", *SMALL, *ROOMY, "train.max_steps=4")
+    results = []
+    for at in (0, 4):  # never, and in the second step
+        network = build_model(loaded)
+        calls = run_out(network, at, out_of_gpu_memory)
+        _, place = fit(loaded, network, tokenizer, tmp_path / str(at))
+        results.append((calls[0], weights(network), place.metrics()))
+    (few, expected, lines), (more, found, others) = results
+    assert more > few + 4, "smaller micro-batches, also of the batch that was laid out before"
+    for name, one in found.items():
+        torch.testing.assert_close(one, expected[name], rtol=0, atol=2e-5)
+    for line, other in zip(lines, others, strict=True):
+        assert other == pytest.approx(line, abs=1e-4)
+
+
+def test_a_lowered_budget_is_in_the_checkpoint_and_lasts(
+    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    loaded = load("optimizer=adamw", *SMALL, *ROOMY, "train.max_steps=4", "train.save_steps=2")
+    whole = build_model(loaded)
+    run_out(whole, 1, out_of_gpu_memory)
+    _, place = fit(loaded, whole, tokenizer, tmp_path)
+    first, last = (
+        Spent(**json.loads(json.loads((path / "manifest.json").read_text())["spent"]))
+        for path in checkpoint.folders(place)
+    )
+    assert first.token_budget
+    assert first.token_budget == last.token_budget < 500
+    start = checkpoint.Checkpoint(checkpoint.folders(place)[0], Made("", "", ""), first, {})
+    resumed = build_model(loaded)
+    calls = run_out(resumed, 0, out_of_gpu_memory)
+    fit(loaded, resumed, tokenizer, tmp_path, start)
+    assert calls[0] > 2 * 2, "two steps of more than two micro-batches"
+    for name, one in weights(whole).items():
+        assert torch.equal(one, weights(resumed)[name]), name
+    again = json.loads((checkpoint.folders(place)[-1] / "manifest.json").read_text())
+    assert json.loads(again["spent"])["token_budget"] == first.token_budget
+
+
+@pytest.mark.parametrize("engine", ["shared_prefix", "trl"])
+def test_where_nothing_is_left_to_halve_the_error_goes_on(
+    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path, engine: str
+) -> None:
+    loaded = load("optimizer=lora", *SMALL, f"engine={engine}", "train.max_steps=2")
+    network = build_model(loaded)
+    for at in range(1, 9):  # of 8 pairs, down to one to a micro-batch
+        run_out(network, at, out_of_gpu_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        fit(loaded, network, tokenizer, tmp_path)

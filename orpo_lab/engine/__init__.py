@@ -30,7 +30,8 @@ def build(config: Config, **parts: Any) -> Trainer:
     """Return the engine's trainer, of a model that `check` has passed.
 
     Every engine's trainer has an attribute `beta`, read at each step, and logs under TRL's names
-    plus `preference_accuracy` and `logp_margin`, which are free of beta. See
+    plus `preference_accuracy` and `logp_margin`, which are free of beta. Its attribute
+    `token_budget` is None, unless memory ran out and it goes on with smaller micro-batches. See
     `engine.trl.build` for the parts.
     """
     match config.engine:

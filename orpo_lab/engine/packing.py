@@ -5,6 +5,7 @@ the prompt's end, and it never sees the chosen one (`engine.attention`); so both
 stood alone behind the prompt. The prompt's last token predicts the first one of both.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,12 +39,12 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return rows
 
 
-@dataclass(frozen=True)
+@dataclass
 class Collator:
     """Makes an optimizer step's pairs the batch that `OrpoTrainer` takes."""
 
     budget: int
-    """Tokens of a micro-batch."""
+    """Tokens of a micro-batch; `OrpoTrainer` lowers it where memory runs out."""
     multiple: int
     """Rows are padded to a multiple of so many tokens."""
     prompt_is_scored: bool
@@ -51,12 +52,26 @@ class Collator:
     pad_token_id: int
 
     def __call__(self, pairs: Sequence[Pair]) -> Batch:
-        """Return `counts` [B, 3] of the step (see `lay_out`), and its `micro_batches`."""
+        """Return `counts` [B, 3] of the step (see `lay_out`), and its `micro_batches`.
+
+        `rows` are their pairs, as indices into what was given.
+        """
         rows = pack([sum(sizes_of(pair)) for pair in pairs], self.budget)
         micro_batches = [self.lay_out([pairs[i] for i in row]) for row in rows]
         counts = torch.cat([one["counts"] for one in micro_batches])
         # First, since its length is what transformers takes for the size of a batch
-        return {"counts": counts, "micro_batches": micro_batches}
+        return {"counts": counts, "micro_batches": micro_batches, "rows": rows}
+
+    def within_budget(self, batch: Batch) -> Batch:
+        """Return a batch; packed anew where the budget was lowered since, as if it had been so."""
+        if all(tokens_of(one) <= self.budget or is_one_pair(one) for one in batch["micro_batches"]):
+            return batch
+        found = zip(
+            (i for row in batch["rows"] for i in row),
+            (pair for one in batch["micro_batches"] for pair in pairs_of(one)),
+            strict=True,
+        )
+        return self([pair for _, pair in sorted(found, key=lambda one: one[0])])
 
     def lay_out(self, pairs: Sequence[Pair]) -> Batch:
         """Return one micro-batch: B pairs in a row of T tokens.
@@ -104,3 +119,23 @@ class Collator:
 def sizes_of(pair: Pair) -> tuple[int, int, int]:
     """Return the tokens of a pair's prompt, chosen and rejected."""
     return len(pair["prompt_ids"]), len(pair["chosen_ids"]), len(pair["rejected_ids"])
+
+
+def tokens_of(micro_batch: Batch) -> int:
+    """Return the tokens of a micro-batch, without padding."""
+    return sum(sum(sizes) for sizes in micro_batch["sizes"])
+
+
+def is_one_pair(micro_batch: Batch) -> bool:
+    """Return whether a micro-batch cannot be made smaller."""
+    return len(micro_batch["sizes"]) == 1
+
+
+def pairs_of(micro_batch: Batch) -> list[Pair]:
+    """Return the pairs that `Collator.lay_out` was given."""
+    ids = iter(micro_batch["input_ids"][0].tolist())
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+    return [
+        {name: list(itertools.islice(ids, size)) for name, size in zip(columns, sizes, strict=True)}
+        for sizes in micro_batch["sizes"]
+    ]

@@ -6,8 +6,10 @@ depend on the packing.
 """
 
 import contextlib
+import logging
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,13 +23,17 @@ from transformers import (
     TrainingArguments,
 )
 
+from orpo_lab import memory
 from orpo_lab.config import Config, Objective, SharedPrefixEngine
 from orpo_lab.data import Data
 from orpo_lab.engine import attention
 from orpo_lab.engine.head import add_scoring
-from orpo_lab.engine.packing import Collator
+from orpo_lab.engine.packing import Collator, is_one_pair, tokens_of
 from orpo_lab.errors import NonFiniteError, UserError, one_line
+from orpo_lab.galore import GaLore
 from orpo_lab.loss import Losses, orpo, supervised
+
+log = logging.getLogger(__name__)
 
 # Tokens of a micro-batch below which its fixed costs show
 MIN_BUDGET = 1024
@@ -54,6 +60,7 @@ class OrpoTrainer(Trainer):
         self.beta = beta
         self.objective = objective
         self.attention_implementation = attention_implementation
+        self._token_budget: int | None = None
         self._base = causal_model(self.model)
         add_scoring(self._base)
         # Sums of the metrics over pairs, and how many pairs, since the last line
@@ -61,12 +68,43 @@ class OrpoTrainer(Trainer):
         self._sums: dict[str, Tensor] = {}
         self._num_pairs: dict[str, int] = {}
 
+    @property
+    def token_budget(self) -> int | None:
+        """Tokens of a micro-batch, where memory ran out with those of the configuration."""
+        return self._token_budget
+
+    @token_budget.setter
+    def token_budget(self, budget: int | None) -> None:
+        self._token_budget = budget
+        if budget is not None:
+            self.data_collator.budget = min(budget, self.data_collator.budget)
+
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
-        """Add up the gradients of a whole optimizer step, and return its loss, detached."""
+        """Add up the gradients of a whole optimizer step, and return its loss, detached.
+
+        Where memory runs out the step is taken again from its start with half the token budget,
+        until every micro-batch is one pair: the gradient does not depend on the packing, but for
+        adapters' dropout, whose random numbers fall on other tokens then.
+
+        Raises:
+            OutOfMemoryError, RuntimeError: there is not enough memory for one pair.
+        """
         model.train()
-        micro_batches = self._micro_batches(inputs)
+        start = _RandomState.now(), dict(self._sums), dict(self._num_pairs)
+        while True:
+            batch = self.data_collator.within_budget(inputs)
+            try:
+                return self._add_up(model, self._micro_batches(batch))
+            except (RuntimeError, MemoryError) as error:
+                if not memory.ran_out(error) or all(map(is_one_pair, batch["micro_batches"])):
+                    raise
+            # Not before the error is gone: its traceback holds all activations
+            self._begin_again(*start)
+            self._halve_budget(batch)
+
+    def _add_up(self, model: Any, micro_batches: list[dict[str, Any]]) -> Tensor:
         total = torch.zeros((), device=self.args.device)
         with reading_rows(self._base, self.attention_implementation):
             for i, micro_batch in enumerate(micro_batches):
@@ -76,6 +114,32 @@ class OrpoTrainer(Trainer):
                     self.accelerator.backward(loss)
                 total += loss.detach()
         return total
+
+    def _begin_again(
+        self, random: "_RandomState", sums: dict[str, Tensor], num_pairs: dict[str, int]
+    ) -> None:
+        """Undo what a part of a step has done."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # inside accelerate's
+        if isinstance(optimizer, GaLore):
+            optimizer.drop_gradients()
+        else:
+            optimizer.zero_grad()
+        self._sums, self._num_pairs = dict(sums), dict(num_pairs)
+        memory.give_back()
+        random.restore()
+
+    def _halve_budget(self, batch: dict[str, Any]) -> None:
+        """Lower the budget to half of the step's widest micro-batch, or of what it was."""
+        widest = max(map(tokens_of, batch["micro_batches"]))
+        before = self.data_collator.budget
+        self.token_budget = min(widest, before) // 2
+        log.warning(
+            "step %d: out of memory; taken again with engine.tokens_per_microbatch=%d instead of "
+            "%d, which the run keeps: the same gradient, but for adapters' dropout",
+            self.state.global_step + 1,
+            self.token_budget,
+            before,
+        )
 
     def _micro_batches(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
         """Return a step's micro-batches, each with the totals that its loss is a share of.
@@ -133,9 +197,28 @@ class OrpoTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
         """Return the loss of a batch of held-out pairs."""
+        batch = self.data_collator.within_budget(inputs)
         with torch.no_grad(), reading_rows(self._base, self.attention_implementation):
-            losses = [self.compute_loss(model, one) for one in self._micro_batches(inputs)]
+            losses = [self.compute_loss(model, one) for one in self._micro_batches(batch)]
         return torch.stack(losses).sum(), None, None
+
+
+@dataclass(frozen=True)
+class _RandomState:
+    """Where torch's random numbers are, from which dropout takes its own."""
+
+    cpu: Tensor
+    gpu: Tensor | None
+
+    @classmethod
+    def now(cls) -> "_RandomState":
+        gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        return cls(torch.get_rng_state(), gpu)
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.gpu is not None:
+            torch.cuda.set_rng_state(self.gpu)
 
 
 def pair_metrics(losses: Losses, beta: float, num_pairs: Tensor) -> dict[str, Tensor]:

@@ -14,6 +14,9 @@ from orpo_lab.data import Data
 class TrlTrainer(ORPOTrainer):
     """TRL's trainer, on rows tokenized already, with two metrics that beta cannot scale."""
 
+    token_budget: int | None = None
+    """None: its micro-batches are of so many pairs, and none can be made smaller."""
+
     def tokenize_row(self, feature: dict[str, Any], model: Any = None) -> dict[str, list[int]]:
         """Return our ids under TRL's names; every row fits, so TRL has nothing to cut."""
         prompt = feature["prompt_ids"]

@@ -1,0 +1,129 @@
+"""What a run holds, and that nothing of it stays."""
+
+import gc
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from orpo_lab import config, memory, run, trainer
+from orpo_lab import optimizer as optimizers
+from orpo_lab.errors import UserError
+from orpo_lab.run_folder import RunFolder
+
+Load = Callable[..., config.Config]
+SMALL = (
+    "tracker=none",
+    "dataset.num_train=16",
+    "dataset.num_eval=4",
+    "dataset.num_generations=1",
+    "dataset.max_new_tokens=4",
+    "train.batch_size=8",
+    "train.max_steps=2",
+    "train.eval_steps=1",
+    "train.save_steps=1",
+)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
+    """References to every run's model, its weights and its optimizer, which keep nothing alive."""
+    found: list[weakref.ref[Any]] = []
+    build = optimizers.build
+
+    def watched(loaded: config.Config, model: Any, **others: Any) -> torch.optim.Optimizer:
+        made = build(loaded, model, **others)
+        found.extend(map(weakref.ref, (made, model, *model.parameters())))
+        return made
+
+    monkeypatch.setattr(optimizers, "build", watched)
+    return found
+
+
+def num_tensors() -> int:
+    return sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "optimizer=qlora",
+        "optimizer=adamw",
+        "optimizer=galore",
+        "optimizer=galore optimizer.layerwise=true engine=trl",
+    ],
+)
+def test_a_job_leaves_nothing_in_memory(
+    load: Load, seen: list[weakref.ref[Any]], tmp_path: Path, overrides: str
+) -> None:
+    held = []
+    # What is freed is freed by the run itself, not by a collection that happens to come
+    gc.disable()
+    try:
+        for seed in (1, 2):
+            loaded = load(*overrides.split(), *SMALL, f"seed={seed}")
+            run.train(loaded, tmp_path / str(seed), choices={}, overrides=[])
+            held.append(num_tensors())
+    finally:
+        gc.enable()
+    assert len(seen) > 80, "two models with their weights"
+    assert [one() for one in seen if one() is not None] == []
+    assert held[0] == held[1], "batches, states and buffers"
+
+
+def test_a_failed_job_leaves_nothing_in_memory_even_where_its_error_is_kept(
+    load: Load, seen: list[weakref.ref[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(trainer, "_train", fails)
+    loaded = load("optimizer=adamw", *SMALL)
+    with pytest.raises(UserError) as kept:
+        run.train(loaded, tmp_path, choices={}, overrides=[])
+    assert kept.value.__cause__ is not None
+    assert [one() for one in seen if one() is not None] == []
+    status = RunFolder(tmp_path).status()
+    assert status["reason"].startswith("UserError: out of memory (CUDA out of memory. Tried")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (
+            "optimizer=adamw engine=trl",
+            "engine=shared_prefix, engine.micro_batch_size lower, "
+            "train.gradient_checkpointing=true, dataset.max_length below 96, optimizer=qlora, ",
+        ),
+        (
+            "optimizer=qlora train.gradient_checkpointing=true",
+            "in this order: dataset.max_length below 96, a smaller model",
+        ),
+    ],
+)
+def test_an_error_of_no_memory_names_what_takes_less(load: Load, overrides: str, says: str) -> None:
+    with (
+        pytest.raises(UserError, match="out of memory") as error,
+        memory.trouble_said(load(*overrides.split())),
+    ):
+        torch.empty(1 << 50)  # torch's own error
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "ran_out"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), True),
+        (MemoryError(), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory is what this row is about"), False),
+    ],
+)
+def test_other_errors_stay_what_they_are(error: Exception, ran_out: bool) -> None:
+    assert memory.ran_out(error) == ran_out
