@@ -8,8 +8,10 @@ import contextlib
 import itertools
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import hydra
@@ -21,17 +23,17 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from orpo_lab import command_line, config, guard
+from orpo_lab import command_line, config, guard, stop
 from orpo_lab.errors import UserError, one_line
 from orpo_lab.masking import mask
 from orpo_lab.run_folder import RunFolder
-from orpo_lab.stop import BUDGET, Stop, Stopped
+from orpo_lab.stop import BUDGET, Stopped
 from orpo_lab.sweep import Start, Sweep
 
 # One line per failed job: Hydra's basic launcher would go on and exit 0
 failures: list[str] = []
-# What the process is asked between its jobs; while one runs, that has a stop of its own
-stop = Stop()
+# What the jobs of a sweep took, one after the other
+seconds: list[float] = []
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -40,15 +42,29 @@ def launch(composed: DictConfig) -> None:
     hydra_config = HydraConfig.get()
     folder = Path(os.path.relpath(hydra_config.runtime.output_dir))
     is_sweep = hydra_config.mode == RunMode.MULTIRUN
-    stop.check()
+    if is_sweep:
+        stop.PROCESS.work_for_another()  # unless this is the process that was started
+    if stop.PROCESS.is_worker and stop.PROCESS.signal:
+        _remove_if_empty(folder)
+        return
+    stop.PROCESS.check()
+    number = hydra_config.job.num + 1 if is_sweep else 0
+    begun = time.monotonic()
+    if is_sweep and guard.num_jobs:
+        print(f"\njob {number} of {guard.num_jobs}: {folder}", flush=True)
     try:
         run_job(composed, folder, Sweep(folder.parent) if is_sweep else None)
     except UserError as error:
         _remember(f"error: {error}", folder, is_sweep)
         print(failures[-1], file=sys.stderr)
     except Stopped as error:
-        # A job's budget is its own; a signal ends the sweep
-        if not is_sweep or error.reason != BUDGET:
+        # A job's budget is its own; a signal ends the sweep, which a launcher's process leaves to
+        # the one that has passed the signal on
+        if error.reason != BUDGET:
+            stop.PROCESS.signal = stop.PROCESS.signal or error.reason
+            if not stop.PROCESS.is_worker:
+                raise
+        elif not is_sweep:
             raise
         _remember(f"stopped by {error.reason}", folder, is_sweep)
     except SystemExit as error:
@@ -60,6 +76,16 @@ def launch(composed: DictConfig) -> None:
         line = f"error: {type(error).__name__}: {one_line(error)} (in {folder})"
         _remember(line, folder, is_sweep)
         print(mask(traceback.format_exc()), file=sys.stderr, end="")
+    if is_sweep and guard.num_jobs:
+        seconds.append(time.monotonic() - begun)
+        print(_progress(number, guard.num_jobs), flush=True)
+
+
+def _progress(number: int, num_jobs: int) -> str:
+    """Return a line on how long a sweep has taken, and will take at the pace of its jobs so far."""
+    left = sum(seconds) / len(seconds) * (num_jobs - number)
+    spent, more = (timedelta(seconds=round(one)) for one in (sum(seconds), left))
+    return f"{number} of {num_jobs} jobs ended after {spent}, about {more} left"
 
 
 def run_job(composed: DictConfig, folder: Path, sweep: Sweep | None) -> None:
@@ -192,7 +218,7 @@ def main() -> None:
     # Hydra then raises its errors as they are, and `explain` can say them in one line
     os.environ["HYDRA_FULL_ERROR"] = "1"
     codes = []
-    with stop.listening():
+    with stop.PROCESS.listening():
         for part in (_run, _close):
             try:
                 codes.append(part())
@@ -207,6 +233,7 @@ def _run() -> int:
         sys.argv[1:] = command_line.as_typed(sys.argv[1:])
         guard.install()
         launch()
+        stop.PROCESS.check()
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         sys.exit(f"error: {command_line.explain(error)}")
     except OSError as error:

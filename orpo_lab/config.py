@@ -670,6 +670,11 @@ def run_folder(resume: str | None, fresh: str) -> str:
     return "/".join(slug(part) for part in fresh.split("/"))
 
 
+def largest_divisor(number: int, limit: int) -> int:
+    """Return the largest divisor of `number` up to `limit`; at least 1."""
+    return max((one for one in range(1, limit + 1) if number % one == 0), default=1)
+
+
 def register() -> None:
     """Make the schemas and our resolvers known to Hydra. Calling it twice does no harm."""
     store = ConfigStore.instance()
@@ -678,6 +683,8 @@ def register() -> None:
         for name, schema in options.items():
             store.store(group=f"schema/{group}", name=name, node=schema)
     OmegaConf.register_new_resolver("slug", slug, replace=True)
+    OmegaConf.register_new_resolver("half", lambda length: length // 2, replace=True)
+    OmegaConf.register_new_resolver("divisor", largest_divisor, replace=True)
     OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
 
 

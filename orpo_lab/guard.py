@@ -65,6 +65,8 @@ def install() -> None:
 
 # One line for each combination of a sweep that cannot be composed
 left_out: list[str] = []
+# Of the sweep that this process runs; None: it runs none, or one of its jobs only
+num_jobs: int | None = None
 
 
 def leave_out_what_cannot_be(sweeper: Any, batch: list[list[str]]) -> None:
@@ -85,6 +87,8 @@ def leave_out_what_cannot_be(sweeper: Any, batch: list[list[str]]) -> None:
     if len(refused) == len(batch):
         raise refused[0][1]
     swept = {one for overrides in batch for one in overrides} - set.intersection(*map(set, batch))
+    global num_jobs
+    num_jobs = len(batch) - len(refused)
     for overrides, error in refused:
         batch.remove(overrides)
         which = " ".join(one for one in overrides if one in swept)

@@ -8,7 +8,7 @@ import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -28,8 +28,10 @@ from transformers.utils import find_adapter_config_file
 
 from orpo_lab import quantization
 from orpo_lab.config import Config, Dataset, Galore, Lora, Model, Optimizer, local_path
-from orpo_lab.data import Data
 from orpo_lab.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from orpo_lab.data import Data  # which reads this module's chat template
 
 log = logging.getLogger(__name__)
 
@@ -299,7 +301,7 @@ def _check_vocabulary(model: Model, tokenizer: PreTrainedTokenizerBase, num_rows
         )
 
 
-def check_ids(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, data: Data) -> None:
+def check_ids(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, data: "Data") -> None:
     """Refuse texts with a token that has no embedding.
 
     Raises:
@@ -340,7 +342,7 @@ def load(config: Config, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype)
         options["quantization_config"] = asked
     architecture = AutoModelForCausalLM._model_mapping.get(type(own), None)
     has_flash = getattr(architecture, "_supports_flash_attn", True)
-    with _without_table():
+    with _tables_hidden():
         model, found = _fetch(
             AutoModelForCausalLM.from_pretrained,
             config.model,
@@ -375,8 +377,8 @@ def load(config: Config, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype)
 
 
 @contextlib.contextmanager
-def _without_table() -> Iterator[None]:
-    """Keep what transformers says of missing weights from the terminal: a refusal says it."""
+def _tables_hidden() -> Iterator[None]:
+    """Keep what transformers says of missing weights from the terminal: one line refuses them."""
     logger = logging.getLogger("transformers.modeling_utils")
 
     def is_other(record: logging.LogRecord) -> bool:

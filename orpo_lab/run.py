@@ -112,7 +112,7 @@ def _train(
     tokenizer = model.load_tokenizer(config.model, model_config)
     pairs = _load_data(config, tokenizer, sweep)
     model.check_ids(tokenizer, model_config, pairs)
-    trainer.count_steps(config, len(pairs.train))
+    trainer.say_length(config, len(pairs.train))
 
     # Weights, quantization, adapter
     set_seed(config.seed)

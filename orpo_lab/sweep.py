@@ -29,11 +29,14 @@ from orpo_lab.config import Tracker
 from orpo_lab.errors import UserError, one_line
 from orpo_lab.identity import identity
 from orpo_lab.run_folder import RunFolder, code_hash, natural_order, now
+from orpo_lab.stop import PROCESS
 
 T = TypeVar("T")
 
 # What jobs share
 CACHE = ".orpo_lab_cache"
+# Launchers whose jobs are processes of this machine
+HERE = ("joblib", "submitit_local")
 
 
 class Sweep:
@@ -235,8 +238,8 @@ class Start(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Give the sweep a folder of its own, unless it was told one, and its jobs short names."""
-        needs_slurm = config.hydra.runtime.choices["hydra/launcher"] == "submitit_slurm"
-        if needs_slurm and shutil.which("srun") is None:
+        launcher = config.hydra.runtime.choices["hydra/launcher"]
+        if launcher == "submitit_slurm" and shutil.which("srun") is None:
             sys.exit(
                 "error: hydra/launcher=submitit_slurm needs Slurm's srun, which is not in PATH; "
                 "start the sweep on the cluster, or use hydra/launcher=submitit_local"
@@ -264,6 +267,8 @@ class Start(Callback):
         except UserError as error:
             # Hydra would make a warning of it and go on
             sys.exit(f"error: {error}")
+        if launcher in HERE:
+            PROCESS.pass_on()
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Let go of a job's configurations: Hydra keeps them all until the sweep ends."""

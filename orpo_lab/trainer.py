@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import torch
@@ -31,6 +31,9 @@ from orpo_lab.stop import Stop, Stopped
 from orpo_lab.tracker import Run
 
 log = logging.getLogger(__name__)
+
+# The most that the published recipes in conf/experiment/ take
+MAX_EPOCHS = 10
 
 
 @dataclass(frozen=True)
@@ -192,6 +195,32 @@ def count_steps(config: Config, num_pairs: int) -> int:
     return math.ceil(per_epoch * config.train.num_epochs)
 
 
+def say_length(config: Config, num_pairs: int) -> None:
+    """Say how often a run sees its pairs, and warn where that, or its warm-up, is too long."""
+    num_steps, train = count_steps(config, num_pairs), config.train
+    num_epochs = num_steps / (num_pairs // train.batch_size)
+    is_often = num_epochs > MAX_EPOCHS
+    log.log(
+        logging.WARNING if is_often else logging.INFO,
+        "%d steps are %.3g epochs of %d pairs%s",
+        num_steps,
+        num_epochs,
+        num_pairs,
+        f", more than the {MAX_EPOCHS} of any published recipe here: see train.max_steps"
+        if is_often
+        else "",
+    )
+    warms_up = train.lr_scheduler_type != "constant"
+    if warms_up and num_steps < train.warmup_steps:
+        log.warning(
+            "train.warmup_steps=%d is above the %d steps of this run: the learning rate ends at "
+            "%.3g of its peak; lower it, or give a fraction of the run (0.1)",
+            train.warmup_steps,
+            num_steps,
+            (num_steps - 1) / train.warmup_steps,
+        )
+
+
 def arguments(config: Config, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     """Return what every engine hands to `transformers.TrainingArguments`; nothing is left to its
     defaults that a run's result depends on."""
@@ -267,7 +296,13 @@ class BetaCallback(TrainerCallback):
 class MetricsCallback(TrainerCallback):
     """Hands every line of metrics on, with the beta of its step, and shows how far the run is."""
 
-    SHOWN = ("loss", "preference_accuracy", "logp_margin", "beta")
+    # With short names, so that a bar is left in 80 columns
+    SHOWN: ClassVar = {
+        "loss": "loss",
+        "preference_accuracy": "accuracy",
+        "logp_margin": "margin",
+        "beta": "beta",
+    }
 
     def __init__(
         self,
@@ -285,7 +320,11 @@ class MetricsCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the bar; it hides itself where there is no terminal."""
         self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc="train", disable=None
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="train",
+            disable=None,
+            bar_format="{n_fmt}/{total_fmt} {bar} {elapsed}<{remaining}{postfix}",
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -309,7 +348,7 @@ class MetricsCallback(TrainerCallback):
         self.place.append_metrics(state.global_step, metrics)
         self.log_to.log(state.global_step, metrics)
         shown = {key: f"{metrics[key]:.3f}" for key in self.SHOWN if key in metrics}
-        self.bar.set_postfix(shown)
+        self.bar.set_postfix({self.SHOWN[key]: value for key, value in shown.items()})
         if self.bar.disable and shown:
             text = "  ".join(f"{key} {value}" for key, value in shown.items())
             log.info("step %d/%d  %s", state.global_step, state.max_steps, text)

@@ -1,4 +1,4 @@
-"""What a run leaves of the model that it trained."""
+"""The model that a run leaves."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,23 +26,30 @@ def test_a_model_is_saved_in_the_precision_of_its_base(
     base: torch.dtype | None,
     saved: torch.dtype,
 ) -> None:
-    network = build_model(load("optimizer=adamw"))
+    loaded = load("optimizer=adamw")
+    network = build_model(loaded)
     trained = {name: p.detach().clone() for name, p in network.named_parameters()}
+    buffers = {name: one.clone() for name, one in network.named_buffers()}
     report.save_model(network, tokenizer, tmp_path, dtype=base)
     found = load_file(tmp_path / "model.safetensors")
     assert {one.dtype for one in found.values()} == {saved}
     for name, one in found.items():
         assert torch.equal(one, trained[name].to(saved))
-        # What is measured afterwards is what was saved
-        assert torch.equal(network.get_parameter(name), one.float())
     assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == saved
+    # What is evaluated next has the weights that were saved, in the precision of the training
+    for name, weight in network.named_parameters():
+        assert torch.equal(weight, trained[name].to(saved).to(trained[name].dtype))
+    for name, one in network.named_buffers():
+        assert torch.equal(one, buffers[name])
 
 
 def test_adapters_stay_in_fp32(
-    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path
+    load: Load,
+    build_model: Any,
+    tokenizer: Any,
+    tmp_path: Path,
 ) -> None:
-    report.save_model(
-        build_model(load("optimizer=lora")), tokenizer, tmp_path, dtype=torch.bfloat16
-    )
+    loaded = load("optimizer=lora")
+    report.save_model(build_model(loaded), tokenizer, tmp_path, dtype=torch.bfloat16)
     found = load_file(tmp_path / "adapter_model.safetensors")
     assert {one.dtype for one in found.values()} == {torch.float32}

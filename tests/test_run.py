@@ -38,7 +38,8 @@ def all_finite(folder: Path) -> bool:
 def test_a_run_leaves_everything_and_a_clean_terminal(
     launch: Launch, tmp_path: Path, optimizer: str
 ) -> None:
-    done = launch(f"optimizer={optimizer}", *QUICK, "hydra.run.dir=run")
+    is_default = optimizer == "qlora"
+    done = launch(f"optimizer={optimizer}", *QUICK, "hydra.run.dir=run", fresh=is_default)
     assert done.stderr == "", "no upstream warning in a normal run"
     assert "| preference_accuracy |" in done.stdout
     run = tmp_path / "run"
@@ -75,9 +76,9 @@ def test_without_a_tracker_wandb_is_not_imported(launch: Launch, tmp_path: Path)
     poisoned.mkdir()
     (poisoned / "wandb.py").write_text("raise RuntimeError('wandb was imported')\n")
     env = {"PYTHONPATH": str(poisoned)}
-    launch(*QUICK, "tracker=none", "hydra.run.dir=run", env=env)
+    launch(*QUICK, "tracker=none", "hydra.run.dir=run", env=env, fresh=True)
     assert not (tmp_path / "run" / "wandb").exists()
-    done = launch(*QUICK, "hydra.run.dir=other", env=env)
+    done = launch(*QUICK, "hydra.run.dir=other", env=env, fresh=True)
     assert "tracker is missing (RuntimeError: wandb was imported)" in done.stdout
 
 

@@ -311,7 +311,8 @@ def test_jobs_in_processes_of_their_own_run_once_and_are_told_at_the_end(
     launch: Launch, tmp_path: Path, launcher: list[str]
 ) -> None:
     rates = "optimizer.learning_rate=1e-3,1e30"
-    done = launch("-m", *launcher, "beta=0.1,0.1,0.5", rates, SWEEP, *SHORT, expect=1)
+    sweep = ("-m", *launcher, "beta=0.1,0.1,0.5", rates, SWEEP)
+    done = launch(*sweep, *SHORT, expect=1, fresh=True)
     found = states(tmp_path / "sweep")
     assert sorted(found.values()) == ["failed", "failed", "finished", "finished"]
     assert done.stdout.count("NonFiniteError: after training") >= 2

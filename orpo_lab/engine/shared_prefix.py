@@ -119,7 +119,7 @@ class OrpoTrainer(Trainer):
         self, random: "_RandomState", sums: dict[str, Tensor], num_pairs: dict[str, int]
     ) -> None:
         """Undo what a part of a step has done."""
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # inside accelerate's
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # in accelerate's
         if isinstance(optimizer, GaLore):
             optimizer.drop_gradients()
         else:

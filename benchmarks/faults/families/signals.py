@@ -7,19 +7,30 @@ from functools import partial
 
 from benchmarks.faults import events, inside
 from benchmarks.faults.bench import UNTRACKED, Bench, Fault
-from benchmarks.faults.judge import Outcome, Verdict, newest_sealed, refused, silent, survived
+from benchmarks.faults.judge import (
+    Outcome,
+    Verdict,
+    newest_sealed,
+    refused,
+    silent,
+    status,
+    survived,
+)
 from benchmarks.faults.processes import Done
 
 RUN = "hydra.run.dir=run"
 KEPT = (*UNTRACKED, "train.num_checkpoints=9")
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# Signals, and the exit code; with two the second does not wait
+# Signals in one moment, which are one request, and the exit code
 ASKED = {
     (signal.SIGTERM,): 75,
     (signal.SIGINT,): 75,
-    (signal.SIGTERM, signal.SIGTERM): 143,
-    (signal.SIGINT, signal.SIGINT): 130,
-    (signal.SIGTERM, signal.SIGINT): 130,
+    (signal.SIGHUP,): 75,
+    (signal.SIGUSR1,): 75,
+    (signal.SIGUSR2,): 75,
+    (signal.SIGTERM, signal.SIGTERM): 75,
+    (signal.SIGINT, signal.SIGINT): 75,
+    (signal.SIGTERM, signal.SIGINT): 75,
 }
 # Seconds after a run's folder is there: torch is imported, then data and model are read
 DELAYS = (0.0, 1.0, 2.0, 3.0, 4.0)
@@ -55,6 +66,8 @@ def faults(bench: Bench) -> Iterator[Fault]:
         name = f"{number.name} {delay:.0f} s after a fresh start"
         yield Fault(name, _early(delay, number))
     yield Fault("SIGTERM in training, from outside", _from_outside)
+    yield Fault("SIGTERM to two jobs of joblib", _under("joblib", "hydra.launcher.n_jobs=2"))
+    yield Fault("SIGTERM to two jobs of submitit", _under("submitit_local"))
     yield Fault("train.max_hours used up", _out_of_time)
 
 
@@ -130,3 +143,22 @@ def _from_outside(bench: Bench) -> Outcome:
 def _out_of_time(bench: Bench) -> Outcome:
     done = bench.run(*KEPT, RUN, "train.max_hours=1e-9")
     return _stopped_and_gone_on_with(bench, done, 75, "train.max_hours")
+
+
+def _under(launcher: str, *more: str) -> Callable[[Bench], Outcome]:
+    """Stop a sweep whose jobs run in processes of a launcher, and go on with it."""
+
+    def happen(bench: Bench) -> Outcome:
+        sweep = ("-m", *KEPT, f"hydra/launcher={launcher}", *more, "hydra.sweep.dir=sweep")
+        running = bench.start(*sweep, "seed=1,2", "train.max_steps=5000", fresh=True)
+        running.wait_for(lambda: len(list(bench.path("sweep").glob("*/metrics.jsonl"))) == 2)
+        running.signal(signal.SIGTERM)
+        done = running.wait()
+        if done.code != 75 or done.stderr != "stopped by SIGTERM\n":
+            return silent(f"exit code {done.code}: {done.stderr[-300:]}")
+        for job in bench.path("sweep").glob("*/status.json"):
+            if status(job.parent) != "stopped" or newest_sealed(job.parent) is None:
+                return silent(f"{job.parent.name}: {status(job.parent)}, without a checkpoint")
+        return Outcome(Verdict.REFUSED)
+
+    return happen
