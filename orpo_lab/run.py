@@ -2,7 +2,6 @@
 
 import errno
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orpo_lab import checkpoint
+from orpo_lab import checkpoint, environment
 from orpo_lab.config import AUTO, Config, Lora, kind
 from orpo_lab.errors import UserError, one_line
 from orpo_lab.identity import identity, name_of
@@ -46,7 +45,6 @@ def train(
     choices: dict[str, str],
     overrides: list[str],
     sweep: Sweep | None = None,
-    number: int = 0,
 ) -> RunResult:
     """Run an experiment in its folder: data, model, evaluation, training, evaluation, report.
 
@@ -56,18 +54,21 @@ def train(
         choices: the option chosen in every config group, for the record.
         overrides: the command line's, for the record.
         sweep: the sweep this run belongs to, if any: the tracker's default group, and where
-            tokenized data and the untrained model's evaluation are shared.
-        number: the job's in its sweep; jobs side by side take one of the visible GPUs each by it.
+            tokenized data and the untrained model's evaluation are shared; its processes claim one
+            of the visible GPUs each.
 
     Raises:
         UserError: something the user can put right; the folder's status says so too.
     """
-    _use_one_device(number)
+    unread = environment.settle()
+    environment.use_one_device(sweep.folder / ".cache" if sweep else None)
     silence_upstream()
     place, stop = RunFolder(folder), Stop(config.train.max_hours)
     with _said_in(place), _disk_trouble_said(place), stop.listening():
         resume = AUTO if sweep else config.resume
         record = place.begin(config, choices, overrides, resume=resume)
+        for line in unread:
+            log.warning("%s", line)
         with _status_kept(place):
             from orpo_lab import memory  # imports torch
 
@@ -289,19 +290,3 @@ def _said_in(place: RunFolder) -> Iterator[None]:
         for handler in handlers:
             log.removeHandler(handler)
             handler.close()
-
-
-def _use_one_device(number: int) -> None:
-    """See one GPU only, before torch is imported.
-
-    With several in sight `transformers.Trainer` multiplies the batch by their number without a
-    word; under torchrun each process would train in a folder of its own.
-
-    Raises:
-        UserError: the run was started under torchrun or the like.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("a run uses one device: start it with python launch.py, not with torchrun")
-    # The first job of a process decides for those after it: torch looks once
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible[number % len(visible)]
