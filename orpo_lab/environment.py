@@ -46,8 +46,14 @@ UNREAD = {
 # And what is set instead: kernels from the hub are on by default
 FIXED = {"USE_HUB_KERNELS": "NO"}
 
+# Weights below which a model computes with one thread: its operations are too short to be shared,
+# and threads that wait for each other spin, which beside other work takes their cores away
+MAX_SMALL = 10_000_000
+
 # Of the GPU that this process has claimed, for as long as it lives
 _claims: list[FileLock] = []
+# What torch takes by itself; an earlier job of this process may have changed that
+_num_threads: int | None = None
 
 
 def settle() -> list[str]:
@@ -111,3 +117,18 @@ def _claim(visible: list[str], folder: Path) -> str:
             _claims.append(claim)
             return device
         turn += 1
+
+
+def use_threads(num_weights: int) -> int:
+    """Have torch compute with threads by the model's size, and return how many.
+
+    The same model gets the same number on the same machine, so a run goes on as it began. Who sets
+    OMP_NUM_THREADS has chosen.
+    """
+    import torch
+
+    global _num_threads
+    _num_threads = _num_threads or torch.get_num_threads()
+    is_small = num_weights < MAX_SMALL and "OMP_NUM_THREADS" not in os.environ
+    torch.set_num_threads(1 if is_small else _num_threads)
+    return torch.get_num_threads()

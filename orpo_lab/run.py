@@ -104,6 +104,8 @@ def _train(
     set_seed(config.seed)
     dtype = model.resolve_dtype(config.model.dtype, model.device())
     network: Any = model.load(config, tokenizer, dtype)
+    num_threads = environment.use_threads(network.num_parameters())
+    log.info("torch computes with %d thread(s) on the CPU", num_threads)
     made = checkpoint.Made(
         # As it was at the start: files may have been written to since
         config_hash=place.segments()[-1]["config_hash"],

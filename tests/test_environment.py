@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from orpo_lab import config, environment, run
 from orpo_lab.errors import UserError
@@ -100,3 +101,18 @@ def test_a_run_is_what_its_configuration_says_whatever_accelerate_is_told(
         run.train(load(*small), folder, choices={}, overrides=[])
         ends.append((folder / "final" / "model.safetensors").read_bytes())
     assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize(
+    ("told", "num_weights", "expected"),
+    [(None, 1_000_000, 1), (None, 15_000_000, 3), ("3", 1_000_000, 3)],
+)
+def test_small_models_compute_with_one_thread_unless_told(
+    monkeypatch: pytest.MonkeyPatch, told: str | None, num_weights: int, expected: int
+) -> None:
+    os.environ.pop("OMP_NUM_THREADS")
+    os.environ.update({"OMP_NUM_THREADS": told} if told else {})
+    monkeypatch.setattr(environment, "_num_threads", 3)  # torch's own choice
+    torch.set_num_threads(1)  # an earlier job's
+    assert environment.use_threads(num_weights) == expected
+    assert torch.get_num_threads() == expected
