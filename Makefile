@@ -23,7 +23,7 @@ test: install
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadscope
 
 test-slow: install
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadscope
 
 lint: install
 	$(BIN)/ruff check .

@@ -5,16 +5,17 @@ be good, so that `--help` and a typo answer within a second.
 """
 
 import contextlib
-import difflib
+import itertools
 import os
-import re
 import sys
+import time
 import traceback
-from collections.abc import Iterator
-from dataclasses import fields
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -22,7 +23,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from orpo_lab import config, guard, stop
+from orpo_lab import command_line, config, guard, stop
 from orpo_lab.errors import UserError, one_line
 from orpo_lab.masking import mask
 from orpo_lab.run_folder import RunFolder
@@ -31,6 +32,8 @@ from orpo_lab.sweep import Start, Sweep
 
 # One line per failed job: Hydra's basic launcher would go on and exit 0
 failures: list[str] = []
+# What the jobs of a sweep took, one after the other
+seconds: list[float] = []
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -45,6 +48,10 @@ def launch(composed: DictConfig) -> None:
         _remove_if_empty(folder)
         return
     stop.PROCESS.check()
+    number = hydra_config.job.num + 1 if is_sweep else 0
+    begun = time.monotonic()
+    if is_sweep and guard.num_jobs:
+        print(f"\njob {number} of {guard.num_jobs}: {folder}", flush=True)
     try:
         run_job(composed, folder, Sweep(folder.parent) if is_sweep else None)
     except UserError as error:
@@ -69,12 +76,27 @@ def launch(composed: DictConfig) -> None:
         line = f"error: {type(error).__name__}: {one_line(error)} (in {folder})"
         _remember(line, folder, is_sweep)
         print(mask(traceback.format_exc()), file=sys.stderr, end="")
+    if is_sweep and guard.num_jobs:
+        seconds.append(time.monotonic() - begun)
+        print(_progress(number, guard.num_jobs), flush=True)
+
+
+def _progress(number: int, num_jobs: int) -> str:
+    """Return a line on how long a sweep has taken, and will take at the pace of its jobs so far."""
+    left = sum(seconds) / len(seconds) * (num_jobs - number)
+    spent, more = (timedelta(seconds=round(one)) for one in (sum(seconds), left))
+    return f"{number} of {num_jobs} jobs ended after {spent}, about {more} left"
 
 
 def run_job(composed: DictConfig, folder: Path, sweep: Sweep | None) -> None:
     """Check one job's configuration, then run it, unless its sweep has run it already."""
     loaded = config.load(composed)
     hydra_config = HydraConfig.get()
+    if sweep and loaded.resume not in (None, config.AUTO):
+        raise UserError(
+            f"resume={loaded.resume} names one run, and a sweep has many; it goes on by "
+            "hydra.sweep.dir=..., without resume"
+        )
     with sweep.claim(loaded, folder) if sweep else _alone(loaded, folder) as place:
         if place is None:
             return
@@ -93,26 +115,61 @@ def run_job(composed: DictConfig, folder: Path, sweep: Sweep | None) -> None:
 @contextlib.contextmanager
 def _alone(loaded: config.Config, folder: Path) -> Iterator[RunFolder | None]:
     """Give a single run its folder; None: the run to go on with has finished."""
-    place = RunFolder(folder)
-    given = HydraConfig.get().overrides.hydra
-    if loaded.resume == config.AUTO and not any("hydra.run.dir=" in one for one in given):
-        raise UserError(
-            "resume=auto goes on with the run in a folder of your choice: give hydra.run.dir=..."
-        )
-    with place.held() as is_free:
-        if not is_free:
+    given = _given_folder()
+    _check_folder(loaded, folder, given)
+    with contextlib.ExitStack() as stack:
+        for place in _places(folder, is_fixed=given is not None or loaded.resume is not None):
+            if stack.enter_context(place.held()):
+                break
+        else:
             raise UserError(f"another process is running in {folder}")
         if loaded.resume and place.has_finished(loaded):
-            print(f"{folder}: finished already, nothing to do")
+            print(f"{place.path}: finished already, nothing to do")
             yield None
         else:
             yield place
 
 
+def _given_folder() -> str | None:
+    """Return what the command line says of the run's folder; None: nothing."""
+    given = HydraConfig.get().overrides.hydra
+    found = [one.partition("=")[2] for one in given if "hydra.run.dir=" in one]
+    return found[-1].strip("'\" ") if found else None
+
+
+def _check_folder(loaded: config.Config, folder: Path, given: str | None) -> None:
+    """Refuse folders that are named twice, or not at all."""
+    if given == "":
+        raise UserError("hydra.run.dir is empty (is a variable unset?); give a folder")
+    if loaded.resume == config.AUTO and given is None:
+        raise UserError(
+            "resume=auto goes on with the run in a folder of your choice: give hydra.run.dir=..."
+        )
+    if loaded.resume in (None, config.AUTO) or given is None:
+        return
+    if Path(loaded.resume).resolve() != folder.resolve():
+        raise UserError(
+            f"resume={loaded.resume} and hydra.run.dir={given} name two folders; the run goes on "
+            "in the one that resume names: leave the other out"
+        )
+
+
+def _places(folder: Path, *, is_fixed: bool) -> Iterator[RunFolder]:
+    """Yield the folder of a run; if nobody chose it, others beside it while another has that one.
+
+    Two runs that start in the same second have come to the same name.
+    """
+    yield RunFolder(folder)
+    for number in itertools.count(2):
+        if is_fixed:
+            return
+        yield RunFolder(folder.with_name(f"{folder.name}-{number}"))
+
+
 def _remember(failure: str, folder: Path, is_sweep: bool) -> None:
     """Remember a failure; a sweep also keeps that of a job that never began a run."""
     failures.append(mask(failure))
-    if is_sweep and folder.is_dir() and not (folder / "status.json").exists():
+    if is_sweep and folder.is_dir() and RunFolder(folder).is_empty():
         RunFolder(folder).set_status("failed", failure.removeprefix("error: "), exit_code=1)
     _remove_if_empty(folder)
 
@@ -123,51 +180,38 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def explain(error: Exception) -> str:
-    """Return an error of Hydra's or OmegaConf's as one line that names the key."""
-    text = str(error)
-    if isinstance(error.__cause__, OmegaConfBaseException):
-        text += f"\n{error.__cause__}"
-    text = re.sub(r"\s*(full_key|object_type|reference_type)[:=].*", "", text)
-    text = re.sub(r"\s*To append to your config use \S+", "", text)
-    text = re.sub(r"\s*Config search path:.*", "", text, flags=re.DOTALL)
-    text = re.sub(r"^In '.*?': ", "", text)
-    return one_line(text) + _did_you_mean(text)
-
-
-def _did_you_mean(text: str) -> str:
-    unknown = re.search(r"Could not (?:override|find) '(?:.*[./])?(.+?)'", text)
-    if unknown is None:
-        return ""
-    schemas = [config.Config, *(one for group in config.SCHEMAS.values() for one in group.values())]
-    names = {one.name for schema in schemas for one in fields(schema)}
-    names |= set(re.findall(r"^\t(.+)$", text, flags=re.MULTILINE))  # the options Hydra listed
-    close = difflib.get_close_matches(unknown.group(1), sorted(names), n=1)
-    return f". Did you mean '{close[0]}'?" if close and close[0] != unknown.group(1) else ""
-
-
-def help_text() -> str:
+def help_text(arguments: Sequence[str] = ()) -> str:
     """Return every option of every config group with the first line of its file.
 
     Hydra's own help loads each of them twice and takes longer than a second.
+
+    Args:
+        arguments: the command line, for a folder of one's own in it (`--config-dir`).
     """
     lines = [__doc__ or "", "Options are group=name; -m sweeps over lists (beta=0.1,0.2)."]
-    for group in sorted(
-        path for path in Path(__file__).with_name("conf").iterdir() if path.is_dir()
-    ):
-        lines.append(f"\n{group.name}")
-        for option in sorted(group.glob("*.yaml")):
-            comments = (line[2:] for line in option.read_text().splitlines() if line[:2] == "# ")
-            about = next(line for line in comments if not line.startswith("@package"))
-            lines.append(f"  {option.stem:18} {about}")
+    own = get_args_parser().parse_known_args(list(arguments))[0].config_dir
+    places = [Path(__file__).with_name("conf"), *([Path(own)] if own else [])]
+    groups = {group.name for place in places if place.is_dir() for group in place.iterdir()}
+    for group in sorted(groups):
+        files = {file.stem: file for place in places for file in (place / group).glob("*.yaml")}
+        if files:
+            lines.append(f"\n{group}")
+        for name in sorted(files):
+            lines.append(f"  {name:18} {_first_comment(files[name])}")
     lines.append("\nEvery key with its value: python launch.py --cfg job; its meaning: conf/")
     return "\n".join(lines)
 
 
+def _first_comment(file: Path) -> str:
+    comments = (line[2:] for line in file.read_text().splitlines() if line[:2] == "# ")
+    return next((line for line in comments if not line.startswith("@package")), "")
+
+
 def main() -> None:
     """Entry point: what the user can put right ends in one line and exit code 1."""
+    command_line.open_streams()
     if {"-h", "--help"} & set(sys.argv[1:]):
-        print(help_text())
+        print(help_text(sys.argv[1:]))
         return
     config.register()
     # Hydra then raises its errors as they are, and `explain` can say them in one line
@@ -185,11 +229,12 @@ def main() -> None:
 
 def _run() -> int:
     try:
+        sys.argv[1:] = command_line.as_typed(sys.argv[1:])
         guard.install()
         launch()
         stop.PROCESS.check()
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
-        sys.exit(f"error: {explain(error)}")
+        sys.exit(f"error: {command_line.explain(error)}")
     except OSError as error:
         # The run folder cannot be made
         sys.exit(f"error: {one_line(error)}; choose another folder with hydra.run.dir=...")
@@ -198,6 +243,7 @@ def _run() -> int:
 
 def _close() -> int:
     failed = Start.sweep.close(Start.tracker) if Start.sweep else failures
+    failed = [*failed, *guard.left_out]
     return int(bool(failed))
 
 

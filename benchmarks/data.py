@@ -4,6 +4,10 @@ Loads made-up conversations with the embedded model's tokenizer, from 5,000 rows
 fifty rows of which one has 100 million characters, in every kind of file. Each case has a process
 of its own. Prints a line a case: seconds of CPU time, and the peak of memory above what imports
 take, in MiB. About two minutes on one CPU core.
+
+`python benchmarks/data.py rendering [FOLDER ...]` prints instead what the chat template, the check
+of its rendering and the tokenizer take of 2,000 conversations, in seconds of CPU time; folders hold
+other tokenizers.
 """
 
 import gzip
@@ -15,12 +19,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 
 import datasets
 from hydra import compose, initialize_config_dir
+from transformers import AutoTokenizer
 
 from orpo_lab import config, data, model
+from orpo_lab.data.encode import tokenize
+from orpo_lab.data.pairs import to_pair
+from orpo_lab.data.render import find_unrendered, render
 from orpo_lab.errors import UserError
 from orpo_lab.quiet import silence_upstream
 
@@ -102,6 +111,30 @@ def measure(file: str, overrides: list[str]) -> None:
     print(json.dumps(result), flush=True)
 
 
+def measure_rendering(folders: list[str]) -> None:
+    """Print what rendering, checking and tokenizing take, with the tokenizer of each folder."""
+    columns = config.Columns(prompt="prompt", chosen="chosen", rejected="rejected")
+    pairs = [to_pair(row, columns) for row in conversations(2000)]
+    for folder in folders:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        render(pairs[0], tokenizer, date.today())  # which compiles the template
+        seconds = {}
+        start = time.process_time()
+        rendered = [render(pair, tokenizer, date.today()) for pair in pairs]
+        seconds["render"] = time.process_time() - start
+        start = time.process_time()
+        for pair, one in zip(pairs, rendered, strict=True):
+            if list(find_unrendered(pair, one, tokenizer)):
+                raise ValueError(f"{folder}: its template leaves text out")
+        seconds["check"] = time.process_time() - start
+        start = time.process_time()
+        for one in rendered:
+            tokenize(one.prompt, one.chosen, one.rejected, tokenizer)
+        seconds["tokenize"] = time.process_time() - start
+        rounded = {name: round(one, 3) for name, one in seconds.items()}
+        print(json.dumps({"tokenizer": Path(folder).name, "rows": len(pairs), **rounded}))
+
+
 def main() -> None:
     """Measure every case in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
@@ -121,5 +154,7 @@ if __name__ == "__main__":
             write(Path(file))
         case ["measure", file, *overrides]:
             measure(file, overrides)
+        case ["rendering", *folders]:
+            measure_rendering([str(ROOT / "orpo_lab" / "tiny"), *folders])
         case _:
             main()

@@ -30,7 +30,8 @@ from orpo_lab.adapter import attach
 from orpo_lab.config import Qlora
 from orpo_lab.galore import GaLore
 from orpo_lab.loss import log_odds_ratio
-from orpo_lab.model import keep_4bit_exact, projections
+from orpo_lab.model import projections
+from orpo_lab.quantization import prepare
 from orpo_lab.run_folder import versions
 
 LENGTH = 1024
@@ -76,7 +77,7 @@ def make_qlora(architecture: PretrainedConfig, device: str) -> Any:
         model = AutoModelForCausalLM.from_pretrained(
             folder, quantization_config=quantization, device_map={"": device}, dtype=torch.bfloat16
         )
-    keep_4bit_exact(model)
+    prepare(model, torch.bfloat16)
     settings = Qlora(**ADAM, r=16, alpha=16.0, dropout=0.0)
     return attach(model, settings, gradient_checkpointing=True).train()
 

@@ -2,6 +2,9 @@
 
 A checkpoint without its manifest is one that nobody finished; one that differs from it is damaged.
 Neither is ever continued from. What the folders hold is transformers' business.
+
+The trained model is sealed likewise, before anything is made of it: what comes after the last step
+may fail or be stopped, and is made up for by the next start without training again.
 """
 
 import contextlib
@@ -9,20 +12,26 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
 from orpo_lab.errors import UserError, one_line
 from orpo_lab.run_folder import RunFolder, sync, versions
 
+if TYPE_CHECKING:
+    from orpo_lab.trainer import TrainStats
+
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 # The run's metrics so far; what is beside it in the run folder may have been cut short since
 METRICS = "metrics.jsonl"
+# Folders of the trained model, until its run has finished; after it comes the step
+TRAINED = "trained-"
 
 
 @dataclass(frozen=True)
@@ -56,13 +65,18 @@ class Checkpoint:
     path: Path
     made: Made
     spent: Spent
-    versions: dict[str, str]
+    versions: dict[str, str | None]
     """Of the packages that made it."""
 
     @property
     def step(self) -> int:
         """The optimizer steps it has taken."""
         return step_of(self.path)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it is the trained model alone, from which no step can be taken."""
+        return self.path.name.startswith(TRAINED)
 
 
 def step_of(path: Path) -> int:
@@ -101,11 +115,59 @@ def seal(path: Path, place: RunFolder, made: Made, spent: Spent) -> None:
     RunFolder(path).write(MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 
-def newest_valid(place: RunFolder) -> Checkpoint | None:
-    """Return the newest checkpoint that is what its manifest says; say why others are not it."""
-    for path in reversed(folders(place)):
+def keep_trained(
+    place: RunFolder,
+    start: Checkpoint | None,
+    save: Callable[[Path], None],
+    made: Made,
+    stats: "TrainStats",
+) -> Path:
+    """Save the trained model, sealed, and return its folder.
+
+    Args:
+        place: the run it belongs to.
+        start: what the run went on from; where that was the trained model, it is kept as it is.
+        save: writes the model and its tokenizer to a folder.
+        made: what it was made from.
+        stats: what training has come to and cost.
+
+    Raises:
+        UserError: the disk is full, or not to be written to.
+    """
+    if start and start.is_trained:
+        return start.path
+    path = place.path / "checkpoints" / f"{TRAINED}{stats.steps}"
+    with written(path):
+        save(path)
+        spent = Spent(stats.wall_seconds, stats.peak_memory_bytes, stats.skipped_steps)
+        seal(path, place, made, spent)
+    return path
+
+
+def trained(place: RunFolder) -> list[Path]:
+    """Return the folders of trained models, valid or not, oldest first."""
+    return sorted((place.path / "checkpoints").glob(f"{TRAINED}*[0-9]"), key=step_of)
+
+
+def remove_trained(place: RunFolder) -> None:
+    """Delete the trained model of a run that has finished: `final/` has it."""
+    for path in trained(place):
+        remove(path)
+
+
+def newest_valid(place: RunFolder, config_hash: str) -> Checkpoint | None:
+    """Return the newest checkpoint that is what its manifest says; say why others are not it.
+
+    Args:
+        place: the run.
+        config_hash: of the run as it is now; a model that was trained to the end of another is
+            none to go on from.
+    """
+    for path in [*reversed(trained(place)), *reversed(folders(place))]:
         try:
             found = _verify(path, place)
+            if found.is_trained and found.made.config_hash != config_hash:
+                raise UserError("it is the end of the run as it was configured before")
         except UserError as error:
             log.warning("%s rejected: %s", path.name, error)
             continue
@@ -114,7 +176,7 @@ def newest_valid(place: RunFolder) -> Checkpoint | None:
     return None
 
 
-def _say_other_versions(before: dict[str, str]) -> None:
+def _say_other_versions(before: dict[str, str | None]) -> None:
     now = versions()
     other = [
         f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]

@@ -359,8 +359,9 @@ def verdict_text(comparison: Comparison) -> list[str]:
         lines.append(f"One setting, nothing to compare: {reached}.")
     elif verdict.one_seed:
         lines.append(
-            f"One seed cannot separate these: {leader} has the highest preference accuracy "
-            f"({verdict.accuracies[verdict.leader].estimate:.3f}), and another seed might not. "
+            f"One seed cannot separate these: {_highest(comparison)} the highest preference "
+            f"accuracy ({verdict.accuracies[verdict.leader].estimate:.3f}), and another seed might "
+            "tell otherwise. "
             "Train every setting with at least two seeds, better three (seed=1,2,3)."
         )
     elif verdict.winner is not None:
@@ -377,6 +378,24 @@ def verdict_text(comparison: Comparison) -> list[str]:
     return lines
 
 
+def _tied(verdict: Verdict) -> list[int]:
+    """Return the settings of good quality with the leader's very preference accuracy."""
+    highest = verdict.accuracies[verdict.leader].estimate
+    standings = zip(verdict.accuracies, verdict.qualities, strict=True)
+    return [
+        number
+        for number, (one, quality) in enumerate(standings)
+        if one.estimate == highest and not quality.worse_in
+    ]
+
+
+def _highest(comparison: Comparison) -> str:
+    names = [comparison.settings[number].name for number in _tied(comparison.verdict)]
+    if len(names) == 1:
+        return f"{names[0]} has"
+    return f"{', '.join(names[:-1])} and {names[-1]} tie for"
+
+
 def _undecided(comparison: Comparison, leader: str, reached: str) -> list[str]:
     verdict = comparison.verdict
     lines = []
@@ -386,7 +405,12 @@ def _undecided(comparison: Comparison, leader: str, reached: str) -> list[str]:
             f"The evidence names no winner: {leader} leads with {reached}, but its "
             f"{' and '.join(doubtful)} may be worse than the margin allows."
         )
-    if verdict.unbeaten and verdict.lead is not None:
+    if verdict.unbeaten and verdict.lead is not None and verdict.lead.estimate == 0:
+        lines.append(
+            f"The evidence separates nothing: {_highest(comparison)} the highest {reached}. More "
+            "held-out pairs or seeds may tell them apart."
+        )
+    elif verdict.unbeaten and verdict.lead is not None:
         names = ", ".join(comparison.settings[number].name for number in verdict.unbeaten)
         lines.append(
             f"The evidence does not separate {leader} ({reached}) from {names}. The smallest "
@@ -484,8 +508,8 @@ def _standing_text(verdict: Verdict, number: int) -> str:
     if standing.worse_in:
         return f"worse {' and '.join(standing.worse_in)}"
     text = "not separated" if number in (*verdict.unbeaten, verdict.leader) else "beaten"
-    if number == verdict.leader:
-        text = "highest, " + text
+    if number in (tied := _tied(verdict)):
+        text = ("highest, " if len(tied) == 1 else "tied for the highest, ") + text
     return text + "".join(f", {name} in doubt" for name in standing.doubtful_in)
 
 

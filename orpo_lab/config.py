@@ -10,11 +10,12 @@ together. Both raise a `ValueError` that names the key to change.
 Beside each key stands its policy: what it means to a run's identity (`policy`, `identity`).
 """
 
+import functools
 import hashlib
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import Field, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +247,9 @@ KEEPABLE_FAULTS = (
     "nul_character",
     "contradicting_prompt",
     "unknown_role",
+    "other_turn_in_answer",
     "special_token_text",
+    "unrendered_text",
     "duplicate",
     "conflicting_duplicate",
     "leaked_prompt",
@@ -274,8 +277,12 @@ class Faults:
     turns_not_alternating: str = setting()
     unknown_role: str = setting()
     no_answer: str = setting()
+    prefilled_answer: str = setting()
+    other_turn_in_answer: str = setting()
     special_token_text: str = setting()
     template_error: str = setting()
+    misrendered: str = setting()
+    unrendered_text: str = setting()
     duplicate: str = setting()
     conflicting_duplicate: str = setting()
     leaked_prompt: str = setting()
@@ -487,7 +494,7 @@ class WandbTracker(Tracker):
     """Weights & Biases."""
 
     mode: str = free()
-    project: str = free()
+    project: str | None = free()
     entity: str | None = free()
     group: str | None = free()
     tags: list[str] = free()
@@ -524,6 +531,7 @@ class Config:
 
     def __post_init__(self) -> None:
         _at_least(0, seed=self.seed)
+        _check(self.seed < 2**32, f"seed={self.seed} must be below 2**32 = {2**32}")
         for key in ("beta", "beta_end"):
             value = getattr(self, key)
             _check(0 <= value < math.inf, f"{key}={value} must be a number of at least 0")
@@ -602,6 +610,23 @@ SCHEMAS: dict[str, dict[str, type]] = {
 }
 
 
+@functools.cache
+def all_fields() -> dict[str, Field[Any]]:
+    """Return the field of every key, e.g. of `train.max_steps`; of a group: of what is chosen."""
+    found = dict(_fields_in(Config, ""))
+    for group, options in SCHEMAS.items():
+        for schema in options.values():
+            found |= dict(_fields_in(schema, f"{group}."))
+    return found
+
+
+def _fields_in(schema: type[Any], prefix: str) -> Iterator[tuple[str, Field[Any]]]:
+    for one in fields(schema):
+        yield f"{prefix}{one.name}", one
+        if isinstance(one.type, type) and is_dataclass(one.type):
+            yield from _fields_in(one.type, f"{prefix}{one.name}.")
+
+
 def kind(section: Any) -> str:
     """Return the option's name that a typed section came from, e.g. `galore`.
 
@@ -627,7 +652,8 @@ def slug(text: str) -> str:
 
     A cut name ends in a hash of the whole, so that two long names stay apart. Secrets are left out.
     """
-    safe = re.sub(r"[^A-Za-z0-9=.,+_-]+", "-", mask(text)).strip("-.") or "run"
+    plain = re.sub("[\"']", "", mask(text))
+    safe = re.sub(r"[^A-Za-z0-9=.,+_-]+", "-", plain).strip("-.") or "run"
     if len(safe) <= 120:
         return safe
     return f"{safe[:107]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
@@ -644,6 +670,11 @@ def run_folder(resume: str | None, fresh: str) -> str:
     return "/".join(slug(part) for part in fresh.split("/"))
 
 
+def largest_divisor(number: int, limit: int) -> int:
+    """Return the largest divisor of `number` up to `limit`; at least 1."""
+    return max((one for one in range(1, limit + 1) if number % one == 0), default=1)
+
+
 def register() -> None:
     """Make the schemas and our resolvers known to Hydra. Calling it twice does no harm."""
     store = ConfigStore.instance()
@@ -652,6 +683,8 @@ def register() -> None:
         for name, schema in options.items():
             store.store(group=f"schema/{group}", name=name, node=schema)
     OmegaConf.register_new_resolver("slug", slug, replace=True)
+    OmegaConf.register_new_resolver("half", lambda length: length // 2, replace=True)
+    OmegaConf.register_new_resolver("divisor", largest_divisor, replace=True)
     OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
 
 
@@ -665,6 +698,8 @@ def load(composed: DictConfig) -> Config:
     try:
         unknown = sorted(_unknown_keys(composed, ""))
         _check(not unknown, f"unknown key{'s' * (len(unknown) > 1)}: {', '.join(unknown)}")
+        absent = next(_absent_keys(composed, ""), None)
+        _check(absent is None, f"{absent} has no value here: no key can be taken away; set it")
         loaded = OmegaConf.to_object(composed)
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key} has no value here; set it") from error
@@ -687,3 +722,12 @@ def _unknown_keys(node: DictConfig, prefix: str) -> Iterator[str]:
             yield f"{prefix}{key}"
         elif not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(node[key]):
             yield from _unknown_keys(node[key], f"{prefix}{key}.")
+
+
+def _absent_keys(node: DictConfig, prefix: str) -> Iterator[str]:
+    """Yield the keys that `~key` took away."""
+    for one in fields(OmegaConf.get_type(node)):
+        if one.name not in node:
+            yield f"{prefix}{one.name}"
+        elif not OmegaConf.is_missing(node, one.name) and OmegaConf.is_dict(node[one.name]):
+            yield from _absent_keys(node[one.name], f"{prefix}{one.name}.")

@@ -18,7 +18,8 @@ class NonFiniteError(UserError):
 
 LIKELY_CAUSES = (
     "Likely causes: optimizer.learning_rate or beta too high for this model, too short a "
-    "train.warmup_steps, or model.dtype=fp16 overflowing (try bf16 or fp32)"
+    "train.warmup_steps, model.dtype=fp16 overflowing (try bf16 or fp32), or with engine=trl an "
+    "answer that the model is certain of (try engine=shared_prefix)"
 )
 
 

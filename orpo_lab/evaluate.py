@@ -3,23 +3,34 @@
 All figures are free of beta, so they compare across betas and along an annealed run.
 """
 
+import contextlib
+import itertools
 import json
+import logging
 import math
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from orpo_lab.config import Dataset
 from orpo_lab.data import Data, embedded
+from orpo_lab.data.encode import special_tokens
+from orpo_lab.engine import head
+from orpo_lab.engine.shared_prefix import causal_model
 from orpo_lab.errors import LIKELY_CAUSES, NonFiniteError
 from orpo_lab.loss import log_odds_ratio
+
+log = logging.getLogger(__name__)
 
 # Padded tokens in one forward pass without gradients; bounds memory, does not change the figures
 TOKENS_PER_FORWARD = 4096
@@ -90,7 +101,7 @@ class Evaluation:
             "generations": list(map(asdict, self.generations)),
             "seconds": self.seconds,
         }
-        file.write_text(json.dumps(parts))
+        file.write_text(json.dumps(parts, allow_nan=False))
 
     @classmethod
     def restore(cls, file: Path) -> "Evaluation":
@@ -158,8 +169,16 @@ def score(
     model: Any, tokenizer: PreTrainedTokenizerBase, pairs: datasets.Dataset, desc: str
 ) -> Scores:
     """Return how likely the model finds both sides of every pair."""
+    base = causal_model(model)
+    logps_of = head.score if head.has_plain_head(base) else head.score_by_logits
+    if logps_of is head.score_by_logits:
+        log.info(
+            "%s does more than an output head with what it predicts from: its pairs are scored one "
+            "at a time, and their logits take memory",
+            type(base).__name__,
+        )
     chosen, rejected = (
-        completion_logps(model, tokenizer, pairs, side, desc)
+        completion_logps(partial(logps_of, base), tokenizer, pairs, side, base.device, desc)
         for side in ("chosen_ids", "rejected_ids")
     )
     sizes = [len(ids) for ids in pairs["chosen_ids"]]
@@ -199,29 +218,42 @@ def by_wording(
 
 
 def completion_logps(
-    model: Any, tokenizer: PreTrainedTokenizerBase, pairs: datasets.Dataset, side: str, desc: str
+    logps_of: Callable[..., Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: datasets.Dataset,
+    side: str,
+    on: torch.device,
+    desc: str,
 ) -> Tensor:
-    """Return log P(y|x), the mean over each completion's tokens (Eq. 3), [N]."""
+    """Return log P(y|x), the mean over each completion's tokens (Eq. 3), [N].
+
+    Args:
+        logps_of: `head.score` or its like, of a model.
+        tokenizer: with a pad token.
+        pairs: tokenized, N of them.
+        side: the column of the completions.
+        on: the model's device.
+        desc: what the progress bar says.
+    """
     prompts, completions = pairs["prompt_ids"][:], pairs[side][:]
     lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
     logps = torch.zeros(len(pairs), dtype=torch.float32)
-    on = next(model.parameters()).device
     batches = _batches(lengths)
     for batch in tqdm(batches, desc=f"{desc}: score {side[:-4]}", leave=False, disable=None):
         width = max(lengths[i] for i in batch)
         ids = torch.full((len(batch), width), tokenizer.pad_token_id)
-        mask = torch.zeros((len(batch), width), dtype=torch.bool)
+        mask = torch.zeros((len(batch), width), dtype=torch.long)
         is_completion = torch.zeros((len(batch), width), dtype=torch.bool)
         for row, i in enumerate(batch):
             ids[row, : lengths[i]] = torch.tensor(prompts[i] + completions[i])
-            mask[row, : lengths[i]] = True
+            mask[row, : lengths[i]] = 1
             is_completion[row, len(prompts[i]) : lengths[i]] = True
-        ids, mask, is_completion = ids.to(on), mask.to(on), is_completion.to(on)
-        logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
-        # The token at t is predicted at t - 1; only completions become fp32 rows of the vocabulary
-        predicted = logits[:, :-1][is_completion[:, 1:]].float()
-        token_logps = -torch.nn.functional.cross_entropy(
-            predicted, ids[:, 1:][is_completion[:, 1:]], reduction="none"
+        places = is_completion.flatten().nonzero()[:, 0]
+        token_logps = logps_of(
+            sources=(places - 1).to(on),  # the token at t is predicted at t - 1
+            targets=ids.flatten()[places].to(on),
+            input_ids=ids.to(on),
+            attention_mask=mask.to(on),
         )
         sizes = [len(completions[i]) for i in batch]
         for i, one in zip(batch, token_logps.split(sizes), strict=True):
@@ -249,14 +281,25 @@ def generate(
     check: bool,
     desc: str,
 ) -> list[Generation]:
-    """Answer the pairs' prompts greedily; `check` says that the rows can tell a right answer."""
-    on = next(model.parameters()).device
+    """Answer the pairs' prompts greedily, up to a token that ends a turn.
+
+    Nothing but the largest logit chooses a token, whatever the model's own generation settings say.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: with a pad token.
+        pairs: tokenized.
+        max_new_tokens: where an answer is cut that has not ended.
+        check: whether the rows can tell a right answer.
+        desc: what the progress bar says.
+    """
+    base, ends = causal_model(model), turn_ends(model, tokenizer)
     greedy = GenerationConfig(
         do_sample=False,
         use_cache=True,
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends,
         bos_token_id=tokenizer.bos_token_id,
     )
     generations = []
@@ -270,14 +313,14 @@ def generate(
             size = len(row["prompt_ids"])
             ids[index, width - size :] = torch.tensor(row["prompt_ids"])
             mask[index, width - size :] = 1
-        out = model.generate(
-            input_ids=ids.to(on),
-            attention_mask=mask.to(on),
-            generation_config=greedy,
-        )
-        for row, answer in zip(rows, out[:, width:].tolist(), strict=True):
-            if tokenizer.eos_token_id in answer:
-                answer = answer[: answer.index(tokenizer.eos_token_id)]
+        with _generating_by(base, greedy):
+            out = base.generate(
+                input_ids=ids.to(base.device),
+                attention_mask=mask.to(base.device),
+                generation_config=greedy,
+            )
+        for row, written in zip(rows, out[:, width:].tolist(), strict=True):
+            answer = list(itertools.takewhile(lambda token: token not in ends, written))
             text = tokenizer.decode(answer, skip_special_tokens=True)
             generations.append(
                 Generation(
@@ -290,6 +333,43 @@ def generate(
                 )
             )
     return generations
+
+
+@contextlib.contextmanager
+def _generating_by(model: Any, settings: GenerationConfig) -> Iterator[None]:
+    """Set a model's own generation settings aside, from which transformers fills what ours leave
+    open: repetition_penalty, num_beams, suppress_tokens."""
+    own = model.generation_config
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def turn_ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids of all tokens that end an answer.
+
+    The tokenizer's EOS is one. Chat models end a turn with others (Gemma, Llama 3, Phi-3): those
+    that the model's own generation settings list, and what its chat template writes behind one.
+    """
+    own = causal_model(model).generation_config.eos_token_id
+    listed = own if isinstance(own, list) else [own]
+    ids = {tokenizer.eos_token_id, *listed, _token_behind_a_turn(tokenizer)}
+    return sorted(one for one in ids if one is not None and one >= 0)
+
+
+def _token_behind_a_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the special token that the chat template writes behind an answer; None: it has none,
+    or takes no such conversation."""
+    answer = "an answer"
+    turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except (TemplateError, TypeError, ValueError):
+        return None
+    found = special_tokens(tokenizer).match(text.rpartition(answer)[2].lstrip())
+    return tokenizer.convert_tokens_to_ids(found.group()) if found and found.group() else None
 
 
 def repetition(ids: list[int]) -> float:

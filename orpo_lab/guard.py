@@ -5,7 +5,9 @@ logging handlers are called by the name that a command line or a config file giv
 sees its configuration. Hydra 1.3 keeps a list of what it refuses; here is a list of what it takes.
 """
 
+import inspect
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,13 @@ from hydra._internal import hydra as hydra_internals
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import get_args_parser
 from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from orpo_lab.command_line import explain, text_keys
 from orpo_lab.config import Config
 from orpo_lab.errors import UserError
+from orpo_lab.identity import flat
 from orpo_lab.masking import mask
 
 KNOWN = {
@@ -54,6 +59,41 @@ def install() -> None:
     # Hydra imports its plugins once more: the module of that name is not the one it uses
     module: Any = Plugins.instance().class_name_to_class[sweeper].sweep.__globals__  # type: ignore[attr-defined]
     module["OmegaConf"] = MaskingOmegaConf
+    sweeper_class: Any = Plugins.instance().class_name_to_class[sweeper]
+    sweeper_class.validate_batch_is_legal = leave_out_what_cannot_be
+
+
+# One line for each combination of a sweep that cannot be composed
+left_out: list[str] = []
+# Of the sweep that this process runs; None: it runs none, or one of its jobs only
+num_jobs: int | None = None
+
+
+def leave_out_what_cannot_be(sweeper: Any, batch: list[list[str]]) -> None:
+    """Take the combinations that cannot be composed out of a sweep, and say so; the others run.
+
+    Raises:
+        UserError: the sweep has no job.
+        HydraException: none of its jobs can be composed.
+    """
+    if not batch:
+        raise UserError("this sweep has no job: a list or a range in it is empty")
+    loader, refused = sweeper.hydra_context.config_loader, []
+    for overrides in batch:
+        try:
+            loader.load_sweep_config(master_config=sweeper.config, sweep_overrides=overrides)
+        except HydraException as error:
+            refused.append((overrides, error))
+    if len(refused) == len(batch):
+        raise refused[0][1]
+    swept = {one for overrides in batch for one in overrides} - set.intersection(*map(set, batch))
+    global num_jobs
+    num_jobs = len(batch) - len(refused)
+    for overrides, error in refused:
+        batch.remove(overrides)
+        which = " ".join(one for one in overrides if one in swept)
+        left_out.append(f"error: {which}: {explain(error)}")
+        print(mask(left_out[-1]), file=sys.stderr)
 
 
 class CheckedLoader(ConfigLoaderImpl):
@@ -66,14 +106,24 @@ class CheckedLoader(ConfigLoaderImpl):
             UserError: it names what is not known.
         """
         composed = super().load_configuration(*args, **kwargs)
-        check(composed)
+        given = inspect.signature(super().load_configuration).bind(*args, **kwargs).arguments
+        # Without a name Hydra shows its own settings (--hydra-help), and calls nothing in them
+        if given["config_name"]:
+            check(composed)
         return composed
+
+    def _load_single_config(self, default: Any, repo: Any) -> Any:
+        """Refuse a number in a file where a key holds text: which digits stood there is lost."""
+        loaded = super()._load_single_config(default, repo)
+        if not loaded.is_schema_source:
+            _check_texts(loaded.path, loaded.config)
+        return loaded
 
     def _process_config_searchpath(
         self, config_name: str | None, parsed_overrides: Any, repo: Any
     ) -> None:
         """Check the places that Hydra is about to add: looking for a package imports it."""
-        primary = repo.load_config(config_path=config_name)
+        primary = repo.load_config(config_path=config_name) if config_name else None
         places = [OmegaConf.select(primary.config, "hydra.searchpath") if primary else None]
         places += [
             one.value() for one in parsed_overrides if one.get_key_element() == "hydra.searchpath"
@@ -93,8 +143,19 @@ class MaskingOmegaConf(OmegaConf):
         OmegaConf.save(OmegaConf.create(plain), f)
 
 
+def _check_texts(file: str, loaded: Any) -> None:
+    values = flat(OmegaConf.to_container(loaded, resolve=False)) if loaded else {}
+    for key in text_keys().keys() & values.keys():
+        for value in values[key] if isinstance(values[key], list) else [values[key]]:
+            if isinstance(value, bool | int | float):
+                raise UserError(
+                    f"{file}: {key} is text, and {value} without quotes is none to YAML; write it "
+                    "in quotes"
+                )
+
+
 def check(composed: DictConfig) -> None:
-    """Refuse a configuration that is not ours, and what Hydra would call or write unasked.
+    """Refuse a configuration that is not ours, and what Hydra would call, write or change unasked.
 
     Raises:
         UserError: which, and what to do instead.
@@ -104,6 +165,7 @@ def check(composed: DictConfig) -> None:
             "--config-name names a configuration that does not begin with the lab's; begin it with "
             "`defaults: [config, _self_]`"
         )
+
     for section, known in KNOWN.items():
         for target in _targets(OmegaConf.select(composed, section)):
             if target not in known:
@@ -121,6 +183,11 @@ def check(composed: DictConfig) -> None:
     if set(job["env_set"]) - set(job["env_copy"]):
         raise UserError(
             "hydra.job.env_set may name programs to run; set environment variables in the shell"
+        )
+    if job["chdir"]:
+        raise UserError(
+            "hydra.job.chdir=true would look for every path in the run folder; leave it out: paths "
+            "are from where the command is given"
         )
     if settings["output_subdir"] is not None:
         raise UserError(

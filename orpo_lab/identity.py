@@ -6,12 +6,11 @@ The policies beside the keys in `config` say which keys these are. Nothing here 
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from orpo_lab.config import SCHEMAS, Config, kind, local_path
+from orpo_lab.config import SCHEMAS, Config, all_fields, kind, local_path
 from orpo_lab.policy import Policy
 
 # Of a file of weights so many evenly spaced blocks are read: whole, a model of 70B takes minutes
@@ -31,19 +30,8 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @functools.cache
 def policies() -> dict[str, Policy]:
-    """Return the policy of every key, e.g. of `train.max_steps`; of a group: of what is chosen."""
-    found = dict(_policies_in(Config, ""))
-    for group, options in SCHEMAS.items():
-        for schema in options.values():
-            found |= dict(_policies_in(schema, f"{group}."))
-    return found
-
-
-def _policies_in(schema: type[Any], prefix: str) -> Iterator[tuple[str, Policy]]:
-    for one in fields(schema):
-        yield f"{prefix}{one.name}", one.metadata["policy"]
-        if isinstance(one.type, type) and is_dataclass(one.type):
-            yield from _policies_in(one.type, f"{prefix}{one.name}.")
+    """Return the policy of every key; see `config.all_fields`."""
+    return {key: one.metadata["policy"] for key, one in all_fields().items()}
 
 
 def kinds(config: Config) -> dict[str, str]:

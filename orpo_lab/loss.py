@@ -68,11 +68,19 @@ def supervised(sums: Tensor, objective: Objective) -> Tensor:
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """Return log(1 - exp(x)) for x < 0, any shape, without cancellation as x nears 0.
+    """Return log(1 - exp(x)) for x <= 0, any shape, finite in value and in gradient.
 
-    The split at -ln 2 is that of Maechler 2012, "Accurately computing log(1 - exp(-|a|))".
+    The split at -ln 2, against cancellation as x nears 0, is that of Maechler 2012, "Accurately
+    computing log(1 - exp(-|a|))". Each form sees only what it is for: the gradient of a form that
+    `where` leaves out would be multiplied by 0, and 0 times infinity is NaN.
+
+    P = exp(x) = 1 has no odds. There x is taken for the nearest normal number below 0, of which
+    value and slope are finite; x itself gets no gradient. docs/method.md says why.
     """
-    return torch.where(x < -math.log(2), torch.log1p(-torch.exp(x)), torch.log(-torch.expm1(x)))
+    split, nearest = -math.log(2), -torch.finfo(x.dtype).tiny
+    small = torch.log1p(-torch.exp(x.clamp(max=split)))
+    large = torch.log(-torch.expm1(x.clamp(split, nearest)))
+    return torch.where(x < split, small, large)
 
 
 def log_odds_ratio(chosen_logps: Tensor, rejected_logps: Tensor) -> Tensor:

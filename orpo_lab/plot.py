@@ -1,7 +1,9 @@
 """The pictures of a run, from its `metrics.jsonl` alone, and of a comparison of runs."""
 
 import io
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +35,30 @@ PANELS: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
 )
 
 
+@contextmanager
+def _as_shipped() -> Iterator[None]:
+    """Have matplotlib as it ships: no MPLBACKEND and no matplotlibrc has a say in our pictures.
+
+    A notebook names a backend in the environment that need not be installed here, and matplotlib
+    then fails as it is imported.
+    """
+    named = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    finally:
+        if named is not None:
+            os.environ["MPLBACKEND"] = named
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        yield
+
+
+def _plain(text: str) -> str:
+    """Return a text as matplotlib shows it letter by letter: between two $ it reads formulas."""
+    return text.replace("$", r"\$")
+
+
+@_as_shipped()
 def draw_training(metrics: list[dict[str, float]], title: str, file: Path) -> None:
     """Draw the loss and its parts, beta, accuracy, margin and learning rate over the steps.
 
@@ -49,7 +75,7 @@ def draw_training(metrics: list[dict[str, float]], title: str, file: Path) -> No
     FigureCanvasAgg(figure)
     for axes, (label, curves) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
         _draw_panel(axes, metrics, label, curves)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(_plain(title), fontsize=11)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
 
@@ -90,18 +116,14 @@ CURVES = (
     ("preference_accuracy", "training preference accuracy"),
     ("logp_margin", "training logp margin (nats)"),
 )
-LINES = {
-    "constant": "-",
-    "linear": "--",
-    "cosine": "-.",
-    "step": ":",
-    "hold_then_anneal": (0, (6, 2)),
-}
-MARKERS = {"constant": "o", "linear": "s", "cosine": "D", "step": "^", "hold_then_anneal": "v"}
+# One each for a schedule, in turn: schedules of one's own come with names that nobody knows here
+LINES = ("-", "--", "-.", ":", (0, (6, 2)), (0, (1, 3)), (0, (8, 2, 1, 2, 1, 2)))
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">")
 
 Picture = tuple[str, bytes]
 
 
+@_as_shipped()
 def comparison(compared: "Comparison") -> dict[str, Picture]:
     """Return the pictures of a comparison by name: a caption and a PNG."""
     pictures = {"pareto": _pareto(compared)}
@@ -112,14 +134,26 @@ def comparison(compared: "Comparison") -> dict[str, Picture]:
 
 
 def _colours(settings: Sequence["Setting"]) -> list[Any]:
-    """Return a colour for every setting: the same beta, the same colour; dark is low."""
+    """Return a colour for every setting: the same beta, the same colour; dark is low.
+
+    The ramp ends before its yellow, which is not readable on white.
+    """
     from matplotlib import colormaps
 
     betas = sorted({setting.values["beta"] for setting in settings})
     ramp = colormaps["viridis"]
     return [
-        ramp(0.9 * betas.index(setting.values["beta"]) / max(len(betas) - 1, 1))
+        ramp(0.75 * betas.index(setting.values["beta"]) / max(len(betas) - 1, 1))
         for setting in settings
+    ]
+
+
+def _by_schedule(settings: Sequence["Setting"], styles: Sequence[Any]) -> list[Any]:
+    """Return a style for every setting, one for each schedule; constant has the first."""
+    names = {setting.values["beta_schedule"] for setting in settings}
+    order = sorted(names, key=lambda name: (name != "constant", name))
+    return [
+        styles[order.index(setting.values["beta_schedule"]) % len(styles)] for setting in settings
     ]
 
 
@@ -153,8 +187,9 @@ def _pareto(compared: "Comparison") -> Picture:
     quality = compared.qualities[0]
     figure, axes = _figure(height=5)
     verdict, colours = compared.verdict, _colours(compared.settings)
-    for setting, standing, y, colour in zip(
-        compared.settings, verdict.qualities, verdict.accuracies, colours, strict=True
+    markers = _by_schedule(compared.settings, MARKERS)
+    for setting, standing, y, colour, marker in zip(
+        compared.settings, verdict.qualities, verdict.accuracies, colours, markers, strict=True
     ):
         x = standing.intervals[0]
         at = quality.sign * x.estimate
@@ -164,10 +199,10 @@ def _pareto(compared: "Comparison") -> Picture:
             y.estimate,
             xerr=[[max(at - ends[0], 0)], [max(ends[1] - at, 0)]],
             yerr=[[max(y.estimate - y.low, 0)], [max(y.high - y.estimate, 0)]],
-            fmt=MARKERS[setting.values["beta_schedule"]],
+            fmt=marker,
             color=colour,
             elinewidth=1,
-            label=setting.name,
+            label=_plain(setting.name),
         )
     best = max(standing.intervals[0].estimate for standing in verdict.qualities)
     axes.axvline(quality.sign * (best - quality.margin), color=GREY, linestyle=":", linewidth=1)
@@ -185,7 +220,9 @@ def _pareto(compared: "Comparison") -> Picture:
 def _curves(settings: Sequence["Setting"], key: str, label: str) -> Picture:
     """One metric over the steps: a setting's mean over its seeds, and their range."""
     figure, axes = _figure()
-    for setting, colour in zip(settings, _colours(settings), strict=True):
+    for setting, colour, line_style in zip(
+        settings, _colours(settings), _by_schedule(settings, LINES), strict=True
+    ):
         runs = [
             {line["step"]: line[key] for line in run.metrics if key in line} for run in setting.runs
         ]
@@ -195,10 +232,10 @@ def _curves(settings: Sequence["Setting"], key: str, label: str) -> Picture:
             steps,
             [sum(one) / len(one) for one in values],
             color=colour,
-            linestyle=LINES[setting.values["beta_schedule"]],
+            linestyle=line_style,
             marker="o" if len(steps) < 12 else None,
             markersize=3,
-            label=setting.name,
+            label=_plain(setting.name),
         )
         if len(runs) > 1:
             axes.fill_between(

@@ -1,33 +1,31 @@
 """One run, from a checked configuration to its results. Read this file first."""
 
-import errno
 import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orpo_lab import checkpoint, environment
 from orpo_lab.config import AUTO, Config, Lora, kind
-from orpo_lab.errors import UserError, one_line
+from orpo_lab.errors import NonFiniteError, UserError, one_line
 from orpo_lab.identity import identity, name_of
 from orpo_lab.masking import MaskingFormatter, mask
 from orpo_lab.quiet import silence_upstream
-from orpo_lab.run_folder import RunFolder
+from orpo_lab.run_folder import DISK_TROUBLE, RunFolder, groups
 from orpo_lab.stop import Stop, Stopped
 from orpo_lab.sweep import Sweep
 
 if TYPE_CHECKING:
     from orpo_lab.data import Data
     from orpo_lab.evaluate import Evaluation
+    from orpo_lab.report import Missing
+    from orpo_lab.tracker import Run
 
 log = logging.getLogger("orpo_lab")
-
-# Full, over its quota, above a size limit, read-only, not ours
-DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,8 @@ class RunResult:
 
     folder: Path
     summary: dict[str, Any]
+    missing: "Missing"
+    """What could not be made after the last step, and why."""
 
 
 def train(
@@ -65,40 +65,57 @@ def train(
     silence_upstream()
     place, stop = RunFolder(folder), Stop(config.train.max_hours)
     with _said_in(place), _disk_trouble_said(place), stop.listening():
-        resume = AUTO if sweep else config.resume
-        record = place.begin(config, choices, overrides, resume=resume)
-        for line in unread:
-            log.warning("%s", line)
         with _status_kept(place):
+            chosen = groups(choices)
+            segment = place.check(
+                config,
+                overrides,
+                resume=AUTO if sweep else config.resume,
+                started=sweep.started() if sweep else None,
+            )
+            # A run that is here is only read until its next step is about to be taken
+            if place.is_untrained():
+                place.begin(config, chosen, segment)
+            for line in unread:
+                log.warning("%s", line)
             from orpo_lab import memory  # imports torch
 
             with memory.given_back(), memory.trouble_said(config):
-                result = _train(config, place, record, sweep, stop)
+                result = _train(config, place, segment, chosen, sweep, stop)
+        _finish(place, result.missing)
         if sweep:
             stop.check()
         return result
 
 
 def _train(
-    config: Config, place: RunFolder, record: dict[str, Any], sweep: Sweep | None, stop: Stop
+    config: Config,
+    place: RunFolder,
+    segment: dict[str, Any],
+    choices: dict[str, str],
+    sweep: Sweep | None,
+    stop: Stop,
 ) -> RunResult:
     # Seconds of imports, once the configuration is known to be good and the folder is ours
     from transformers import set_seed
 
-    from orpo_lab import engine, model, report, tracker, trainer
+    from orpo_lab import engine, model, quantization, report, tracker, trainer
     from orpo_lab.adapter import attach
     from orpo_lab.evaluate import evaluate
 
     # What can be refused is refused before anything heavy is loaded
-    start = _find_start(config, place)
+    sweep_name = sweep.folder.name if sweep else None
+    tracker.check(config.tracker, folder=place.path, sweep=sweep_name)
+    start = _find_start(config, place, segment["config_hash"])
     model_config = model.load_config(config.model)
     model.check_context(model_config, config.dataset)
+    quantization.check(config, model_config)
 
     # Rows -> pairs -> token ids
     tokenizer = model.load_tokenizer(config.model, model_config)
     pairs = _load_data(config, tokenizer, sweep)
-    place.write_json("data_report.json", pairs.report)
-    trainer.count_steps(config, len(pairs.train))
+    model.check_ids(tokenizer, model_config, pairs)
+    trainer.say_length(config, len(pairs.train))
 
     # Weights, quantization, adapter
     set_seed(config.seed)
@@ -107,8 +124,7 @@ def _train(
     num_threads = environment.use_threads(network.num_parameters())
     log.info("torch computes with %d thread(s) on the CPU", num_threads)
     made = checkpoint.Made(
-        # As it was at the start: files may have been written to since
-        config_hash=place.segments()[-1]["config_hash"],
+        config_hash=segment["config_hash"],
         data="-".join(pairs.report[split]["fingerprint"] for split in ("train", "held_out")),
         model=model.fingerprint(network),
     )
@@ -119,68 +135,121 @@ def _train(
     engine.check(config, network, dtype)
     stop.check()
 
-    run = tracker.start(
-        config.tracker,
-        folder=place.path,
-        name=mask(config.name or place.path.name),
-        config=record,
-        sweep=sweep.folder.name if sweep else None,
-        history=place.metrics(),
-    )
-    exit_code = 1
-    try:
-        # Evaluation, training, evaluation
-        measure = partial(evaluate, network, tokenizer, pairs, config.dataset, dtype=dtype)
-        before = _measure_before(config, measure, sweep)
+    # Evaluation, training, evaluation
+    measure = partial(evaluate, network, tokenizer, pairs, config.dataset, dtype=dtype)
+    before = _measure_before(config, measure, sweep)
+    stop.check()
+    metrics = start.path / checkpoint.METRICS if start else None
+    missing = report.Missing(place)
+    with _tracked(config, place, choices, metrics, sweep_name, missing) as run:
+        if not place.has_begun:
+            place.begin(config, choices, segment, metrics=metrics)
+        place.write_json("data_report.json", pairs.report)
+        try:
+            stats = trainer.fit(
+                config,
+                model=network,
+                tokenizer=tokenizer,
+                data=pairs,
+                dtype=dtype,
+                place=place,
+                log_to=run,
+                made=made,
+                start=start,
+                stop=stop,
+            )
+            # The model first: what follows may fail or be stopped
+            save = partial(report.save_model, network, tokenizer, dtype=model_config.dtype)
+            trained = checkpoint.keep_trained(place, start, save, made, stats)
+        finally:
+            stop.waits = False
         stop.check()
-        stats = trainer.fit(
-            config,
-            model=network,
-            tokenizer=tokenizer,
-            data=pairs,
-            dtype=dtype,
-            place=place,
-            log_to=run,
-            made=made,
-            start=start,
-            stop=stop,
-        )
-        after = measure(desc="after")
+        after = _measure_after(measure, network, trained, missing)
         stop.check()
         stop.waits = True
 
         # What the run leaves, in its folder and in the tracker
-        summary = report.summarize(before, after, stats, pairs, place)
-        report.save_scores(place, before, after)
-        report.save_final(place, network, tokenizer, config, summary)
-        report.publish(place, run, before, after, summary)
+        summary = report.leave(
+            config,
+            place,
+            run,
+            trained=trained,
+            before=before,
+            after=after,
+            stats=stats,
+            data=pairs,
+            missing=missing,
+        )
+    return RunResult(place.path, summary, missing)
+
+
+@contextmanager
+def _tracked(
+    config: Config,
+    place: RunFolder,
+    choices: dict[str, str],
+    metrics: Path | None,
+    sweep: str | None,
+    missing: "Missing",
+) -> Iterator["Run"]:
+    """Have the run tracked; a tracker that fails takes nothing away.
+
+    Args:
+        config: the run.
+        place: its folder.
+        choices: the option chosen in every config group.
+        metrics: those of the checkpoint to go on from, if any.
+        sweep: the name of the sweep it belongs to, if any.
+        missing: gets what the tracker could not take.
+
+    Raises:
+        UserError: the tracker's settings are wrong; nothing has been written then.
+    """
+    from orpo_lab import tracker
+
+    run: Run = tracker.Untracked()
+    with missing.noted("tracker", let_through=UserError):
+        run = tracker.start(
+            config.tracker,
+            folder=place.path,
+            name=config.name,
+            config={**mask(asdict(config)), "choices": choices},
+            sweep=sweep,
+            history=RunFolder(metrics.parent).metrics() if metrics else [],
+        )
+    exit_code = 1
+    try:
+        yield run
         exit_code = 0
     except Stopped as error:
         exit_code = error.exit_code
         raise
     finally:
-        run.finish(exit_code)
-    return RunResult(place.path, summary)
+        with missing.noted("tracker"):
+            run.finish(exit_code)
 
 
-def _find_start(config: Config, place: RunFolder) -> checkpoint.Checkpoint | None:
-    """Return the checkpoint to continue from, the run's metrics cut back to it; None: the start.
+def _find_start(config: Config, place: RunFolder, config_hash: str) -> checkpoint.Checkpoint | None:
+    """Return the checkpoint to continue from; None: the run begins with its first step.
 
     Raises:
-        UserError: the run to resume has no valid checkpoint.
+        UserError: the run to resume has no valid checkpoint, and it was named or has results.
     """
-    start = checkpoint.newest_valid(place)
-    if start is None:
-        if config.resume not in (None, AUTO):
-            raise UserError(
-                f"resume={place.path}: no valid checkpoint in it; set train.save_steps to write "
-                "some, or begin it anew with resume=auto hydra.run.dir=..."
-            )
-        place.start_over()
-        return None
-    log.info("resuming from step %d (%s)", start.step, start.path)
-    place.go_on(start.path / checkpoint.METRICS)
-    return start
+    start = checkpoint.newest_valid(place, config_hash)
+    if start is not None:
+        log.info("resuming from step %d (%s)", start.step, start.path)
+        return start
+    if place.has_results():
+        raise UserError(
+            f"{place.path} holds the results of a run that has finished, and no valid checkpoint "
+            "to go on from; choose another folder with hydra.run.dir"
+        )
+    if config.resume not in (None, AUTO):
+        raise UserError(
+            f"resume={place.path}: no valid checkpoint in it; set train.save_steps to write "
+            "some, or begin it anew with resume=auto hydra.run.dir=..."
+        )
+    return None
 
 
 def _check_made(
@@ -198,7 +267,14 @@ def _check_made(
             "the base model is not the one that the checkpoint was trained from (its files have "
             "changed); put back the old one, or start a new run"
         )
-    if start.made.data != made.data and not accept_changes:
+    if start.made.data == made.data:
+        return
+    if start.is_trained:
+        raise UserError(
+            "the pairs are not those that the run was trained on to its end (their files or the "
+            "tokenizer have changed); put back the old ones, or start a new run"
+        )
+    if not accept_changes:
         raise UserError(
             "the pairs are not those that the checkpoint was trained on (their files or the "
             "tokenizer have changed); put back the old ones, start a new run, or say "
@@ -238,39 +314,95 @@ def _measure_before(
     return sweep.once(name, lambda: measure(desc="before"), Evaluation.save, Evaluation.restore)
 
 
+def _measure_after(
+    measure: Callable[..., "Evaluation"], network: Any, trained: Path, missing: "Missing"
+) -> "Evaluation | None":
+    """Return the trained model's evaluation; None: it could not be made.
+
+    Raises:
+        NonFiniteError: the last update has ruined the weights, and no model is kept.
+    """
+    from orpo_lab.trainer import check_weights
+
+    after = None
+    try:
+        with missing.noted("evaluation after training"):
+            after = measure(desc="after")
+        if after is None:
+            check_weights(network, checkpoint.step_of(trained))
+    except NonFiniteError:
+        checkpoint.remove(trained)
+        raise
+    return after
+
+
 @contextmanager
 def _status_kept(place: RunFolder) -> Iterator[None]:
-    """Keep `status.json` true, however the run ends."""
+    """Keep `status.json` true, however the run ends; where it never began, leave it alone."""
     try:
         yield
     except Stopped as error:
-        place.drop_results()
-        place.set_status("stopped", error.reason, exit_code=error.exit_code)
+        if place.has_begun:
+            place.set_status("stopped", error.reason, exit_code=error.exit_code)
         raise
     except BaseException as error:
-        with suppress(OSError):  # a full disk does not take that either
-            place.drop_results()
-            place.set_status("failed", one_line(f"{type(error).__name__}: {error}"), exit_code=1)
+        if place.has_begun:
+            with suppress(OSError):  # a full disk does not take that either
+                reason = one_line(f"{type(error).__name__}: {error}")
+                place.set_status("failed", reason, exit_code=1)
         raise
-    place.set_status("finished", exit_code=0)
+
+
+def _finish(place: RunFolder, missing: "Missing") -> None:
+    """Seal the results by the status, and say what is missing of them.
+
+    Where something is missing, the next start makes up for it from the trained model.
+    """
+    if not missing:
+        place.set_status("finished", exit_code=0)
+        checkpoint.remove_trained(place)
+        return
+    place.set_status("finished", str(missing), exit_code=0, missing=dict(missing))
+    log.warning("warning: %s has finished %s; resume=auto tries that again", place.path, missing)
 
 
 @contextmanager
 def _disk_trouble_said(place: RunFolder) -> Iterator[None]:
-    """Turn what the user can put right about a disk into a line that says so."""
+    """Turn what the user can put right about a disk into a line that names the file."""
     try:
         yield
     except OSError as error:
         if error.errno not in DISK_TROUBLE:
             raise
+        where = str(place.path)
+        if error.filename is None:
+            where = f"a file of {place.path}, of the caches or of the temporary folder"
+        elif not place.is_in_trouble(error):
+            where = str(error.filename)
         raise UserError(
-            f"{place.path} cannot be written to ({one_line(error)}); what is in it is intact: put "
-            "that right, then go on with resume="
+            f"{where} cannot be written to or read ({one_line(error)}); what is in {place.path} is "
+            "intact: put that right, then go on with resume="
         ) from error
 
 
 class _Log(logging.FileHandler):
-    """A file of lines, without which a run still goes on: a full disk does not take them."""
+    """A file of lines, without which a run still goes on: a full disk does not take them.
+
+    Until the run has begun to write to its folder the lines wait, and they go with a refusal.
+    """
+
+    def __init__(self, place: RunFolder) -> None:
+        super().__init__(place.path / "run.log", encoding="utf-8", delay=True)
+        self.place = place
+        self.waiting: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the line, after those that have waited."""
+        self.waiting.append(record)
+        if self.place.has_begun:
+            for one in self.waiting:
+                super().emit(one)
+            self.waiting.clear()
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (logging's name)
         """Leave the line out; the terminal has it."""
@@ -279,8 +411,7 @@ class _Log(logging.FileHandler):
 @contextmanager
 def _said_in(place: RunFolder) -> Iterator[None]:
     """Send our own lines to the terminal and to the run's `run.log`, for as long as it lasts."""
-    file = _Log(place.path / "run.log", delay=True)
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), file]
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), _Log(place)]
     for handler in handlers:
         handler.setFormatter(MaskingFormatter())
         log.addHandler(handler)

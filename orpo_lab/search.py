@@ -26,6 +26,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 
+from orpo_lab.command_line import as_typed
 from orpo_lab.compare import MARGINS
 from orpo_lab.errors import UserError, one_line
 from orpo_lab.masking import mask
@@ -47,7 +48,8 @@ def parse(overrides: Sequence[str]) -> tuple[list[str], dict[str, Override]]:
         UserError: one cannot be parsed, none is to be searched, or over secrets.
     """
     try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        _, *typed = as_typed(["--multirun", *overrides])
+        parsed = OverridesParser.create().parse_overrides(typed)
     except HydraException as error:
         raise UserError(one_line(error)) from error
     fixed = [one.input_line or "" for one in parsed if not one.is_sweep_override()]
@@ -150,7 +152,7 @@ def search(folder: Path, num_trials: int, overrides: Sequence[str]) -> "optuna.S
     """Go on until the folder has `num_trials` trials that ended, and return the study.
 
     Raises:
-        UserError: the overrides say nothing to search.
+        UserError: the overrides say nothing to search, or every trial has failed.
     """
     import optuna
     from optuna.storages import JournalStorage
@@ -169,8 +171,10 @@ def search(folder: Path, num_trials: int, overrides: Sequence[str]) -> "optuna.S
         load_if_exists=True,
     )
     ended = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+    failures, num_run = [], 0
     while len(study.get_trials(deepcopy=False, states=ended)) < num_trials:
         trial = study.ask()
+        num_run += 1
         chosen = suggest(trial, searched)
         print(f"trial {trial.number}: {' '.join(chosen)}", flush=True)
         try:
@@ -181,12 +185,15 @@ def search(folder: Path, num_trials: int, overrides: Sequence[str]) -> "optuna.S
         except UserError as error:
             study.tell(trial, state=TrialState.FAIL)
             print(f"  {error}", flush=True)
+            failures.append(str(error))
         except BaseException:
             study.tell(trial, state=TrialState.FAIL)
             raise
         else:
             study.tell(trial, value)
             print(f"  preference accuracy {value:.3f}", flush=True)
+    if failures and len(failures) == num_run:
+        raise UserError(f"every trial failed; the last one: {failures[-1]}")
     return study
 
 

@@ -4,12 +4,12 @@
 `Sweep.claim` which folder is its own: jobs whose configurations come to the same share one, and
 what has finished is not run again. So the same command with the same `hydra.sweep.dir` goes on with
 a sweep that was stopped, every job from its newest checkpoint. All state is in the run folders;
-`sweep.json` says by what code and on what data they were made, `.cache/` holds what jobs share and
-goes when the sweep ends.
+`sweep.json` says by what code and on what data they were made, and how often the sweep was started.
+A folder of files without one is refused. `.orpo_lab_cache/` holds what jobs share and goes when the
+sweep ends.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -28,11 +28,13 @@ from orpo_lab import config
 from orpo_lab.config import Tracker
 from orpo_lab.errors import UserError, one_line
 from orpo_lab.identity import identity
-from orpo_lab.run_folder import RunFolder, natural_order
+from orpo_lab.run_folder import RunFolder, code_hash, natural_order, now
 from orpo_lab.stop import PROCESS
 
 T = TypeVar("T")
 
+# What jobs share
+CACHE = ".orpo_lab_cache"
 # Launchers whose jobs are processes of this machine
 HERE = ("joblib", "submitit_local")
 
@@ -51,21 +53,35 @@ class Sweep:
         """Write `sweep.json`, or check that what is here was made by the same code.
 
         Raises:
-            UserError: other code made it, and `accept_changes` is false.
+            UserError: the folder holds files and no sweep; or other code made the sweep, and
+                `accept_changes` is false.
         """
         made_by = self._read()
+        if not made_by and {one.name for one in self.folder.glob("*")} - {"sweep.json.part"}:
+            raise UserError(
+                f"{self.folder} is not empty and holds no sweep of this lab, so nothing is written "
+                "to it; choose a new or an empty folder with hydra.sweep.dir"
+            )
         code = code_hash()
         if made_by and made_by["code"] != code and not accept_changes:
             raise UserError(
                 f"{self.folder} was made by other code than this (orpo_lab has changed since), and "
                 "its runs would not compare; start a new sweep, or say accept_changes=true"
             )
-        shutil.rmtree(self.folder / ".cache", ignore_errors=True)
-        self._record.write_json("sweep.json", {"data": {}, **made_by, "code": code})
+        starts = made_by.get("starts", 0) + 1
+        new = {"data": {}, "started": now()}
+        self._record.write_json("sweep.json", {**new, **made_by, "code": code, "starts": starts})
+        shutil.rmtree(self.folder / CACHE, ignore_errors=True)
 
     def _read(self) -> dict[str, Any]:
-        file = self.folder / "sweep.json"
-        return json.loads(file.read_text()) if file.is_file() else {}
+        """Return `sweep.json`; empty: there is none, or another program's."""
+        record = self._record.read_json("sweep.json")
+        is_ours = isinstance(record, dict) and {"code", "data"} <= record.keys()
+        return record if is_ours else {}
+
+    def started(self) -> str:
+        """Return when the sweep was started first, as ISO 8601 writes it."""
+        return self._read().get("started") or now()
 
     @contextlib.contextmanager
     def claim(self, loaded: config.Config, folder: Path) -> Iterator[RunFolder | None]:
@@ -77,11 +93,11 @@ class Sweep:
         """
         config_hash = identity(loaded)
         with contextlib.ExitStack() as stack:
-            with FileLock(self.folder / ".cache" / "claims.lock"):
+            with FileLock(self.folder / CACHE / "claims.lock"):
                 place = self._folder_of(config_hash) or _without_another_run(folder)
                 is_free = self._wants_running(place) and stack.enter_context(place.held())
                 if is_free:
-                    place.set_status("running", config_hash=config_hash)
+                    place.set_status("running", config_hash=config_hash, sweep_start=self._starts())
             if place.path != folder:
                 with contextlib.suppress(OSError):
                     folder.rmdir()
@@ -103,14 +119,18 @@ class Sweep:
         return next(same, None)
 
     def _wants_running(self, place: RunFolder) -> bool:
-        """Whether a run has not finished, and was not tried since the sweep was started."""
-        status = place.path / "status.json"
-        if not status.exists():
-            return True
-        if place.status()["state"] == "running":
+        """Whether a run has not finished, and was not tried since the sweep was started.
+
+        Starts are counted: the clocks of two machines differ, and files are copied and touched.
+        """
+        status = place.status()
+        if status["state"] in ("missing", "running"):
             return True  # the lock says whether it still does
-        is_old = status.stat().st_mtime_ns < (self.folder / "sweep.json").stat().st_mtime_ns
-        return place.status()["state"] != "finished" and is_old
+        return not place.is_complete() and status["sweep_start"] != self._starts()
+
+    def _starts(self) -> int:
+        """Return how often the sweep was started."""
+        return self._read().get("starts", 0)
 
     def check_data(self, key: str, fingerprint: Any, *, accept_changes: bool) -> None:
         """Check that data are what earlier jobs of the sweep were trained and scored on.
@@ -123,7 +143,7 @@ class Sweep:
         Raises:
             UserError: it is not, and `accept_changes` is false.
         """
-        with FileLock(self.folder / ".cache" / "data.lock"):
+        with FileLock(self.folder / CACHE / "data.lock"):
             record = self._read()
             before = record["data"].get(key)
             if before not in (None, fingerprint) and not accept_changes:
@@ -134,9 +154,7 @@ class Sweep:
                 )
             if before != fingerprint:
                 record["data"][key] = fingerprint
-                made = (self.folder / "sweep.json").stat()
                 self._record.write_json("sweep.json", record)
-                os.utime(self.folder / "sweep.json", ns=(made.st_atime_ns, made.st_mtime_ns))
 
     def once(
         self,
@@ -146,7 +164,7 @@ class Sweep:
         load: Callable[[Path], T],
     ) -> T:
         """Return what the first job to ask for it has made; jobs beside it wait for that one."""
-        path = self.folder / ".cache" / name
+        path = self.folder / CACHE / name
         with FileLock(f"{path}.lock"):
             if path.exists():
                 return load(path)
@@ -165,7 +183,7 @@ class Sweep:
         """Print a table of all jobs, write the comparison, and return the names of failed jobs."""
         from orpo_lab import compare, tracker
 
-        shutil.rmtree(self.folder / ".cache", ignore_errors=True)
+        shutil.rmtree(self.folder / CACHE, ignore_errors=True)
         # What submitit has handed to its processes and back: the overrides as they were typed
         for pickled in self.folder.glob(".submitit/*/*.pkl"):
             pickled.unlink()
@@ -190,15 +208,18 @@ def _without_another_run(folder: Path) -> RunFolder:
 
     Names tell what is swept, and the same sweep may be given again with another fixed value.
     """
-    holds_another = RunFolder(folder).status().get("config_hash") is not None
-    return RunFolder(fresh_folder(folder) if holds_another else folder)
+    place = RunFolder(folder)
+    holds_another = place.status()["config_hash"] is not None
+    is_foreign = not place.is_empty() and not place.is_ours()
+    return RunFolder(fresh_folder(folder) if holds_another or is_foreign else folder)
 
 
 def _table(jobs: list[tuple[RunFolder, dict[str, Any]]]) -> str:
     width = max(len(job.path.name) for job, _ in jobs)
     lines = []
     for job, status in jobs:
-        figures = _figures(job) if status["state"] == "finished" else status["reason"]
+        is_complete = status["state"] == "finished" and not status["missing"]
+        figures = _figures(job) if is_complete else status["reason"]
         lines.append(f"{job.path.name:{width}}  {status['state']:8}  {figures}")
     return "\n".join(lines)
 
@@ -207,15 +228,6 @@ def _figures(job: RunFolder) -> str:
     after = json.loads((job.path / "summary.json").read_text())["after"]
     keys = ("preference_accuracy", "exact_match", "chosen_nll")
     return "  ".join(f"{key} {after[key]:.3f}" for key in keys if key in after)
-
-
-def code_hash() -> str:
-    """Return a hash of this package's code."""
-    root = Path(__file__).parent
-    digest = hashlib.sha256()
-    for file in sorted(root.rglob("*.py")):
-        digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
-    return digest.hexdigest()
 
 
 class Start(Callback):
@@ -232,6 +244,8 @@ class Start(Callback):
                 "error: hydra/launcher=submitit_slurm needs Slurm's srun, which is not in PATH; "
                 "start the sweep on the cluster, or use hydra/launcher=submitit_local"
             )
+        if not config.hydra.sweep.dir.strip():
+            sys.exit("error: hydra.sweep.dir is empty (is a variable unset?); give a folder")
         folder = Path(config.hydra.sweep.dir)
         if not any(one.startswith("hydra.sweep.dir=") for one in config.hydra.overrides.hydra):
             folder = fresh_folder(folder)

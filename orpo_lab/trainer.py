@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import torch
@@ -31,6 +31,9 @@ from orpo_lab.stop import Stop, Stopped
 from orpo_lab.tracker import Run
 
 log = logging.getLogger(__name__)
+
+# The most that the published recipes in conf/experiment/ take
+MAX_EPOCHS = 10
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ def fit(
         log_to: the tracked run, which gets the same metrics.
         made: what the run is made from, for its checkpoints.
         start: the checkpoint to continue from; None: from the beginning.
-        stop: whether the run should end early.
+        stop: whether the run should end early; it still waits when this returns, so that the
+            caller can save the trained model first.
 
     Raises:
         NonFiniteError: a loss, a gradient or a weight is not finite; nothing of it is kept.
@@ -120,12 +124,9 @@ def fit(
             f"{start.path} holds more than a checkpoint of ours does, and nothing of that was run "
             f"({one_line(error)[:100]}); do not trust this folder"
         ) from error
-    finally:
-        stop.waits = False
     spent = meter.spent()
     if stopper.reason:
         raise Stopped(stopper.reason)
-    stop.check()
     pairs = num_taken * config.train.batch_size
     return TrainStats(
         steps=num_taken,
@@ -192,6 +193,32 @@ def count_steps(config: Config, num_pairs: int) -> int:
         return config.train.max_steps
     assert config.train.num_epochs is not None
     return math.ceil(per_epoch * config.train.num_epochs)
+
+
+def say_length(config: Config, num_pairs: int) -> None:
+    """Say how often a run sees its pairs, and warn where that, or its warm-up, is too long."""
+    num_steps, train = count_steps(config, num_pairs), config.train
+    num_epochs = num_steps / (num_pairs // train.batch_size)
+    is_often = num_epochs > MAX_EPOCHS
+    log.log(
+        logging.WARNING if is_often else logging.INFO,
+        "%d steps are %.3g epochs of %d pairs%s",
+        num_steps,
+        num_epochs,
+        num_pairs,
+        f", more than the {MAX_EPOCHS} of any published recipe here: see train.max_steps"
+        if is_often
+        else "",
+    )
+    warms_up = train.lr_scheduler_type != "constant"
+    if warms_up and num_steps < train.warmup_steps:
+        log.warning(
+            "train.warmup_steps=%d is above the %d steps of this run: the learning rate ends at "
+            "%.3g of its peak; lower it, or give a fraction of the run (0.1)",
+            train.warmup_steps,
+            num_steps,
+            (num_steps - 1) / train.warmup_steps,
+        )
 
 
 def arguments(config: Config, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
@@ -269,7 +296,13 @@ class BetaCallback(TrainerCallback):
 class MetricsCallback(TrainerCallback):
     """Hands every line of metrics on, with the beta of its step, and shows how far the run is."""
 
-    SHOWN = ("loss", "preference_accuracy", "logp_margin", "beta")
+    # With short names, so that a bar is left in 80 columns
+    SHOWN: ClassVar = {
+        "loss": "loss",
+        "preference_accuracy": "accuracy",
+        "logp_margin": "margin",
+        "beta": "beta",
+    }
 
     def __init__(
         self,
@@ -287,7 +320,11 @@ class MetricsCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the bar; it hides itself where there is no terminal."""
         self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc="train", disable=None
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="train",
+            disable=None,
+            bar_format="{n_fmt}/{total_fmt} {bar} {elapsed}<{remaining}{postfix}",
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -305,13 +342,13 @@ class MetricsCallback(TrainerCallback):
                 metrics["grad_norm"] = self.optimizer.grad_norm.item()
             if self.meter.num_skipped > self.num_skipped:
                 # Of an interval with a skipped step there are no means over all its pairs
-                finite = {key: one for key, one in metrics.items() if math.isfinite(one)}
-                metrics = {key: one for key, one in finite.items() if key != "loss"}
+                del metrics["loss"]
                 self.num_skipped = metrics["skipped_steps"] = self.meter.num_skipped
+        metrics = _finite(state.global_step, metrics)
         self.place.append_metrics(state.global_step, metrics)
         self.log_to.log(state.global_step, metrics)
         shown = {key: f"{metrics[key]:.3f}" for key in self.SHOWN if key in metrics}
-        self.bar.set_postfix(shown)
+        self.bar.set_postfix({self.SHOWN[key]: value for key, value in shown.items()})
         if self.bar.disable and shown:
             text = "  ".join(f"{key} {value}" for key, value in shown.items())
             log.info("step %d/%d  %s", state.global_step, state.max_steps, text)
@@ -319,6 +356,18 @@ class MetricsCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the bar."""
         self.bar.close()
+
+
+def _finite(step: int, metrics: dict[str, float]) -> dict[str, float]:
+    """Return the figures that JSON and a curve can hold, and say which ones are left out.
+
+    The norm of gradients that fp16's loss scaler skips is infinite, for example.
+    """
+    others = {key: one for key, one in metrics.items() if not math.isfinite(one)}
+    if others:
+        said = ", ".join(f"{key} is {one}" for key, one in others.items())
+        log.warning("step %d: %s, left out of this step's metrics", step, said)
+    return {key: one for key, one in metrics.items() if key not in others}
 
 
 class StopCallback(TrainerCallback):
@@ -388,12 +437,25 @@ class CheckpointCallback(TrainerCallback):
         if not control.should_save:
             return
         control.should_log = True
-        finite = [p.isfinite().all() for p in model.parameters() if p.requires_grad]
-        if not torch.stack(finite).all():  # device-to-host sync
-            raise NonFiniteError(
-                f"step {state.global_step}: its update left weights that are not finite; the run "
-                f"stops, and nothing of that step is kept. {LIKELY_CAUSES}"
-            )
+        check_weights(model, state.global_step)
+
+
+def check_weights(model: torch.nn.Module, step: int) -> None:
+    """Look at every trained weight.
+
+    Args:
+        model: its weights.
+        step: the last one that was taken.
+
+    Raises:
+        NonFiniteError: one is not finite.
+    """
+    finite = [p.isfinite().all() for p in model.parameters() if p.requires_grad]
+    if not torch.stack(finite).all():  # device-to-host sync
+        raise NonFiniteError(
+            f"step {step}: its update left weights that are not finite; the run stops, and nothing "
+            f"of that step is kept. {LIKELY_CAUSES}"
+        )
 
 
 class NonFiniteGuard(TrainerCallback):

@@ -10,7 +10,6 @@ os.environ["WANDB_SILENT"] = "true"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
+from benchmarks.faults import processes
 from orpo_lab import config
+from orpo_lab.command_line import as_typed
 from orpo_lab.quiet import silence_upstream
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +31,7 @@ def compose_config(*overrides: str) -> DictConfig:
     """Compose as launch.py does."""
     config.register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("config", list(overrides))
+        return compose("config", as_typed(overrides))
 
 
 @pytest.fixture
@@ -39,23 +40,32 @@ def load() -> Callable[..., config.Config]:
     return lambda *overrides: config.load(compose_config(*overrides))
 
 
+@pytest.fixture(scope="session")
+def _server() -> Iterator[None]:
+    """What is to be forked has imported torch once: three seconds a run instead of nine."""
+    with processes.server():
+        yield
+
+
 @pytest.fixture
-def launch(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run the real command line in a process of its own; runs land in the test's folder."""
+def launch(tmp_path: Path, _server: None) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the real command line in a process of its own; runs land in the test's folder.
+
+    `fresh` starts a new interpreter, for what only shows there: imports, and what they print.
+    """
 
     def run(
-        *arguments: str, expect: int = 0, env: dict[str, str] | None = None
+        *arguments: str,
+        expect: int = 0,
+        env: dict[str, str] | None = None,
+        fresh: bool = False,
     ) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "launch.py"), *arguments],
-            cwd=tmp_path,
-            env={**os.environ, **(env or {})},
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert done.returncode == expect, done.stdout + done.stderr
-        return done
+        said = tmp_path.parent / f"{tmp_path.name}-said"
+        done = processes.start(
+            said, [*arguments], at=tmp_path, fresh=fresh, environment={**(env or {})}
+        ).wait()
+        assert done.code == expect, done.stdout + done.stderr
+        return subprocess.CompletedProcess(arguments, expect, done.stdout, done.stderr)
 
     return run
 

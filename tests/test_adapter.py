@@ -3,8 +3,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from orpo_lab import config
+from orpo_lab.adapter import attach
+from orpo_lab.errors import UserError
 
 Load = Callable[..., config.Config]
 
@@ -33,3 +36,53 @@ def test_adapters_depend_on_the_seed_alone(load: Load, build_model: Any) -> None
 
     assert torch.equal(first(1), first(1))
     assert not torch.equal(first(1), first(2))
+
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 97}
+
+
+def attached(load: Load, kind: str, **settings: Any) -> Any:
+    """Put adapters on a model with random weights."""
+    own = AutoConfig.for_model(kind, **{**SIZES, **settings})
+    lora = load("optimizer=lora").optimizer
+    assert isinstance(lora, config.Lora)
+    return attach(AutoModelForCausalLM.from_config(own), lora, gradient_checkpointing=False)
+
+
+def test_gpt_2_whose_layers_are_transposed_is_adapted_and_merged(load: Load) -> None:
+    network = attached(load, "gpt2", num_attention_heads=4).eval()
+    for name, p in network.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, 0, 0.1)
+    assert sum("lora_A" in name for name, _ in network.named_parameters()) == 2 * 4
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        adapted = network(input_ids=ids).logits
+        with network.disable_adapter():
+            assert not torch.allclose(adapted, network(input_ids=ids).logits, atol=1e-3)
+        merged = network.merge_and_unload()(input_ids=ids).logits
+    assert torch.allclose(adapted, merged, atol=1e-4)
+
+
+def test_layers_that_peft_cannot_adapt_are_refused_in_one_line(load: Load) -> None:
+    with pytest.raises(UserError, match="adapters cannot be put on MambaForCausalLM") as refusal:
+        attached(load, "mamba", state_size=2)
+    assert "\n" not in str(refusal.value)
+
+
+def test_only_the_language_model_is_adapted(load: Load) -> None:
+    """A tower that sees has layers of the same names."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    text = {"num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 97}
+    vision = {"num_hidden_layers": 1, "image_size": 32, "patch_size": 8}
+    network = attached(
+        load,
+        "gemma3",
+        text_config=sizes | text,
+        vision_config=sizes | vision,
+        mm_tokens_per_image=4,
+        image_token_index=96,
+    )
+    trained = {name for name, p in network.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 7 * 2
+    assert all(".language_model.layers." in name for name in trained)

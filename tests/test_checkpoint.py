@@ -189,7 +189,7 @@ def test_a_damaged_checkpoint_is_rejected_and_the_one_before_it_is_taken(
             os.truncate(newest / name, 10)
         else:
             (newest / name).unlink()
-        start = checkpoint.newest_valid(place)
+        start = checkpoint.newest_valid(place, "")
         assert start is not None
         assert start.step == 4
         assert f"checkpoint-6 rejected: {said}" in caplog.text
@@ -205,7 +205,7 @@ def test_what_else_makes_a_checkpoint_invalid(
     (folders / "checkpoint-4" / "manifest.json").unlink()
     shutil.copytree(folders / "checkpoint-2", folders / "checkpoint-8")
     (folders / "checkpoint-2" / "more.bin").write_text("not of it")
-    assert checkpoint.newest_valid(place) is None
+    assert checkpoint.newest_valid(place, "") is None
     for said in (
         "checkpoint-8 rejected: it is of step 2",
         "checkpoint-6 rejected: its manifest cannot be read",
@@ -217,7 +217,7 @@ def test_what_else_makes_a_checkpoint_invalid(
     shutil.rmtree(folders / "checkpoint-8")
     segments = json.loads((place.path / "segments.json").read_text())
     place.write_json("segments.json", [segments[0] | {"config_hash": "another"}])
-    assert checkpoint.newest_valid(place) is None
+    assert checkpoint.newest_valid(place, "") is None
     assert "checkpoint-2 rejected: another run made it" in caplog.text
 
 

@@ -332,3 +332,20 @@ def test_numbers_in_names_are_in_their_order(write: Write) -> None:
     names = [run.folder.name for run in compare.find_runs([folder])]
     assert names == ["1-b", "9-a", "10-a"]
     assert json.loads((folder / "9-a" / "status.json").read_text())["config_hash"] == "9-a"
+
+
+def test_a_tie_is_called_one(write: Write) -> None:
+    for beta in (0.1, 0.2):
+        folder = write(str(beta), beta=beta).parent
+    compared = compare_sweep(folder)
+    said = " ".join(compare.verdict_text(compared))
+    assert "beta=0.1 and beta=0.2 tie for the highest preference accuracy (0.800)" in said
+    rows = compare.setting_rows(compared)
+    assert [row["verdict"] for row in rows] == ["tied for the highest, not separated"] * 2
+
+
+def test_a_schedule_of_ones_own_is_drawn(write: Write) -> None:
+    for name in ("exponential", "constant"):
+        folder = write(name, schedule=name).parent
+    compare.main([str(folder)])
+    assert (folder / "report" / "pareto.png").is_file()

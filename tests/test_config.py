@@ -113,9 +113,9 @@ GALORE_TORCH = "optimizer.implementation=galore_torch"
         (["optimizer=lora", "quantization=nf4"], "base unquantized"),
         (["dataset.max_prompt_length=96"], "must be below"),
         (["train.max_steps=null"], "exactly one of"),
-        (["train.num_epochs=1"], "exactly one of"),
+        (["train.num_epochs=1", "train.max_steps=3"], "exactly one of"),
         (["engine=trl", "objective=paper"], "engine=trl can only compute objective=trl"),
-        (["engine=trl", "train.batch_size=12"], "multiple of engine.micro_batch_size"),
+        (["engine=trl", "engine.micro_batch_size=5"], "multiple of engine.micro_batch_size"),
         (["engine.tokens_per_microbatch=191"], "tokens_per_microbatch=191 must be at least 192"),
         (["train.warmup_steps=1.5"], "train.warmup_steps"),
         (["optimizer.learning_rate=nan"], "optimizer.learning_rate"),
@@ -137,6 +137,8 @@ GALORE_TORCH = "optimizer.implementation=galore_torch"
         (["dataset=oasst", "dataset.max_depth=0"], "dataset.max_depth=0 must be at least 1"),
         (["model.dtype=bfloat16"], "must be one of bf16"),
         (["model=hub"], "model.path has no value"),
+        (["seed=4294967296"], "seed=4294967296 must be below 2**32"),
+        (["~seed"], "seed has no value here"),
         (["seed=${nowhere}"], "seed: Interpolation key 'nowhere' not found"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -160,3 +162,31 @@ def test_slugs_are_safe_and_stay_apart() -> None:
     long = [config.slug("x" * 300 + end) for end in "ab"]
     assert long[0] != long[1]
     assert max(map(len, long)) <= 120
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "value"),
+    [
+        (["train.num_epochs=2"], "train.max_steps", None),
+        (["experiment=phi2", "train.max_steps=5"], "train.num_epochs", None),
+        (["dataset=file", "dataset.train_path=a.jsonl"], "dataset.max_prompt_length", 512),
+        (
+            ["dataset=file", "dataset.train_path=a.jsonl", "dataset.max_length=256"],
+            "dataset.max_prompt_length",
+            128,
+        ),
+        (["engine=trl"], "engine.micro_batch_size", 8),
+        (["engine=trl", "train.batch_size=2"], "engine.micro_batch_size", 2),
+        (["engine=trl", "train.batch_size=9"], "engine.micro_batch_size", 3),
+    ],
+)
+def test_one_wish_is_one_key(
+    load: Callable[..., config.Config], overrides: list[str], key: str, value: int | None
+) -> None:
+    group, name = key.split(".")
+    assert getattr(getattr(load(*overrides), group), name) == value
+
+
+def test_a_file_and_a_data_set_of_the_hub_are_cut_alike(load: Callable[..., config.Config]) -> None:
+    one, other = (load(*NEEDS[f"dataset/{name}"], f"dataset={name}") for name in ("hub", "file"))
+    assert one.dataset.overlong == other.dataset.overlong

@@ -1,7 +1,12 @@
 """From rows to token ids: what TRL does with rows that fit, and what happens to the others."""
 
+import copy
 import json
+import os
+import re
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +14,12 @@ import datasets
 import pytest
 
 from orpo_lab import config, data
-from orpo_lab.data.encode import fit, render, tokenize
+from orpo_lab.data.encode import Encoder, fit, tokenize
 from orpo_lab.data.faults import Fault
 from orpo_lab.data.pairs import Pair, split
+from orpo_lab.data.render import render
 from orpo_lab.errors import UserError
+from orpo_lab.model import DEFAULT_CHAT_TEMPLATE
 
 ASKED = {"role": "user", "content": "what is 2 plus 2?"}
 RIGHT = {"role": "assistant", "content": "it is 4."}
@@ -88,8 +95,9 @@ def test_a_string_beside_messages_is_refused() -> None:
 
 
 def test_bos_and_eos_stand_once_and_the_generation_prompt_once(tokenizer: Any) -> None:
+    rendered = render(Pair([ASKED], [RIGHT], [WRONG]), tokenizer, date(2026, 11, 26))
     prompt, chosen, rejected = tokenize(
-        *render(Pair([ASKED], [RIGHT], [WRONG]), tokenizer), tokenizer
+        rendered.prompt, rendered.chosen, rendered.rejected, tokenizer
     )
     assert prompt[0] == tokenizer.bos_token_id
     assert (prompt + chosen).count(tokenizer.bos_token_id) == 1
@@ -224,6 +232,21 @@ def test_one_split_is_divided_by_prompt(load: Load, tokenizer: Any, tmp_path: Pa
     assert loaded.report["held_out"]["num_not_drawn"] == 6
 
 
+def test_a_local_folder_is_read_anew_whatever_its_files_times_say(
+    load: Load, tokenizer: Any, tmp_path: Path
+) -> None:
+    folder = hub_folder(tmp_path / "uf", train=ULTRAFEEDBACK)
+    settings = load("dataset=hub", f"dataset.path={folder}", "dataset.num_eval=5").dataset
+    file = folder / "data" / "train-00000-of-00001.parquet"
+    before, times = data.load(settings, tokenizer), file.stat()
+    edited = json.loads(json.dumps(ULTRAFEEDBACK).replace("and 2.", "and 3."))
+    hub_folder(folder, train=edited)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    after = data.load(settings, tokenizer)
+    assert all("and 2." in text for text in before.train["prompt_text"])
+    assert all("and 3." in text for text in after.train["prompt_text"])
+
+
 def test_too_few_prompts_to_hold_out_are_refused(
     load: Load, tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -231,6 +254,144 @@ def test_too_few_prompts_to_hold_out_are_refused(
     settings = load("dataset=jsonl", f"dataset.train_path={file}").dataset
     with pytest.raises(UserError, match="too few to hold out"):
         data.load(settings, tokenizer)
+
+
+GOOD = [{"prompt": f"add {a} and 2.", "chosen": str(a + 2), "rejected": "0"} for a in range(40)]
+LONG_ROWS = [{**row, "prompt": "so, well, " * 40 + row["prompt"]} for row in GOOD]
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["given", "held_out"])
+def test_good_pairs_are_drawn_and_the_report_counts_every_row(
+    load: Load, tokenizer: Any, tmp_path: Path, given: bool
+) -> None:
+    # Two of three rows do not fit, which only tokenizing shows
+    rows = [
+        one for a in range(30) for one in (LONG_ROWS[a], GOOD[a], {**LONG_ROWS[a], "chosen": "1"})
+    ]
+    held_out = [{**row, "prompt": f"take {row['prompt']}"} for row in rows]
+    overrides = [f"dataset.train_path={write_rows(tmp_path / 'rows.jsonl', rows)}"]
+    if given:
+        overrides.append(f"dataset.eval_path={write_rows(tmp_path / 'eval.jsonl', held_out)}")
+    lengths = ("dataset.max_length=96", "dataset.max_prompt_length=64")
+    settings = load(
+        *("dataset=file", *overrides, *lengths, "dataset.num_train=12", "dataset.num_eval=8")
+    ).dataset
+    one, other = (data.load(replace(settings, num_proc=num), tokenizer) for num in (None, 2))
+    assert (len(one.train), len(one.held_out)) == (12, 8)
+    assert one.report == other.report
+    for report in one.report.values():
+        dropped = sum(entry["num"] for entry in report["dropped"].values())
+        assert report["num_rows"] == report["num_kept"] + dropped
+    total = sum(report["num_rows"] + report["num_not_drawn"] for report in one.report.values())
+    assert total == 90 * (1 + given)
+    assert not set(one.train["prompt_text"]) & set(one.held_out["prompt_text"])
+
+
+def test_a_row_behind_those_that_are_drawn_is_not_looked_at(
+    load: Load, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    encode = Encoder.encode
+
+    def count(self: Encoder, rows: list[Any]) -> None:
+        seen.append(len(rows))
+        encode(self, rows)
+
+    monkeypatch.setattr(Encoder, "encode", count)
+    settings = jsonl(load, write_rows(tmp_path / "rows.jsonl", GOOD), "dataset.num_train=10")
+    assert len(data.load(settings, tokenizer).train) == 10
+    assert seen == [10, 1]
+
+
+def test_too_few_prompts_with_a_pair_that_fits_are_refused(
+    load: Load, tokenizer: Any, tmp_path: Path
+) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", [*LONG_ROWS, *GOOD[:3]])
+    lengths = ("dataset.max_length=96", "dataset.max_prompt_length=64")
+    settings = load(
+        *("dataset=file", f"dataset.train_path={file}", "dataset.num_eval=5", *lengths)
+    ).dataset
+    with pytest.raises(UserError, match="3 distinct prompts whose pairs fit are too few"):
+        data.load(settings, tokenizer)
+
+
+def test_many_rows_lost_to_their_lengths_are_a_warning_with_the_lengths_that_keep_them(
+    load: Load, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", [*LONG_ROWS[:39], GOOD[39]])
+    data.load(jsonl(load, file), tokenizer)
+    (said,) = [one.getMessage() for one in caplog.records if "too long" in one.getMessage()]
+    assert "train: 39 of 40 pairs (98 %) are too long" in said
+    found = re.search(r"dataset.max_length=(\d+) dataset.max_prompt_length=(\d+) would keep", said)
+    assert found is not None
+    lengths = (f"dataset.max_length={found[1]}", f"dataset.max_prompt_length={found[2]}")
+    caplog.clear()
+    assert len(data.load(jsonl(load, file, *lengths), tokenizer).train) >= 38
+    assert "too long" not in caplog.text
+
+
+QUESTION, REPLY = [ASKED], [RIGHT]
+NEXT = {"role": "user", "content": "and 3 more?"}
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out", "how"),
+    [
+        ([*QUESTION, RIGHT, NEXT], QUESTION, "goes on from the prompt"),
+        (QUESTION, [*QUESTION, RIGHT, NEXT], "begins the prompt"),
+        ([{**ASKED, "content": "WHAT is 2 plus 2?"}, RIGHT, NEXT], QUESTION, "goes on from nearly"),
+    ],
+)
+def test_a_conversation_that_quotes_an_answer_to_the_other_splits_prompt_is_a_leak(
+    load: Load, tokenizer: Any, tmp_path: Path, train: Any, held_out: Any, how: str
+) -> None:
+    answers = {"chosen": [RIGHT], "rejected": [WRONG]}
+    rows = [{"prompt": train, **answers}, {"prompt": [NEXT], **answers}]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    other = write_rows(tmp_path / "eval.jsonl", [{"prompt": held_out, **answers}])
+    settings = replace(jsonl(load, file), eval_path=str(other))
+    (leak,) = data.load(settings, tokenizer).report["train"]["dropped"].items()
+    assert leak[0].startswith("leaked_prompt")
+    assert leak[1]["rows"] == [1]
+    assert how in leak[1]["example"]
+
+
+def test_columns_that_nothing_reads_are_named_and_a_lost_system_prompt_is_a_warning(
+    load: Load, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{**row, "system": "be brief", "score": 5, "tags": []} for row in GOOD]
+    file = tmp_path / "rows.parquet"
+    datasets.Dataset.from_list(rows).to_parquet(file)
+    for source in (write_rows(tmp_path / "rows.jsonl", rows), file):
+        caplog.clear()
+        settings = replace(jsonl(load, tmp_path / "x.jsonl"), train_path=str(source))
+        report = data.load(settings, tokenizer).report["train"]
+        assert {"score", "system"} <= set(report["unread_columns"])
+        assert "What 'system' says is LOST" in caplog.text
+
+
+def test_plain_text_beside_a_chat_template_of_the_models_own_is_a_warning(
+    load: Load, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = jsonl(load, write_rows(tmp_path / "rows.jsonl", GOOD))
+    without = copy.copy(tokenizer)
+    without.chat_template = DEFAULT_CHAT_TEMPLATE
+    data.load(plain, without)
+    assert "plain text" not in caplog.text
+    data.load(plain, tokenizer)
+    assert "train: 40 pairs are plain text" in caplog.text
+
+
+def test_the_default_template_asks_by_the_tokens_that_are_trained(
+    load: Load, tokenizer: Any, tmp_path: Path
+) -> None:
+    without = copy.copy(tokenizer)
+    without.chat_template = DEFAULT_CHAT_TEMPLATE
+    rows = [{"prompt": [ASKED], "chosen": [RIGHT], "rejected": [WRONG]}]
+    loaded = data.load(jsonl(load, write_rows(tmp_path / "rows.jsonl", rows)), without)
+    asked = without.apply_chat_template([ASKED], add_generation_prompt=True)["input_ids"]
+    assert loaded.train["prompt_ids"][0] == list(asked)
+    assert asked[0] == tokenizer.bos_token_id
 
 
 @pytest.mark.parametrize("columns", [("question", "better", "worse")])

@@ -27,6 +27,8 @@ RIGHT = {"role": "assistant", "content": "9"}
 WRONG = {"role": "assistant", "content": "8"}
 PAIR = {"prompt": "add 7 and 2.", "chosen": "9", "rejected": "8"}
 TALK = {"prompt": [ASKED], "chosen": [RIGHT], "rejected": [WRONG]}
+CALLS = [{"type": "function", "function": {"name": "add", "arguments": {"left": 7}}}]
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "adds numbers"}}]
 HUMAN = "\n\nHuman: add 7 and 2."
 
 
@@ -130,12 +132,39 @@ CASES: dict[str, list[Case]] = {
         Case([{**TALK, "chosen": [RIGHT, ASKED]}]),
         Case([{"chosen": HUMAN, "rejected": f"{HUMAN}\n\nAssistant: 8"}], form=transcripts),
     ],
+    "prefilled_answer": [Case([{**TALK, "prompt": [ASKED, {**RIGHT, "content": "It is"}]}])],
+    "other_turn_in_answer": [Case([{**TALK, "chosen": [RIGHT, ASKED, RIGHT]}])],
     "special_token_text": [
         Case([{**PAIR, "prompt": "what is <s>?"}, {**PAIR, "rejected": "8</s>"}], (0, 1)),
         Case([{**TALK, "prompt": [{**ASKED, "content": "hi<|assistant|>9"}]}]),
     ],
     # The embedded model's template knows no tool
     "template_error": [Case([{**TALK, "prompt": [{**ASKED, "role": "tool"}]}])],
+    "misrendered": [
+        # The turn asked in ends otherwise once there is an answer
+        Case(
+            [TALK],
+            template="{{ bos_token }}{% for one in messages %}{{ one.content }}"
+            "{{ eos_token if loop.last }}{% endfor %}",
+        ),
+        # Every answer ends in a generation prompt
+        Case(
+            [TALK],
+            template=DEFAULT_CHAT_TEMPLATE.replace("if add_generation_prompt", "if true"),
+        ),
+    ],
+    "unrendered_text": [
+        # The embedded model's template knows no tool calls, and no names
+        Case([{**TALK, "chosen": [{**RIGHT, "tool_calls": CALLS}]}]),
+        Case([{**TALK, "prompt": [{**ASKED, "name": "Ada"}]}, {**TALK, "tools": TOOLS}], (0, 1)),
+        Case([{**TALK, "rejected": [{**WRONG, "weight": 0}]}]),
+        Case(
+            [{**TALK, "prompt": [{**ASKED, "content": "Ada: add 7"}]}],
+            template=DEFAULT_CHAT_TEMPLATE.replace(
+                "message['content']", "message['content'].split(':')[-1]"
+            ),
+        ),
+    ],
     "duplicate": [
         Case([PAIR, PAIR, {**PAIR, "prompt": "ADD 7 and  2."}, TALK, PAIR], (1, 2, 3, 4)),
     ],
@@ -393,7 +422,7 @@ def test_a_line_of_100_megabytes_is_counted_without_being_held(tmp_path: Path) -
 def test_a_process_that_dies_while_it_tokenizes_ends_in_one_line(
     load: Load, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("orpo_lab.data.encode_row", lambda *_, **__: os._exit(9))
+    monkeypatch.setattr("orpo_lab.data.encode.encode_row", lambda *_, **__: os._exit(9))
     settings = load("dataset.num_train=8", "dataset.num_eval=8", "dataset.num_proc=2").dataset
     with pytest.raises(UserError, match=r"a process that tokenizes has died .*dataset.num_proc"):
         data.load(settings, tokenizer)

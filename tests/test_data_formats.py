@@ -1,5 +1,6 @@
 """Every form rows come in: file kinds, transcripts, trees, real data."""
 
+import copy
 import csv
 import gzip
 import io
@@ -16,6 +17,7 @@ from orpo_lab import config, data
 from orpo_lab.data.faults import Fault
 from orpo_lab.data.pairs import Pair
 from orpo_lab.data.trees import Trees
+from tests.conftest import ROOT
 
 Load = Callable[..., config.Config]
 
@@ -121,6 +123,87 @@ def test_lines_end_where_editors_end_them(read: Callable[..., data.Data], tmp_pa
     assert loaded.report["train"]["dropped"]["empty_completion"]["rows"] == [7]
     texts = [*loaded.train["prompt_text"], *loaded.held_out["prompt_text"]]
     assert "a\u2028b\u0085c" in texts
+
+
+def called(**arguments: Any) -> list[dict[str, Any]]:
+    function = {"name": "lookup", "arguments": arguments}
+    return [{"role": "assistant", "tool_calls": [{"type": "function", "function": function}]}]
+
+
+PLACE = {"type": "object", "properties": {"place": {"type": "string"}}}
+TOOL = {"type": "function", "function": {"name": "lookup", "parameters": PLACE}}
+CALLS: list[dict[str, Any]] = [
+    {
+        "prompt": [{"role": "user", "content": f"weather in {number}?"}],
+        "chosen": called(place=f"town {number}") if number else called(place="x", unit="C"),
+        "rejected": called(place="elsewhere"),
+        "tools": [TOOL] if number % 2 else json.dumps([TOOL]),
+    }
+    for number in range(6)
+]
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".parquet", "hub"])
+def test_tool_calls_and_tools_reach_the_template_from_every_kind_of_source(
+    load: Load, tokenizer: Any, tmp_path: Path, kind: str
+) -> None:
+    # A table fills in what only some messages and calls have, and has one type a column
+    rows = CALLS if kind == ".jsonl" else [{**row, "tools": json.dumps([TOOL])} for row in CALLS]
+    file = write(tmp_path / f"train{kind if kind != 'hub' else '.parquet'}", rows)
+    source = ("dataset=hub", f"dataset.path={tmp_path}")
+    if kind != "hub":
+        source = ("dataset=file", f"dataset.train_path={file}")
+    asked = copy.copy(tokenizer)
+    asked.chat_template = (ROOT / "tests" / "templates" / "tool_calls.jinja").read_text()
+    overrides = ("dataset.num_eval=1", "dataset.max_length=900", "dataset.max_prompt_length=600")
+    loaded = data.load(load(*source, *overrides).dataset, asked)
+    texts = [*loaded.train["chosen_text"], *loaded.held_out["chosen_text"]]
+    calls = [row["chosen"][0]["tool_calls"][0]["function"] for row in CALLS]
+    expected = [f"<tool_call>\n{json.dumps(one)}\n</tool_call><|im_end|>\n" for one in calls]
+    assert sorted(texts) == sorted(expected)
+    assert all(json.dumps(TOOL) in text for text in loaded.train["prompt_text"])
+    assert not loaded.report["train"]["dropped"]
+    assert loaded.report["train"]["unread_columns"] == []
+
+
+def test_rows_that_differ_in_a_call_or_in_their_tools_only_are_no_repeats(
+    load: Load, tokenizer: Any, tmp_path: Path
+) -> None:
+    one, other = CALLS[2], {**CALLS[2], "chosen": called(place="third")}
+    third = {**CALLS[2], "tools": [TOOL, TOOL]}
+    rows = [one, other, third, one, CALLS[3]]
+    asked = copy.copy(tokenizer)
+    asked.chat_template = (ROOT / "tests" / "templates" / "tool_calls.jinja").read_text()
+    file = write(tmp_path / "rows.jsonl", rows)
+    overrides = ("dataset.num_eval=1", "dataset.max_length=900", "dataset.max_prompt_length=600")
+    report = data.load(
+        load("dataset=file", f"dataset.train_path={file}", *overrides).dataset, asked
+    ).report
+    assert report["train"]["dropped"]["duplicate"]["rows"] == [4]
+    assert list(report["train"]["dropped"]) == ["duplicate"]
+
+
+@pytest.mark.parametrize("tools", [5, "[", [5], {"name": "x"}, ["{"]])
+def test_tools_that_are_no_list_of_objects_are_a_fault(
+    read: Callable[..., data.Data], tmp_path: Path, tools: Any
+) -> None:
+    rows = [{**MESSAGES[0], "tools": tools}, *MESSAGES[1:]]
+    file = write(tmp_path / "rows.jsonl", rows)
+    report = read(file, "dataset.faults.wrong_type=drop").report["train"]
+    assert report["dropped"]["wrong_type"]["rows"] == [1]
+    assert "tools is no list of objects" in report["dropped"]["wrong_type"]["example"]
+
+
+def test_a_value_nested_without_end_is_a_fault(
+    read: Callable[..., data.Data], tmp_path: Path
+) -> None:
+    deep: Any = "x"
+    for _ in range(200):
+        deep = [deep]
+    message = {**MESSAGES[0]["chosen"][0], "tool_calls": deep}
+    file = write(tmp_path / "rows.jsonl", [{**MESSAGES[0], "chosen": [message]}, *MESSAGES[1:]])
+    report = read(file, "dataset.faults.wrong_type=drop").report["train"]
+    assert report["dropped"]["wrong_type"]["rows"] == [1]
 
 
 def test_forms_may_be_mixed_in_one_file(read: Callable[..., data.Data], tmp_path: Path) -> None:

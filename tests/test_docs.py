@@ -3,14 +3,12 @@
 import itertools
 import re
 import shlex
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from orpo_lab import config
+from orpo_lab import config, run
 from orpo_lab.errors import UserError
 from tests.conftest import ROOT, compose_config
 
@@ -71,24 +69,41 @@ def test_every_link_leads_somewhere(file: Path) -> None:
             assert (file.parent / target).exists(), f"{file.name} links to {target}"
 
 
-@pytest.mark.parametrize("optimizer", ["qlora", "galore"])
-def test_the_readmes_code_loads_final_and_generates(
-    launch: Callable[..., object], tmp_path: Path, optimizer: str
-) -> None:
-    launch(
-        f"optimizer={optimizer}",
-        "train.max_steps=2",
-        "dataset.num_train=16",
-        "dataset.num_eval=4",
-        "dataset.num_generations=0",
-        "tracker=none",
-        "hydra.run.dir=run",
-    )
-    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    if optimizer == "galore":
-        code = code.replace("from peft", "from transformers").replace("AutoPeft", "Auto")
+def train(folder: Path, *overrides: str) -> None:
+    """Run an experiment in this process."""
+    composed = compose_config("tracker=none", "dataset.num_generations=0", *overrides)
+    run.train(config.load(composed), folder, choices={}, overrides=[])
 
-    done = subprocess.run(
-        [sys.executable, "-c", code, "run"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert "which is larger, 31 or 70?" in done.stdout, done.stderr
+
+def run_readmes_code(folder: Path, *, adapted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    if not adapted:
+        code = code.replace("from peft", "from transformers").replace("AutoPeft", "Auto")
+    monkeypatch.setattr(sys, "argv", ["-", str(folder)])
+    exec(compile(code, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("optimizer", ["qlora", "galore"])
+def test_the_readmes_code_loads_final_and_prints_an_answer_alone(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    optimizer: str,
+) -> None:
+    sizes = ("train.max_steps=2", "dataset.num_train=16", "dataset.num_eval=4")
+    train(tmp_path / "run", f"optimizer={optimizer}", *sizes)
+    capsys.readouterr()
+    run_readmes_code(tmp_path / "run", adapted=optimizer == "qlora", monkeypatch=monkeypatch)
+    # Hardly trained, it may answer wrongly; the base model knows one wrong answer
+    assert capsys.readouterr().out in ("38\n", "39\n")
+
+
+@pytest.mark.slow
+def test_the_readmes_code_prints_the_right_answer_after_the_default_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path / "run")
+    capsys.readouterr()
+    run_readmes_code(tmp_path / "run", adapted=True, monkeypatch=monkeypatch)
+    assert capsys.readouterr().out == "38\n"
+    assert "it prints `38`" in (ROOT / "README.md").read_text()

@@ -1,18 +1,60 @@
 """Held-out figures against formulas written out token by token."""
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import GenerationConfig
 
-from orpo_lab import config, data
+from orpo_lab import config, data, model
+from orpo_lab.engine import head
 from orpo_lab.errors import NonFiniteError
-from orpo_lab.evaluate import Evaluation, evaluate, generate, preference_metrics, repetition, score
+from orpo_lab.evaluate import (
+    Evaluation,
+    Generation,
+    evaluate,
+    generate,
+    preference_metrics,
+    repetition,
+    score,
+    turn_ends,
+)
+from tests.test_engine_shared_prefix import ARCHITECTURES, make_model, make_pairs
 
 Load = Callable[..., config.Config]
+
+SMOLLM2 = Path("~/.cache/orpo-lab-assets/smollm2-135m").expanduser()
+
+# What a model's own settings may hold that would choose other tokens than the largest logit
+MEDDLING: dict[str, Any] = {
+    "repetition_penalty": 1.5,
+    "no_repeat_ngram_size": 2,
+    "num_beams": 3,
+    "min_new_tokens": 5,
+    "suppress_tokens": [5, 6, 7],
+    "begin_suppress_tokens": [8, 9],
+    "forced_eos_token_id": 2,
+    "bad_words_ids": [[10], [11]],
+    "do_sample": True,
+    "temperature": 2.0,
+    "max_length": 3,
+}
+
+# Models beyond those that the default engine trains; the last one does more than an output head
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bloom": ("bloom", {"n_layer": 2, "n_head": 4}),
+    "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4}),
+    "gptj": ("gptj", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}),
+    "opt": ("opt", {"word_embed_proj_dim": 16, "ffn_dim": 48}),
+    "mamba": ("mamba", {"state_size": 4}),
+    "modernbert": ("modernbert-decoder", {"local_attention": 8}),
+}
 
 
 @pytest.fixture
@@ -58,26 +100,156 @@ def test_preference_metrics_equal_their_formulas(
     assert metrics == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
-def test_batched_greedy_answers_equal_one_by_one(
-    load: Load, build_model: Any, tokenizer: Any, pairs: data.Data
+@pytest.fixture
+def unlike(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Make a random model of any architecture here."""
+    monkeypatch.setattr("tests.test_engine_shared_prefix.ARCHITECTURES", ARCHITECTURES | OTHERS)
+    return lambda name: make_model(name).eval()
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *OTHERS])
+def test_scores_of_every_architecture_are_those_of_its_logits(
+    unlike: Callable[[str], Any], tokenizer: Any, name: str
 ) -> None:
-    network = build_model(load("optimizer=lora")).eval()
-    together = generate(network, tokenizer, pairs.held_out, 12, check=True, desc="test")
-    for row, answered in zip(pairs.held_out, together, strict=True):
-        ids = list(row["prompt_ids"])
-        while len(ids) < len(row["prompt_ids"]) + 12 and ids[-1] != tokenizer.eos_token_id:
-            with torch.no_grad():
-                ids.append(network(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
-        text = tokenizer.decode(ids[len(row["prompt_ids"]) :], skip_special_tokens=True)
-        assert answered.answer == text
+    network = unlike(name)
+    pairs = datasets.Dataset.from_list(make_pairs(5))
+    with torch.no_grad():
+        scores = score(network, tokenizer, pairs, "test")
+    for side, found in (("chosen", scores.chosen_logps), ("rejected", scores.rejected_logps)):
+        expected = [one_by_one(network, row["prompt_ids"], row[f"{side}_ids"]) for row in pairs]
+        means = [sum(one) / len(one) for one in expected]
+        assert found.tolist() == pytest.approx(means, abs=2e-5)
+    assert head.has_plain_head(network) == (name != "modernbert")
+
+
+class Largest(TorchDispatchMode):
+    """Keeps the most numbers that a tensor has had."""
+
+    numbers = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        found = function(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor):
+            self.numbers = max(self.numbers, found.numel())
+        return found
+
+
+@pytest.mark.parametrize("optimizer", ["lora", "adamw"])
+def test_scoring_never_holds_the_logits_of_a_batch(
+    load: Load, build_model: Any, tokenizer: Any, optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "CHUNK", 8)
+    network = build_model(load(f"optimizer={optimizer}")).eval()
+    base = network.get_base_model() if optimizer == "lora" else network
+    base.resize_token_embeddings(20_000)
+    row = {"prompt_ids": [3, 4, 5], "chosen_ids": list(range(6, 26)), "rejected_ids": [7, 8]}
+    pairs = datasets.Dataset.from_list([row] * 16)
+    with torch.no_grad(), Largest() as largest:
+        score(network, tokenizer, pairs, "test")
+    weight = base.get_output_embeddings().weight
+    # A probe of one sequence and chunks of 8 rows; the logits of a batch would be 16 times 23 rows
+    assert largest.numbers <= max(weight.numel(), len(head.PROBE) * len(weight))
+
+
+def by_argmax(network: Any, prompt: list[int], ends: list[int], max_new_tokens: int) -> list[int]:
+    """Answer a prompt in the plainest way, one token at a time and without a cache."""
+    answer: list[int] = []
+    while len(answer) < max_new_tokens:
+        with torch.no_grad():
+            logits = network(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits
+        token = int(logits[0, -1].argmax())
+        if token in ends:
+            break
+        answer.append(token)
+    return answer
+
+
+def assert_answers(
+    answers: list[Generation], rows: Any, network: Any, tokenizer: Any, ends: list[int], size: int
+) -> None:
+    for row, answered in zip(rows, answers, strict=True):
+        expected = by_argmax(network, row["prompt_ids"], ends, size)
+        assert answered.answer == tokenizer.decode(expected, skip_special_tokens=True)
+        assert answered.num_tokens == len(expected)
+        assert answered.repetition == repetition(expected)
+
+
+@pytest.mark.parametrize("optimizer", ["lora", "adamw"])
+def test_answers_are_plainly_greedy_whatever_the_models_own_settings(
+    load: Load, build_model: Any, tokenizer: Any, pairs: data.Data, optimizer: str, tmp_path: Path
+) -> None:
+    network = build_model(load(f"optimizer={optimizer}")).eval()
+    base = network.get_base_model() if optimizer != "adamw" else network
+    (answer_begins,) = tokenizer("7", add_special_tokens=False)["input_ids"][-1:]
+    base.generation_config = GenerationConfig(**MEDDLING, eos_token_id=[answer_begins, 2])
+    base.generation_config.save_pretrained(tmp_path / "before")
+    answers = generate(network, tokenizer, pairs.held_out, 12, check=True, desc="test")
+    ends = [tokenizer.eos_token_id, answer_begins]
+    assert turn_ends(network, tokenizer) == sorted({*ends, 2})
+    assert_answers(answers, pairs.held_out, network, tokenizer, ends, 12)
+    assert len({one.num_tokens for one in answers}) > 1
+    base.generation_config.save_pretrained(tmp_path / "after")
+    files = [tmp_path / when / "generation_config.json" for when in ("before", "after")]
+    assert files[0].read_text() == files[1].read_text()
+
+
+@pytest.mark.slow
+def test_smollm2_answers_as_a_plain_argmax_loop_does(
+    assets: Path, load: Load, pairs: data.Data
+) -> None:
+    if not SMOLLM2.is_dir():
+        pytest.skip("SmolLM2 is not on this machine: python ../shared/assets/get_smollm2.py")
+    loaded = load("model=local", f"model.path={SMOLLM2}", "model.dtype=fp32", "optimizer=lora")
+    tokenizer = model.load_tokenizer(loaded.model, model.load_config(loaded.model))
+    network = model.load(loaded, tokenizer, torch.float32).eval()
+    (full_stop,) = tokenizer(".", add_special_tokens=False)["input_ids"]
+    network.generation_config = GenerationConfig(
+        repetition_penalty=1.3, eos_token_id=[tokenizer.eos_token_id, full_stop]
+    )
+    asked = ["What is the capital of France?", "Write three words about the sea."]
+    rows = []
+    for text in asked:
+        messages = [{"role": "user", "content": text}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        rows.append({"prompt_ids": ids, "prompt_text": text, "chosen_text": ""})
+    answers = generate(
+        network, tokenizer, datasets.Dataset.from_list(rows), 24, check=False, desc="test"
+    )
+    ends = [tokenizer.eos_token_id, full_stop]
+    assert_answers(answers, rows, network, tokenizer, ends, 24)
+    assert answers[0].num_tokens > 3
+
+
+TEMPLATES = {
+    "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>\n{% endfor %}": "<|im_end|>",
+    "{% for m in messages %}{{ m.content }}\n<|im_end|>{% endfor %}": "<|im_end|>",
+    "{% for m in messages %}{{ m.content }}\n{% endfor %}": None,
+    "{{ messages[0].content }}": None,
+    "{{ raise_exception('no') }}": None,
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_the_token_that_a_template_ends_a_turn_with_ends_an_answer(
+    build_model: Any, load: Load, tokenizer: Any, template: str
+) -> None:
+    own = copy.deepcopy(tokenizer)
+    own.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    own.chat_template = template
+    network = build_model(load("optimizer=lora"))
+    network.get_base_model().generation_config.eos_token_id = None
+    ends = own.convert_ids_to_tokens(turn_ends(network, own))
+    assert set(ends) == {own.eos_token, TEMPLATES[template]} - {None}
 
 
 def test_a_right_answer_is_an_exact_match(tokenizer: Any, pairs: data.Data) -> None:
     class Oracle:
         """Answers every prompt with its chosen completion."""
 
-        def parameters(self) -> Any:
-            return iter([torch.zeros(1)])
+        device = torch.device("cpu")
+        generation_config = GenerationConfig()
 
         def generate(self, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
             answers = [row["chosen_ids"] for row in pairs.held_out]

@@ -83,7 +83,7 @@ def test_what_a_command_line_or_a_file_names_is_not_called(
     (tmp_path / "package" / "__init__.py").write_text("open('marker', 'w')\n")
     (tmp_path / "conf" / "run.pickle").write_bytes(pickle.dumps(Bomb(tmp_path / "marker")))
     path = {"PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}{os.pathsep}{tmp_path}"}
-    assert message in refused(launch(*arguments, expect=1, env=path))
+    assert message in refused(launch(*arguments, expect=1, env=path, fresh=True))
     assert not (tmp_path / "marker").exists()
 
 

@@ -145,7 +145,10 @@ def test_a_revision_is_a_name_and_no_folder(
 
 
 def begin(place: RunFolder, loaded: config.Config, **rest: Any) -> None:
-    place.begin(loaded, {}, [], **{"resume": None, **rest})
+    place.begin(loaded, {}, place.check(loaded, [], **{"resume": None, **rest}))
+    place.append_metrics(
+        1, {"loss": 1.0}
+    )  # it has come to a step: there is something to go on with
 
 
 def test_a_finished_run_is_recognised_by_its_data_and_refused_for_others(

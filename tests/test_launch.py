@@ -40,6 +40,22 @@ def test_help_lists_every_option(launch: Launch) -> None:
         assert f"  {file.stem} " in text
 
 
+def test_help_lists_options_of_a_folder_of_ones_own(tmp_path: Path) -> None:
+    from launch import help_text
+
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\n# My recipe.\n")
+    text = help_text(["--help", "--config-dir", str(tmp_path)])
+    assert re.search(r"^  mine +My recipe\.$", text, flags=re.MULTILINE)
+    assert "  mistral_qlora " in text
+
+
+def test_what_reads_the_help_may_go_away(tmp_path: Path) -> None:
+    line = f"{sys.executable} {ROOT / 'launch.py'} --help | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def refused(done: subprocess.CompletedProcess[str]) -> str:
     """Return a refusal's one line."""
     lines = done.stderr.strip().splitlines()
@@ -58,10 +74,11 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
         (["beta=nan"], "beta=nan must be a number of at least 0"),
         (["optimizer=galor"], "'optimizer/galor' .* adamw galore .* Did you mean 'galore'?"),
         (["optimizer=galore", "quantization=nf4"], "quantized weights cannot be trained"),
-        (["experiment=null"], "must be a string"),
+        (["experiment=null"], "experiment=null names no option of the group; leave it out"),
+        (["tracker=null"], "tracker=null names no option of the group; write tracker=none"),
         (["model=hub"], "model.path has no value"),
         (["hydra.run.dir=/proc/nowhere"], "/proc/nowhere.* choose another folder"),
-        (["hydra.run.dir=/proc/self"], "cannot be written to"),
+        (["hydra.run.dir=/proc/self"], "/proc/self is not empty and holds no run of this lab"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -130,7 +147,8 @@ def test_what_cannot_be_run_is_refused_before_training(
 
 def test_an_unreachable_hub_is_one_line_with_and_without_offline_mode(launch: Launch) -> None:
     online = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    line = refused(launch("model=hub", "model.path=org/name", "tracker=none", env=online, expect=1))
+    arguments = ("model=hub", "model.path=org/name", "tracker=none")
+    line = refused(launch(*arguments, env=online, expect=1, fresh=True))
     assert "org/name cannot be loaded" in line
 
 
@@ -194,3 +212,22 @@ def test_a_failed_job_of_a_sweep_is_named_and_the_exit_code_is_not_zero(
     done = launch("-m", "beta=-1,-2", expect=1)
     assert "error: beta=-1.0" in done.stderr
     assert "error: beta=-2.0" in done.stderr
+
+
+def test_combinations_that_do_not_fit_fail_and_the_others_run(launch: Launch) -> None:
+    done = launch("-m", "optimizer=qlora,galore", "optimizer.r=8,16", "beta=-1", expect=1)
+    assert (
+        len(re.findall("error: optimizer=galore optimizer.r=.*no|error: .*'r' not in", done.stderr))
+        == 2
+    )
+    assert done.stderr.count("error: beta=-1.0") == 2
+    assert "job 2 of 2" in done.stdout
+    assert "2 of 2 jobs ended after" in done.stdout
+
+
+def test_a_number_in_a_recipe_where_text_belongs_is_refused(launch: Launch, tmp_path: Path) -> None:
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    recipe = "# @package _global_\nmodel:\n  revision: 1.10\n"
+    (tmp_path / "own" / "experiment" / "mine.yaml").write_text(recipe)
+    line = refused(launch("--config-dir", "own", "experiment=mine", expect=1))
+    assert "model.revision is text, and 1.1 without quotes" in line

@@ -1,24 +1,90 @@
 import math
+from typing import Any
 
+import mpmath
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
 from trl.experimental.orpo.orpo_trainer import log1mexp as trl_log1mexp
 
-from orpo_lab.loss import log1mexp, log_odds_ratio
+from orpo_lab.config import Objective
+from orpo_lab.loss import log1mexp, log_odds_ratio, orpo
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+OBJECTIVES = [
+    Objective(nll_scope="prompt_and_completion", nll_mean="tokens", penalty="log_sigmoid"),
+    Objective(nll_scope="completion", nll_mean="sequences", penalty="log_odds"),
+]
 
 
-def test_log1mexp_equals_float64_and_trl() -> None:
-    x = -torch.logspace(-6, 1.5, 200, dtype=torch.float64)
-    exact = torch.tensor([math.log(-math.expm1(value)) for value in x.tolist()])
-    assert torch.allclose(log1mexp(x.float()).double(), exact.double(), rtol=2e-6)
-    assert torch.equal(log1mexp(x.float()), trl_log1mexp(x.float()))
+def exact(x: float) -> tuple[float, float]:
+    """Return log(1 - exp(x)) and its derivative, from fifty digits."""
+    with mpmath.workdps(50):
+        rest = -mpmath.expm1(mpmath.mpf(x))
+        return float(mpmath.log(rest)), float(-mpmath.exp(mpmath.mpf(x)) / rest)
 
 
-def test_log1mexp_and_its_gradient_stay_finite_as_p_nears_one() -> None:
-    x = torch.tensor([-1e-7, -1e-3, -0.7, -50.0], requires_grad=True)
-    log1mexp(x).sum().backward()
-    assert x.grad is not None
-    assert torch.isfinite(x.grad).all()
+def with_slope(function: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.clone().requires_grad_()
+    value = function(x)
+    (slope,) = torch.autograd.grad(value.sum(), x)
+    return value.detach(), slope
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_log1mexp_and_its_slope_are_exact_wherever_p_is_below_1(dtype: torch.dtype) -> None:
+    smallest = math.log10(torch.finfo(dtype).tiny)
+    exponents = torch.linspace(smallest, 1.9, 2000, dtype=torch.float64)
+    around_the_split = -math.log(2) * (1 + torch.linspace(-1e-2, 1e-2, 101, dtype=torch.float64))
+    x = torch.cat([-(10**exponents), around_the_split]).to(dtype)
+    x = x[x <= -torch.finfo(dtype).tiny]
+    values, slopes = with_slope(log1mexp, x)
+    expected = torch.tensor([exact(one) for one in x.tolist()], dtype=torch.float64)
+    rtol = 8 * torch.finfo(dtype).eps
+    assert torch.allclose(values.double(), expected[:, 0], rtol=rtol, atol=0)
+    assert torch.allclose(slopes.double(), expected[:, 1], rtol=rtol, atol=0)
+
+
+def test_log1mexp_is_trls_where_trls_is_right() -> None:
+    x = -torch.logspace(-6, 1.5, 200)
+    assert torch.equal(log1mexp(x), trl_log1mexp(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_p_of_1_counts_as_the_nearest_p_below_and_pulls_at_nothing(dtype: torch.dtype) -> None:
+    tiny = torch.finfo(dtype).tiny
+    x = torch.tensor([0.0, -0.0, -tiny / 2, -5e-324, -tiny], dtype=dtype)
+    values, slopes = with_slope(log1mexp, x)
+    assert values.tolist() == pytest.approx([math.log(tiny)] * 5, rel=8 * torch.finfo(dtype).eps)
+    assert slopes[:4].tolist() == [0] * 4
+    assert slopes[4].item() == pytest.approx(-1 / tiny, rel=8 * torch.finfo(dtype).eps)
+
+
+@given(st.floats(max_value=0, allow_infinity=False, width=32), st.sampled_from(DTYPES))
+def test_log1mexp_and_its_slope_are_finite_for_every_log_p(x: float, dtype: torch.dtype) -> None:
+    values, slopes = with_slope(log1mexp, torch.tensor([x], dtype=dtype))
+    assert torch.isfinite(values).all()
+    assert torch.isfinite(slopes).all()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@given(
+    st.floats(max_value=0, min_value=-1e4, width=32),
+    st.floats(max_value=0, min_value=-1e4, width=32),
+)
+def test_the_loss_and_its_gradient_are_finite_for_every_pair_of_log_ps(
+    objective: Objective, chosen: float, rejected: float
+) -> None:
+    logps = torch.tensor([[-3.0, chosen, rejected], [-2.0, -1.0, -1.5]], requires_grad=True)
+    num = torch.tensor(2.0)
+    counts = torch.ones(2, 3)
+    losses = orpo(logps, counts, beta=0.1, objective=objective, num_tokens=2 * num, num_pairs=num)
+    losses.loss.backward()
+    assert logps.grad is not None
+    assert torch.isfinite(logps.grad).all()
+    assert all(torch.isfinite(one).all() for one in vars(losses).values())
 
 
 def test_log_odds_ratio_is_that_of_the_paper() -> None:

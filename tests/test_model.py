@@ -1,16 +1,21 @@
-"""Weights and tokenizers: the real bitsandbytes layers, and every fallback."""
+"""Weights and tokenizers: what a folder holds, and every fallback."""
 
 import json
 import logging
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from orpo_lab import config, model
+from benchmarks.faults.families import numbers, weights
+from orpo_lab import config, model, quantization
+from orpo_lab.data import Data
 from orpo_lab.errors import UserError
 from tests.conftest import ROOT
 
@@ -164,9 +169,9 @@ def test_no_flash_attention_means_sdpa(caplog: pytest.LogCaptureFixture) -> None
     logging.getLogger("orpo_lab").propagate = True
     caplog.set_level("INFO")
     cpu = torch.device("cpu")
-    assert model.resolve_attention("auto", cpu, torch.bfloat16) == "sdpa"
+    assert model.resolve_attention("auto", cpu, torch.bfloat16) is None  # transformers' choice
     assert not caplog.text
-    assert model.resolve_attention("flash_attention_2", cpu, torch.bfloat16) == "sdpa"
+    assert model.resolve_attention("flash_attention_2", cpu, torch.bfloat16) is None
     assert "using sdpa" in caplog.text
     assert model.resolve_attention("eager", cpu, torch.bfloat16) == "eager"
 
@@ -183,6 +188,286 @@ def bare(tmp_path: Path) -> Path:
     words = json.loads((folder / "tokenizer.json").read_text())
     (folder / "tokenizer.json").write_text(json.dumps({**words, "padding": None}))
     return folder
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """The tiny model in a folder that a test may change."""
+    return numbers.base_model(tmp_path / "base")
+
+
+def load_base(load: Load, folder: Path, *overrides: str) -> Any:
+    """Load a folder as a run does: its configuration, its tokenizer, its weights."""
+    loaded = load("model=local", f"model.path={folder}", "model.dtype=fp32", *overrides)
+    settings = model.load_config(loaded.model)
+    quantization.check(loaded, settings)
+    tokenizer = model.load_tokenizer(loaded.model, settings)
+    return model.load(loaded, tokenizer, torch.float32)
+
+
+ONE_EACH = [
+    pytest.param(damage, overrides, says, id=name)
+    for name, (damage, overrides, says) in weights.DAMAGED.items()
+]
+
+
+@pytest.mark.parametrize(("damage", "attempts", "says"), ONE_EACH)
+def test_a_damaged_base_is_refused_in_one_line(
+    load: Load,
+    base: Path,
+    damage: Callable[[Path], None],
+    attempts: tuple[str, ...],
+    says: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    damage(base)
+    for attempt in attempts:
+        with pytest.raises(UserError, match=says) as refusal:
+            load_base(load, base, attempt)
+        assert "\n" not in str(refusal.value)
+    assert not [one for one in caplog.records if one.name.startswith("transformers.modeling")]
+
+
+def test_weights_that_nothing_needs_are_no_fault(load: Load, base: Path) -> None:
+    """Rotary buffers of old checkpoints; a head beside embeddings that it is tied to."""
+    weights.set_weights(
+        base,
+        lambda old: (
+            old
+            | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)}
+            | {"lm_head.weight": old["model.embed_tokens.weight"].clone()}
+        ),
+    )
+    network = load_base(load, base, "optimizer=lora")
+    assert model.fingerprint(network) == model.fingerprint(load_base(load, TINY, "optimizer=lora"))
+
+
+def test_a_head_that_differs_from_embeddings_is_kept(load: Load, base: Path) -> None:
+    weights.untie(base)
+    weights.set_weights(base, lambda old: old | {"lm_head.weight": 2 * old["lm_head.weight"]})
+    network = load_base(load, base, "optimizer=lora")
+    assert torch.equal(network.lm_head.weight, 2 * network.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize(
+    ("damage", "asked", "kind"),
+    [
+        (weights.NF4, "quantization=nf4", torch.uint8),
+        (weights.INT8, "quantization=int8", torch.int8),
+    ],
+)
+def test_a_folder_quantized_as_asked_for_is_loaded_as_it_is(
+    load: Load, base: Path, damage: Callable[[Path], None], asked: str, kind: torch.dtype
+) -> None:
+    fresh = load_base(load, base, asked)
+    damage(base)
+    stored = load_base(load, base, asked)
+    assert model.fingerprint(stored) == model.fingerprint(fresh)
+    layer = stored.model.layers[0].self_attn.q_proj
+    assert layer.weight.dtype == kind
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        assert torch.equal(stored(input_ids=ids).logits, fresh(input_ids=ids).logits)
+
+
+def test_a_folder_in_4_bits_computes_in_the_precision_that_is_asked_for(
+    load: Load, base: Path
+) -> None:
+    weights.quantized(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )(base)
+    layer = load_base(load, base).model.layers[0].self_attn.q_proj
+    assert layer.compute_dtype == torch.float32
+
+
+def test_settings_of_sampling_beside_greedy_do_not_stop_a_save(
+    load: Load, base: Path, tmp_path: Path
+) -> None:
+    file = base / "generation_config.json"
+    vicuna = {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "eos_token_id": [2, 5]}
+    file.write_text(json.dumps({**vicuna, "repetition_penalty": 1.1}))
+    network = load_base(load, base, "optimizer=adamw")
+    network.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert "temperature" not in saved
+    assert (saved["eos_token_id"], saved["repetition_penalty"]) == ([2, 5], 1.1)
+
+
+def architecture(folder: Path, kind: str, **settings: Any) -> Path:
+    """Save a model with random weights, of the tiny one's vocabulary, and its tokenizer."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 696,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    own = AutoConfig.for_model(kind, **{**sizes, **settings})
+    AutoModelForCausalLM.from_config(own).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(TINY / name, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("llama", {"attention_dropout": 0.1}),
+        ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.3, "layerdrop": 0.5}),
+        ("gpt_bigcode", {"attn_pdrop": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1}),
+        ("gpt_neox", {"attention_dropout": 0.1, "hidden_dropout": 0.1}),
+        ("phimoe", {"num_local_experts": 2, "router_jitter_noise": 0.5}),
+    ],
+)
+def test_no_base_draws_at_random(
+    load: Load, tmp_path: Path, kind: str, settings: dict[str, Any]
+) -> None:
+    network = load_base(load, architecture(tmp_path, kind, **settings), "optimizer=adamw").train()
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        first, second = (network(input_ids=ids).logits for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_a_base_that_draws_at_random_all_the_same_is_refused(
+    load: Load, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama import modeling_llama
+
+    read = modeling_llama.LlamaMLP.forward
+    drop = torch.nn.functional.dropout
+    monkeypatch.setattr(
+        modeling_llama.LlamaMLP,
+        "forward",
+        lambda self, x: drop(read(self, x), 0.1, self.training),
+    )
+    with pytest.raises(UserError, match="LlamaForCausalLM draws at random in training"):
+        load_base(load, base, "optimizer=adamw")
+
+
+def test_loading_draws_nothing_from_the_seed(load: Load, base: Path) -> None:
+    torch.manual_seed(5)
+    load_base(load, base, "optimizer=adamw")
+    drawn = torch.rand(())
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(()))
+
+
+def test_a_model_without_sdpa_is_read_with_eager_attention_which_is_said(
+    load: Load, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("orpo_lab").propagate = True
+    caplog.set_level("INFO")
+    network = load_base(load, architecture(tmp_path, "bloom", n_layer=2, n_head=4))
+    assert network.config._attn_implementation == "eager"
+    assert "BloomForCausalLM has no sdpa, using eager" in caplog.text
+
+
+def test_experts_in_one_parameter_are_refused_with_their_share(load: Load, tmp_path: Path) -> None:
+    settings = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64}
+    folder = architecture(tmp_path, "mixtral", **settings)
+    network = load_base(load, folder, "optimizer=adamw")
+    layer = network.model.layers[0]
+    experts = sum(p.numel() for p in layer.mlp.parameters())
+    attention = sum(p.numel() for p in layer.self_attn.parameters())
+    share = f"{experts / (experts + attention):.0%}"
+    with pytest.raises(UserError, match=f"MixtralForCausalLM has {share} of its layers' weights"):
+        model.projections(network)
+
+
+def test_of_a_model_that_also_sees_the_language_model_is_meant(load: Load, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    text = {
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 696,
+        "max_position_embeddings": 128,
+    }
+    folder = architecture(
+        tmp_path,
+        "gemma3",
+        text_config=sizes | text,
+        vision_config=sizes | {"num_hidden_layers": 1, "image_size": 32, "patch_size": 8},
+        mm_tokens_per_image=4,
+        image_token_index=695,
+    )
+    found = model.projections(load_base(load, folder, "optimizer=lora"))
+    assert len(found) == 2 * 7
+    assert all(".language_model.layers." in name for name in found)
+    loaded = load("model=local", f"model.path={folder}", "dataset.max_length=129")
+    with pytest.raises(UserError, match=r"dataset.max_length=129 is above the model's context"):
+        model.check_context(model.load_config(loaded.model), loaded.dataset)
+
+
+def test_longrope_is_refused_where_a_row_would_change_the_rows_beside_it(load: Load) -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+        "original_max_position_embeddings": 64,
+    }
+    own = AutoConfig.for_model(
+        "phi3", hidden_size=32, num_attention_heads=4, max_position_embeddings=4096
+    )
+    own.rope_parameters = rope
+    shorter = ("dataset.max_prompt_length=32", "dataset.max_new_tokens=8")
+    model.check_context(own, load("dataset.max_length=64", *shorter).dataset)
+    with pytest.raises(UserError, match=r"dataset.max_length=65 is above .*longrope.* 64 tokens"):
+        model.check_context(own, load("dataset.max_length=65", *shorter).dataset)
+
+
+def test_a_spare_token_is_warned_of_and_refused_in_a_text(
+    load: Load, base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("orpo_lab").propagate = True
+    words = json.loads((base / "tokenizer.json").read_text())
+    spare = {**words["added_tokens"][0], "id": 696, "content": "<image_soft_token>"}
+    words["added_tokens"].append(spare)
+    (base / "tokenizer.json").write_text(json.dumps(words))
+    settings = local(load, base)
+    own = model.load_config(settings)
+    tokenizer = model.load_tokenizer(settings, own)
+    assert "<image_soft_token> of its tokenizer have no row" in caplog.text
+    ids = {"prompt_ids": [1, 7], "chosen_ids": [9, 2]}
+    for last, refused in ((695, False), (696, True)):
+        rows = datasets.Dataset.from_list([ids | {"rejected_ids": [last]}])
+        with pytest.raises(UserError, match="<image_soft_token>") if refused else nullcontext():
+            model.check_ids(tokenizer, own, Data(rows, rows, {}, checkable=False))
+
+
+def test_a_tokenizer_of_another_model_is_refused(load: Load, base: Path) -> None:
+    weights.set_config(base, vocab_size=300)
+    settings = local(load, base)
+    with pytest.raises(UserError, match="they do not belong together"):
+        model.load_tokenizer(settings, model.load_config(settings))
+
+
+@pytest.mark.parametrize(("optimizer", "warned"), [("lora", True), ("adamw", False)])
+def test_adapters_on_special_tokens_that_were_never_trained_are_warned_of(
+    load: Load, base: Path, caplog: pytest.LogCaptureFixture, optimizer: str, warned: bool
+) -> None:
+    logging.getLogger("orpo_lab").propagate = True
+
+    def forget(old: dict[str, Any]) -> dict[str, Any]:
+        old["model.embed_tokens.weight"][2] = 0
+        return old
+
+    load_base(load, base, f"optimizer={optimizer}")
+    assert "never trained" not in caplog.text
+    weights.set_weights(base, forget)
+    load_base(load, base, f"optimizer={optimizer}")
+    assert ("the embeddings of </s> are (nearly) zero" in caplog.text) == warned
 
 
 def local(load: Load, folder: Path) -> config.Model:

@@ -36,7 +36,8 @@ def all_finite(folder: Path) -> bool:
 def test_a_run_leaves_everything_and_a_clean_terminal(
     launch: Launch, tmp_path: Path, optimizer: str
 ) -> None:
-    done = launch(f"optimizer={optimizer}", *QUICK, "hydra.run.dir=run")
+    is_default = optimizer == "qlora"
+    done = launch(f"optimizer={optimizer}", *QUICK, "hydra.run.dir=run", fresh=is_default)
     assert done.stderr == "", "no upstream warning in a normal run"
     assert "| preference_accuracy |" in done.stdout
     run = tmp_path / "run"
@@ -51,7 +52,10 @@ def test_a_run_leaves_everything_and_a_clean_terminal(
     assert len(summary["dataset_fingerprint"]["train"]) == 64
     status = json.loads((run / "status.json").read_text())
     assert len(status.pop("config_hash")) == 16
-    assert status == {"state": "finished", "reason": "", "exit_code": 0}
+    assert status.pop("results") == summary["config_hash"]
+    assert status.pop("sweep_start") is None
+    assert status == {"state": "finished", "reason": "", "exit_code": 0, "missing": {}}
+    assert not list((run / "checkpoints").iterdir())
     assert (run / "plots" / "training.png").stat().st_size > 20_000
     assert (run / "samples.md").read_text().count("\nafter:\n") == 4
     assert all_finite(run)
@@ -70,9 +74,10 @@ def test_without_a_tracker_wandb_is_not_imported(launch: Launch, tmp_path: Path)
     poisoned.mkdir()
     (poisoned / "wandb.py").write_text("raise RuntimeError('wandb was imported')\n")
     env = {"PYTHONPATH": str(poisoned)}
-    launch(*QUICK, "tracker=none", "hydra.run.dir=run", env=env)
+    launch(*QUICK, "tracker=none", "hydra.run.dir=run", env=env, fresh=True)
     assert not (tmp_path / "run" / "wandb").exists()
-    assert "wandb was imported" in launch(*QUICK, "hydra.run.dir=other", env=env, expect=1).stderr
+    done = launch(*QUICK, "hydra.run.dir=other", env=env, fresh=True)
+    assert "tracker is missing (RuntimeError: wandb was imported)" in done.stdout
 
 
 def test_faulty_rows_are_counted_and_never_reach_a_weight(launch: Launch, tmp_path: Path) -> None:

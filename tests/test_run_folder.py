@@ -1,10 +1,27 @@
+import hashlib
+import json
+import os
 import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+import launch
+from orpo_lab import config, data, model, run_folder, tracker
+from orpo_lab.errors import UserError
 from orpo_lab.run_folder import RunFolder, git_commit, versions
+from tests.conftest import ROOT
+
+Load = Callable[..., config.Config]
 
 
-def test_metrics_are_appended_and_cut_back_to_a_checkpoint(tmp_path: Path) -> None:
+def test_metrics_are_appended_and_cut_back_to_a_checkpoint(load: Load, tmp_path: Path) -> None:
     place = RunFolder(tmp_path)
     for step in (1, 2):
         place.append_metrics(step, {"loss": 1 / step})
@@ -12,7 +29,8 @@ def test_metrics_are_appended_and_cut_back_to_a_checkpoint(tmp_path: Path) -> No
     place.append_metrics(3, {"loss": 1 / 3})
     with (tmp_path / "metrics.jsonl").open("a") as lines:
         lines.write('{"step": 4, "lo')  # killed here
-    place.go_on(Path(kept))
+    start = {"config_hash": "one", "overrides": []}
+    place.begin(load(), {}, start, metrics=Path(kept))
     place.append_metrics(3, {"loss": 9.0})
     assert [line["step"] for line in place.metrics()] == [1, 2, 3]
     assert place.metrics()[-1]["loss"] == 9.0
@@ -22,3 +40,247 @@ def test_versions_name_what_a_result_depends_on() -> None:
     assert {"torch", "transformers", "trl", "peft", "bitsandbytes"} <= versions().keys()
     commit = git_commit()
     assert commit is None or len(commit.split()[0]) == 40
+
+
+# What lies in a folder when a start in it is refused, or fails before its first step
+
+TWO_STEPS = (
+    "optimizer=lora",
+    "dataset=file",
+    "dataset.train_path=pairs.jsonl",
+    "dataset.num_eval=4",
+    "dataset.num_generations=2",
+    "dataset.max_new_tokens=4",
+    "dataset.max_length=128",
+    "dataset.max_prompt_length=64",
+    "train.batch_size=4",
+    "train.max_steps=2",
+    "train.logging_steps=1",
+    "tracker=none",
+)
+
+
+def start(*overrides: str) -> None:
+    """Start a run as launch.py does once Hydra has composed its configuration."""
+    config.register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        composed = compose("config", list(overrides), return_hydra_config=True)
+    HydraConfig.instance().set_config(composed)
+    folder = Path(composed.hydra.run.dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    job = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+    launch.run_job(job, folder, None)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def write_pairs(file: Path, chosen: str = "good") -> None:
+    rows = [
+        {"prompt": f"{i}?", "chosen": f" {i} is {chosen}", "rejected": f" {i} is bad"}
+        for i in range(24)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the pairs, and in `run` a finished run that has kept no checkpoint."""
+    place = tmp_path_factory.mktemp("finished")
+    write_pairs(place / "pairs.jsonl")
+    before = Path.cwd()
+    os.chdir(place)
+    try:
+        start(*TWO_STEPS, "hydra.run.dir=run")
+    finally:
+        os.chdir(before)
+    return place
+
+
+@pytest.fixture
+def here(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, as the working directory."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fails
+
+
+Patch = pytest.MonkeyPatch
+AGAIN = ("hydra.run.dir=run", "resume=auto")
+NAMED = ("resume=run",)
+# What is started, what happens first, and what is said. Each is over the run that has finished.
+REFUSED: list[tuple[tuple[str, ...], Callable[[Patch], object] | None, str]] = [
+    (("hydra.run.dir=run",), None, "holds a run already"),
+    (("hydra.run.dir=run", "seed=1"), None, "holds a run already"),
+    (("hydra.run.dir=run", "train.max_steps=4"), None, "holds a run already"),
+    (("hydra.run.dir=", "resume=auto"), None, "hydra.run.dir is empty"),
+    (("resume=run", "hydra.run.dir=other"), None, "name two folders"),
+    (("resume=auto",), None, "give hydra.run.dir="),
+    ((*AGAIN, "beta=0.5"), None, "beta: 0.1 -> 0.5"),
+    ((*AGAIN, "beta_schedule=linear"), None, "beta_schedule: constant -> linear"),
+    ((*AGAIN, "seed=1"), None, "seed: 42 -> 1"),
+    ((*AGAIN, "train.max_steps=4"), None, "train.max_steps: 2 -> 4"),
+    ((*AGAIN, "optimizer=adamw", "accept_changes=true"), None, "no checkpoint fits another"),
+    ((*AGAIN, "optimizer.r=4", "accept_changes=true"), None, "no checkpoint fits another"),
+    ((*AGAIN, "beta=-1"), None, "beta=-1.0 must be"),
+    ((*AGAIN, "+betta=1"), None, "unknown key: betta"),
+    ((*AGAIN, "quantization=nf4"), None, "optimizer=lora keeps the base unquantized"),
+    ((*AGAIN, "train.max_steps=4", "accept_changes=true"), None, "holds the results of a run"),
+    ((*AGAIN, "beta=0.5", "accept_changes=true"), None, "holds the results of a run"),
+    ((*NAMED, "train.max_steps=4", "accept_changes=true"), None, "no valid checkpoint"),
+    ((*NAMED, "beta=0.5"), None, "beta: 0.1 -> 0.5"),
+    (AGAIN, lambda _: Path("pairs.jsonl").unlink(), "other contents now"),
+    ((*AGAIN, "dataset.train_path=nowhere.jsonl"), None, "other contents now"),
+    (
+        AGAIN,
+        lambda _: write_pairs(Path("pairs.jsonl"), "fine"),
+        "other contents now",
+    ),
+    ((*AGAIN, "model.path=./nowhere"), None, "other contents now"),
+    ((*AGAIN, "seed=1"), lambda _: Path("run/segments.json").write_text("[{"), "is damaged"),
+    ((*AGAIN, "seed=1"), lambda _: Path("run/config.yaml").write_text("a: [1"), "is damaged"),
+    ((*AGAIN, "seed=1"), lambda _: Path("run/segments.json").unlink(), "is missing"),
+]
+# Another configuration is accepted, so that the start goes as far as it can
+GOING = ("hydra.run.dir=run", "resume=auto", "beta=0.5", "accept_changes=true")
+FAILING: list[tuple[tuple[str, ...], Callable[[Patch], object], str]] = [
+    (GOING, lambda p: p.setattr(data, "load", raising(UserError("no rows"))), "no rows"),
+    (GOING, lambda p: p.setattr(model, "load", raising(MemoryError("no room"))), "no room"),
+    (
+        GOING,
+        lambda p: p.setattr(model, "load", raising(RuntimeError("CUDA out of memory"))),
+        "CUDA out of memory",
+    ),
+    (
+        (*GOING, "tracker=wandb"),
+        lambda p: p.setattr(tracker, "start", raising(UserError("no such project"))),
+        "no such project",
+    ),
+    (
+        GOING,
+        lambda p: p.setattr(
+            model, "load_tokenizer", raising(OSError(28, "No space left", "/dev/shm/cache"))
+        ),
+        "/dev/shm/cache cannot be",
+    ),
+    (GOING, lambda p: p.setattr(model, "check_context", raising(UserError("too long"))), "long"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "happen", "said"), REFUSED)
+def test_a_refused_start_leaves_a_finished_run_as_it_was(
+    here: Path,
+    monkeypatch: Patch,
+    overrides: tuple[str, ...],
+    happen: Callable[[Patch], object] | None,
+    said: str,
+) -> None:
+    if happen:
+        happen(monkeypatch)
+    before = hashes(here / "run")
+    assert {"final/adapter_model.safetensors", "summary.json", "run.log"} <= before.keys()
+    with pytest.raises(UserError, match=said):
+        start(*TWO_STEPS, *overrides)
+    assert hashes(here / "run") == before
+
+
+@pytest.mark.parametrize(("overrides", "happen", "said"), FAILING)
+def test_a_start_that_fails_before_its_first_step_leaves_a_finished_run_as_it_was(
+    here: Path,
+    monkeypatch: Patch,
+    overrides: tuple[str, ...],
+    happen: Callable[[Patch], object],
+    said: str,
+) -> None:
+    happen(monkeypatch)
+    # A model of the last step, to go on from
+    from orpo_lab import checkpoint, run
+
+    found = checkpoint.Checkpoint(here / "run", checkpoint.Made("", "", ""), checkpoint.Spent(), {})
+    monkeypatch.setattr(run, "_find_start", lambda *_: found)
+    monkeypatch.setattr(run, "_check_made", lambda *_, **__: None)
+    before = hashes(here / "run")
+    with pytest.raises(Exception, match=said):
+        start(*TWO_STEPS, *overrides)
+    assert hashes(here / "run") == before
+
+
+@pytest.mark.parametrize("overrides", [(), ("resume=auto",), ("dataset.train_path=nowhere",)])
+@pytest.mark.parametrize("name", ["final/thesis.tex", "config.yaml", "status.json", ".lock"])
+def test_a_folder_with_a_users_files_is_refused_and_left_as_it_is(
+    here: Path, name: str, overrides: tuple[str, ...]
+) -> None:
+    mine = here / "mine"
+    (mine / name).parent.mkdir(parents=True)
+    (mine / name).write_text('{"state": "of mine"}')
+    before = hashes(mine)
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        start(*TWO_STEPS, "hydra.run.dir=mine", *overrides)
+    assert hashes(mine) == before
+
+
+def test_the_same_start_again_has_nothing_to_do(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = hashes(here / "run")
+    start(*TWO_STEPS, *AGAIN)
+    assert "finished already" in capsys.readouterr().out
+    assert hashes(here / "run") == before
+
+
+def test_a_folder_of_a_failed_start_may_be_used_again(here: Path) -> None:
+    with pytest.raises(UserError):
+        start(*TWO_STEPS, "dataset.train_path=nowhere.jsonl", "hydra.run.dir=new")
+    assert RunFolder(here / "new").status()["state"] == "failed"
+    start(*TWO_STEPS, "hydra.run.dir=new")
+    assert RunFolder(here / "new").is_complete()
+    assert len(RunFolder(here / "new").segments()) == 1
+
+
+def test_a_run_is_not_gone_on_with_by_other_code_unless_told(
+    here: Path, monkeypatch: Patch, load: Load
+) -> None:
+    place = RunFolder(here / "run")
+    place.set_status("stopped")
+    loaded = load(*TWO_STEPS)
+    before = place.segments()[-1]["code"]
+    monkeypatch.setattr(run_folder, "code_hash", lambda: "other")
+    with pytest.raises(UserError, match=r"made by other code .* accept_changes=true"):
+        place.check(loaded, [], resume="auto")
+    accepted = place.check(load(*TWO_STEPS, "accept_changes=true"), [], resume="auto")
+    assert accepted["changes"] == {"code": [before, "other"]}
+    assert accepted["started"] == place.segments()[0]["started"]
+
+
+def test_a_version_that_cannot_be_told_is_none(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(run_folder, "PACKAGES", ("torch", "no-such-package"))
+    assert versions()["no-such-package"] is None
+
+
+def test_a_commit_is_of_the_repository_that_holds_the_lab(
+    tmp_path: Path, monkeypatch: Patch
+) -> None:
+    ours = git_commit()
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
+    (tmp_path / ".gitignore").write_text("lab/\n")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "unrelated"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    assert git_commit() == ours
+    lab = tmp_path / "lab" / "orpo_lab" / "run_folder.py"
+    lab.parent.mkdir(parents=True)
+    lab.touch()
+    monkeypatch.setattr(run_folder, "__file__", str(lab))
+    assert git_commit() is None

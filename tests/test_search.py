@@ -64,6 +64,11 @@ def test_a_misspelt_override_is_one_line(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: ")
 
 
+def test_where_every_trial_fails_so_does_the_search(tmp_path: Path) -> None:
+    done = run(tmp_path, "--num-trials", "1", "srch/a b(1)", "beta=-1,-2", *SHORT, expect=1)
+    assert "every trial failed; the last one: srch/a b(1)/0 failed: beta=-" in done.stderr
+
+
 @pytest.mark.slow
 def test_trials_finish_fail_and_go_on_in_their_folder(tmp_path: Path) -> None:
     arguments = ["study", "optimizer.learning_rate=1e-3,1e30", "train.max_steps=2", *SHORT]

@@ -219,6 +219,7 @@ def test_trusted_code_is_run_and_said_loudly(
         "tracker=none",
         "hydra.run.dir=run",
         env={"HF_MODULES_CACHE": str(tmp_path / "modules")},
+        fresh=True,
     )
     assert marker.exists()
     loud = f"WHATEVER CODE COMES WITH {with_code} IS RUN"

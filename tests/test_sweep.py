@@ -15,8 +15,8 @@ import yaml
 
 from orpo_lab import config
 from orpo_lab.errors import UserError
-from orpo_lab.run_folder import RunFolder
-from orpo_lab.sweep import Sweep, fresh_folder
+from orpo_lab.run_folder import LOCK, RunFolder
+from orpo_lab.sweep import CACHE, Sweep, fresh_folder
 from tests.conftest import ROOT
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
@@ -113,7 +113,7 @@ def test_a_job_that_fails_before_it_is_a_run_has_failed(load: Load, sweep: Sweep
     with pytest.raises(ImportError), sweep.claim(load(), folder):
         raise ImportError("no torch")
     assert RunFolder(folder).status()["state"] == "failed"
-    assert not (folder / ".lock").exists()
+    assert not (folder / LOCK).exists()
 
 
 def test_a_folder_made_by_other_code_or_data_is_refused_unless_told(sweep: Sweep) -> None:
@@ -189,7 +189,7 @@ def test_jobs_share_data_and_the_untrained_models_evaluation_and_the_same_runs_o
     }
     assert len(befores) == 1
     assert {one.name for one in folder.iterdir() if one.is_file()} >= {"report.html", "report.md"}
-    assert not (folder / ".cache").exists()
+    assert not (folder / CACHE).exists()
     alone = launch("beta=0.5", "seed=2", "hydra.run.dir=alone", *SHORT)
     assert "train: 1920 pairs" in alone.stdout
     (same,) = (
@@ -311,7 +311,8 @@ def test_jobs_in_processes_of_their_own_run_once_and_are_told_at_the_end(
     launch: Launch, tmp_path: Path, launcher: list[str]
 ) -> None:
     rates = "optimizer.learning_rate=1e-3,1e30"
-    done = launch("-m", *launcher, "beta=0.1,0.1,0.5", rates, SWEEP, *SHORT, expect=1)
+    sweep = ("-m", *launcher, "beta=0.1,0.1,0.5", rates, SWEEP)
+    done = launch(*sweep, *SHORT, expect=1, fresh=True)
     found = states(tmp_path / "sweep")
     assert sorted(found.values()) == ["failed", "failed", "finished", "finished"]
     assert done.stdout.count("NonFiniteError: after training") >= 2

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.faults.processes import Done
+from orpo_lab.run_folder import LOCK
 
 
 class Verdict(StrEnum):
@@ -120,8 +121,8 @@ def refused(
 
 
 def newest_sealed(run: Path) -> int | None:
-    """Return the step of the newest checkpoint with a seal; None: there is none."""
-    seals = run.glob("checkpoints/checkpoint-*/manifest.json")
+    """Return the step of the newest checkpoint or trained model with a seal; None: none has one."""
+    seals = run.glob("checkpoints/*-*/manifest.json")
     return max((int(seal.parent.name.rsplit("-", 1)[1]) for seal in seals), default=None)
 
 
@@ -159,7 +160,7 @@ def status(run: Path) -> str:
 
 def contents(folder: Path) -> dict[str, str]:
     """Return the hash of every file under a folder, but for a lock, which a kill leaves behind."""
-    found = (file for file in sorted(folder.rglob("*")) if file.name != ".lock")
+    found = (file for file in sorted(folder.rglob("*")) if file.name != LOCK)
     files = (file for file in found if file.is_file())
     return {str(file.relative_to(folder)): _digest(file) for file in files}
 

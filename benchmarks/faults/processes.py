@@ -92,6 +92,7 @@ def start(
     folder: Path,
     arguments: list[str],
     *,
+    at: Path | None = None,
     fresh: bool = False,
     environment: dict[str, str | None] | None = None,
     prepare: Callable[[], None] | None = None,
@@ -99,8 +100,9 @@ def start(
     """Start `launch.py` with these arguments.
 
     Args:
-        folder: the working directory; stdout and stderr go to files in it.
+        folder: stdout and stderr go to files in it.
         arguments: of the command line.
+        at: the working directory; None: the same folder.
         fresh: in a new interpreter, rather than forked from the server.
         environment: beside `ENVIRONMENT`; None takes a variable away.
         prepare: what a forked run does in its process before it begins.
@@ -118,7 +120,7 @@ def start(
         with out.open("wb") as stdout, err.open("wb") as stderr:
             process = subprocess.Popen(
                 [sys.executable, LAUNCH, *arguments],
-                cwd=folder,
+                cwd=at or folder,
                 env=environ,
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
@@ -127,7 +129,7 @@ def start(
                 preexec_fn=_default_signals,
             )
     else:
-        process = _Forked((arguments, folder, environ, out, err, prepare))
+        process = _Forked((arguments, at or folder, environ, out, err, prepare))
     return Running(process, out, err)
 
 

@@ -1,14 +1,16 @@
 """Preference data: rows -> pairs -> token ids, with every fault counted and reported.
 
 A row passes through `sources` and `files` (raw rows), `pairs` or `trees` (prompt, chosen and
-rejected), `splits` (what it shares with other rows, what is held out) and `encode` (ids). What can
-be wrong on the way is a `Fault`, and `dataset.faults` says what becomes of it.
+rejected), `splits` (what it shares with other rows, what is held out), `render` (the chat template)
+and `encode` (ids). What can be wrong on the way is a `Fault`, and `dataset.faults` says what
+becomes of it; `warn` says what is no fault of a row and still not what people expect.
 """
 
 import hashlib
 import json
 import logging
 from dataclasses import dataclass
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,19 @@ from transformers import PreTrainedTokenizerBase
 
 from orpo_lab.config import Dataset, EmbeddedDataset, OasstDataset, TableDataset
 from orpo_lab.data import sources
-from orpo_lab.data.encode import encode_row, special_tokens
-from orpo_lab.data.faults import Fault
+from orpo_lab.data.encode import FOUND, Encoder, special_tokens
 from orpo_lab.data.files import Source
-from orpo_lab.data.pairs import Pair, find_faults, from_transcripts, to_pair
+from orpo_lab.data.pairs import find_faults, from_transcripts, to_pair
 from orpo_lab.data.splits import Split
 from orpo_lab.data.trees import Trees
-from orpo_lab.errors import UserError, one_line
+from orpo_lab.data.warn import (
+    warn_of_lengths,
+    warn_of_losses,
+    warn_of_plain_text,
+    warn_of_unread,
+    warn_of_unused_ending,
+)
+from orpo_lab.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -60,24 +68,29 @@ class Data:
         return cls(train, held_out, **json.loads((folder / "data.json").read_text()))
 
 
-def load(config: Dataset, tokenizer: PreTrainedTokenizerBase) -> Data:
+def load(config: Dataset, tokenizer: PreTrainedTokenizerBase, *, today: date | None = None) -> Data:
     """Read, check and tokenize the training pairs and the held-out pairs.
+
+    Args:
+        config: the source, and what becomes of its faults.
+        tokenizer: the model's.
+        today: the date that chat templates which ask for one are given; None: the clock's.
 
     Raises:
         UserError: the source cannot be read, a row has a fault that `config.faults` refuses, or no
             pair is left.
     """
+    encoder = Encoder(config, tokenizer, today or date.today())
     train_source, held_out_source = sources.read(config)
     train, about_train = _read("train", train_source, config, tokenizer)
     if held_out_source:
         held_out, about_held_out = _read("held_out", held_out_source, config, tokenizer)
         train.drop_leaks(held_out)
     else:
-        held_out, about_held_out = train.hold_out(config.num_eval), {}
-    train.draw(config.num_train)
-    held_out.draw(config.num_eval)
-    train_pairs, train_report = _encode(train, config, tokenizer)
-    held_out_pairs, held_out_report = _encode(held_out, config, tokenizer)
+        held_out, about_held_out = train.hold_out(config.num_eval, encoder.encode), {}
+    train_pairs, train_report = _draw(train, config.num_train, config, encoder)
+    held_out_pairs, held_out_report = _draw(held_out, config.num_eval, config, encoder)
+    warn_of_plain_text(train, tokenizer)
     report = {"train": train_report | about_train, "held_out": held_out_report | about_held_out}
     return Data(train_pairs, held_out_pairs, report, isinstance(config, EmbeddedDataset))
 
@@ -88,6 +101,7 @@ def _read(
     """Return a split's pairs, and what its report has to say beside them."""
     find = partial(find_faults, special_tokens=special_tokens(tokenizer))
     split = Split(name, source, config.faults)
+    about: dict[str, Any] = {}
     match config:
         case OasstDataset():
             trees = Trees(config)
@@ -95,59 +109,33 @@ def _read(
             about = {"replies": trees.report()}
         case TableDataset():
             parse = from_transcripts if config.transcripts else to_pair
-            split.read(lambda raw, _: [parse(raw, config.columns)], find)
-            about = {}
+            columns = sources.needed(config)
+            split.read(lambda raw, _: [parse(raw, config.columns)], find, columns=columns)
+            warn_of_unread(split)
         case _:
-            split.read(lambda raw, _: [to_pair(raw, sources.EMBEDDED_COLUMNS)], find, CHECKS)
-            about = {}
+            split.read(lambda raw, _: [to_pair(raw, sources.EMBEDDED_COLUMNS)], find, checks=CHECKS)
     split.drop_repeats()
     return split, about
 
 
-def _encode(
-    split: Split, config: Dataset, tokenizer: PreTrainedTokenizerBase
+def _draw(
+    split: Split, num: int | None, config: Dataset, encoder: Encoder
 ) -> tuple[datasets.Dataset, dict[str, Any]]:
+    """Return `num` good pairs of a split as token ids, and its report."""
     _check_any_left(split)
-    encoded = _map(split, config, tokenizer)
-    faults = zip(encoded["fault"], encoded["detail"], strict=True)
-    found = {row: Fault(*one) for row, one in zip(split.rows, faults, strict=True) if one[0]}
-    split.filter(lambda row: [found[row]] if row in found else [])
+    judged = split.draw(num, encoder.encode)
+    warn_of_lengths(split, encoder.encoded(judged), config)
+    warn_of_losses(split)
     _check_any_left(split)
-    kept = encoded.select([at for at, fault in enumerate(encoded["fault"]) if not fault])
+    kept = encoder.encoded(split.rows)
+    warn_of_unused_ending(split, kept)
     report = split.report() | {
         "num_cut": sum(kept["cut"]),
         "num_repeated_prompts": sum(row.pair.repeated for row in split.rows),
         "fingerprint": _fingerprint(kept),
     }
     _say(split, report)
-    return kept.remove_columns(["pair", "fault", "detail", "cut"]), report
-
-
-def _map(split: Split, config: Dataset, tokenizer: PreTrainedTokenizerBase) -> datasets.Dataset:
-    """Tokenize in processes."""
-    # As JSON, since a column of a dataset cannot hold strings in one row and messages in another
-    rows = [{"pair": _to_json(row.pair), **row.checks} for row in split.rows]
-    try:
-        return datasets.Dataset.from_list(rows).map(
-            encode_row,
-            fn_kwargs={"dataset": config, "tokenizer": tokenizer},
-            num_proc=config.num_proc,
-            # A cache that outlives a change of this code would train on old ids
-            load_from_cache_file=False,
-            desc=f"tokenize {split.name}",
-        )
-    except RuntimeError as error:
-        if "abruptly died" not in str(error):
-            raise
-        # It was killed, as when memory runs out
-        raise UserError(
-            f"{split.name}: a process that tokenizes has died ({one_line(error)[:200]}); lower "
-            "dataset.num_proc, or set it to null"
-        ) from error
-
-
-def _to_json(pair: Pair) -> str:
-    return json.dumps([pair.prompt, pair.chosen, pair.rejected])
+    return kept.remove_columns([*FOUND, "faults", "cut"]), report
 
 
 def _check_any_left(split: Split) -> None:

@@ -8,48 +8,121 @@ NaN) does not happen here: see `fit`.
 import json
 import re
 from collections.abc import Mapping
+from datetime import date
 from typing import Any
 
-from jinja2 import TemplateError
+import datasets
 from transformers import PreTrainedTokenizerBase
 
 from orpo_lab.config import Dataset
 from orpo_lab.data.faults import Fault
-from orpo_lab.data.pairs import Message, Pair, num_shared
-from orpo_lab.errors import one_line
+from orpo_lab.data.pairs import Pair, num_shared
+from orpo_lab.data.render import Rendered, find_unrendered, render
+from orpo_lab.data.splits import Row
+from orpo_lab.errors import UserError, one_line
 
 Ids = list[int]
 
+# Columns beside ids and texts that say how a pair was tokenized
+FOUND = ("num_tokens", "num_prompt_tokens", "unused_ending")
+
+
+class Encoder:
+    """Tokenizes rows in processes, each once, and hands out those that are wanted in the end."""
+
+    def __init__(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, today: date) -> None:
+        self._dataset = dataset
+        self._options = {"dataset": dataset, "tokenizer": tokenizer, "today": today}
+        self._blocks: list[datasets.Dataset] = []
+        self._size = 0
+
+    def encode(self, rows: list[Row]) -> None:
+        """Tokenize rows that are not yet; each then has a `place`, and in `found` its faults.
+
+        Raises:
+            UserError: a process has died.
+        """
+        rows = [row for row in rows if row.place is None]
+        if not rows:
+            return
+        block = self._map(rows)
+        for at, (row, faults) in enumerate(zip(rows, block["faults"], strict=True)):
+            row.place = self._size + at
+            row.found = [Fault(*one) for one in json.loads(faults)]
+        self._blocks.append(block)
+        self._size += len(block)
+
+    def encoded(self, rows: list[Row]) -> datasets.Dataset:
+        """Return what `encode_row` makes of rows, in their order."""
+        return datasets.concatenate_datasets(self._blocks).select([row.place for row in rows])
+
+    def _map(self, rows: list[Row]) -> datasets.Dataset:
+        # As JSON: a column of a dataset cannot hold strings in one row and messages in another
+        given = [{"pair": _to_json(row.pair), **row.checks} for row in rows]
+        try:
+            return datasets.Dataset.from_list(given).map(
+                encode_row,
+                fn_kwargs=self._options,
+                num_proc=self._dataset.num_proc,
+                # A cache that outlives a change of this code would train on old ids
+                load_from_cache_file=False,
+                remove_columns=["pair"],
+                desc="tokenize",
+            )
+        except RuntimeError as error:
+            if "abruptly died" not in str(error):
+                raise
+            # It was killed, as when memory runs out
+            raise UserError(
+                f"a process that tokenizes has died ({one_line(error)[:200]}); lower "
+                "dataset.num_proc, or set it to null"
+            ) from error
+
+
+def _to_json(pair: Pair) -> str:
+    return json.dumps([pair.prompt, pair.chosen, pair.rejected, pair.context])
+
 
 def encode_row(
-    row: Mapping[str, Any], *, dataset: Dataset, tokenizer: PreTrainedTokenizerBase
+    row: Mapping[str, Any], *, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, today: date
 ) -> dict[str, Any]:
-    """Return a pair's `prompt_ids`, `chosen_ids`, `rejected_ids` and what happened to it.
+    """Return a pair's `prompt_ids`, `chosen_ids`, `rejected_ids` and what was found on the way.
 
-    `fault` is empty, or the reason why the row is dropped, in which case the ids are empty;
-    `cut` is a flag; `prompt_text` and `chosen_text` are for people.
+    `faults` are names and details as JSON; where one leaves no pair, the ids are empty. `cut` is a
+    flag; `num_prompt_tokens` and `num_tokens` (prompt and longer completion) are those before any
+    cut, 0 where there are no tokens; `unused_ending` is that of `Rendered`; `prompt_text` and
+    `chosen_text` are for people.
 
     Args:
-        row: its `pair` is prompt, chosen and rejected as JSON.
+        row: its `pair` is a `Pair`'s prompt, chosen, rejected and context as JSON.
         dataset: says how long a pair may be.
         tokenizer: the model's, with a chat template if there are messages.
+        today: the date that templates are given.
     """
-    pair = Pair(*json.loads(row["pair"]))
+    prompt, chosen, rejected, context = json.loads(row["pair"])
+    pair = Pair(prompt, chosen, rejected, context=context)
     ids: tuple[Ids, Ids, Ids] = ([], [], [])
-    texts = ("", "", "")
-    name, detail, cut = "", "", False
+    rendered = Rendered("", "", "")
+    num_prompt_tokens, num_tokens, cut = 0, 0, False
+    faults: list[Fault] = []
     try:
-        texts = render(pair, tokenizer)
-        ids, cut = fit(*tokenize(*texts, tokenizer), dataset)
+        rendered = render(pair, tokenizer, today)
+        faults += find_unrendered(pair, rendered, tokenizer)
+        whole = tokenize(rendered.prompt, rendered.chosen, rendered.rejected, tokenizer)
+        num_prompt_tokens = len(whole[0])
+        num_tokens = num_prompt_tokens + max(map(len, whole[1:]))
+        ids, cut = fit(*whole, dataset)
     except Fault as fault:
-        name, detail = fault.name, fault.detail
+        faults.append(fault)
     return {
         **dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), ids, strict=True)),
-        "prompt_text": texts[0],
-        "chosen_text": texts[1],
-        "fault": name,
-        "detail": detail,
+        "prompt_text": rendered.prompt,
+        "chosen_text": rendered.chosen,
+        "unused_ending": rendered.unused_ending,
+        "num_prompt_tokens": num_prompt_tokens,
+        "num_tokens": num_tokens,
         "cut": cut,
+        "faults": json.dumps([(fault.name, fault.detail) for fault in faults]),
     }
 
 
@@ -59,36 +132,6 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     texts = {*tokenizer.all_special_tokens, *(str(one) for one in added if one.special)}
     # Nothing matches where there are none
     return re.compile("|".join(map(re.escape, sorted(texts))) or r"(?!)")
-
-
-def render(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
-    """Return a pair's prompt, chosen and rejected as text, messages through the chat template.
-
-    The template is applied once to the whole conversation; the prompt ends in the generation
-    prompt, as it will when the model is asked.
-
-    Raises:
-        Fault: the template refuses the conversation.
-    """
-    if isinstance(pair.prompt, str):
-        return pair.prompt, str(pair.chosen), str(pair.rejected)
-    assert isinstance(pair.chosen, list)
-    assert isinstance(pair.rejected, list)
-    answered = pair.prompt[-1]["role"] == "assistant"
-
-    def apply(messages: list[Message], **options: bool) -> str:
-        try:
-            return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
-        except (TemplateError, TypeError, ValueError) as error:
-            detail = f"the model's chat template refuses it: {one_line(error)[:200]}"
-            raise Fault("template_error", detail) from error
-
-    prompt = apply(pair.prompt, add_generation_prompt=not answered, continue_final_message=answered)
-    chosen = apply(pair.prompt + pair.chosen)
-    rejected = apply(pair.prompt + pair.rejected)
-    # Some templates add to the generation prompt what they leave out before an answer
-    size = min(num_shared(prompt, chosen), num_shared(prompt, rejected))
-    return prompt[:size], chosen[size:], rejected[size:]
 
 
 def tokenize(

@@ -39,6 +39,10 @@ class Tally:
         if detail:
             self._examples.setdefault(reason, detail)
 
+    def num(self, reason: str) -> int:
+        """Return how many rows were counted for a reason."""
+        return len(self._rows.get(reason, ()))
+
     def report(self) -> dict[str, dict[str, Any]]:
         """Return, per reason, `num`, the first row numbers and the example if there is one."""
         return {

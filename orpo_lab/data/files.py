@@ -9,7 +9,7 @@ import io
 import json
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from huggingface_hub import hf_hub_download
 
 from orpo_lab.data.faults import Fault
+from orpo_lab.data.pairs import CONTEXT
 from orpo_lab.errors import UserError, one_line
 
 Rows = Iterator[tuple[int, Any]]
@@ -38,6 +39,8 @@ class Source:
     name: str
     unit: Unit
     rows: Rows
+    # Columns that are there and not read, known once the rows are read
+    unread: set[str] = field(default_factory=set)
 
     def where(self, number: int) -> str:
         """Name a row in a message."""
@@ -64,7 +67,8 @@ def read_file(path: str, columns: list[str] | None) -> Source:
         case ".csv" if columns:
             return Source(path, "line", guard(path, _read_csv(path, columns)))
         case ".parquet" if columns and kind == ".parquet":
-            return Source(path, "row", guard(path, _read_parquet(path, columns)))
+            unread: set[str] = set()
+            return Source(path, "row", guard(path, _read_parquet(path, columns, unread)), unread)
     known = ".jsonl, .json, .csv (each also .gz) or .parquet" if columns else ".jsonl or .jsonl.gz"
     raise UserError(f"{path}: the name must end in {known}, to say how its rows are written")
 
@@ -78,8 +82,27 @@ def read_table(batches: Iterator[pa.Table]) -> Rows:
         except UnicodeDecodeError:
             rows = [_read_row(batch.slice(index, 1)) for index in range(len(batch))]
         for row in rows:
-            yield number, row
+            yield number, _without_fillers(row)
             number += 1
+
+
+def _without_fillers(row: Any) -> Any:
+    """Return a row without the nulls inside its values.
+
+    All messages of a table have the same keys, and so have all calls' arguments: what one of them
+    lacks is null there.
+    """
+    if not isinstance(row, dict):
+        return row
+    return {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    if isinstance(value, list):
+        return [_without_nulls(one) for one in value]
+    return value
 
 
 def check_columns(present: list[str], wanted: list[str], name: str) -> None:
@@ -94,6 +117,18 @@ def check_columns(present: list[str], wanted: list[str], name: str) -> None:
             "name the right ones with dataset.columns.prompt=... (null where there is none), "
             "dataset.columns.chosen=... and dataset.columns.rejected=..."
         )
+
+
+def choose_columns(present: list[str], wanted: list[str], name: str, unread: set[str]) -> list[str]:
+    """Return the columns of a table to read; those left aside are added to `unread`.
+
+    Raises:
+        UserError: it lacks one that is needed.
+    """
+    check_columns(present, wanted, name)
+    read = [one for one in present if one in wanted or one in CONTEXT]
+    unread.update(one for one in present if one not in read)
+    return read
 
 
 def guard(name: str, rows: Rows) -> Rows:
@@ -201,10 +236,10 @@ def _to_row(header: list[str], cells: list[str]) -> Any:
     return dict(zip(header, cells, strict=True))
 
 
-def _read_parquet(path: str, columns: list[str]) -> Rows:
+def _read_parquet(path: str, columns: list[str], unread: set[str]) -> Rows:
     with pq.ParquetFile(_locate(path)) as file:
-        check_columns(file.schema_arrow.names, columns, path)
-        batches = file.iter_batches(ROWS_PER_BATCH, columns=columns)
+        read = choose_columns(file.schema_arrow.names, columns, path, unread)
+        batches = file.iter_batches(ROWS_PER_BATCH, columns=read)
         yield from read_table(pa.Table.from_batches([batch]) for batch in batches)
 
 

@@ -10,18 +10,23 @@ What is wrong with a row is raised (`to_pair`, `from_transcripts`: there is no p
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orpo_lab.config import Columns
 from orpo_lab.data.faults import Fault, quote
 
-Message = dict[str, str]
+# With a `role`, mostly a `content`, and what else the chat template may read (tool_calls, ...)
+Message = dict[str, Any]
 Content = str | list[Message]
 
 # Longer than any context, and a second to tokenize
 MAX_CHARACTERS = 2**20
+# Schemas of tools nest some ten levels
+MAX_DEPTH = 50
+# Columns beside the messages that chat templates read; transformers gives them these names
+CONTEXT = ("tools", "documents")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 # Where a turn of a transcript begins, and whose it is (Bai et al. 2022, arXiv:2204.05862)
@@ -37,6 +42,8 @@ class Pair:
     prompt: Content
     chosen: Content
     rejected: Content
+    # What the chat template reads beside the messages, by the names in CONTEXT
+    context: dict[str, Any] = field(default_factory=dict)
     # The row's own prompt says something else than what both sides share
     contradicted: bool = False
     # Both sides repeat the row's own prompt; it would have been trained twice
@@ -55,8 +62,13 @@ def to_pair(row: Any, columns: Columns) -> Pair:
         for key, name in vars(columns).items()
         if name is not None
     }
-    _check_size(contents.values())
-    return split(contents.get("prompt"), contents["chosen"], contents["rejected"])
+    _check_size(list(contents.values()))
+    pair = split(contents.get("prompt"), contents["chosen"], contents["rejected"])
+    if isinstance(pair.prompt, str):
+        return pair
+    context = {name: _to_objects(row[name], name) for name in CONTEXT if row.get(name)}
+    _check_size([context])
+    return replace(pair, context=context)
 
 
 def from_transcripts(row: Any, columns: Columns) -> Pair:
@@ -89,14 +101,14 @@ def _value_of(row: Any, name: str, key: str) -> Any:
     return row[name]
 
 
-def _check_size(contents: Iterable[Content]) -> None:
-    size = sum(len(text) for content in contents for text in _texts(content))
+def _check_size(contents: list[Any]) -> None:
+    size = sum(map(len, _texts(contents)))
     if size > MAX_CHARACTERS:
         raise Fault("oversized_row", f"holds {size} characters, more than {MAX_CHARACTERS}")
 
 
 def to_content(value: Any, name: str) -> Content:
-    """Return a row's value as a string or as messages with just `role` and `content`.
+    """Return a row's value as a string or as messages, with all keys that hold something.
 
     Raises:
         Fault: it is neither; `name` is the column's.
@@ -106,16 +118,35 @@ def to_content(value: Any, name: str) -> Content:
     if not isinstance(value, list):
         kind = "null" if value is None else f"of type {type(value).__name__}"
         raise Fault("wrong_type", f"{name} is {kind}; it must be a string or a list of messages")
-    for message in value:
-        if not (
-            isinstance(message, Mapping)
-            and isinstance(message.get("role"), str)
-            and isinstance(message.get("content"), str)
-        ):
-            raise Fault(
-                "wrong_type", f"{name} holds a message without a role and a content, both strings"
-            )
-    return [{"role": message["role"], "content": message["content"]} for message in value]
+    return [_to_message(one, name) for one in value]
+
+
+def _to_message(value: Any, name: str) -> Message:
+    """Return a message without the keys that say nothing: tables fill in `tool_calls: null`."""
+    if not (isinstance(value, Mapping) and isinstance(value.get("role"), str)):
+        raise Fault("wrong_type", f"{name} holds a message without a role that is a string")
+    message = {key: one for key, one in value.items() if one is not None and one != []}
+    if isinstance(message.get("content"), str):
+        return message
+    if "content" in message or message.keys() <= {"role"}:
+        raise Fault("wrong_type", f"{name} holds a message without a content that is a string")
+    return message
+
+
+def _to_objects(value: Any, name: str) -> list[Any]:
+    """Return the tools or documents of a row, which TRL's data sets also hold as JSON in a string.
+
+    Raises:
+        Fault: they are no list of objects.
+    """
+    try:
+        listed = json.loads(value) if isinstance(value, str) else value
+        found = [json.loads(one) if isinstance(one, str) else one for one in listed]
+    except (TypeError, ValueError, RecursionError):
+        found = [None]
+    if not all(isinstance(one, dict) for one in found):
+        raise Fault("wrong_type", f"{name} is no list of objects, which a chat template needs")
+    return found
 
 
 def _to_messages(text: Any, name: str) -> list[Message]:
@@ -183,7 +214,7 @@ def _split_messages(prompt: Content | None, chosen: list[Message], rejected: lis
         asked = [{"role": "user", "content": prompt}] if prompt else []
         return Pair(asked, chosen, rejected)
     shared = chosen[:size]
-    said = [message["content"].strip() for message in shared if message["role"] == "user"]
+    said = [message.get("content", "").strip() for message in shared if message["role"] == "user"]
     contradicted = prompt is not None and prompt.strip() not in said
     return Pair(shared, chosen[size:], rejected[size:], contradicted=contradicted)
 
@@ -203,7 +234,7 @@ def find_faults(pair: Pair, special_tokens: re.Pattern[str]) -> Iterator[Fault]:
         special_tokens: matches the text of a token that controls the model.
     """
     contents = (pair.prompt, pair.chosen, pair.rejected)
-    parts = [text for content in contents for text in _texts(content)]
+    parts = list(_texts([*contents, pair.context]))
     if any(not text.isascii() and _SURROGATE.search(text) for text in parts):
         yield Fault("lone_surrogate", "holds half of a surrogate pair, which is no character")
     if not (_is_visible(pair.chosen) and _is_visible(pair.rejected)):
@@ -216,28 +247,54 @@ def find_faults(pair: Pair, special_tokens: re.Pattern[str]) -> Iterator[Fault]:
         yield Fault("differing_prompts", "chosen and rejected answer different prompts")
     if not all(_is_by_assistant(side, -1) for side in (pair.chosen, pair.rejected)):
         yield Fault("no_answer", "chosen or rejected does not end in an assistant's message")
+    if _is_prefilled(pair):
+        yield Fault(
+            "prefilled_answer",
+            "the prompt ends in an assistant's turn, which a chat template closes before the "
+            "answer; put that turn at the beginning of both answers",
+        )
     if not _is_visible(pair.prompt):
         yield Fault("empty_prompt", "the prompt is empty")
     if any("\0" in text for text in parts):
         yield Fault("nul_character", "holds a NUL character")
     if control := next(filter(None, map(special_tokens.search, parts)), None):
         yield Fault("special_token_text", f"holds the control token {quote(control[0])} as text")
+    if turn := _other_turn(pair.chosen) or _other_turn(pair.rejected):
+        yield Fault("other_turn_in_answer", f"an answer holds a turn of the {turn}'s, as a target")
     if pair.contradicted:
         yield Fault("contradicting_prompt", "the prompt column is not what the conversations share")
 
 
-def _texts(content: Content) -> list[str]:
-    """Return every text of a prompt or completion, roles included: templates print them."""
-    if isinstance(content, str):
-        return [content]
-    return [text for message in content for text in (message["role"], message["content"])]
+def _texts(value: Any, depth: int = 0) -> Iterator[str]:
+    """Yield every text inside a prompt or completion; roles and keys too: templates print them.
+
+    Raises:
+        Fault: it is nested more deeply than any tool call.
+    """
+    if depth > MAX_DEPTH:
+        raise Fault("wrong_type", f"is nested more than {MAX_DEPTH} levels deep")
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, one in value.items():
+            yield key
+            yield from _texts(one, depth + 1)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _texts(one, depth + 1)
 
 
 def text_of(content: Content) -> str:
-    """Return what a prompt or completion says."""
+    """Return what a prompt or completion says, other keys of messages than the text as JSON."""
     if isinstance(content, str):
         return content
-    return "\n".join(message["content"] for message in content)
+    return "\n".join(text for message in content for text in _said(message))
+
+
+def _said(message: Message) -> list[str]:
+    others = {key: one for key, one in message.items() if key not in ("role", "content")}
+    said = [message["content"]] if "content" in message else []
+    return [*said, json.dumps(others, sort_keys=True)] if others else said
 
 
 def _is_visible(content: Content) -> bool:
@@ -246,6 +303,17 @@ def _is_visible(content: Content) -> bool:
 
 def _is_by_assistant(completion: Content, turn: int) -> bool:
     return isinstance(completion, str) or completion[turn]["role"] == "assistant"
+
+
+def _is_prefilled(pair: Pair) -> bool:
+    return isinstance(pair.prompt, list) and bool(pair.prompt) and _is_by_assistant(pair.prompt, -1)
+
+
+def _other_turn(completion: Content) -> str | None:
+    """Return who has a turn between the assistant's."""
+    if isinstance(completion, str):
+        return None
+    return next((one["role"] for one in completion if one["role"] != "assistant"), None)
 
 
 def _unknown_role(content: Content) -> str | None:

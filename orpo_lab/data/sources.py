@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -16,7 +17,14 @@ from orpo_lab.config import (
     TableDataset,
 )
 from orpo_lab.data import embedded
-from orpo_lab.data.files import ROWS_PER_BATCH, Source, check_columns, guard, read_file, read_table
+from orpo_lab.data.files import (
+    ROWS_PER_BATCH,
+    Source,
+    choose_columns,
+    guard,
+    read_file,
+    read_table,
+)
 from orpo_lab.errors import UserError, one_line
 
 # The embedded pairs are the same in every run: what differs between seeds is training alone
@@ -62,18 +70,31 @@ def _generate(split: embedded.Split, num: int | None) -> Source:
 
 
 def _read_hub(config: HubDataset, split: str) -> Source:
-    name = config.path if Path(config.path).is_dir() else f"dataset.path={config.path}"
+    is_local = Path(config.path).is_dir()
+    name = config.path if is_local else f"dataset.path={config.path}"
     try:
-        rows = datasets.load_dataset(config.path, revision=config.revision, split=split)
+        # datasets keeps a copy of what it has read, and takes a folder for unchanged as long as its
+        # files have the same times; a stream has no copy
+        rows = datasets.load_dataset(
+            config.path, revision=config.revision, split=split, streaming=is_local
+        )
+        present = _column_names(rows)
     except Exception as error:  # datasets raises a dozen types here, from the network to YAML
         raise UserError(
             f"{name}, split {split}, cannot be loaded ({one_line(error)[:200]}); check the name, "
             "the split and the connection to the hub, or give a local folder"
         ) from error
-    columns = needed(config)
-    check_columns(rows.column_names, columns, name)
+    unread: set[str] = set()
+    read = choose_columns(present, needed(config), name, unread)
     batches: Iterator[pa.Table] = (
-        rows.select_columns(columns).with_format("arrow").iter(ROWS_PER_BATCH)
+        rows.select_columns(read).with_format("arrow").iter(ROWS_PER_BATCH)
     )
     name = f"{name}, split {split}"
-    return Source(name, "row", guard(name, read_table(batches)))
+    return Source(name, "row", guard(name, read_table(batches)), unread)
+
+
+def _column_names(rows: Any) -> list[str]:
+    """Return a table's columns; those of a stream may take its first rows to be known."""
+    if rows.column_names is None:
+        rows = rows._resolve_features()
+    return list(rows.column_names)

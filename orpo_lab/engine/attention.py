@@ -48,7 +48,6 @@ def check(model: PreTrainedModel) -> None:
         "its attention looks ahead": getattr(config, "use_bidirectional_attention", False)
         or not getattr(config, "is_causal", True),
         f"it has layers of {', '.join(sorted(others))}": others,
-        "it drops attention weights at random": getattr(config, "attention_dropout", 0.0),
         "its loss includes that of a router": getattr(config, "output_router_logits", False),
     }
     for reason, holds in reasons.items():

@@ -19,6 +19,10 @@ CHUNK = 256
 NUM_KEPT = 4
 # Columns of the vocabulary in a tile of TRL's kernel, its own choice
 TILE = 32768
+# A sequence to try a model on
+PROBE = list(range(3, 17))
+# Nats a token that rounding may set two ways to a log-probability apart in fp32
+MAX_APART = 1e-3
 
 
 def add_scoring(model: PreTrainedModel) -> None:
@@ -31,7 +35,6 @@ def add_scoring(model: PreTrainedModel) -> None:
     plain = model.forward
     if hasattr(plain, "adds_scoring"):
         return
-    config = model.config.get_text_config()
 
     @functools.wraps(type(model).forward)  # generation asks for its signature
     def forward(
@@ -40,19 +43,76 @@ def add_scoring(model: PreTrainedModel) -> None:
         if sources is None:
             return plain(*args, **kwargs)
         given = {key: value for key, value in kwargs.items() if value is not None}
-        states = self.base_model(*args, use_cache=False, **given).last_hidden_state
-        head = self.get_output_embeddings()
-        return token_logps(
-            states.flatten(0, 1).index_select(0, sources),
-            head.weight,
-            getattr(head, "bias", None),
-            targets,
-            scale=logit_scale(config),
-            softcap=getattr(config, "final_logit_softcapping", None),
-        )
+        return score(self, sources, targets, *args, **given)
 
     forward.adds_scoring = True  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)
+
+
+def score(model: Any, sources: Tensor, targets: Tensor, *args: Any, **inputs: Any) -> Tensor:
+    """Return log-probabilities of tokens, [N], without logits.
+
+    Right for models that are a base and an output head; `has_plain_head` tries whether one is.
+
+    Args:
+        model: with the output head, not an adapter around it.
+        sources: places in the flattened input, [N].
+        targets: ids of the tokens whose log-probabilities the hidden states there give, [N].
+        args: of the model's forward pass.
+        inputs: the same, by name.
+    """
+    states = model.base_model(*args, use_cache=False, **inputs).last_hidden_state
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    return token_logps(
+        states.flatten(0, 1).index_select(0, sources),
+        head.weight,
+        getattr(head, "bias", None),
+        targets,
+        scale=logit_scale(config),
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def score_by_logits(model: Any, sources: Tensor, targets: Tensor, **inputs: Tensor) -> Tensor:
+    """Return what `score` returns, of any model, from the logits of one sequence at a time.
+
+    Args:
+        model: may be an adapter around another.
+        sources: places in the flattened input, [N], ascending.
+        targets: ids of the tokens whose log-probabilities are asked for, [N].
+        inputs: of the model's forward pass, each [B, T].
+    """
+    width = inputs["input_ids"].shape[1]
+    logps = []
+    for row in range(len(inputs["input_ids"])):
+        here = sources // width == row
+        one = {name: value[row : row + 1] for name, value in inputs.items()}
+        logits = model(use_cache=False, **one).logits[0].index_select(0, sources[here] % width)
+        loss = torch.nn.functional.cross_entropy(logits.float(), targets[here], reduction="none")
+        logps.append(-loss)
+    return torch.cat(logps)
+
+
+def has_plain_head(model: Any) -> bool:
+    """Return whether `score` gives what a model's own logits do, tried on one sequence.
+
+    False of a model that does more between its base and its logits than its configuration tells of
+    (ModernBERT decoders), or whose head is no matrix of numbers.
+    """
+    ids = torch.tensor([PROBE], device=model.device)
+    mask, sources = torch.ones_like(ids), torch.arange(len(PROBE) - 1, device=model.device)
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0, :-1]
+        expected = logits.float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        try:
+            seen = score(model, sources, ids[0, 1:], input_ids=ids, attention_mask=mask)
+        except (AttributeError, RuntimeError, TypeError):
+            return False
+    # Kernels round a product differently; in 16 bits a logit's rounding is larger
+    limit = max(MAX_APART, float(torch.finfo(logits.dtype).eps * logits.abs().max()))
+    apart = float((seen - expected).abs().mean())
+    # Of damaged weights nothing is finite, and that is not the head's doing
+    return apart <= limit or not bool(torch.isfinite(expected).all())
 
 
 def logit_scale(config: PretrainedConfig) -> float:
@@ -86,6 +146,8 @@ def token_logps(
         scale: logits are multiplied by it.
         softcap: logits are kept within it by tanh.
     """
+    if not torch.is_grad_enabled():  # autograd tells its functions of gradients nobody will ask for
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
     if states.is_cuda:
         return _fused_logps(states, weight, bias, targets, scale, softcap)
     on = states.device.type

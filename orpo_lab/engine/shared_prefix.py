@@ -40,7 +40,7 @@ MIN_BUDGET = 1024
 # A pair to try a model on: prompt, chosen, rejected
 PROBE = [3, 4, 5, 6], [7, 8, 9, 10, 11, 12], [13, 14, 15, 16, 17]
 # Nats a token that rounding may set two readings of it apart; a wrong one is off by more
-MAX_APART = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.25}
+MAX_APART = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.25, torch.int8: 0.25}
 
 
 class OrpoTrainer(Trainer):
@@ -324,7 +324,9 @@ def check(model: Any, dtype: torch.dtype) -> None:
             f"{name} predicts nothing finite (a mean log-probability is {apart}) before it is "
             "trained: its weights are damaged, or model.dtype is too narrow for them"
         )
-    if not apart < MAX_APART[dtype]:
+    # In 8 bits a token's rounding depends on the tokens beside it, whatever the rest computes in
+    in_8_bits = any(weight.dtype == torch.int8 for weight in base.parameters())
+    if not apart < MAX_APART[torch.int8 if in_8_bits else dtype]:
         raise UserError(
             f"engine=shared_prefix cannot train {name}: a pair read as one row and as two "
             f"sequences differ by {apart:.2g} nats a token on average; use engine=trl"

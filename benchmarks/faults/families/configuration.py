@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Iterator
 
-from benchmarks.faults.bench import Bench, Fault
-from benchmarks.faults.judge import Outcome, refused
+import yaml
+
+from benchmarks.faults.bench import UNTRACKED, Bench, Fault
+from benchmarks.faults.judge import Outcome, Verdict, refused, silent, status
 
 # Command line, and what the refusal is to say
 WRONG = (
     ("betta=0.2", "Could not override 'betta'.*Did you mean 'beta'"),
     ("+betta=0.2", "unknown key: betta"),
-    ("train.max_step=6", "Did you mean 'max_steps'"),
+    ("train.max_step=6", "Did you mean 'train.max_steps'"),
     ("optimizer=galor", "Did you mean 'galore'"),
     ("beta_shedule=linear", "beta_shedule"),
     ("beta=abc", "beta=abc .*could not be converted to Float"),
@@ -24,7 +26,17 @@ WRONG = (
     ("optimizer.rank=8", "rank"),
     ("train.batch_size=0", "train.batch_size=0 must be at least 1"),
     ("train.batch_size=4000", "train.batch_size=4000 is above the 1920 training pairs"),
-    ("train.num_epochs=1", "exactly one of train.max_steps and train.num_epochs"),
+    ("train.num_epochs=1 train.max_steps=3", "exactly one of train.max_steps and train.num_epochs"),
+    ("optimizer.lr=1e-3", "Did you mean 'optimizer.learning_rate'"),
+    ("per_device_train_batch_size=4", "Did you mean 'train.batch_size'"),
+    ("optimizer.rank=4", "optimizer.rank is a key of optimizer=galore"),
+    ("seed=4294967296", "seed=4294967296 must be below"),
+    ("~seed", "seed has no value here"),
+    ("tracker=null", "tracker=null names no option"),
+    ("hydra.job.chdir=true", "hydra.job.chdir=true would look"),
+    ("resume=q/0-beta=0.05,seed=1", "resume=q/0-beta=0.05,seed=1 is not a run folder"),
+    ("resume=q/\u00fcber(1)", r"resume=q/\u00fcber\(1\) is not a run folder"),
+    ("-m seed=range(0) hydra.sweep.dir=run", "this sweep has no job"),
     ("train.max_steps=null", "exactly one of train.max_steps and train.num_epochs"),
     ("train.warmup_steps=1.5", "train.warmup_steps=1.5 must be a whole number"),
     ("train.lr_scheduler_type=cosin", "train.lr_scheduler_type=cosin must be one of"),
@@ -54,12 +66,46 @@ def faults(bench: Bench) -> Iterator[Fault]:
     """Return a fault for each wrong command line."""
     for number, (line, says) in enumerate(WRONG):
         yield Fault(line, _refuses(line, says, fresh=number % FRESH == 0))
+    for override, text in (("name=1e-4", "1e-4"), ("model.revision=1.10", "1.10")):
+        yield Fault(override, _kept_as_typed(override, text))
+    yield Fault("-m optimizer=qlora,galore optimizer.r=2,4", _the_fitting_ones_run)
 
 
 def _refuses(line: str, says: str, *, fresh: bool) -> Callable[[Bench], Outcome]:
     def happen(bench: Bench) -> Outcome:
-        place = [] if "hydra.run.dir" in line or "resume" in line else ["hydra.run.dir=run"]
+        place = (
+            []
+            if "hydra.run.dir" in line or "resume" in line or "-m" in line.split()
+            else ["hydra.run.dir=run"]
+        )
         done = bench.run("tracker=none", *line.split(), *place, fresh=fresh)
         return refused(done, bench.path("run"), says)
 
     return happen
+
+
+def _kept_as_typed(override: str, text: str) -> Callable[[Bench], Outcome]:
+    """Text that looks like a number must be in config.yaml as it was typed."""
+    key = override.partition("=")[0]
+
+    def happen(bench: Bench) -> Outcome:
+        done = bench.run(*UNTRACKED, override, "hydra.run.dir=run")
+        value = yaml.safe_load(bench.path("run/config.yaml").read_text())
+        for part in key.split("."):
+            value = value[part]
+        if done.code or value != text:
+            return silent(f"exit code {done.code}, {key} is {value!r}")
+        return Outcome(Verdict.SURVIVED)
+
+    return happen
+
+
+def _the_fitting_ones_run(bench: Bench) -> Outcome:
+    """Of four combinations two do not fit: they fail with a line each, and the others run."""
+    lines = ("-m", "optimizer=qlora,galore", "optimizer.r=2,4", "hydra.sweep.dir=sweep")
+    done = bench.run(*UNTRACKED, *lines)
+    states = [status(one.parent) for one in bench.path("sweep").glob("*/status.json")]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    if done.code != 1 or states != ["finished"] * 2 or len(errors) != 2:
+        return silent(f"exit code {done.code}, {states}, {errors}")
+    return Outcome(Verdict.REFUSED)

@@ -7,12 +7,13 @@ preference data, are refused.
 
 import gzip
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.faults.bench import UNTRACKED, Bench, Fault
-from benchmarks.faults.judge import Outcome, refused, silent, survived
+from benchmarks.faults.judge import Outcome, Verdict, refused, silent, state, survived
 
 Row = dict[str, Any]
 
@@ -92,6 +93,24 @@ DROPPED: dict[str, tuple[bytes, int, str, str]] = {
         lines([{**ONE, "prompt": HELD_OUT[0]["prompt"].upper()}]),
         1,
         "leaked_prompt_normalized",
+        "",
+    ),
+    "a conversation that quotes a held-out answer": (
+        lines(
+            [
+                {
+                    "prompt": [
+                        {"role": "user", "content": HELD_OUT[0]["prompt"]},
+                        {"role": "assistant", "content": HELD_OUT[0]["chosen"]},
+                        ASKED,
+                    ],
+                    "chosen": [{"role": "assistant", "content": "62"}],
+                    "rejected": [{"role": "assistant", "content": "63"}],
+                }
+            ]
+        ),
+        1,
+        "leaked_prompt",
         "",
     ),
     "a role that nobody has": (
@@ -215,6 +234,57 @@ def faults(bench: Bench) -> Iterator[Fault]:
         yield Fault(name, _drops(*dropped))
     for name, given in REFUSED.items():
         yield Fault(name, _refuses(*given))
+    yield Fault("a folder edited, its times set back", _edited)
+    yield Fault("rows too long among those to draw from", _draws)
+    yield Fault("a system column", _loses_a_column)
+
+
+def _edited(bench: Bench) -> Outcome:
+    """Train on a folder, then on the same with other rows in a file of the same age."""
+    others = [one for one in settings() if not one.startswith(("dataset=", "dataset.train_path"))]
+    command = [*others, "dataset=hub", "dataset.path=pairs", "dataset.num_eval=2"]
+    command = [one for one in command if not one.startswith("dataset.eval_path")]
+    file = bench.path("pairs/train.jsonl")
+    file.parent.mkdir()
+    write(file, pairs(30, 16))
+    times = file.stat()
+    bench.unharmed(*command, into="before")
+    write(file, GOOD)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    done = bench.run(*command, "hydra.run.dir=run")
+    write(bench.path("train.jsonl"), GOOD)
+    same = [one.replace("dataset=hub", "dataset=file") for one in command]
+    same = [one.replace("dataset.path=pairs", "dataset.train_path=train.jsonl") for one in same]
+    reference = bench.unharmed(*same, "dataset.overlong=cut_completion", into="reference")
+    return survived(done, bench.path("run"), reference)
+
+
+def _draws(bench: Bench) -> Outcome:
+    """Ask for as many pairs as there are good ones, among twice as many that do not fit."""
+    bad = [{**row, "prompt": "count " * 300 + row["prompt"]} for row in pairs(40, 32)]
+    bench.path("eval.jsonl").write_bytes(lines(HELD_OUT))
+    write(bench.path("train.jsonl"), [*bad[:16], *GOOD, *bad[16:]])
+    done = bench.run(*settings(), "dataset.num_train=16", "hydra.run.dir=run")
+    report = json.loads(bench.path("run/data_report.json").read_text())["train"]
+    counts = [report[key] for key in ("num_kept", "num_rows", "num_not_drawn")]
+    lost = sum(one["num"] for one in report["dropped"].values())
+    if counts[0] != 16 or counts[1] != 16 + lost or sum(counts[1:]) != 48:
+        return silent(f"kept, rows and not drawn are {counts}, dropped {lost}")
+    if "would keep these" not in done.stdout:
+        return silent("nothing says that most rows are too long")
+    state(bench.path("run"))
+    return Outcome(Verdict.SURVIVED)
+
+
+def _loses_a_column(bench: Bench) -> Outcome:
+    bench.path("eval.jsonl").write_bytes(lines(HELD_OUT))
+    write(bench.path("train.jsonl"), GOOD)
+    reference = bench.unharmed(*settings(), into="reference")
+    write(bench.path("train.jsonl"), [{**row, "system": "be brief"} for row in GOOD])
+    done = bench.run(*settings(), "hydra.run.dir=run")
+    if "'system' says is LOST" not in done.stdout:
+        return silent("nothing says that the system column is lost")
+    return survived(done, bench.path("run"), reference)
 
 
 def _drops(content: bytes, num: int, reason: str, policy: str) -> Callable[[Bench], Outcome]:

@@ -43,7 +43,9 @@ def faults(bench: Bench) -> Iterator[Fault]:
         yield Fault(f"a step that is skipped, {optimizer}", _skipped(optimizer))
     yield Fault("a skipped step, then SIGKILL in step 6", _skipped_and_killed)
     yield Fault("more skipped steps than may be", _too_many_skipped)
-    yield Fault("a base model that is certain, P = 1", _scaled_base(1000.0))
+    for factor in (10.0, 100.0, 1000.0):
+        name = f"a base model that is certain, P = 1, its last norm times {factor:g}"
+        yield Fault(name, _certain_base(factor))
 
 
 def _refuses(*overrides: str, says: str = NOT_FINITE) -> Callable[[Bench], Outcome]:
@@ -116,12 +118,33 @@ def _too_many_skipped(bench: Bench) -> Outcome:
     return refused(done, bench.path("run"), "step 4: .*train.max_skipped_steps=2")
 
 
-def _scaled_base(factor: float) -> Callable[[Bench], Outcome]:
+def _certain_base(factor: float) -> Callable[[Bench], Outcome]:
+    """A model may be certain of an answer, right or wrong: its pairs are trained all the same."""
+
     def happen(bench: Bench) -> Outcome:
         change_base(bench, "model.norm.weight", lambda weight: weight * factor)
-        return _refuses("model=local", "model.path=./base")(bench)
+        arguments = (*UNTRACKED, "model=local", "model.path=./base")
+        reference = bench.unharmed(*arguments, into="reference")
+        done = bench.run(*arguments, "hydra.run.dir=run")
+        _read_strictly(reference)
+        return survived(done, bench.path("run"), reference)
 
     return happen
+
+
+def _read_strictly(run: Path) -> None:
+    """Read what a run has written as JSON.
+
+    Raises:
+        ValueError: it holds NaN or infinity, which JSON has not.
+    """
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    texts = [file.read_text() for file in run.glob("*.json")]
+    for text in [*texts, *(run / "metrics.jsonl").read_text().splitlines()]:
+        json.loads(text, parse_constant=refuse)
 
 
 def _bad_base(tensor: str, value: float) -> Callable[[Bench], Outcome]:

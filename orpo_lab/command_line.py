@@ -1,0 +1,253 @@
+"""What people type: text that stays as it was typed, and errors that name the key.
+
+Hydra reads every value by a grammar of its own, in which `1.10` is a number, `~` and `ü` are no
+characters of a path, and `=` or a comma ends one. `as_typed` puts quotes where the key's type says
+that the value is text; what is typed in Hydra's own syntax keeps its meaning.
+"""
+
+import difflib
+import functools
+import io
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from orpo_lab import config
+from orpo_lab.errors import UserError, one_line
+
+TEXT: tuple[Any, ...] = (str, str | None)
+TEXTS: tuple[Any, ...] = (list[str], list[str] | None)
+# Folders that are no keys of ours, or no locations of what a run reads
+FOLDERS = ("resume", "hydra.run.dir", "hydra.sweep.dir")
+NONE_IS_AN_OPTION = ("quantization", "tracker")
+# A quoted text, or what stands between Hydra's own signs
+TOKEN = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^,\[\]()'"]+""")
+
+# What other trainers call it: transformers, TRL, PEFT, axolotl, the paper
+ALSO_CALLED = {
+    "attn_implementation": "model.attention",
+    "base_model": "model.path",
+    "bf16": "model.dtype",
+    "dataset_name": "dataset.path",
+    "dataset_num_proc": "dataset.num_proc",
+    "data_path": "dataset.train_path",
+    "epochs": "train.num_epochs",
+    "fp16": "model.dtype",
+    "gradient_accumulation_steps": "train.batch_size",
+    "lambda": "beta",
+    "learning_rate": "optimizer.learning_rate",
+    "load_in_4bit": "quantization",
+    "load_in_8bit": "quantization",
+    "lora_alpha": "optimizer.alpha",
+    "lora_dropout": "optimizer.dropout",
+    "lora_r": "optimizer.r",
+    "lr": "optimizer.learning_rate",
+    "lr_scheduler": "train.lr_scheduler_type",
+    "max_completion_length": "dataset.max_length",
+    "max_seq_length": "dataset.max_length",
+    "micro_batch_size": "engine.micro_batch_size",
+    "model_name": "model.path",
+    "model_name_or_path": "model.path",
+    "num_train_epochs": "train.num_epochs",
+    "optim": "optimizer",
+    "output_dir": "hydra.run.dir",
+    "per_device_train_batch_size": "train.batch_size",
+    "report_to": "tracker",
+    "resume_from_checkpoint": "resume",
+    "run_name": "name",
+    "save_total_limit": "train.num_checkpoints",
+    "torch_dtype": "model.dtype",
+    "train_file": "dataset.train_path",
+    "wandb_project": "tracker.project",
+    "warmup_ratio": "train.warmup_steps",
+}
+
+
+@functools.cache
+def text_keys() -> dict[str, bool]:
+    """Return the keys whose values are text, and whether they are lists of it."""
+    types = {key: one.type for key, one in config.all_fields().items()}
+    found = {key: of in TEXTS for key, of in types.items() if of in (*TEXT, *TEXTS)}
+    return found | dict.fromkeys(FOLDERS, False)
+
+
+def _is_path(key: str) -> bool:
+    field = config.all_fields().get(key)
+    return key in FOLDERS or (field is not None and bool(field.metadata["policy"].files))
+
+
+def as_typed(arguments: Sequence[str]) -> list[str]:
+    """Return a command line whose texts Hydra reads as they stand there.
+
+    Where one of `train.max_steps` and `train.num_epochs` is given, the other is not asked for.
+
+    Raises:
+        UserError: a group is given no option.
+    """
+    for group in (*config.SCHEMAS, "experiment"):
+        if f"{group}=null" in arguments:
+            instead = f"write {group}=none" if group in NONE_IS_AN_OPTION else "leave it out"
+            raise UserError(f"{group}=null names no option of the group; {instead}")
+    is_sweep = bool({"-m", "--multirun"} & set(arguments))
+    typed = [_as_typed(one, is_sweep=is_sweep) for one in arguments]
+    given = {one.lstrip("+").partition("=")[0]: one.partition("=")[2] for one in typed}
+    for key, other in (
+        ("train.num_epochs", "train.max_steps"),
+        ("train.max_steps", "train.num_epochs"),
+    ):
+        if given.get(key, "null") != "null" and other not in given:
+            typed.append(f"{other}=null")
+    return typed
+
+
+def _as_typed(argument: str, *, is_sweep: bool) -> str:
+    given = re.fullmatch(r"(\+{0,2}([\w.]+))=(.*)", argument, flags=re.DOTALL)
+    if given is None or given[2] not in text_keys() or "${" in given[3]:
+        return argument
+    start, key, value = given.groups()
+    if _is_path(key) and value.startswith("~"):
+        value = os.path.expanduser(value)
+    parsed = _parse(f"{key}={value}")
+    if text_keys()[key]:
+        return f"{start}={_numbers_quoted(value)}" if parsed else argument
+    if _is_one_path(key, value, parsed, is_sweep=is_sweep) or (parsed is None and not is_sweep):
+        return f"{start}={_quoted(value)}"
+    if parsed is None:
+        parts = [one if _parse(f"{key}={one}") else _quoted(one) for one in value.split(",")]
+        return f"{start}={','.join(map(_numbers_quoted, parts))}"
+    return f"{start}={_numbers_quoted(value)}"
+
+
+def _parse(override: str) -> Override | None:
+    try:
+        return OverridesParser.create().parse_override(override)
+    except HydraException:
+        return None
+
+
+def _is_one_path(key: str, value: str, parsed: Override | None, *, is_sweep: bool) -> bool:
+    """Return whether a value is one path with a comma in it, and not a list to sweep over."""
+    if not _is_path(key):
+        return False
+    if parsed is None:
+        return not is_sweep or Path(value).exists()
+    choices = parsed.value() if parsed.is_sweep_override() else None
+    is_list = isinstance(choices, ChoiceSweep) and choices.simple_form
+    return is_list and not re.search("[\"']", value) and (not is_sweep or Path(value).exists())
+
+
+def _numbers_quoted(value: str) -> str:
+    """Return a value of Hydra's grammar with its numbers and booleans as text."""
+
+    def quoted(token: re.Match[str]) -> str:
+        text = token[0].strip()
+        parsed = _parse(f"key={text}") if text else None
+        is_other = parsed is not None and isinstance(parsed.value(), bool | int | float)
+        return token[0].replace(text, _quoted(text)) if is_other else token[0]
+
+    if re.match(r"(range|interval|glob|tag)\(", value):
+        return value
+    return TOKEN.sub(quoted, value)
+
+
+def _quoted(text: str) -> str:
+    """Return a text in Hydra's quotes: a backslash counts before a quote only."""
+    inner = re.sub(r"(\\*)'", r"\1\1\\'", text)
+    return "'" + re.sub(r"(\\+)$", r"\1\1", inner) + "'"
+
+
+def explain(error: Exception) -> str:
+    """Return an error of Hydra's or OmegaConf's as one line that names the key."""
+    text = str(error)
+    if isinstance(error.__cause__, OmegaConfBaseException):
+        text += f"\n{error.__cause__}"
+    text = re.sub(r"\s*(full_key|object_type|reference_type)[:=].*", "", text)
+    text = re.sub(r"\s*To append to your config use \S+", "", text)
+    text = re.sub(r"\s*Config search path:.*", "", text, flags=re.DOTALL)
+    text = re.sub(r"^In '.*?': ", "", text)
+    return one_line(text) + did_you_mean(text)
+
+
+def did_you_mean(text: str) -> str:
+    """Return a sentence on the key or option that an error says there is none of; or nothing."""
+    unknown = re.search(r"Could not (?:override|find|append to config group) '(.+?)'", text)
+    if unknown is None:
+        return ""
+    options = re.findall(r"^\t(.+)$", text, flags=re.MULTILINE)  # those Hydra listed
+    typed = unknown[1].rsplit("/", 1)[-1] if options else unknown[1]
+    if typed in config.all_fields():
+        group, _, name = typed.partition(".")
+        owners = [one for one, schema in config.SCHEMAS[group].items() if name in _names(schema)]
+        return f". {typed} is a key of {group}={' or '.join(owners)}"
+    close = _closest(typed, options)
+    return f". Did you mean '{close}'?" if close else ""
+
+
+def _names(schema: type[Any]) -> list[str]:
+    return list(schema.__dataclass_fields__)
+
+
+def _closest(typed: str, options: Sequence[str]) -> str | None:
+    """Return the key that was meant: by another trainer's name, by its last part, by its looks."""
+    if options:
+        return next(iter(difflib.get_close_matches(typed, options, n=1)), None)
+    last = typed.rsplit(".", 1)[-1]
+    if last in ALSO_CALLED:
+        return ALSO_CALLED[last]
+    keys = {key: key.rsplit(".", 1)[-1] for key in config.all_fields()}
+    for key, name in keys.items():
+        if name == last:
+            return key
+    if whole := difflib.get_close_matches(typed, keys, n=1):
+        return whole[0]
+    names = difflib.get_close_matches(last, [*ALSO_CALLED, *keys.values()], n=1)
+    by_name = {name: key for key, name in reversed(keys.items())} | ALSO_CALLED
+    return by_name[names[0]] if names else None
+
+
+class _Output(io.TextIOWrapper):
+    """A stream whose reader may go away, as `head` does: what is left is then not written."""
+
+    def write(self, text: str) -> int:
+        """Write a text; characters that the stream has none of are written as escapes."""
+        try:
+            return super().write(text)
+        except BrokenPipeError:
+            self._give_up()
+            return len(text)
+
+    def flush(self) -> None:
+        """Hand on what was written."""
+        try:
+            super().flush()
+        except BrokenPipeError:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.fileno())
+        os.close(nowhere)
+
+
+def open_streams() -> None:
+    """Give the process an output and an error stream that take any text, whatever the shell did."""
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed; the next file that is opened would have its number
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  (for as long as we live)
+        elif type(stream) is io.TextIOWrapper and name != "stdin":
+            settings: dict[str, Any] = {
+                "encoding": stream.encoding,
+                "line_buffering": stream.line_buffering,
+                "write_through": stream.write_through,
+            }
+            setattr(sys, name, _Output(stream.detach(), errors="backslashreplace", **settings))

@@ -1,0 +1,115 @@
+"""What is no fault of a row, and still not what people expect of their data: one line each."""
+
+import logging
+
+import datasets
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from orpo_lab.config import Dataset
+from orpo_lab.data.splits import Split
+from orpo_lab.model import DEFAULT_CHAT_TEMPLATE
+
+log = logging.getLogger(__name__)
+
+# Above this share of a split's rows, what is lost is said as a warning
+LARGE_SHARE = 0.1
+# Which share of the rows the lengths that are proposed would keep, in percent
+KEPT_PERCENT = 95
+# Columns by which other tools build a prompt
+LIKELY_PROMPTS = ("system", "system_prompt", "instruction", "input", "context", "history")
+
+
+def warn_of_unread(split: Split) -> None:
+    """Name the columns that no pair is made of; what a part of a prompt says is lost with them."""
+    if not split.unread:
+        return
+    names = ", ".join(sorted(split.unread)[:20])
+    lost = sorted(split.unread.intersection(LIKELY_PROMPTS))
+    if lost:
+        log.warning(
+            "WARNING: %s: the columns %s are not read. What %s says is LOST: make it a part of the "
+            "prompt, as a message of role system or as text",
+            split.name,
+            names,
+            " and ".join(f"'{one}'" for one in lost),
+        )
+    else:
+        log.info("%s: the columns %s are not read", split.name, names)
+
+
+def warn_of_plain_text(split: Split, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Say that texts are trained as they are although the model has a chat template of its own."""
+    num = sum(isinstance(row.pair.prompt, str) for row in split.rows)
+    if num and tokenizer.chat_template not in (None, DEFAULT_CHAT_TEMPLATE):
+        log.warning(
+            "WARNING: %s: %d pairs are plain text and are trained without the model's chat "
+            "template; to train it as a chat model, give prompts and answers as messages "
+            "(docs/data.md)",
+            split.name,
+            num,
+        )
+
+
+def warn_of_lengths(split: Split, judged: datasets.Dataset, config: Dataset) -> None:
+    """Say which lengths would keep most rows, where many are too long.
+
+    Args:
+        split: its rows are drawn.
+        judged: what tokenizing made of those that were looked at.
+        config: the lengths.
+    """
+    num_lost = sum(split.dropped.num(one) for one in ("prompt_too_long", "pair_too_long"))
+    tokens, prompts = (np.array(judged[name]) for name in ("num_tokens", "num_prompt_tokens"))
+    tokens, prompts = tokens[tokens > 0], prompts[tokens > 0]
+    if num_lost <= LARGE_SHARE * len(tokens):
+        return
+    # Whole lengths: the next one that a row really has
+    middle, most = np.percentile(tokens, [50, KEPT_PERCENT], method="higher")
+    prompt = np.percentile(prompts, KEPT_PERCENT, method="higher")
+    log.warning(
+        "WARNING: %s: %d of %d pairs (%.0f %%) are too long for dataset.max_length=%d and "
+        "dataset.max_prompt_length=%d. Half of the pairs have more than %d tokens, %d %% have at "
+        "most %d, and as many prompts at most %d: dataset.max_length=%d "
+        "dataset.max_prompt_length=%d would keep these",
+        split.name,
+        num_lost,
+        len(tokens),
+        100 * num_lost / len(tokens),
+        config.max_length,
+        config.max_prompt_length,
+        middle,
+        KEPT_PERCENT,
+        most,
+        prompt,
+        most,
+        min(prompt, most - 1),
+    )
+
+
+def warn_of_losses(split: Split) -> None:
+    """Say what a chat template costs, where it is much."""
+    for fault in ("template_error", "misrendered", "unrendered_text", "prefilled_answer"):
+        num = split.dropped.num(fault)
+        if num > LARGE_SHARE * split.num_rows:
+            log.warning(
+                "WARNING: %s: %d of %d rows are dropped (%s), such as: %s",
+                split.name,
+                num,
+                split.num_rows,
+                fault,
+                split.dropped.report()[fault].get("example", ""),
+            )
+
+
+def warn_of_unused_ending(split: Split, kept: datasets.Dataset) -> None:
+    """Say that answers do not stand behind all of the generation prompt."""
+    endings = [one for one in kept["unused_ending"] if one]
+    if endings:
+        log.warning(
+            "WARNING: %s: the model's chat template ends a question in %r, and renders %d answers "
+            "without that; they are trained and generated without it too",
+            split.name,
+            endings[0],
+            len(endings),
+        )

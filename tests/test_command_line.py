@@ -1,0 +1,98 @@
+"""What people type stays as it was typed, and errors name the key that was meant."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from orpo_lab import config
+from orpo_lab.command_line import ALSO_CALLED, FOLDERS, as_typed, did_you_mean
+from orpo_lab.errors import UserError
+from tests.conftest import compose_config
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("model.revision=1.10", "1.10"),
+        ("model.revision=2024_01_15", "2024_01_15"),
+        ("model.revision=0x10", "0x10"),
+        ("name=1e-4", "1e-4"),
+        ("name=true", "true"),
+        ("name=null", None),
+        ("name='1.10'", "1.10"),
+        ("name=it's", "it's"),
+        ("name=a=b", "a=b"),
+        ("name=a\\\\b=c\\\\", "a\\\\b=c\\\\"),
+        ("tracker.tags=[1.10,a,'b,2']", ["1.10", "a", "b,2"]),
+        ("tracker.tags=[a]", ["a"]),
+        ("beta=1.10", 1.1),
+        ("model.path=a b(1)/\u00fc", "a b(1)/\u00fc"),
+        ("model.path=multirun/x/0-beta=0.05,seed=1/final", "multirun/x/0-beta=0.05,seed=1/final"),
+        ("resume=multirun/x/0-beta=0.05,seed=1", "multirun/x/0-beta=0.05,seed=1"),
+        ("model.path=0-a,b", "0-a,b"),
+        ("model.path=~/x", str(Path("~/x").expanduser())),
+    ],
+)
+def test_text_is_what_was_typed(override: str, value: Any) -> None:
+    key = override.partition("=")[0]
+    composed = compose_config(override)
+    assert OmegaConf.select(composed, key) == value
+
+
+@pytest.mark.parametrize(
+    ("typed", "read"),
+    [
+        ("beta=0.1,0.2", "beta=0.1,0.2"),
+        ("model.path=a,b", "model.path=a,b"),
+        ("model.revision=1.10,2.0", "model.revision='1.10','2.0'"),
+        ("model.revision=choice(1.10,b)", "model.revision=choice('1.10',b)"),
+        ("tracker.tags=[1.10],[b]", "tracker.tags=['1.10'],[b]"),
+        ("dataset.train_path=a=1.jsonl,b.jsonl", "dataset.train_path='a=1.jsonl',b.jsonl"),
+        ("seed=range(1,3)", "seed=range(1,3)"),
+    ],
+)
+def test_a_list_in_a_sweep_stays_a_list(typed: str, read: str) -> None:
+    assert as_typed(["-m", typed]) == ["-m", read]
+
+
+def test_a_folder_with_a_comma_in_a_sweep_is_one_where_it_exists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "0-beta=0.1,seed=1").mkdir()
+    typed = ["-m", "model.path=0-beta=0.1,seed=1"]
+    assert as_typed(typed) == ["-m", "model.path='0-beta=0.1,seed=1'"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("betta", "beta"),
+        ("train.max_step", "train.max_steps"),
+        ("max_steps", "train.max_steps"),
+        ("learning_rate", "optimizer.learning_rate"),
+        ("optimizer.lr", "optimizer.learning_rate"),
+        ("train.per_device_train_batch_size", "train.batch_size"),
+        ("gradient_accumulation_steps", "train.batch_size"),
+        ("lora_r", "optimizer.r"),
+        ("dataset.maxlength", "dataset.max_length"),
+    ],
+)
+def test_the_key_that_was_meant_is_named_in_full(typed: str, meant: str) -> None:
+    assert did_you_mean(f"Could not override '{typed}'.") == f". Did you mean '{meant}'?"
+
+
+def test_a_key_of_another_option_is_said_to_be_one() -> None:
+    said = did_you_mean("Could not override 'optimizer.rank'.")
+    assert said == ". optimizer.rank is a key of optimizer=galore"
+
+
+def test_what_others_call_a_key_leads_to_a_key() -> None:
+    assert set(ALSO_CALLED.values()) <= {*config.all_fields(), *FOLDERS}
+
+
+def test_a_group_without_an_option_is_named() -> None:
+    with pytest.raises(UserError, match="tracker=null names no option of the group; write tracker"):
+        as_typed(["tracker=null"])
