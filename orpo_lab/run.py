@@ -113,7 +113,8 @@ def _train(
 
     # Rows -> pairs -> token ids
     tokenizer = model.load_tokenizer(config.model, model_config)
-    pairs = _load_data(config, tokenizer, sweep)
+    started = date.fromisoformat(segment["started"][:10])
+    pairs = _load_data(config, tokenizer, sweep, today=started)
     model.check_ids(tokenizer, model_config, pairs)
     trainer.say_length(config, len(pairs.train))
 
@@ -282,12 +283,19 @@ def _check_made(
         )
 
 
-def _load_data(config: Config, tokenizer: Any, sweep: Sweep | None) -> "Data":
-    """Return the tokenized pairs; a sweep tokenizes once for all jobs with the same data."""
+def _load_data(config: Config, tokenizer: Any, sweep: Sweep | None, *, today: date) -> "Data":
+    """Return the tokenized pairs; a sweep tokenizes once for all jobs with the same data.
+
+    Args:
+        config: the run's.
+        tokenizer: the model's.
+        sweep: the sweep that the run belongs to, if any.
+        today: the day of the run's first start, for chat templates that ask for a date.
+    """
     from orpo_lab import data
 
     def load() -> "Data":
-        return data.load(config.dataset, tokenizer)
+        return data.load(config.dataset, tokenizer, today=today)
 
     if sweep is None:
         return load()
