@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from orpo_lab import run
 from tests.conftest import ROOT
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
@@ -223,14 +221,3 @@ def test_beta_trades_preference_against_quality(launch: Launch, tmp_path: Path) 
     # One seed; benchmarks/beta.py has three
     assert accuracy["0"] + 0.03 <= accuracy["0.1"] <= accuracy["1"]
     assert free["1"]["exact_match"] <= free["0.1"]["exact_match"] - 0.1
-
-
-@pytest.mark.parametrize(("number", "device"), [(0, "4"), (1, "5"), (2, "6"), (3, "4")])
-def test_jobs_side_by_side_see_one_gpu_each(
-    monkeypatch: pytest.MonkeyPatch, number: int, device: str
-) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
-    run._use_one_device(number)
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == device
-    run._use_one_device(number + 1)
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == device

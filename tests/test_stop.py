@@ -26,16 +26,11 @@ def send(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-def send_and_wait(number: int) -> None:
-    send(number)
-    time.sleep(1)
-
-
 @pytest.mark.parametrize("number", SIGNALS)
 def test_every_signal_ends_a_run_with_the_code_to_requeue_it(number: signal.Signals) -> None:
     stop = Stop()
     with stop.listening(), pytest.raises(Stopped) as stopped:
-        send_and_wait(number)
+        send(number)
     assert (stopped.value.reason, stopped.value.exit_code) == (number.name, 75)
 
 
