@@ -99,11 +99,13 @@ def _train(
     # Seconds of imports, once the configuration is known to be good and the folder is ours
     from transformers import set_seed
 
-    from orpo_lab import engine, model, quantization, report, trainer
+    from orpo_lab import engine, model, quantization, report, tracker, trainer
     from orpo_lab.adapter import attach
     from orpo_lab.evaluate import evaluate
 
     # What can be refused is refused before anything heavy is loaded
+    sweep_name = sweep.folder.name if sweep else None
+    tracker.check(config.tracker, folder=place.path, sweep=sweep_name)
     start = _find_start(config, place, segment["config_hash"])
     model_config = model.load_config(config.model)
     model.check_context(model_config, config.dataset)
@@ -138,7 +140,7 @@ def _train(
     stop.check()
     metrics = start.path / checkpoint.METRICS if start else None
     missing = report.Missing(place)
-    with _tracked(config, place, choices, metrics, sweep, missing) as run:
+    with _tracked(config, place, choices, metrics, sweep_name, missing) as run:
         if not place.has_begun:
             place.begin(config, choices, segment, metrics=metrics)
         place.write_json("data_report.json", pairs.report)
@@ -186,7 +188,7 @@ def _tracked(
     place: RunFolder,
     choices: dict[str, str],
     metrics: Path | None,
-    sweep: Sweep | None,
+    sweep: str | None,
     missing: "Missing",
 ) -> Iterator["Run"]:
     """Have the run tracked; a tracker that fails takes nothing away.
@@ -196,7 +198,7 @@ def _tracked(
         place: its folder.
         choices: the option chosen in every config group.
         metrics: those of the checkpoint to go on from, if any.
-        sweep: the sweep it belongs to, if any.
+        sweep: the name of the sweep it belongs to, if any.
         missing: gets what the tracker could not take.
 
     Raises:
@@ -209,9 +211,9 @@ def _tracked(
         run = tracker.start(
             config.tracker,
             folder=place.path,
-            name=mask(config.name or place.path.resolve().name),
+            name=config.name,
             config={**mask(asdict(config)), "choices": choices},
-            sweep=sweep.folder.name if sweep else None,
+            sweep=sweep,
             history=RunFolder(metrics.parent).metrics() if metrics else [],
         )
     exit_code = 1
