@@ -494,7 +494,7 @@ class WandbTracker(Tracker):
     """Weights & Biases."""
 
     mode: str = free()
-    project: str = free()
+    project: str | None = free()
     entity: str | None = free()
     group: str | None = free()
     tags: list[str] = free()

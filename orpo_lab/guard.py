@@ -78,7 +78,8 @@ def leave_out_what_cannot_be(sweeper: Any, batch: list[list[str]]) -> None:
     """
     if not batch:
         raise UserError("this sweep has no job: a list or a range in it is empty")
-    loader, refused = sweeper.hydra_context.config_loader, []
+    loader = sweeper.hydra_context.config_loader
+    refused: list[tuple[list[str], HydraException]] = []
     for overrides in batch:
         try:
             loader.load_sweep_config(master_config=sweeper.config, sweep_overrides=overrides)
@@ -86,13 +87,15 @@ def leave_out_what_cannot_be(sweeper: Any, batch: list[list[str]]) -> None:
             refused.append((overrides, error))
     if len(refused) == len(batch):
         raise refused[0][1]
-    swept = {one for overrides in batch for one in overrides} - set.intersection(*map(set, batch))
+    swept = {one for overrides in batch for one in overrides} - set[str].intersection(
+        *map(set, batch)
+    )
     global num_jobs
     num_jobs = len(batch) - len(refused)
-    for overrides, error in refused:
+    for overrides, reason in refused:
         batch.remove(overrides)
         which = " ".join(one for one in overrides if one in swept)
-        left_out.append(f"error: {which}: {explain(error)}")
+        left_out.append(f"error: {which}: {explain(reason)}")
         print(mask(left_out[-1]), file=sys.stderr)
 
 
@@ -144,7 +147,8 @@ class MaskingOmegaConf(OmegaConf):
 
 
 def _check_texts(file: str, loaded: Any) -> None:
-    values = flat(OmegaConf.to_container(loaded, resolve=False)) if loaded else {}
+    tree: Any = OmegaConf.to_container(loaded, resolve=False)
+    values = flat(tree)
     for key in text_keys().keys() & values.keys():
         for value in values[key] if isinstance(values[key], list) else [values[key]]:
             if isinstance(value, bool | int | float):

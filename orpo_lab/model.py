@@ -8,7 +8,7 @@ import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -28,10 +28,9 @@ from transformers.utils import find_adapter_config_file
 
 from orpo_lab import quantization
 from orpo_lab.config import Config, Dataset, Galore, Lora, Model, Optimizer, local_path
+from orpo_lab.data import Data
+from orpo_lab.data.render import DEFAULT_CHAT_TEMPLATE
 from orpo_lab.errors import UserError, one_line
-
-if TYPE_CHECKING:
-    from orpo_lab.data import Data  # which reads this module's chat template
 
 log = logging.getLogger(__name__)
 
@@ -52,17 +51,6 @@ LFS_POINTER = b"version https://git-lfs"
 MAX_OUTSIDE = 0.1
 # Of the median length of an embedding: below it one was never trained
 UNTRAINED = 0.01
-
-# Zephyr's layout, which the ORPO authors give to models without a template of their own. It needs
-# no new tokens: untrained embeddings would be frozen under LoRA. The BOS in front is ours: it is
-# trained wherever a tokenizer has one, so who asks the model by this template has to start from it.
-DEFAULT_CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-)
 
 
 def device() -> torch.device:
@@ -301,7 +289,7 @@ def _check_vocabulary(model: Model, tokenizer: PreTrainedTokenizerBase, num_rows
         )
 
 
-def check_ids(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, data: "Data") -> None:
+def check_ids(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, data: Data) -> None:
     """Refuse texts with a token that has no embedding.
 
     Raises:

@@ -98,11 +98,13 @@ def _train(
     # Seconds of imports, once the configuration is known to be good and the folder is ours
     from transformers import set_seed
 
-    from orpo_lab import engine, model, quantization, report, trainer
+    from orpo_lab import engine, model, quantization, report, tracker, trainer
     from orpo_lab.adapter import attach
     from orpo_lab.evaluate import evaluate
 
     # What can be refused is refused before anything heavy is loaded
+    sweep_name = sweep.folder.name if sweep else None
+    tracker.check(config.tracker, folder=place.path, sweep=sweep_name)
     start = _find_start(config, place, segment["config_hash"])
     model_config = model.load_config(config.model)
     model.check_context(model_config, config.dataset)
@@ -110,7 +112,8 @@ def _train(
 
     # Rows -> pairs -> token ids
     tokenizer = model.load_tokenizer(config.model, model_config)
-    pairs = _load_data(config, tokenizer, sweep)
+    started = date.fromisoformat(segment["started"][:10])
+    pairs = _load_data(config, tokenizer, sweep, today=started)
     model.check_ids(tokenizer, model_config, pairs)
     trainer.say_length(config, len(pairs.train))
 
@@ -136,7 +139,7 @@ def _train(
     stop.check()
     metrics = start.path / checkpoint.METRICS if start else None
     missing = report.Missing(place)
-    with _tracked(config, place, choices, metrics, sweep, missing) as run:
+    with _tracked(config, place, choices, metrics, sweep_name, missing) as run:
         if not place.has_begun:
             place.begin(config, choices, segment, metrics=metrics)
         place.write_json("data_report.json", pairs.report)
@@ -184,7 +187,7 @@ def _tracked(
     place: RunFolder,
     choices: dict[str, str],
     metrics: Path | None,
-    sweep: Sweep | None,
+    sweep: str | None,
     missing: "Missing",
 ) -> Iterator["Run"]:
     """Have the run tracked; a tracker that fails takes nothing away.
@@ -194,7 +197,7 @@ def _tracked(
         place: its folder.
         choices: the option chosen in every config group.
         metrics: those of the checkpoint to go on from, if any.
-        sweep: the sweep it belongs to, if any.
+        sweep: the name of the sweep it belongs to, if any.
         missing: gets what the tracker could not take.
 
     Raises:
@@ -207,9 +210,9 @@ def _tracked(
         run = tracker.start(
             config.tracker,
             folder=place.path,
-            name=mask(config.name or place.path.resolve().name),
+            name=config.name,
             config={**mask(asdict(config)), "choices": choices},
-            sweep=sweep.folder.name if sweep else None,
+            sweep=sweep,
             history=RunFolder(metrics.parent).metrics() if metrics else [],
         )
     exit_code = 1
@@ -277,12 +280,19 @@ def _check_made(
         )
 
 
-def _load_data(config: Config, tokenizer: Any, sweep: Sweep | None) -> "Data":
-    """Return the tokenized pairs; a sweep tokenizes once for all jobs with the same data."""
+def _load_data(config: Config, tokenizer: Any, sweep: Sweep | None, *, today: date) -> "Data":
+    """Return the tokenized pairs; a sweep tokenizes once for all jobs with the same data.
+
+    Args:
+        config: the run's.
+        tokenizer: the model's.
+        sweep: the sweep that the run belongs to, if any.
+        today: the day of the run's first start, for chat templates that ask for a date.
+    """
     from orpo_lab import data
 
     def load() -> "Data":
-        return data.load(config.dataset, tokenizer)
+        return data.load(config.dataset, tokenizer, today=today)
 
     if sweep is None:
         return load()

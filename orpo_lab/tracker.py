@@ -5,6 +5,7 @@ import netrc
 import os
 import re
 import secrets
+import ssl
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -22,6 +23,12 @@ log = logging.getLogger(__name__)
 PROBE_SECONDS = 3.0
 # How long a run waits at its end for what is not uploaded yet; it stays on disk
 FINISH_SECONDS = 30.0
+# Where neither tracker.project nor W&B's own settings name a project
+PROJECT = "orpo_lab"
+# Letters of a tag that W&B takes
+MAX_TAG = 64
+# Keys of the tracker, and the settings of W&B's client that check them
+CHECKED = {"project": "project", "entity": "entity", "group": "run_group", "tags": "run_tags"}
 
 
 class Run(Protocol):
@@ -52,44 +59,80 @@ class Untracked:
         """Do nothing."""
 
 
+def check(tracker: Tracker, *, folder: Path, sweep: str | None) -> None:
+    """Refuse what W&B's client would not take, before anything heavy is loaded.
+
+    Args:
+        tracker: which tracker, and its settings.
+        folder: the run folder.
+        sweep: the name of the sweep that the run belongs to, if any.
+
+    Raises:
+        UserError: a key of the tracker, W&B's own variables and settings files, or the run's id is
+            not what W&B takes.
+    """
+    if not isinstance(tracker, WandbTracker) or _disabled():
+        return
+    try:
+        import wandb
+    except Exception:  # which `start` says
+        return
+    for key, setting in CHECKED.items():
+        try:
+            wandb.Settings(**{setting: getattr(tracker, key)})
+        except Exception as error:
+            hint = "; a team goes to tracker.entity" if key == "project" else ""
+            raise UserError(f"W&B does not take tracker.{key}: {_reason(error)}{hint}") from error
+    _known_id(folder, sweep)
+
+
 def start(
     tracker: Tracker,
     *,
     folder: Path,
-    name: str,
+    name: str | None,
     config: dict[str, Any],
     sweep: str | None,
     history: list[dict[str, float]],
 ) -> Run:
     """Begin tracking a run.
 
+    Where the tracker's settings leave something open, W&B's own variables and settings files decide
+    (WANDB_PROJECT, WANDB_ENTITY, WANDB_RUN_GROUP, WANDB_JOB_TYPE, WANDB_NOTES, and for a run
+    outside of a sweep WANDB_NAME and WANDB_RUN_ID). WANDB_TAGS are more tags.
+
     Args:
         tracker: which tracker, and its settings.
         folder: the run folder; W&B keeps its files in `wandb/` in it.
-        name: what the run is called.
+        name: what the run is called; None: as W&B's variable says, or as the folder.
         config: our own configuration, under our own names, secrets masked.
-        sweep: the group, unless the tracker's settings name one.
+        sweep: the name of the sweep that the run belongs to, if any.
         history: the lines of metrics of a run that goes on, with their `step`; W&B gets again what
             it may not have of them.
+
+    Raises:
+        UserError: see `check`.
+        Exception: whatever W&B's client raises where it cannot even write to the disk.
     """
     match tracker:
         case NoTracker():
             return Untracked()
-        case WandbTracker() if os.environ.get("WANDB_MODE") == "disabled":
-            log.info("W&B: disabled by WANDB_MODE")
+        case WandbTracker() if _disabled():
+            log.info("W&B: disabled, by its own settings (WANDB_MODE, wandb disabled)")
             return Untracked()
         case WandbTracker():
-            choices = config["choices"]
+            own, choices = _settings(), config["choices"]
+            groups = ("model", "dataset", "optimizer", "beta_schedule")
             return WandbRun(
                 tracker,
                 folder=folder,
-                name=name,
+                # One name or id cannot be that of all jobs of a sweep
+                name=name or (own.run_name if sweep is None else None) or folder.resolve().name,
+                run_id=_run_id(folder, sweep),
                 config=config,
-                group=tracker.group or sweep,
-                job_type="train",
-                tags=[
-                    choices[group] for group in ("model", "dataset", "optimizer", "beta_schedule")
-                ],
+                group=tracker.group or own.run_group or sweep,
+                job_type=own.run_job_type or "train",
+                tags=[choices[group] for group in groups],
                 history=history,
             )
     raise TypeError(f"no tracker: {tracker!r}")
@@ -106,22 +149,56 @@ def publish_comparison(
         verdict: what it says.
         settings: the table of settings.
     """
-    if not isinstance(tracker, WandbTracker) or os.environ.get("WANDB_MODE") == "disabled":
+    if not isinstance(tracker, WandbTracker) or not tracker.summary_run or _disabled():
         return
-    if not tracker.summary_run:
+    try:
+        run = WandbRun(
+            tracker,
+            folder=folder,
+            name=f"{folder.name}-comparison",
+            run_id=_run_id(folder, folder.name),
+            config={},
+            group=tracker.group or _settings().run_group or folder.name,
+            job_type="comparison",
+            tags=[],
+            history=[],
+        )
+    except Exception as error:  # whatever W&B's client or its service process raises
+        log.warning("W&B: %s; the sweep's folder has its report", _reason(error))
         return
-    run = WandbRun(
-        tracker,
-        folder=folder,
-        name=f"{folder.name}-comparison",
-        config={},
-        group=tracker.group or folder.name,
-        job_type="comparison",
-        tags=[],
-        history=[],
-    )
     run.report_comparison(folder, verdict, settings)
     run.finish(0)
+
+
+def _settings() -> Any:
+    """Return what W&B's own variables and settings files come to.
+
+    Raises:
+        UserError: they hold what W&B does not take.
+    """
+    import wandb
+
+    try:
+        return wandb.setup().settings
+    except Exception as error:  # pydantic's, and W&B's own of several kinds
+        raise UserError(
+            f"W&B does not take its own settings: {_reason(error)}; put right the WANDB_ variable, "
+            "or say tracker=none"
+        ) from error
+
+
+def _disabled() -> bool:
+    """Return whether W&B's own settings switch it off; WANDB_DISABLED is transformers' word."""
+    is_off = os.environ.get("WANDB_DISABLED", "").lower() in ("1", "on", "true", "yes")
+    return is_off or _settings().mode == "disabled"
+
+
+def _reason(error: Exception) -> str:
+    """Return what W&B's client says is wrong, on a line; pydantic has a report of several lines."""
+    if not hasattr(error, "errors"):
+        return one_line(error)[:200]
+    first = error.errors()[0]
+    return one_line(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")[:200]
 
 
 class WandbRun:
@@ -133,6 +210,7 @@ class WandbRun:
         *,
         folder: Path,
         name: str,
+        run_id: str,
         config: dict[str, Any],
         group: str | None,
         job_type: str,
@@ -142,14 +220,16 @@ class WandbRun:
         import wandb
 
         self._wandb = wandb
-        online, why = self._decide(tracker)
+        own = _settings()
+        online, why = self._decide(tracker, own)
+        project = tracker.project or own.project or PROJECT
+        labels = mask([*tags, *tracker.tags, *(own.run_tags or ())])
         options: dict[str, Any] = {
-            **mask({"project": tracker.project, "entity": tracker.entity, "group": group}),
+            **mask({"project": project, "entity": tracker.entity, "group": group, "name": name}),
             "job_type": job_type,
             # One run in W&B for one folder, also where a sweep runs a job again
-            "id": _run_id(folder),
-            "tags": mask([*tags, *tracker.tags]),
-            "name": name,
+            "id": run_id,
+            "tags": list(dict.fromkeys(label[:MAX_TAG] for label in labels)),
             "config": config,
             "dir": folder,
             # Two runs in one process (a sweep) would otherwise log into one
@@ -175,7 +255,7 @@ class WandbRun:
                 online, why = False, f"the server does not take the run ({one_line(error)[:150]})"
                 # W&B's service process still holds the id that was refused
                 (folder / "wandb_id").unlink(missing_ok=True)
-                options["id"] = _run_id(folder)
+                options["id"] = _new_id(folder)
         if not online:
             self._run = wandb.init(mode="offline", **options)
             log.info(
@@ -187,16 +267,16 @@ class WandbRun:
         for line in history:
             self.log(int(line["step"]), {key: line[key] for key in line if key != "step"})
 
-    def _decide(self, tracker: WandbTracker) -> tuple[bool, str]:
+    def _decide(self, tracker: WandbTracker, own: Any) -> tuple[bool, str]:
         """Return whether to go online, and if not, why."""
-        if tracker.mode == "offline" or os.environ.get("WANDB_MODE") == "offline":
+        if tracker.mode == "offline":
             return False, "as asked"
-        settings = self._wandb.setup().settings
-        server = settings.base_url
-        if not (settings.api_key or settings.identity_token_file or _in_netrc(server)):
+        if own.mode in ("offline", "dryrun"):
+            return False, "by its own settings (WANDB_MODE, wandb offline)"
+        if not (own.api_key or own.identity_token_file or _in_netrc(own.base_url)):
             return False, "no key is configured (wandb login)"
-        if tracker.mode == "auto" and not _answers(server):
-            return False, f"{server} does not answer within {PROBE_SECONDS:g} s"
+        if tracker.mode == "auto" and not _answers(own.base_url, insecure=own.insecure_disable_ssl):
+            return False, f"{own.base_url} does not answer within {PROBE_SECONDS:g} s"
         return True, ""
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -253,22 +333,38 @@ class WandbRun:
             )
 
 
-def _run_id(folder: Path) -> str:
-    """Return the folder's W&B run id, made once; or the one that `wandb agent` has given.
+def _run_id(folder: Path, sweep: str | None) -> str:
+    """Return the folder's W&B run id, made once; or the one that `wandb agent` has given a run.
 
     Raises:
-        UserError: W&B would not take it, in whose folder names it stands.
+        UserError: see `_known_id`.
+    """
+    return _known_id(folder, sweep) or _new_id(folder)
+
+
+def _known_id(folder: Path, sweep: str | None) -> str | None:
+    """Return the W&B run id that a folder has, or that a run is given; None: there is none yet.
+
+    Raises:
+        UserError: W&B would not take the id, since it names folders by ids.
     """
     file = folder / "wandb_id"
-    given = os.environ.get("WANDB_RUN_ID")
+    given = os.environ.get("WANDB_RUN_ID") if sweep is None else None
     if not given and not file.exists():
-        RunFolder(folder).write("wandb_id", secrets.token_hex(4))
+        return None
     run_id = given or file.read_text()
     if not re.fullmatch(r"[^:;,#?/'\\\s]+", run_id):
         raise UserError(
             f"{'WANDB_RUN_ID' if given else file} holds {run_id!r}, which is no W&B run id; remove "
             "it, and a new one is made"
         )
+    return run_id
+
+
+def _new_id(folder: Path) -> str:
+    """Make a folder's W&B run id."""
+    run_id = secrets.token_hex(4)
+    RunFolder(folder).write("wandb_id", run_id)
     return run_id
 
 
@@ -285,9 +381,11 @@ def _in_netrc(server: str) -> bool:
     return False
 
 
-def _answers(server: str) -> bool:
+def _answers(server: str, *, insecure: bool) -> bool:
+    # As W&B's client, which takes any certificate where it is told to
+    context = ssl._create_unverified_context() if insecure else None
     try:
-        urllib.request.urlopen(server, timeout=PROBE_SECONDS).close()
+        urllib.request.urlopen(server, timeout=PROBE_SECONDS, context=context).close()
     except urllib.error.HTTPError:
         return True  # an answer, if not a page
     except (OSError, ValueError):

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from orpo_lab.errors import one_line
+from orpo_lab.tracker import PROJECT
 
 # Sections of line charts over the steps: metrics under the names that runs log
 CURVES = {
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m orpo_lab.workspace", description="Save a W&B workspace that compares runs."
     )
-    parser.add_argument("--project", default="orpo_lab", help="as tracker.project")
+    parser.add_argument("--project", default="", help=f"as tracker.project (default: {PROJECT})")
     parser.add_argument("--entity", default="", help="as tracker.entity (default: the key's)")
     parser.add_argument("--name", default="orpo_lab: which beta?", help="what the view is called")
     options = parser.parse_args(arguments)
@@ -69,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         import wandb
 
         entity = options.entity or wandb.Api().default_entity
-        print(save(options.project, entity, options.name))
+        project = options.project or wandb.setup().settings.project or PROJECT
+        print(save(project, entity, options.name))
     except ImportError:
         sys.exit('error: wandb-workspaces is not installed: pip install -e ".[workspace]"')
     except Exception as error:

@@ -17,9 +17,8 @@ from orpo_lab import config, data
 from orpo_lab.data.encode import Encoder, fit, tokenize
 from orpo_lab.data.faults import Fault
 from orpo_lab.data.pairs import Pair, split
-from orpo_lab.data.render import render
+from orpo_lab.data.render import DEFAULT_CHAT_TEMPLATE, render
 from orpo_lab.errors import UserError
-from orpo_lab.model import DEFAULT_CHAT_TEMPLATE
 
 ASKED = {"role": "user", "content": "what is 2 plus 2?"}
 RIGHT = {"role": "assistant", "content": "it is 4."}

@@ -16,8 +16,8 @@ import pytest
 
 from orpo_lab import config, data
 from orpo_lab.data.files import MAX_LINE_BYTES, read_file
+from orpo_lab.data.render import DEFAULT_CHAT_TEMPLATE
 from orpo_lab.errors import UserError
-from orpo_lab.model import DEFAULT_CHAT_TEMPLATE
 from tests.conftest import compose_config
 
 Load = Callable[..., config.Config]

@@ -100,3 +100,33 @@ def test_trls_kernel_is_given_what_it_takes(case: str) -> None:
         strict=True,
     ):
         assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_a_large_vocabulary_costs_less_precision_than_torchs_log_softmax() -> None:
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(64, 32, generator=generator)
+    weight = torch.randn(49152, 32, generator=generator)
+    targets = torch.randint(49152, (64,), generator=generator)
+    given = (weight, None, targets, 1.0, None)
+    exact = reference(states.double(), weight.double(), *given[1:])
+    ours = head.token_logps(states, *given[:3], scale=1.0, softcap=None)
+    theirs = reference(states, *given)
+    errors = [float((one - exact).abs().mean()) for one in (ours, theirs)]
+    assert errors[0] < 2e-6
+    assert errors[0] < errors[1] / 2
+
+
+def test_without_gradients_a_trained_head_keeps_no_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "CHUNK", 4)
+    made: list[Tensor] = []
+    buffer = head._Head.buffer
+
+    def counted(*arguments: Any) -> Tensor:
+        made.append(buffer(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(head._Head, "buffer", counted)
+    states, weight, bias, targets = make(20, torch.float32)
+    with torch.no_grad():
+        head.token_logps(states.detach(), weight, bias, targets, scale=1.0, softcap=None)
+    assert len(made) == 1

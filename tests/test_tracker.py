@@ -4,6 +4,8 @@ import http.server
 import json
 import logging
 import os
+import shutil
+import ssl
 import subprocess
 import threading
 import time
@@ -35,7 +37,7 @@ KEY = "local" + "0" * 35
 
 def settings(mode: str = "auto", **changes: Any) -> WandbTracker:
     values: dict[str, Any] = {
-        "project": "orpo_lab",
+        "project": None,
         "entity": None,
         "group": None,
         "tags": ["mine"],
@@ -48,14 +50,16 @@ def start(
     folder: Path,
     mode: str = "auto",
     history: list[dict[str, float]] | None = None,
+    name: str | None = "a-run",
+    sweep: str | None = "a-sweep",
     **changes: Any,
 ) -> tracker.Run:
     return tracker.start(
         settings(mode, **changes),
         folder=folder,
-        name="a-run",
+        name=name,
         config=RECORD,
-        sweep="a-sweep",
+        sweep=sweep,
         history=history or [],
     )
 
@@ -77,8 +81,8 @@ def _own_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[N
     """No key and no mode from the machine the tests run on; every test its own W&B process."""
     import wandb
 
-    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("HOME", str(tmp_path))
     logging.getLogger("orpo_lab").propagate = True
@@ -339,3 +343,165 @@ def test_none_and_disabled_track_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert isinstance(start(tmp_path), tracker.Untracked)
     assert not (tmp_path / "wandb").exists()
+
+
+OFFLINE = {
+    "WANDB_MODE=offline": "offline",
+    "WANDB_MODE=dryrun": "offline",
+    "WANDB_MODE=disabled": "disabled",
+    "WANDB_DISABLED=true": "disabled",
+    "mode = offline": "offline",
+    "mode = disabled": "disabled",
+}
+
+
+@pytest.mark.parametrize("said", OFFLINE)
+def test_wandbs_own_mode_decides(
+    server: WandbServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    said: str,
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.chdir(tmp_path)
+    if said.startswith("WANDB_"):
+        monkeypatch.setenv(*said.split("=", 1))
+    else:  # what `wandb offline` and `wandb disabled` write
+        (tmp_path / "wandb").mkdir()
+        (tmp_path / "wandb" / "settings").write_text(f"[default]\n{said}\n")
+    run = start(tmp_path / "run", "online")
+    run.log(1, {"loss": 1.0})
+    run.finish(0)
+    assert not server.runs
+    assert isinstance(run, tracker.Untracked) == (OFFLINE[said] == "disabled")
+    assert f"W&B: {OFFLINE[said]}, by its own settings" in caplog.text
+
+
+def variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PROJECT", "NAME", "JOB_TYPE", "NOTES", "RUN_GROUP", "RUN_ID"):
+        monkeypatch.setenv(f"WANDB_{name}", f"their-{name.lower()}")
+    monkeypatch.setenv("WANDB_TAGS", "theirs,others")
+
+
+SENT = ("project", "displayName", "jobType", "notes", "groupName", "name")
+
+
+def test_wandbs_own_names_hold_where_ours_leave_them_open(
+    server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variables(monkeypatch)
+    start(tmp_path, name=None, sweep=None).finish(0)
+    sent = server.runs["their-run_id"]["upserts"][0]
+    names = ("project", "name", "job_type", "notes", "run_group", "run_id")
+    assert [sent[key] for key in SENT] == [f"their-{name}" for name in names]
+    assert {"mine", "theirs", "others", "galore"} <= set(sent["tags"])
+
+
+def test_our_own_names_win_over_wandbs(
+    server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variables(monkeypatch)
+    start(tmp_path, sweep=None, project="our-project", group="our-group").finish(0)
+    sent = server.runs["their-run_id"]["upserts"][0]
+    assert [sent[key] for key in ("project", "displayName", "groupName")] == [
+        "our-project",
+        "a-run",
+        "our-group",
+    ]
+
+
+def test_a_given_run_id_and_name_are_not_those_of_every_job_of_a_sweep(
+    server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variables(monkeypatch)
+    for job in ("first", "second"):
+        start(tmp_path / job, name=None).finish(0)
+    assert len(server.runs) == 2
+    assert "their-run_id" not in server.runs
+    names = [run["upserts"][0]["displayName"] for run in server.runs.values()]
+    assert sorted(names) == ["first", "second"]
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "project": ("team/orpo", "tracker.project: .*'/'.*; a team goes to tracker.entity"),
+    "tags": (["x" * 70], r"tracker.tags: .*70 characters"),
+    "long project": ("x" * 140, "tracker.project: .*128 characters"),
+    "empty tags": ([""], "tracker.tags: .*empty"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_wandb_would_not_take_is_refused_by_its_key(tmp_path: Path, case: str) -> None:
+    value, says = REFUSED[case]
+    with pytest.raises(UserError, match=says) as error:
+        tracker.check(settings(**{case.split()[-1]: value}), folder=tmp_path, sweep=None)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("WANDB_MODE", "Offline", "mode: Input should be"),
+        ("WANDB_BASE_URL", "localhost:8080", "base_url: URL scheme"),
+        ("WANDB_API_KEY", KEY + "\n", "whitespace"),
+        ("WANDB_TAGS", "a,", "empty"),
+        ("WANDB_PROJECT", "a/b", "Invalid project name"),
+        ("WANDB_RUN_ID", "a\\b", "WANDB_RUN_ID holds"),
+    ],
+)
+def test_wandbs_variables_that_it_does_not_take_are_refused_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, says: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=says) as error:
+        tracker.check(settings(), folder=tmp_path, sweep=None)
+    assert "\n" not in str(error.value)
+    assert KEY not in str(error.value)
+
+
+def test_a_long_name_of_an_option_is_no_tag_that_wandb_refuses(
+    server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RECORD["choices"], "model", "m" * 80)  # type: ignore[arg-type]
+    start(tmp_path).finish(0)
+    (arrived,) = server.runs.values()
+    assert "m" * 64 in arrived["upserts"][0]["tags"]
+
+
+def test_a_client_that_cannot_begin_does_not_end_a_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import wandb
+
+    def fails(**options: Any) -> None:
+        raise RuntimeError("no service process")
+
+    monkeypatch.setattr(wandb, "init", fails)
+    rows = [{"setting": "beta=0.1", "verdict": "winner"}]
+    tracker.publish_comparison(settings(summary_run=True), tmp_path, ["The winner"], rows)
+    assert "W&B: no service process; the sweep's folder has its report" in caplog.text
+
+
+def test_a_server_that_signed_its_own_certificate_is_asked_as_wandb_asks_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("openssl makes the certificate")
+    made = ["-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "2"]
+    files = ["-keyout", str(tmp_path / "key"), "-out", str(tmp_path / "certificate")]
+    subprocess.run([openssl, "req", *made, *files], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "certificate", tmp_path / "key")
+    running = WandbServer(context)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", running.url)
+    assert not tracker._answers(running.url, insecure=False)
+    monkeypatch.setenv("WANDB_INSECURE_DISABLE_SSL", "true")
+    run = start(tmp_path)
+    run.log(1, {"loss": 1.0})
+    run.finish(0)
+    running.die()
+    (arrived,) = running.runs.values()
+    assert arrived["exit_code"] == 0

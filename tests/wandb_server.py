@@ -7,6 +7,7 @@ import gzip
 import http.server
 import json
 import re
+import ssl
 import threading
 import time
 from typing import Any
@@ -20,9 +21,12 @@ class WandbServer(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self) -> None:
+    def __init__(self, secured_by: ssl.SSLContext | None = None) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
+        if secured_by:
+            self.url = self.url.replace("http:", "https:")
+            self.socket = secured_by.wrap_socket(self.socket, server_side=True)
         self.health = "good"
         self.runs: dict[str, dict[str, Any]] = {}
         self.uploads: list[str] = []

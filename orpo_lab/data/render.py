@@ -19,6 +19,17 @@ from orpo_lab.data.faults import Fault, quote
 from orpo_lab.data.pairs import Message, Pair, num_shared
 from orpo_lab.errors import one_line
 
+# Zephyr's layout, which the ORPO authors give to models without a template of their own. It needs
+# no new tokens: untrained embeddings would be frozen under LoRA. The BOS in front is ours: it is
+# trained wherever a tokenizer has one, so who asks the model by this template has to start from it.
+DEFAULT_CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
 # Keys of messages and tool calls that refer to something and say nothing themselves
 REFERENCES = ("role", "id", "type", "tool_call_id")
 # Whose text the template may put anywhere: some put a system message into the last user's turn. The

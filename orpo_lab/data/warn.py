@@ -7,8 +7,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from orpo_lab.config import Dataset
+from orpo_lab.data.render import DEFAULT_CHAT_TEMPLATE
 from orpo_lab.data.splits import Split
-from orpo_lab.model import DEFAULT_CHAT_TEMPLATE
 
 log = logging.getLogger(__name__)
 
