@@ -289,7 +289,7 @@ def _check_vocabulary(model: Model, tokenizer: PreTrainedTokenizerBase, num_rows
         )
 
 
-def check_ids(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, data: "Data") -> None:
+def check_ids(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, data: Data) -> None:
     """Refuse texts with a token that has no embedding.
 
     Raises:
