@@ -87,7 +87,9 @@ def leave_out_what_cannot_be(sweeper: Any, batch: list[list[str]]) -> None:
             refused.append((overrides, error))
     if len(refused) == len(batch):
         raise refused[0][1]
-    swept = {one for overrides in batch for one in overrides} - set[str].intersection(*map(set, batch))
+    swept = {one for overrides in batch for one in overrides} - set[str].intersection(
+        *map(set, batch)
+    )
     global num_jobs
     num_jobs = len(batch) - len(refused)
     for overrides, reason in refused:
