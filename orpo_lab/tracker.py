@@ -112,6 +112,7 @@ def start(
 
     Raises:
         UserError: see `check`.
+        Exception: whatever W&B's client raises where it cannot even write to the disk.
     """
     match tracker:
         case NoTracker():
@@ -122,7 +123,7 @@ def start(
         case WandbTracker():
             own, choices = _settings(), config["choices"]
             groups = ("model", "dataset", "optimizer", "beta_schedule")
-            return _begin(
+            return WandbRun(
                 tracker,
                 folder=folder,
                 # One name or id cannot be that of all jobs of a sweep
@@ -150,31 +151,23 @@ def publish_comparison(
     """
     if not isinstance(tracker, WandbTracker) or not tracker.summary_run or _disabled():
         return
-    run = _begin(
-        tracker,
-        folder=folder,
-        name=f"{folder.name}-comparison",
-        run_id=_run_id(folder, folder.name),
-        config={},
-        group=tracker.group or _settings().run_group or folder.name,
-        job_type="comparison",
-        tags=[],
-        history=[],
-    )
-    if isinstance(run, WandbRun):
-        run.report_comparison(folder, verdict, settings)
-    run.finish(0)
-
-
-def _begin(tracker: WandbTracker, **parts: Any) -> Run:
-    """Begin a W&B run; where its client cannot even write to the disk, track nothing."""
     try:
-        return WandbRun(tracker, **parts)
-    except Exception as error:  # whatever W&B's client or its service process raises
-        log.warning(
-            "W&B: %s; the run goes on without it, its folder has everything", _reason(error)
+        run = WandbRun(
+            tracker,
+            folder=folder,
+            name=f"{folder.name}-comparison",
+            run_id=_run_id(folder, folder.name),
+            config={},
+            group=tracker.group or _settings().run_group or folder.name,
+            job_type="comparison",
+            tags=[],
+            history=[],
         )
-        return Untracked()
+    except Exception as error:  # whatever W&B's client or its service process raises
+        log.warning("W&B: %s; the sweep's folder has its report", _reason(error))
+        return
+    run.report_comparison(folder, verdict, settings)
+    run.finish(0)
 
 
 def _settings() -> Any:

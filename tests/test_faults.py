@@ -30,6 +30,11 @@ SAMPLE = {
     "configuration": ["betta=0.2", "optimizer=galore quantization=nf4"],
     "data": ["chosen equals rejected", "a line cut short"],
     "disk": ["full as the optimizer of checkpoint 4 is written", "a file larger than may be"],
+    "folders": [
+        "a run in a folder with final/thesis.tex",
+        "over a finished run: more steps, accepted",
+        "no plot: it fails",
+    ],
     "kills": [
         "qlora: torn torch.save checkpoints/checkpoint-4/optimizer.pt",
         "galore: before os.rename checkpoints/checkpoint-4/manifest.json.part",

@@ -1,7 +1,11 @@
 """Whole runs, as a user starts them."""
 
+import importlib
 import json
 import math
+import os
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from orpo_lab import trainer
+from orpo_lab.run_folder import RunFolder
+from orpo_lab.stop import Stopped
 from tests.conftest import ROOT
+from tests.test_run_folder import TWO_STEPS, start, write_pairs
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 QUICK = (
@@ -221,3 +229,96 @@ def test_beta_trades_preference_against_quality(launch: Launch, tmp_path: Path) 
     # One seed; benchmarks/beta.py has three
     assert accuracy["0"] + 0.03 <= accuracy["0.1"] <= accuracy["1"]
     assert free["1"]["exact_match"] <= free["0.1"]["exact_match"] - 0.1
+
+
+def fails(*_: Any, **__: Any) -> Any:
+    raise ZeroDivisionError("it fails")
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    """The folder of a run to start in process."""
+    monkeypatch.chdir(tmp_path)
+    write_pairs(tmp_path / "pairs.jsonl")
+    return RunFolder(Path("run"))
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "missing"),
+    [
+        ("orpo_lab.report", "draw_training", {"plots/training.png"}),
+        ("orpo_lab.report", "model_card", {"final/README.md"}),
+        ("orpo_lab.report", "versions", {"versions"}),
+        (
+            "orpo_lab.evaluate",
+            "generation_metrics",
+            {"evaluation after training", "scores.parquet", "samples.md"},
+        ),
+    ],
+)
+def test_what_fails_after_the_last_step_is_missing_and_made_up_for(
+    place: RunFolder, monkeypatch: pytest.MonkeyPatch, where: str, name: str, missing: set[str]
+) -> None:
+    home = importlib.import_module(where)
+    with monkeypatch.context() as patch:
+        if where == "orpo_lab.evaluate":
+            fit = trainer.fit
+
+            def fit_then_fail(*arguments: Any, **named: Any) -> Any:
+                result = fit(*arguments, **named)
+                patch.setattr(home, name, fails)
+                return result
+
+            patch.setattr(trainer, "fit", fit_then_fail)
+        else:
+            patch.setattr(home, name, fails)
+        start(*TWO_STEPS, "hydra.run.dir=run")
+    status = place.status()
+    assert (status["state"], status["exit_code"]) == ("finished", 0)
+    assert status["missing"].keys() == missing
+    assert (
+        f"has finished without {next(iter(status['missing']))}" in place.file("run.log").read_text()
+    )
+    assert all_finite(place.path)
+    weights = (place.path / "final" / "adapter_model.safetensors").read_bytes()
+    start(*TWO_STEPS, "hydra.run.dir=run", "resume=auto")
+    assert place.is_complete()
+    assert place.file("plots/training.png").exists()
+    assert summary_of(place.path)["after"]["num_pairs"] == 4
+    assert (place.path / "final" / "adapter_model.safetensors").read_bytes() == weights
+    assert not list(place.file("checkpoints").iterdir())
+
+
+def test_a_run_stopped_after_its_last_step_takes_no_other(
+    place: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = trainer.fit
+
+    def fit_then_signal(*arguments: Any, **named: Any) -> Any:
+        result = fit(*arguments, **named)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "fit", fit_then_signal)
+        with pytest.raises(Stopped):
+            start(*TWO_STEPS, "hydra.run.dir=run")
+    assert place.status()["state"] == "stopped"
+    trained = place.file("checkpoints/trained-2/adapter_model.safetensors").read_bytes()
+    start(*TWO_STEPS, "hydra.run.dir=run", "resume=auto")
+    assert place.is_complete()
+    assert "resuming from step 2" in place.file("run.log").read_text()
+    assert place.file("final/adapter_model.safetensors").read_bytes() == trained
+
+
+def test_an_adapter_finds_its_base_and_its_card_tells_of_no_machine(
+    place: RunFolder, tmp_path: Path
+) -> None:
+    shutil.copytree(ROOT / "orpo_lab" / "tiny", tmp_path / "base")
+    start(*TWO_STEPS, "model=local", "model.path=./base", "hydra.run.dir=run")
+    adapter = json.loads(place.file("final/adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(tmp_path / "base")
+    card = place.file("final/README.md").read_text()
+    assert str(tmp_path) not in card
+    assert "base_model_name_or_path" not in card.split("---")[1]
+    assert "\nbase, aligned with ORPO" in card

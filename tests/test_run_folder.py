@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf
+from omegaconf import open_dict
 
 import launch
 from orpo_lab import config, data, model, run_folder, tracker
@@ -68,8 +68,9 @@ def start(*overrides: str) -> None:
     HydraConfig.instance().set_config(composed)
     folder = Path(composed.hydra.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
-    job = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
-    launch.run_job(job, folder, None)
+    with open_dict(composed):
+        del composed["hydra"]
+    launch.run_job(composed, folder, None)
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -469,7 +469,7 @@ def test_a_long_name_of_an_option_is_no_tag_that_wandb_refuses(
     assert "m" * 64 in arrived["upserts"][0]["tags"]
 
 
-def test_a_client_that_cannot_begin_does_not_end_the_run(
+def test_a_client_that_cannot_begin_does_not_end_a_sweep(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     import wandb
@@ -478,9 +478,9 @@ def test_a_client_that_cannot_begin_does_not_end_the_run(
         raise RuntimeError("no service process")
 
     monkeypatch.setattr(wandb, "init", fails)
-    run = start(tmp_path)
-    assert isinstance(run, tracker.Untracked)
-    assert "W&B: no service process; the run goes on without it" in caplog.text
+    rows = [{"setting": "beta=0.1", "verdict": "winner"}]
+    tracker.publish_comparison(settings(summary_run=True), tmp_path, ["The winner"], rows)
+    assert "W&B: no service process; the sweep's folder has its report" in caplog.text
 
 
 def test_a_server_that_signed_its_own_certificate_is_asked_as_wandb_asks_it(

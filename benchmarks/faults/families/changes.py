@@ -100,8 +100,9 @@ def _other_data(name: str, change: Callable[[Path], None]) -> Callable[[Bench], 
         data.write(bench.path("eval.jsonl"), data.HELD_OUT)
         run = bench.killed_in_step_6(*data.settings())
         change(bench.path(name))
+        before = contents(run)
         done = bench.run(*data.settings(), "resume=auto", "hydra.run.dir=run")
-        return refused(done, run, "the pairs are not those")
+        return refused(done, run, "the pairs are not those", untouched=before)
 
     return happen
 
@@ -111,5 +112,6 @@ def _other_base(bench: Bench) -> Outcome:
     arguments = (*UNTRACKED, "model=local", "model.path=./base")
     run = bench.killed_in_step_6(*arguments)
     change_base(bench, "model.norm.weight", lambda weight: weight + 1)
+    before = contents(run)
     done = bench.run(*arguments, "resume=auto", "hydra.run.dir=run")
-    return refused(done, run, "the base model is not the one")
+    return refused(done, run, "the base model is not the one", untouched=before)

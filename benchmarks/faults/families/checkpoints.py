@@ -150,13 +150,17 @@ def _all_damaged(bench: Bench) -> Outcome:
 
 def _all_damaged_and_named(bench: Bench) -> Outcome:
     run = _damage_all(bench)
-    return refused(bench.run(*settings(), "resume=run"), run, "no valid checkpoint")
+    before = contents(run)
+    done = bench.run(*settings(), "resume=run")
+    return refused(done, run, "no valid checkpoint", untouched=before)
 
 
 def _none_and_named(bench: Bench) -> Outcome:
     run = bench.killed_in_step_6(*settings())
     shutil.rmtree(run / "checkpoints")
-    return refused(bench.run(*settings(), "resume=run"), run, "no valid checkpoint")
+    before = contents(run)
+    done = bench.run(*settings(), "resume=run")
+    return refused(done, run, "no valid checkpoint", untouched=before)
 
 
 def _evil(name: str) -> Callable[[Bench], Outcome]:

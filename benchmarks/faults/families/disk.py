@@ -16,7 +16,7 @@ from benchmarks.faults.bench import UNTRACKED, Bench, Fault
 from benchmarks.faults.judge import Outcome, Verdict, newest_sealed, refused, told
 from benchmarks.faults.processes import Done
 
-RUN = "hydra.run.dir=run"
+RUN = "hydra.run.dir=disk/run"
 SAYS = "cannot be written"
 KEPT = (*UNTRACKED, "train.num_checkpoints=9")
 WHEN = {
@@ -34,8 +34,13 @@ WHEN = {
         1,
     ),
     "as checkpoint 4 is sealed": ("open", "checkpoints/checkpoint-4/manifest.json.part", 1),
+    "as the trained model is saved": (
+        "safetensors.save_file",
+        "checkpoints/trained-6/adapter_model.safetensors",
+        1,
+    ),
     "as summary.json is written": ("open", "summary.json.part", 1),
-    "as final/ is written": ("safetensors.save_file", "final.part/adapter_model.safetensors", 1),
+    "as final/ is written": ("open", "final.part/README.md", 1),
     "as the plot is written": ("open", "plots/training.png", 1),
     "as samples.md is written": ("open", "samples.md.part", 1),
 }
@@ -91,22 +96,27 @@ def _in_trouble(
     """Let trouble begin at a point of a run, or before it, and end after it."""
 
     def happen(bench: Bench) -> Outcome:
-        run = bench.path("run")
-        with _disk_at(run):
-            watch = events.Watch(run, bench.path("events"), at, partial(begin, run))
+        disk = bench.path("disk")
+        # The run's folder is on the disk, and has another name where other families look for it
+        run = disk / "run"
+        with _disk_at(disk):
+            bench.path("run").symlink_to(run)
+            run.mkdir()
+            watch = events.Watch(run, bench.path("events"), at, partial(begin, disk))
             if at is None:
-                begin(run)
+                begin(disk)
             done = bench.run(*KEPT, RUN, prepare=watch)
             # What cannot be written to keeps what it held, its status too
             outcome = told(done, SAYS) if begin is make_read_only else _full(done, run)
-            end(run)
+            end(disk)
             return _gone_on_with(bench, outcome)
 
     return happen
 
 
 def _too_large(bench: Bench) -> Outcome:
-    done = bench.run(*KEPT, RUN, prepare=partial(inside.limit_file_size, 200_000))
+    prepare = partial(inside.limit_file_size, 200_000)
+    done = bench.run(*KEPT, "hydra.run.dir=run", prepare=prepare)
     return _gone_on_with(bench, refused(done, bench.path("run"), SAYS))
 
 
