@@ -18,7 +18,7 @@ from orpo_lab.masking import MaskingFormatter, mask
 from orpo_lab.quiet import silence_upstream
 from orpo_lab.run_folder import DISK_TROUBLE, RunFolder, groups
 from orpo_lab.stop import Stop, Stopped
-from orpo_lab.sweep import Sweep
+from orpo_lab.sweep import CACHE, Sweep
 
 if TYPE_CHECKING:
     from orpo_lab.data import Data
@@ -62,7 +62,7 @@ def train(
         UserError: something the user can put right; the folder's status says so too.
     """
     unread = environment.settle()
-    environment.use_one_device(sweep.folder / ".cache" if sweep else None)
+    environment.use_one_device(sweep.folder / CACHE if sweep else None)
     silence_upstream()
     place, stop = RunFolder(folder), Stop(config.train.max_hours)
     with _said_in(place), _disk_trouble_said(place), stop.listening():
