@@ -20,7 +20,7 @@ OVER_A_FINISHED_RUN = {
         "no valid checkpoint",
     ),
     "another model, which is not there": (
-        (RUN, "resume=auto", "model=local", "model.path=./nowhere"),
+        (RUN, "resume=auto", "model.path=./nowhere"),
         "other contents|nowhere",
     ),
     "resume=FOLDER beside another folder": (("resume=run", "hydra.run.dir=b"), "two folders"),
