@@ -109,7 +109,6 @@ def run_job(composed: DictConfig, folder: Path, sweep: Sweep | None) -> None:
             choices=dict(hydra_config.runtime.choices),
             overrides=list(hydra_config.overrides.task),
             sweep=sweep,
-            number=hydra_config.job.num if sweep else 0,
         )
 
 

@@ -726,7 +726,8 @@ def _unknown_keys(node: DictConfig, prefix: str) -> Iterator[str]:
 
 def _absent_keys(node: DictConfig, prefix: str) -> Iterator[str]:
     """Yield the keys that `~key` took away."""
-    for one in fields(OmegaConf.get_type(node)):
+    schema: Any = OmegaConf.get_type(node)
+    for one in fields(schema):
         if one.name not in node:
             yield f"{prefix}{one.name}"
         elif not OmegaConf.is_missing(node, one.name) and OmegaConf.is_dict(node[one.name]):

@@ -1,7 +1,6 @@
 """One run, from a checked configuration to its results. Read this file first."""
 
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orpo_lab import checkpoint
+from orpo_lab import checkpoint, environment
 from orpo_lab.config import AUTO, Config, Lora, kind
 from orpo_lab.errors import NonFiniteError, UserError, one_line
 from orpo_lab.identity import identity, name_of
@@ -19,7 +18,7 @@ from orpo_lab.masking import MaskingFormatter, mask
 from orpo_lab.quiet import silence_upstream
 from orpo_lab.run_folder import DISK_TROUBLE, RunFolder, groups
 from orpo_lab.stop import Stop, Stopped
-from orpo_lab.sweep import Sweep
+from orpo_lab.sweep import CACHE, Sweep
 
 if TYPE_CHECKING:
     from orpo_lab.data import Data
@@ -47,7 +46,6 @@ def train(
     choices: dict[str, str],
     overrides: list[str],
     sweep: Sweep | None = None,
-    number: int = 0,
 ) -> RunResult:
     """Run an experiment in its folder: data, model, evaluation, training, evaluation, report.
 
@@ -57,13 +55,14 @@ def train(
         choices: the option chosen in every config group, for the record.
         overrides: the command line's, for the record.
         sweep: the sweep this run belongs to, if any: the tracker's default group, and where
-            tokenized data and the untrained model's evaluation are shared.
-        number: the job's in its sweep; jobs side by side take one of the visible GPUs each by it.
+            tokenized data and the untrained model's evaluation are shared; its processes claim one
+            of the visible GPUs each.
 
     Raises:
         UserError: something the user can put right; the folder's status says so too.
     """
-    _use_one_device(number)
+    unread = environment.settle()
+    environment.use_one_device(sweep.folder / CACHE if sweep else None)
     silence_upstream()
     place, stop = RunFolder(folder), Stop(config.train.max_hours)
     with _said_in(place), _disk_trouble_said(place), stop.listening():
@@ -78,6 +77,8 @@ def train(
             # A run that is here is only read until its next step is about to be taken
             if place.is_untrained():
                 place.begin(config, chosen, segment)
+            for line in unread:
+                log.warning("%s", line)
             from orpo_lab import memory  # imports torch
 
             with memory.given_back(), memory.trouble_said(config):
@@ -122,6 +123,8 @@ def _train(
     set_seed(config.seed)
     dtype = model.resolve_dtype(config.model.dtype, model.device())
     network: Any = model.load(config, tokenizer, dtype)
+    num_threads = environment.use_threads(network.num_parameters())
+    log.info("torch computes with %d thread(s) on the CPU", num_threads)
     made = checkpoint.Made(
         config_hash=segment["config_hash"],
         data="-".join(pairs.report[split]["fingerprint"] for split in ("train", "held_out")),
@@ -429,19 +432,3 @@ def _said_in(place: RunFolder) -> Iterator[None]:
         for handler in handlers:
             log.removeHandler(handler)
             handler.close()
-
-
-def _use_one_device(number: int) -> None:
-    """See one GPU only, before torch is imported.
-
-    With several in sight `transformers.Trainer` multiplies the batch by their number without a
-    word; under torchrun each process would train in a folder of its own.
-
-    Raises:
-        UserError: the run was started under torchrun or the like.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("a run uses one device: start it with python launch.py, not with torchrun")
-    # The first job of a process decides for those after it: torch looks once
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible[number % len(visible)]

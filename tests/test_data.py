@@ -348,7 +348,7 @@ def test_a_conversation_that_quotes_an_answer_to_the_other_splits_prompt_is_a_le
     rows = [{"prompt": train, **answers}, {"prompt": [NEXT], **answers}]
     file = write_rows(tmp_path / "rows.jsonl", rows)
     other = write_rows(tmp_path / "eval.jsonl", [{"prompt": held_out, **answers}])
-    settings = replace(jsonl(load, file), eval_path=str(other))
+    settings = jsonl(load, file, f"dataset.eval_path={other}")
     (leak,) = data.load(settings, tokenizer).report["train"]["dropped"].items()
     assert leak[0].startswith("leaked_prompt")
     assert leak[1]["rows"] == [1]
@@ -363,7 +363,7 @@ def test_columns_that_nothing_reads_are_named_and_a_lost_system_prompt_is_a_warn
     datasets.Dataset.from_list(rows).to_parquet(file)
     for source in (write_rows(tmp_path / "rows.jsonl", rows), file):
         caplog.clear()
-        settings = replace(jsonl(load, tmp_path / "x.jsonl"), train_path=str(source))
+        settings = jsonl(load, tmp_path / "x.jsonl", f"dataset.train_path={source}")
         report = data.load(settings, tokenizer).report["train"]
         assert {"score", "system"} <= set(report["unread_columns"])
         assert "What 'system' says is LOST" in caplog.text

@@ -30,6 +30,7 @@ SAMPLE = {
     "configuration": ["betta=0.2", "optimizer=galore quantization=nf4"],
     "data": ["chosen equals rejected", "a line cut short"],
     "disk": ["full as the optimizer of checkpoint 4 is written", "a file larger than may be"],
+    "environment": ["ACCELERATE_MIXED_PRECISION=bf16", "WORLD_SIZE=two"],
     "folders": [
         "a run in a folder with final/thesis.tex",
         "over a finished run: more steps, accepted",
@@ -46,7 +47,9 @@ SAMPLE = {
     "security": ["a model folder with code of its own", "+model._target_=os.system"],
     "signals": ["SIGTERM in step 3", "SIGINT, SIGINT in step 3", "train.max_hours used up"],
     "sweep": ["SIGKILL in the second of three jobs, forked", "a job that diverges"],
+    "templates": ["a system message that moves", "a generation prompt behind every answer"],
     "tracker": ["a server that is gone from step 3 on"],
+    "weights": ["no output head", "stored in 8 bits", "an output head of its own"],
 }
 
 

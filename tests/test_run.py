@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from orpo_lab import run, trainer
+from orpo_lab import trainer
 from orpo_lab.run_folder import RunFolder
 from orpo_lab.stop import Stopped
 from tests.conftest import ROOT
@@ -229,17 +229,6 @@ def test_beta_trades_preference_against_quality(launch: Launch, tmp_path: Path) 
     # One seed; benchmarks/beta.py has three
     assert accuracy["0"] + 0.03 <= accuracy["0.1"] <= accuracy["1"]
     assert free["1"]["exact_match"] <= free["0.1"]["exact_match"] - 0.1
-
-
-@pytest.mark.parametrize(("number", "device"), [(0, "4"), (1, "5"), (2, "6"), (3, "4")])
-def test_jobs_side_by_side_see_one_gpu_each(
-    monkeypatch: pytest.MonkeyPatch, number: int, device: str
-) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
-    run._use_one_device(number)
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == device
-    run._use_one_device(number + 1)
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == device
 
 
 def fails(*_: Any, **__: Any) -> Any:

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,10 +17,9 @@ from tests.conftest import ROOT
 
 
 @pytest.fixture(autouse=True)
-def _long_ago(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _long_ago(monkeypatch: pytest.MonkeyPatch) -> None:
     """No signal of another test counts."""
     monkeypatch.setattr(Stop, "asked_at", -math.inf)
-    yield
 
 
 def send(number: int) -> None:
@@ -33,7 +31,6 @@ def test_every_signal_ends_a_run_with_the_code_to_requeue_it(number: signal.Sign
     stop = Stop()
     with stop.listening(), pytest.raises(Stopped) as stopped:
         send(number)
-        time.sleep(1)
     assert (stopped.value.reason, stopped.value.exit_code) == (number.name, 75)
 
 
@@ -51,12 +48,12 @@ def test_a_second_signal_in_a_moment_is_the_same_request_and_a_later_one_does_no
 ) -> None:
     sweep, run = Stop(), Stop()
     with sweep.listening():
-        with pytest.raises(Stopped, match="^SIGTERM$"), run.listening():
+        with pytest.raises(Stopped, match=r"^SIGTERM$"), run.listening():
             send(signal.SIGTERM)
         send(signal.SIGTERM)  # what was sent to the process group
         assert sweep.signal == "SIGTERM", "no further job begins"
         monkeypatch.setattr(Stop, "asked_at", time.monotonic() - 2)
-        with pytest.raises(Stopped, match="^SIGTERM, then SIGINT$") as stopped:
+        with pytest.raises(Stopped, match=r"^SIGTERM, then SIGINT$") as stopped:
             send(signal.SIGINT)
     assert stopped.value.exit_code == 130
 

@@ -1,0 +1,134 @@
+"""What a run takes from its process's environment, and what it does not let libraries take.
+
+A run is what its config.yaml says. Libraries read variables behind our back that would make another
+run of the same configuration: those are taken away before torch is imported, and said. Not in the
+list is what only says where files and networks are (`HF_HOME`, `HF_HUB_OFFLINE`), what memory is
+cut into (`PYTORCH_ALLOC_CONF`), what helps to find a fault (`CUDA_LAUNCH_BLOCKING`), and
+`PYTHONHASHSEED`: no random number and no order of ours comes from the hash of a text.
+"""
+
+import os
+import socket
+from fnmatch import fnmatch
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from orpo_lab.errors import UserError
+
+# Pattern -> what it would change
+UNREAD = {
+    "ACCELERATE_*": "precision, device, compiler and sharding of transformers' trainer",
+    "FSDP_*": "sharding",
+    "PARALLELISM_CONFIG_*": "sharding",
+    "MEGATRON_LM_*": "sharding",
+    "FP8_*": "precision",
+    "FORK_LAUNCHED": "accelerate's kind of process",
+    # One process is all there is (see `use_one_device`); accelerate would look for its group
+    "WORLD_SIZE": "the number of processes",
+    "RANK": "the number of processes",
+    "LOCAL_RANK": "the number of processes",
+    "LOCAL_WORLD_SIZE": "the number of processes",
+    "*_LOCAL_RANK": "the number of processes",
+    "TORCHELASTIC_*": "the folder of transformers' output",
+    "USE_TORCH_XLA": "the device",
+    "PJRT_DEVICE": "the device",
+    "NVIDIA_TF32_OVERRIDE": "the precision of matrix products on a GPU",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "the precision of matrix products on a GPU",
+    "ONEDNN_DEFAULT_FPMATH_MODE": "the precision of matrix products on a CPU",
+    "DNNL_DEFAULT_FPMATH_MODE": "the precision of matrix products on a CPU",
+    "USE_HUB_KERNELS": "the kernels, and whether code from the hub is run",
+    "TRANSFORMERS_DISABLE_DEEPGEMM_LINEAR": "the kernels",
+    "USE_TF": "the framework that datasets reads for",
+    "USE_JAX": "the framework that datasets reads for",
+    "USE_TORCH": "the framework that datasets reads for",
+}
+# And what is set instead: kernels from the hub are on by default
+FIXED = {"USE_HUB_KERNELS": "NO"}
+
+# Weights below which a model computes with one thread: its operations are too short to be shared,
+# and threads that wait for each other spin, which beside other work takes their cores away
+MAX_SMALL = 10_000_000
+
+# Of the GPU that this process has claimed, for as long as it lives
+_claims: list[FileLock] = []
+# What torch takes by itself; an earlier job of this process may have changed that
+_num_threads: int | None = None
+
+
+def settle() -> list[str]:
+    """Take away the variables that would change the run, and return what is to be said of them.
+
+    Raises:
+        UserError: the run was started under torchrun or the like.
+    """
+    _refuse_several_processes()
+    found = [name for name in sorted(os.environ) if any(fnmatch(name, one) for one in UNREAD)]
+    before = {name: os.environ.pop(name) for name in found}
+    os.environ.update(FIXED)
+    return [
+        f"{name}={value} is not read: it would change {_changes(name)}, and the run is what its "
+        "configuration says"
+        for name, value in before.items()
+        # Shells and schedulers set these for every process, one alone included
+        if not name.endswith(("RANK", "WORLD_SIZE")) and FIXED.get(name) != value
+    ]
+
+
+def _changes(name: str) -> str:
+    return next(what for pattern, what in UNREAD.items() if fnmatch(name, pattern))
+
+
+def _refuse_several_processes() -> None:
+    size = os.environ.get("WORLD_SIZE", "").strip()
+    if size not in ("", "0", "1"):
+        raise UserError(
+            f"a run uses one device, and WORLD_SIZE={size}: start it with python launch.py, not "
+            "with torchrun"
+        )
+
+
+def use_one_device(shared: Path | None) -> None:
+    """See one GPU only, before torch is imported.
+
+    With several in sight `transformers.Trainer` multiplies the batch by their number without a
+    word. The first job of a process decides for those after it: torch looks once.
+
+    Args:
+        shared: a folder of the sweep's, in which its processes claim a GPU each; None: the first.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible[0] if shared is None else _claim(visible, shared)
+
+
+def _claim(visible: list[str], folder: Path) -> str:
+    """Return the GPU that the fewest processes of this machine have claimed."""
+    if _claims or len(visible) == 1:
+        return visible[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    turn = 0
+    while True:
+        for device in visible:
+            claim = FileLock(folder / f"gpu-{socket.gethostname()}-{device}-{turn}.lock")
+            try:
+                claim.acquire(blocking=False)
+            except Timeout:
+                continue
+            _claims.append(claim)
+            return device
+        turn += 1
+
+
+def use_threads(num_weights: int) -> int:
+    """Have torch compute with threads by the model's size, and return how many.
+
+    The same model gets the same number on the same machine, so a run goes on as it began. Who sets
+    OMP_NUM_THREADS has chosen.
+    """
+    import torch
+
+    global _num_threads
+    _num_threads = _num_threads or torch.get_num_threads()
+    is_small = num_weights < MAX_SMALL and "OMP_NUM_THREADS" not in os.environ
+    torch.set_num_threads(1 if is_small else _num_threads)
+    return torch.get_num_threads()

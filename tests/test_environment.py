@@ -1,0 +1,118 @@
+"""Variables that would make another run, and one GPU for each process."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from orpo_lab import config, environment, run
+from orpo_lab.errors import UserError
+
+Load = Callable[..., config.Config]
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr(environment, "_claims", [])
+
+
+@pytest.mark.parametrize(
+    "variable",
+    [
+        "ACCELERATE_MIXED_PRECISION=bf16",
+        "ACCELERATE_USE_FSDP=true",
+        "NVIDIA_TF32_OVERRIDE=1",
+        "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1",
+        "ONEDNN_DEFAULT_FPMATH_MODE=BF16",
+        "USE_HUB_KERNELS=YES",
+    ],
+)
+def test_a_variable_that_changes_a_run_is_taken_away_and_said(variable: str) -> None:
+    name, value = variable.split("=")
+    os.environ[name] = value
+    (said,) = environment.settle()
+    assert said.startswith(f"{variable} is not read: it would change ")
+    assert os.environ.get(name) == environment.FIXED.get(name)
+    assert environment.settle() == [], "said once"
+
+
+def test_what_says_where_things_are_stays() -> None:
+    os.environ.update(HF_HOME="/there", HF_HUB_OFFLINE="1", PYTORCH_ALLOC_CONF="backend:native")
+    before = dict(os.environ)
+    assert environment.settle() == []
+    assert before.items() <= os.environ.items()
+
+
+@pytest.mark.parametrize("variable", ["WORLD_SIZE=", "WORLD_SIZE=1", "LOCAL_RANK=0", "RANK=0"])
+def test_one_process_of_a_launcher_is_a_run(variable: str) -> None:
+    name, value = variable.split("=")
+    os.environ[name] = value
+    assert environment.settle() == []
+    assert name not in os.environ
+
+
+@pytest.mark.parametrize("size", ["2", "two"])
+def test_several_processes_are_refused(size: str) -> None:
+    os.environ["WORLD_SIZE"] = size
+    with pytest.raises(UserError, match=f"WORLD_SIZE={size}: start it with python launch.py"):
+        environment.settle()
+
+
+def test_processes_side_by_side_claim_one_gpu_each(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    claimed = []
+    kept = []
+    for _ in range(5):  # a process each: its claims are not the others'
+        monkeypatch.setattr(environment, "_claims", [])
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+        environment.use_one_device(tmp_path)
+        kept.append(environment._claims)
+        environment.use_one_device(tmp_path)  # its next job
+        claimed.append(os.environ["CUDA_VISIBLE_DEVICES"])
+    assert claimed == ["4", "5", "6", "4", "5"]
+    kept[1][0].release()
+    monkeypatch.setattr(environment, "_claims", [])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    environment.use_one_device(tmp_path)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "5", "of a process that has ended"
+
+
+def test_a_single_run_takes_the_first_gpu_and_none_stays_none() -> None:
+    for visible, seen in (("4,5", "4"), ("", "")):
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible
+        environment.use_one_device(None)
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
+
+
+def test_a_run_is_what_its_configuration_says_whatever_accelerate_is_told(
+    load: Load, tmp_path: Path
+) -> None:
+    small = ["optimizer=adamw", "tracker=none", "dataset.num_train=16", "dataset.num_eval=4"]
+    small += ["dataset.num_generations=0", "train.batch_size=8", "train.max_steps=2"]
+    ends = []
+    for precision in (None, "bf16"):
+        if precision:
+            os.environ["ACCELERATE_MIXED_PRECISION"] = precision
+        folder = tmp_path / str(precision)
+        run.train(load(*small), folder, choices={}, overrides=[])
+        ends.append((folder / "final" / "model.safetensors").read_bytes())
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize(
+    ("told", "num_weights", "expected"),
+    [(None, 1_000_000, 1), (None, 15_000_000, 3), ("3", 1_000_000, 3)],
+)
+def test_small_models_compute_with_one_thread_unless_told(
+    monkeypatch: pytest.MonkeyPatch, told: str | None, num_weights: int, expected: int
+) -> None:
+    os.environ.pop("OMP_NUM_THREADS")
+    os.environ.update({"OMP_NUM_THREADS": told} if told else {})
+    monkeypatch.setattr(environment, "_num_threads", 3)  # torch's own choice
+    torch.set_num_threads(1)  # an earlier job's
+    assert environment.use_threads(num_weights) == expected
+    assert torch.get_num_threads() == expected
