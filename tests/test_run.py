@@ -322,3 +322,27 @@ def test_an_adapter_finds_its_base_and_its_card_tells_of_no_machine(
     assert str(tmp_path) not in card
     assert "base_model_name_or_path" not in card.split("---")[1]
     assert "\nbase, aligned with ORPO" in card
+
+
+def test_a_plot_is_drawn_whatever_a_notebook_or_a_matplotlibrc_says(tmp_path: Path) -> None:
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
+    code = (
+        "from pathlib import Path\n"
+        "from orpo_lab import plot\n"
+        "lines = [{'step': 1, 'loss': 0.5}]\n"
+        "plot.draw_training(lines, 'costs $5_$ and {x$', Path('plot.png'))\n"
+    )
+    environment = {
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+        "MATPLOTLIBRC": str(tmp_path / "matplotlibrc"),
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "plot.png").stat().st_size > 20_000
