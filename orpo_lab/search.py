@@ -12,7 +12,6 @@ FOLDER keeps the study: the same command goes on with it, and several may work o
 """
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
@@ -123,7 +122,9 @@ def run_trial(trial: "optuna.Trial", folder: Path, overrides: list[str]) -> floa
     if process.returncode:
         reason = place.status()["reason"] or last_words
         raise UserError(f"{folder} failed: {reason.removeprefix('error: ')}")
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = place.read_json("summary.json") or {}
+    if not summary.get("after"):
+        raise UserError(f"{folder} has no figures; its status.json says what is missing and why")
     for name, shortfall in _shortfalls(summary["before"], summary["after"]).items():
         trial.set_constraint(name, shortfall)
     return summary["after"]["preference_accuracy"]
