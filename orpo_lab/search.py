@@ -172,10 +172,9 @@ def search(folder: Path, num_trials: int, overrides: Sequence[str]) -> "optuna.S
         load_if_exists=True,
     )
     ended = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
-    failures, num_run = [], 0
+    last_failure = ""
     while len(study.get_trials(deepcopy=False, states=ended)) < num_trials:
         trial = study.ask()
-        num_run += 1
         chosen = suggest(trial, searched)
         print(f"trial {trial.number}: {' '.join(chosen)}", flush=True)
         try:
@@ -186,15 +185,16 @@ def search(folder: Path, num_trials: int, overrides: Sequence[str]) -> "optuna.S
         except UserError as error:
             study.tell(trial, state=TrialState.FAIL)
             print(f"  {error}", flush=True)
-            failures.append(str(error))
+            last_failure = str(error)
         except BaseException:
             study.tell(trial, state=TrialState.FAIL)
             raise
         else:
             study.tell(trial, value)
             print(f"  preference accuracy {value:.3f}", flush=True)
-    if failures and len(failures) == num_run:
-        raise UserError(f"every trial failed; the last one: {failures[-1]}")
+    others = (TrialState.COMPLETE, TrialState.PRUNED)
+    if last_failure and not study.get_trials(deepcopy=False, states=others):
+        raise UserError(f"every trial failed; the last one: {last_failure}")
     return study
 
 

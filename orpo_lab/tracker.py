@@ -71,11 +71,13 @@ def check(tracker: Tracker, *, folder: Path, sweep: str | None) -> None:
         UserError: a key of the tracker, W&B's own variables and settings files, or the run's id is
             not what W&B takes.
     """
-    if not isinstance(tracker, WandbTracker) or _disabled():
+    if not isinstance(tracker, WandbTracker):
         return
     try:
         import wandb
     except Exception:  # which `start` says
+        return
+    if _disabled():
         return
     for key, setting in CHECKED.items():
         try:

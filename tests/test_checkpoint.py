@@ -34,9 +34,12 @@ GALORE = "optimizer=galore optimizer.update_proj_gap=3"
 
 
 def signal_after(
-    step: int, numbers: list[int], folder: Path, *overrides: str
+    step: int, numbers: list[int], folder: Path, *overrides: str, pause: float = 0.02
 ) -> tuple[int, str, str]:
-    """Start a run, send it signals once it has taken a step; return exit code and output."""
+    """Start a run, send it signals once it has taken a step; return exit code and output.
+
+    Between two signals are `pause` seconds.
+    """
     command = [sys.executable, str(ROOT / "launch.py"), *overrides, f"hydra.run.dir={folder}"]
     process = subprocess.Popen(
         command,
@@ -52,7 +55,7 @@ def signal_after(
         time.sleep(0.01)
     for number in numbers:
         process.send_signal(number)
-        time.sleep(0.02)
+        time.sleep(pause)
     output = process.communicate(timeout=120)
     return process.returncode, *output
 
@@ -116,8 +119,10 @@ def test_a_signal_lets_the_step_end_and_saves(launch: Launch, tmp_path: Path) ->
 
 
 def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
-    common = ["optimizer=lora", *SMALL, "train.max_steps=5000", "train.batch_size=64"]
-    code, _, err = signal_after(2, [signal.SIGTERM] * 2, tmp_path / "run", *common)
+    # Steps of several seconds: within one second a second signal is the same request
+    common = ["optimizer=lora", *SMALL, "train.max_steps=5000", "train.batch_size=800"]
+    common.append("dataset.num_train=800")
+    code, _, err = signal_after(1, [signal.SIGTERM] * 2, tmp_path / "run", *common, pause=1.2)
     assert (code, err) == (143, "stopped by SIGTERM, then SIGTERM\n")
     assert RunFolder(tmp_path / "run").status()["state"] == "stopped"
 

@@ -487,7 +487,7 @@ def test_missing_template_and_pad_token_are_filled_in_and_said(
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
     )
-    assert text == "<|user|>\nhi</s>\n<|assistant|>\n"
+    assert text == "<s><|user|>\nhi</s>\n<|assistant|>\n"
 
 
 def test_eos_stays_in_the_loss_where_it_is_the_pad_token(load: Load, bare: Path) -> None:

@@ -97,7 +97,7 @@ def test_an_adapter_in_a_pickle_is_not_read(load: Load, folder: Path, marker: Pa
     torch.save({"weight": Bomb(marker)}, folder / "adapter_model.bin")
     adapter = {"peft_type": "LORA", "base_model_name_or_path": str(folder), "r": 4}
     (folder / "adapter_config.json").write_text(json.dumps(adapter))
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="holds an adapter"):
         load_weights(load("model=local", f"model.path={folder}"))
     assert not marker.exists()
 
