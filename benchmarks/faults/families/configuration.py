@@ -36,7 +36,7 @@ WRONG = (
     ("hydra.job.chdir=true", "hydra.job.chdir=true would look"),
     ("resume=q/0-beta=0.05,seed=1", "resume=q/0-beta=0.05,seed=1 is not a run folder"),
     ("resume=q/\u00fcber(1)", r"resume=q/\u00fcber\(1\) is not a run folder"),
-    ("-m seed=range(0) hydra.sweep.dir=run", "this sweep has no job"),
+    ("-m seed=range(0) hydra.sweep.dir=sweep", "this sweep has no job"),
     ("train.max_steps=null", "exactly one of train.max_steps and train.num_epochs"),
     ("train.warmup_steps=1.5", "train.warmup_steps=1.5 must be a whole number"),
     ("train.lr_scheduler_type=cosin", "train.lr_scheduler_type=cosin must be one of"),
@@ -78,7 +78,8 @@ def _refuses(line: str, says: str, *, fresh: bool) -> Callable[[Bench], Outcome]
             if "hydra.run.dir" in line or "resume" in line or "-m" in line.split()
             else ["hydra.run.dir=run"]
         )
-        done = bench.run("tracker=none", *line.split(), *place, fresh=fresh)
+        # Hydra takes -m first, or last
+        done = bench.run(*line.split(), "tracker=none", *place, fresh=fresh)
         return refused(done, bench.path("run"), says)
 
     return happen
@@ -102,8 +103,8 @@ def _kept_as_typed(override: str, text: str) -> Callable[[Bench], Outcome]:
 
 def _the_fitting_ones_run(bench: Bench) -> Outcome:
     """Of four combinations two do not fit: they fail with a line each, and the others run."""
-    lines = ("-m", "optimizer=qlora,galore", "optimizer.r=2,4", "hydra.sweep.dir=sweep")
-    done = bench.run(*UNTRACKED, *lines)
+    lines = ("optimizer=qlora,galore", "optimizer.r=2,4", "hydra.sweep.dir=sweep")
+    done = bench.run("-m", *UNTRACKED, *lines)
     states = [status(one.parent) for one in bench.path("sweep").glob("*/status.json")]
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     if done.code != 1 or states != ["finished"] * 2 or len(errors) != 2:
