@@ -180,10 +180,10 @@ def test_our_galore_gets_every_setting(load: Load, build_model: Any) -> None:
 
 
 @pytest.mark.slow
-def test_thirty_steps_of_a_real_model_are_galore_torchs(
+def test_steps_of_a_real_model_with_three_bases_are_galore_torchs(
     load: Load, assets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = (assets / "data/math_pairs/train.jsonl").read_text().splitlines()[:30]
+    rows = (assets / "data/math_pairs/train.jsonl").read_text().splitlines()[:13]
     folder = assets / "models/stories15M"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = [row["prompt"] + row["chosen"] for row in map(json.loads, rows)]
@@ -203,7 +203,7 @@ def test_thirty_steps_of_a_real_model_are_galore_torchs(
             "optimizer=galore",
             "optimizer.learning_rate=1e-3",
             "optimizer.rank=32",
-            "optimizer.update_proj_gap=10",
+            "optimizer.update_proj_gap=5",
             # galore-torch adds it before the bias correction, we after; too small to tell
             "optimizer.adam_epsilon=1e-30",
             *overrides,
