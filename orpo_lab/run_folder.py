@@ -168,6 +168,10 @@ class RunFolder:
         status = self.status()
         if status["state"] not in STATES or status["state"] == "finished" or status["results"]:
             return
+        # Where the status was lost, the results say themselves whose they are
+        summary = self.read_json("summary.json")
+        if isinstance(summary, dict) and summary.get("config_hash") in self.config_hashes():
+            return
         for name in RESULTS:
             if self.file(name).exists():
                 raise UserError(

@@ -285,3 +285,18 @@ def test_a_commit_is_of_the_repository_that_holds_the_lab(
     lab.touch()
     monkeypatch.setattr(run_folder, "__file__", str(lab))
     assert git_commit() is None
+
+
+@pytest.mark.parametrize("made_here", [True, False])
+def test_results_beside_a_lost_status_are_kept_for_the_run_that_they_name(
+    tmp_path: Path, made_here: bool
+) -> None:
+    place = RunFolder(tmp_path)
+    place.write_json("segments.json", [{"config_hash": "ours"}])
+    place.write_json("summary.json", {"config_hash": "ours" if made_here else "another"})
+    place.set_status("running", config_hash="ours")
+    if made_here:
+        place._check_results()
+    else:
+        with pytest.raises(UserError, match=r"summary.json is not of the run"):
+            place._check_results()
