@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from orpo_lab import command_line, config, guard, stop
+from orpo_lab import command_line, config, environment, guard, stop
 from orpo_lab.errors import UserError, one_line
 from orpo_lab.masking import mask
 from orpo_lab.run_folder import RunFolder
@@ -90,6 +90,8 @@ def _progress(number: int, num_jobs: int) -> str:
 
 def run_job(composed: DictConfig, folder: Path, sweep: Sweep | None) -> None:
     """Check one job's configuration, then run it, unless its sweep has run it already."""
+    # Before the folder is held: of two processes the second would only learn that it is taken
+    environment.refuse_several_processes()
     loaded = config.load(composed)
     hydra_config = HydraConfig.get()
     if sweep and loaded.resume not in (None, config.AUTO):

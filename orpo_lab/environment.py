@@ -46,14 +46,13 @@ UNREAD = {
 # And what is set instead: kernels from the hub are on by default
 FIXED = {"USE_HUB_KERNELS": "NO"}
 
-# Weights below which a model computes with one thread: its operations are too short to be shared,
-# and threads that wait for each other spin, which beside other work takes their cores away
-MAX_SMALL = 10_000_000
+# How often a thread looks whether the others are done before it sleeps. libgomp's own 300,000 looks
+# take the cores away from other work, and so from the run itself; a thousand are as fast on idle
+# cores (`benchmarks/threads.py`)
+SPINS = "1000"
 
 # Of the GPU that this process has claimed, for as long as it lives
 _claims: list[FileLock] = []
-# What torch takes by itself; an earlier job of this process may have changed that
-_num_threads: int | None = None
 
 
 def settle() -> list[str]:
@@ -62,10 +61,12 @@ def settle() -> list[str]:
     Raises:
         UserError: the run was started under torchrun or the like.
     """
-    _refuse_several_processes()
+    refuse_several_processes()
     found = [name for name in sorted(os.environ) if any(fnmatch(name, one) for one in UNREAD)]
     before = {name: os.environ.pop(name) for name in found}
     os.environ.update(FIXED)
+    if "OMP_WAIT_POLICY" not in os.environ:  # whoever sets the policy has chosen
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     return [
         f"{name}={value} is not read: it would change {_changes(name)}, and the run is what its "
         "configuration says"
@@ -79,7 +80,12 @@ def _changes(name: str) -> str:
     return next(what for pattern, what in UNREAD.items() if fnmatch(name, pattern))
 
 
-def _refuse_several_processes() -> None:
+def refuse_several_processes() -> None:
+    """Refuse to be one of several processes: each would run the whole run.
+
+    Raises:
+        UserError: the run was started under torchrun or the like.
+    """
     size = os.environ.get("WORLD_SIZE", "").strip()
     if size not in ("", "0", "1"):
         raise UserError(
@@ -117,18 +123,3 @@ def _claim(visible: list[str], folder: Path) -> str:
             _claims.append(claim)
             return device
         turn += 1
-
-
-def use_threads(num_weights: int) -> int:
-    """Have torch compute with threads by the model's size, and return how many.
-
-    The same model gets the same number on the same machine, so a run goes on as it began. Who sets
-    OMP_NUM_THREADS has chosen.
-    """
-    import torch
-
-    global _num_threads
-    _num_threads = _num_threads or torch.get_num_threads()
-    is_small = num_weights < MAX_SMALL and "OMP_NUM_THREADS" not in os.environ
-    torch.set_num_threads(1 if is_small else _num_threads)
-    return torch.get_num_threads()

@@ -1,16 +1,18 @@
 """Variables that would make another run, and one GPU for each process."""
 
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from orpo_lab import config, environment, run
 from orpo_lab.errors import UserError
+from orpo_lab.run_folder import RunFolder
 
 Load = Callable[..., config.Config]
+Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +63,14 @@ def test_several_processes_are_refused(size: str) -> None:
         environment.settle()
 
 
+def test_the_second_of_several_processes_is_told_the_same_as_the_first(
+    launch: Launch, tmp_path: Path
+) -> None:
+    with RunFolder(tmp_path / "run").held():
+        done = launch("hydra.run.dir=run", env={"WORLD_SIZE": "2"}, expect=1)
+    assert "not with torchrun" in done.stderr
+
+
 def test_processes_side_by_side_claim_one_gpu_each(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -104,15 +114,14 @@ def test_a_run_is_what_its_configuration_says_whatever_accelerate_is_told(
 
 
 @pytest.mark.parametrize(
-    ("told", "num_weights", "expected"),
-    [(None, 1_000_000, 1), (None, 15_000_000, 3), ("3", 1_000_000, 3)],
+    ("told", "expected"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, None)],
 )
-def test_small_models_compute_with_one_thread_unless_told(
-    monkeypatch: pytest.MonkeyPatch, told: str | None, num_weights: int, expected: int
+def test_threads_wait_for_each_other_shortly_unless_told_otherwise(
+    told: dict[str, str], expected: str | None
 ) -> None:
-    os.environ.pop("OMP_NUM_THREADS")
-    os.environ.update({"OMP_NUM_THREADS": told} if told else {})
-    monkeypatch.setattr(environment, "_num_threads", 3)  # torch's own choice
-    torch.set_num_threads(1)  # an earlier job's
-    assert environment.use_threads(num_weights) == expected
-    assert torch.get_num_threads() == expected
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        os.environ.pop(name, None)
+    os.environ.update(told)
+    assert environment.settle() == []
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
