@@ -123,8 +123,6 @@ def _train(
     set_seed(config.seed)
     dtype = model.resolve_dtype(config.model.dtype, model.device())
     network: Any = model.load(config, tokenizer, dtype)
-    num_threads = environment.use_threads(network.num_parameters())
-    log.info("torch computes with %d thread(s) on the CPU", num_threads)
     made = checkpoint.Made(
         config_hash=segment["config_hash"],
         data="-".join(pairs.report[split]["fingerprint"] for split in ("train", "held_out")),
