@@ -25,7 +25,7 @@ from orpo_lab import identity, plot
 from orpo_lab.errors import UserError, one_line
 from orpo_lab.run_folder import RunFolder, natural_order
 from orpo_lab.verdict import (
-    LEVEL,
+    CONFIDENCE,
     Array,
     Interval,
     Measure,
@@ -357,7 +357,7 @@ def verdict_text(comparison: Comparison) -> list[str]:
     lines = []
     if len(settings) == 1:
         lines.append(f"One setting, nothing to compare: {reached}.")
-    elif verdict.one_seed:
+    elif all(len(settings[number].runs) == 1 for number in (verdict.leader, *verdict.unbeaten)):
         lines.append(
             f"One seed cannot separate these: {_highest(comparison)} the highest preference "
             f"accuracy ({verdict.accuracies[verdict.leader].estimate:.3f}), and another seed might "
@@ -405,16 +405,27 @@ def _undecided(comparison: Comparison, leader: str, reached: str) -> list[str]:
             f"The evidence names no winner: {leader} leads with {reached}, but its "
             f"{' and '.join(doubtful)} may be worse than the margin allows."
         )
-    if verdict.unbeaten and verdict.lead is not None and verdict.lead.estimate == 0:
+    one_seed = [comparison.settings[number].name for number in verdict.one_seed]
+    names = [comparison.settings[number].name for number in verdict.unbeaten]
+    rest = ", ".join(name for name in names if name not in one_seed)
+    if leader in one_seed:
+        lines.append(f"The evidence names no winner: {leader} leads with {reached}, on one seed.")
+    elif rest and verdict.lead is not None and verdict.lead.estimate == 0:
         lines.append(
             f"The evidence separates nothing: {_highest(comparison)} the highest {reached}. More "
             "held-out pairs or seeds may tell them apart."
         )
-    elif verdict.unbeaten and verdict.lead is not None:
-        names = ", ".join(comparison.settings[number].name for number in verdict.unbeaten)
+    elif rest and verdict.lead is not None:
         lines.append(
-            f"The evidence does not separate {leader} ({reached}) from {names}. The smallest "
+            f"The evidence does not separate {leader} ({reached}) from {rest}. The smallest "
             f"gap is {_points(verdict.lead)}. {_needed(verdict)}"
+        )
+    elif not doubtful:
+        lines.append(f"The evidence names no winner: {leader} leads with {reached}.")
+    if one_seed:
+        lines.append(
+            "With one seed a setting can neither win nor be beaten; train with more, or leave out: "
+            f"{', '.join(one_seed)}."
         )
     return lines
 
@@ -455,7 +466,7 @@ def write(comparison: Comparison, folder: Path) -> None:
         "verdict": verdict_text(comparison),
         "warnings": comparison.warnings,
         "margins": _margins(comparison),
-        "confidence": round(100 * (1 - 2 * LEVEL)),
+        "confidence": round(100 * CONFIDENCE),
         "num_pairs": comparison.accuracy.num_pairs,
         "settings": setting_rows(comparison),
         "runs": _run_rows(comparison.runs),

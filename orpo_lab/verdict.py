@@ -4,49 +4,81 @@ A setting (say beta = 0.2) is trained with several seeds, and every run is score
 held-out pairs. Two things then stand between a run's figure and its setting: which pairs happened
 to be held out, and what the seed did to the run as a whole. The second does not shrink with more
 pairs, so an interval over pairs alone names winners that another seed would not confirm
-(`benchmarks/verdict.py` counts how often). Here a difference has both:
+(`benchmarks/verdict.py` counts how often). Here a mean has both (two-way random effects):
 
-    Var(mean) = r^2 / K + Var_i(h_i) / N
+    Var(mean) = v / K + (Var_i(h_i) - e / K) / N
 
-with K seeds and N pairs, h_i the pair's score, a mean over seeds, and r^2 the variance of what a
-seed does to a run as a whole, pooled over settings: the variance between a setting's seeds less
-what pairs of that setting add to it by chance (two-way random effects). Shares (accuracy, exact
-match) are compared as log-odds, where a seed moves a good and a mediocre setting alike; chance does
-not, so what it adds is taken from each setting before pooling.
+with K seeds and N pairs, h_i a pair's score, a mean over seeds, e what chance adds to one score,
+and v the variance between runs: what a seed does to a run as a whole, plus e / N. Shares (accuracy,
+exact match) are compared as log-odds of the mean share, where a seed moves a good and a mediocre
+setting alike; a share is known to half a pair at best, so that there is a variance at 100 %, too.
 
-The winner has to beat every other setting in a test of its own at `LEVEL`. That is an
-intersection-union test (Berger 1982), which needs no further correction: however many settings
-there are, a setting that is not the best is named with a probability of at most `LEVEL`, where
-seeds move all settings alike. Statements about a single other setting among many ("its quality is
-worse") are Bonferroni-corrected.
+**Settings scatter differently**: a high beta's seeds may differ wildly and a low beta's not at all.
+So each setting has a variance of its own, with K - 1 degrees of freedom, and two settings are
+compared by Welch's test (Biometrika 34, 1947, 28-35) with Satterthwaite's freedom (Biometrics
+Bulletin 2, 1946, 110-114). Three seeds can agree by chance: a variance below the one pooled over
+all settings is taken to be the pooled one, never the other way round.
+
+The winner has to beat every other setting in a test of its own. That is an intersection-union test
+(Berger, Technometrics 24, 1982, 295-300), which needs no further correction for their number.
+"Worse in quality" is a statement about any of all pairs of settings, so it takes the studentized
+range with each pair's own variance (Games and Howell, Journal of Educational Statistics 1, 1976,
+113-125). `benchmarks/verdict.py` plants truths and counts how often each is wrong.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special, stats
 
 Array = NDArray[np.float64]
 
-# One-sided level of every test
-LEVEL = 0.05
-# Power that "how many more seeds" is worked out for
-POWER = 0.8
-# More seeds than this are not worth asking for
-MAX_SEEDS = 50
+# One-sided level of every test. Not 0.05: Welch's freedom is an estimate, and where a setting's
+# seeds differ wildly its log-odds are skewed; in simulation these take the rest
+LEVEL = 0.03
+# Of a setting's interval, two-sided
+CONFIDENCE = 0.9
+# A setting whose variance is below this quantile of what chance does to the pooled one is taken to
+# scatter like the others, where the pool has at least this freedom
+ALIKE, MIN_POOL = 0.9, 10
+# Of a standard error that is zero
+TINY = 1e-300
+# Of a variance that is known
+MAX_FREEDOM = 1e6
+# Power that "how many more seeds" is worked out for, and the simulated sweeps it is worked out with
+POWER, NUM_DRAWS = 0.8, 2000
+# More seeds than this are not worth asking for, nor more pairs than this times those at hand
+MAX_SEEDS, MAX_FACTOR = 50, 50
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and the two-sided interval of confidence 1 - 2 LEVEL; NaN: no second seed."""
+    """An estimate and its two-sided interval; NaN: there is no second seed."""
 
     estimate: float
     low: float
     high: float
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The variance of an estimate, and the degrees of freedom that the variance is known with."""
+
+    variance: Array
+    freedom: Array
+
+    @property
+    def error(self) -> Array:
+        """The standard error."""
+        return np.sqrt(self.variance)
+
+    def reach(self, level: float) -> Array:
+        """Return how far chance alone reaches to one side at a level, by Student's t."""
+        return special.stdtrit(self.freedom, 1 - level) * self.error
 
 
 class Measure:
@@ -62,10 +94,8 @@ class Measure:
         self.scores = scores
         self.is_share = is_share
         self.num_pairs = scores[0].shape[1]
-        self.num_seeds = [len(one) for one in scores]
-        self._by_run = [self._link(one.mean(1)) for one in scores]
-        self.means = np.array([one.mean() for one in self._by_run])
-        self.freedom = sum(num - 1 for num in self.num_seeds)
+        self.num_seeds = np.array([len(one) for one in scores])
+        self.means = self._link(np.array([one.mean() for one in scores]))
 
     def _link(self, shares: Array) -> Array:
         """Return log-odds of shares, half a pair added to both sides so that 0 and 1 have some."""
@@ -78,105 +108,226 @@ class Measure:
         return float(1 / (1 + np.exp(-value))) if self.is_share else float(value)
 
     @cached_property
+    def _slopes(self) -> Array:
+        """The link's derivative at every setting's mean (delta method)."""
+        if not self.is_share:
+            return np.ones(len(self.scores))
+        half = 0.5 / self.num_pairs
+        shares = np.clip([one.mean() for one in self.scores], half, 1 - half)
+        return 1 / (shares * (1 - shares))
+
+    @cached_property
     def _by_pair(self) -> list[Array]:
         """What each pair adds to its setting's mean, [N], on the scale of the link."""
-        return [one.mean(0) * self._slope(one) for one in self.scores]
+        return [one.mean(0) * slope for one, slope in zip(self.scores, self._slopes, strict=True)]
 
     @cached_property
-    def _residuals(self) -> list[float]:
-        """The variance that chance in its pairs adds to a run's mean, of every setting."""
-        return [self._residual(one) if len(one) > 1 else 0.0 for one in self.scores]
-
-    def _residual(self, scores: Array) -> float:
-        num_seeds, num_pairs = scores.shape
-        rest = scores - scores.mean(0) - scores.mean(1, keepdims=True) + scores.mean()
-        variance = (rest**2).sum() / ((num_seeds - 1) * (num_pairs - 1))
-        return float(variance / num_pairs * self._slope(scores) ** 2)
+    def _between(self) -> Array:
+        """The variance between the runs of every setting; 0 where there is one."""
+        runs = [self._link(one.mean(1)) for one in self.scores]
+        return np.array([one.var(ddof=1) if len(one) > 1 else 0.0 for one in runs])
 
     @cached_property
-    def seed_variance(self) -> float:
-        """The variance r^2 between a setting's runs that no number of pairs takes away."""
-        if not self.freedom:
-            return math.nan
-        between = sum(
-            ((one - one.mean()) ** 2).sum() - (len(one) - 1) * residual
-            for one, residual in zip(self._by_run, self._residuals, strict=True)
-        )
-        return max(float(between / self.freedom), 0.0)
+    def _chance(self) -> Array:
+        """What chance in its pairs adds to the variance of a run, of every setting."""
+        return np.array([_residual(one) for one in self.scores]) * self._slopes**2 / self.num_pairs
 
-    def _slope(self, scores: Array) -> float:
-        """Return the link's derivative at a setting's mean (delta method)."""
-        if not self.is_share:
-            return 1.0
-        share = np.clip(scores.mean(), 0.5 / self.num_pairs, 1 - 0.5 / self.num_pairs)
-        return float(1 / (share * (1 - share)))
+    def _by_run(
+        self, between: Array, chance: Array, num_seeds: Array, *, min_pool: float
+    ) -> tuple[Array, Array]:
+        """Return the variance of every setting's runs, and its freedom, [..., S] both.
+
+        Args:
+            between: the variance found between runs, [..., S].
+            chance: what chance in the pairs adds to it, [S].
+            num_seeds: of every setting, [S].
+            min_pool: the freedom that the pool needs to vouch for a setting that scatters somewhat
+                more than the pool, with three seeds or more; without it only for those that
+                scatter less.
+        """
+        freedom = num_seeds - 1
+        total = max(int(freedom.sum()), 1)
+        seed = ((between - chance) * freedom).sum(-1, keepdims=True) / total
+        pool = np.maximum(seed, 0) + chance
+        own = np.maximum(between, chance)
+        may_pool = (freedom > 1) & (total >= min_pool)
+        limit = np.where(may_pool, special.fdtri(np.maximum(freedom, 1), total, ALIKE), 1.0)
+        is_own = own > limit * pool
+        # Two seeds say next to nothing of their own noise, so nothing vouches for less of it
+        return np.where(is_own, own, pool), np.where(is_own | (freedom == 1), freedom, total)
+
+    @cached_property
+    def _pooled(self) -> tuple[Array, Array]:
+        return self._by_run(self._between, self._chance, self.num_seeds, min_pool=MIN_POOL)
+
+    @cached_property
+    def _safe(self) -> tuple[Array, Array]:
+        return self._by_run(self._between, self._chance, self.num_seeds, min_pool=math.inf)
 
     def _pair_variance(self, a: int, b: int | None) -> float:
-        h = self._by_pair[a] if b is None else self._by_pair[a] - self._by_pair[b]
-        return float(h.var(ddof=1)) / self.num_pairs
+        """Return what the pairs add to the variance of a mean or a difference, less chance."""
+        settings = [a] if b is None else [a, b]
+        h = self._by_pair[a] - (0.0 if b is None else self._by_pair[b])
+        half_a_pair = sum((self._slopes[one] / 2 / self.num_pairs) ** 2 for one in settings)
+        chance = sum(self._chance[one] / self.num_seeds[one] for one in settings)
+        found = h.var(ddof=1) / self.num_pairs + (half_a_pair if self.is_share else 0.0)
+        return max(float(found - chance), 0.0)
 
-    def standard_error(self, a: int, b: int | None = None) -> float:
-        """Return the standard error of a setting's mean, or of two settings' difference."""
-        per_seed = 1 / self.num_seeds[a] + (0 if b is None else 1 / self.num_seeds[b])
-        return math.sqrt(self.seed_variance * per_seed + self._pair_variance(a, b))
+    def spread(self, a: int, b: int | None = None, *, pooled: bool = True) -> Spread:
+        """Return the spread of a setting's mean, or of two settings' difference; NaN: one seed.
 
-    def _quantile(self, level: float) -> float:
-        return float(stats.t.ppf(1 - level, self.freedom)) if self.freedom else math.nan
+        Args:
+            a: the setting.
+            b: the other, if any.
+            pooled: as for the winner; otherwise as safe as statements about any setting need.
+        """
+        by_run = self._pooled if pooled else self._safe
+        settings = [a] if b is None else [a, b]
+        pairs = self._pair_variance(a, b)
+        return self._joined(settings, *by_run, self.num_seeds, pairs, self.num_pairs)
+
+    def _joined(
+        self,
+        settings: list[int],
+        variance: Array,
+        freedom: Array,
+        num_seeds: Array,
+        by_pair: float,
+        num_pairs: int,
+    ) -> Spread:
+        """Join runs and pairs: variances add, and their freedom by Satterthwaite, [...] both."""
+        parts, rest = [], 1.0
+        for one in settings:
+            # The part of the pairs is no better known than the setting's whole with two seeds
+            carried = (num_seeds[one] == 2) / len(settings)
+            rest -= carried
+            part = variance[..., one] / num_seeds[one] + carried * by_pair
+            parts.append((part, freedom[..., one]))
+        parts.append((np.asarray(rest * by_pair), np.asarray(num_pairs - 1)))
+        whole = sum(part for part, _ in parts)
+        squares = sum(part**2 / np.maximum(df, 1) for part, df in parts)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            joined = np.where(squares > 0, whole**2 / squares, MAX_FREEDOM)
+        alone = min(num_seeds[settings]) < 2
+        return Spread(np.where(alone, np.nan, whole), np.where(alone, np.nan, joined))
+
+    @property
+    def level(self) -> float:
+        """The level of one test for the winner: of two settings either may be named by chance."""
+        return LEVEL / 2 if len(self.scores) == 2 else LEVEL
 
     def value(self, a: int) -> float:
         """Return a setting's plain mean over pairs and seeds."""
-        return float(np.mean([row.mean() for row in self.scores[a]]))
+        return float(self.scores[a].mean())
 
     def interval(self, a: int) -> Interval:
         """Return a setting's mean with its interval over pairs and seeds."""
-        reach = self._quantile(LEVEL) * self.standard_error(a)
-        center = float(self._link(np.array([self.value(a)]))[0])
-        low, high = (self._unlink(center + sign * reach) for sign in (-1, 1))
-        return Interval(self.value(a), low, high)
+        spread = self.spread(a)
+        reach = spread.reach((1 - CONFIDENCE) / 2)
+        value = self.value(a)
+        low, high = (self._unlink(self.means[a] + sign * reach) for sign in (-1, 1))
+        # Half a pair is added to both sides of 0 and 1, which takes the estimate itself away
+        if self.is_share and value in (0.0, 1.0) and not math.isnan(low):
+            low, high = min(low, value), max(high, value)
+        return Interval(value, low, high)
 
     def difference(self, a: int, b: int) -> Interval:
-        """Return how far setting `a` is above `b`, with its interval over pairs and seeds.
+        """Return how far setting `a` is above `b`, with an interval by the test for the winner.
 
         For shares: in share points, `a` taken to be where it was measured.
         """
-        reach = self._quantile(LEVEL) * self.standard_error(a, b)
-        gap = float(self.means[a] - self.means[b])
-        at = self._unlink(float(self.means[a]))
-        low, high = (
-            at - self._unlink(float(self.means[a]) - g) for g in (gap - reach, gap + reach)
-        )
+        spread = self.spread(a, b)
+        reach = spread.reach(self.level)
+        gap = self.means[a] - self.means[b]
+        at = self._unlink(self.means[a])
+        low, high = (at - self._unlink(self.means[a] - g) for g in (gap - reach, gap + reach))
         return Interval(self.value(a) - self.value(b), low, high)
 
-    def is_above(self, a: int, b: int, *, level: float = LEVEL) -> bool:
-        """Return whether `a` is shown to be above `b`: a one-sided t-test."""
-        if not self.freedom:
+    def is_above(self, a: int, b: int) -> bool:
+        """Return whether `a` is shown to be above `b`: a one-sided test."""
+        return bool(self._shows(self.means[a] - self.means[b], self.spread(a, b)))
+
+    def _shows(self, gap: Array, spread: Spread) -> NDArray[np.bool_]:
+        return (gap > 0) & (gap > spread.reach(self.level))
+
+    def is_above_in_all(self, a: int, b: int) -> bool:
+        """Return whether `a` is shown to be above `b`, said of any pair of settings."""
+        spread = self.spread(a, b, pooled=False)
+        gap = self.means[a] - self.means[b]
+        chance = 2 * special.stdtr(spread.freedom, -gap / max(spread.error, TINY))
+        num = len(self.scores)
+        # The range's own probability takes a twentieth of a second, and lies between these
+        if not chance < LEVEL:
             return False
-        gap = float(self.means[a] - self.means[b])
-        return gap > 0 and gap > self._quantile(level) * self.standard_error(a, b)
+        if chance * num * (num - 1) / 2 < LEVEL:
+            return True
+        reached = math.sqrt(2) * gap / spread.error
+        return bool(stats.studentized_range.sf(reached, num, spread.freedom) < LEVEL)
+
+    def falls_short(self, a: int) -> bool:
+        """Return whether any setting is shown to be above `a`, among all pairs of settings."""
+        return any(self.is_above_in_all(one, a) for one in range(len(self.scores)))
 
     def seeds_needed(self, a: int, b: int) -> int | None:
-        """Return how many seeds of both would show the gap seen now; None: more than MAX_SEEDS."""
-        return self._smallest(a, b, [(num, self.num_pairs) for num in range(2, MAX_SEEDS + 1)], 0)
+        """Return how many seeds of each would show the gap seen now; None: more than MAX_SEEDS."""
+        return _smallest(
+            lambda num: self.power(a, b, np.full(len(self.scores), num), self.num_pairs),
+            2,
+            MAX_SEEDS,
+        )
 
     def pairs_needed(self, a: int, b: int) -> int | None:
         """Return how many pairs would show the gap with as many seeds as now; None: none would."""
-        num = min(self.num_seeds[a], self.num_seeds[b])
-        steps = [(num, round(self.num_pairs * factor)) for factor in (1.5, 2, 3, 5, 10, 20, 50)]
-        return self._smallest(a, b, steps, 1)
+        return _smallest(
+            lambda num: self.power(a, b, self.num_seeds, num),
+            self.num_pairs + 1,
+            MAX_FACTOR * self.num_pairs,
+        )
 
-    def _smallest(self, a: int, b: int, sizes: list[tuple[int, int]], which: int) -> int | None:
-        gap = float(self.means[a] - self.means[b])
-        chance = sum(self._residuals[one] / self.num_seeds[one] for one in (a, b))
-        by_pair = max(self._pair_variance(a, b) - chance, 0.0) * self.num_pairs
-        by_run_and_pair = (self._residuals[a] + self._residuals[b]) * self.num_pairs
-        for seeds, pairs in sizes:
-            by_run = 2 * self.seed_variance + by_run_and_pair / pairs
-            variance = by_run / seeds + by_pair / pairs
-            freedom = len(self.scores) * (seeds - 1)
-            wanted = stats.t.ppf(1 - LEVEL, freedom) + stats.norm.ppf(POWER)
-            if gap > wanted * math.sqrt(variance):
-                return (seeds, pairs)[which]
+    def power(self, a: int, b: int, num_seeds: Array, num_pairs: int) -> float:
+        """Return how often the test would show the gap seen now, by NUM_DRAWS simulated sweeps.
+
+        Args:
+            a: the setting that is above.
+            b: the other.
+            num_seeds: of every setting in these sweeps, [S].
+            num_pairs: held out in these sweeps.
+        """
+        rng = np.random.default_rng(0)
+        fewer = self.num_pairs / num_pairs
+        # Not on the safe side, as the test's are: what is likely
+        found, _ = self._by_run(self._between, self._chance, self.num_seeds, min_pool=0)
+        chance = self._chance * fewer
+        truth = found - self._chance + chance
+        freedom = np.maximum(num_seeds - 1, 1)
+        between = truth * rng.chisquare(freedom, (NUM_DRAWS, len(truth))) / freedom
+        by_pair = self._pair_variance(a, b) * fewer
+        true = self._joined(
+            [a, b], truth, np.full(len(truth), MAX_FREEDOM), num_seeds, by_pair, num_pairs
+        )
+        gaps = self.means[a] - self.means[b] + true.error * rng.standard_normal(NUM_DRAWS)
+        by_run = self._by_run(between, chance, num_seeds, min_pool=MIN_POOL)
+        seen = self._joined([a, b], *by_run, num_seeds, by_pair, num_pairs)
+        return float(self._shows(gaps, seen).mean())
+
+
+def _residual(scores: Array) -> float:
+    """Return the variance of a score that neither its pair nor its run explains, [K, N]."""
+    num_seeds, num_pairs = scores.shape
+    if num_seeds == 1:
+        return 0.0
+    rest = scores - scores.mean(0) - scores.mean(1, keepdims=True) + scores.mean()
+    return float((rest**2).sum() / ((num_seeds - 1) * (num_pairs - 1)))
+
+
+def _smallest(power: Callable[[int], float], low: int, high: int) -> int | None:
+    """Return the smallest number from `low` to `high` whose power is enough; None: not one."""
+    if power(high) < POWER:
         return None
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if power(middle) >= POWER else (middle + 1, high)
+    return low
 
 
 @dataclass(frozen=True)
@@ -221,21 +372,31 @@ class Verdict:
     """The highest of these, or of those beaten; None: nothing else is of good quality."""
     lead: Interval | None
     """How far the leader is above the nearest."""
-    seeds_needed: int | None
-    """Seeds per setting that would show the smallest gap; None: not to be had."""
-    pairs_needed: int | None
-    """Held-out pairs that would, with as many seeds as now; None: no number of pairs would."""
-    one_seed: bool
-    """No setting has a second seed, so nothing can be said."""
+    one_seed: list[int]
+    """Settings of good quality with one seed, which can neither win nor be beaten."""
+    contest: Measure
+    """Preference accuracy of the settings of good quality."""
+    open_gap: tuple[int, int] | None
+    """The leader and the nearest in `contest`, where more seeds or pairs may tell them apart."""
+
+    @cached_property
+    def seeds_needed(self) -> int | None:
+        """Seeds per setting that would show the smallest gap; None: not to be had."""
+        return self.contest.seeds_needed(*self.open_gap) if self.open_gap else None
+
+    @cached_property
+    def pairs_needed(self) -> int | None:
+        """Held-out pairs that would, with as many seeds as now; None: no number of pairs would."""
+        return self.contest.pairs_needed(*self.open_gap) if self.open_gap else None
 
 
 def decide(accuracy: Measure, qualities: Sequence[Quality]) -> Verdict:
     """Name the setting of highest preference accuracy among those of good quality, or none.
 
     A setting is out where one of its qualities is worse than the best setting's: by more than the
-    margin in the estimate, and shown to be below it. The leader is the highest of the others. It
-    wins where it is shown to be above each of them and none of its own qualities is below the
-    margin.
+    margin in the estimate, and shown to be below some setting's. The leader is the highest of the
+    others. It wins where it is shown to be above each of them and none of its own qualities is
+    below the margin. A setting with one seed can neither win nor be beaten.
 
     Args:
         accuracy: per-pair preference accuracy, 0 or 1, of every setting.
@@ -244,36 +405,34 @@ def decide(accuracy: Measure, qualities: Sequence[Quality]) -> Verdict:
     everyone = range(len(accuracy.scores))
     quality_of = [_quality_of(number, qualities) for number in everyone]
     candidates = [number for number in everyone if not quality_of[number].worse_in]
-    # Without those that are out: near 100 % accuracy a seed's log-odds vary wildly
+    # Without those that are out: what seeds do to them says nothing of the others
     contest = Measure(
         [accuracy.scores[number] for number in candidates], is_share=accuracy.is_share
     )
     first = int(contest.means.argmax())
     others = [number for number in range(len(candidates)) if number != first]
     unbeaten = [number for number in others if not contest.is_above(first, number)]
-    nearest = max(unbeaten or others, key=lambda number: contest.means[number], default=None)
-    one_seed = contest.freedom == 0
-    undecided = nearest is not None and bool(unbeaten) and not one_seed
+    one_seed = [number for number in range(len(candidates)) if contest.num_seeds[number] == 1]
+    # Those that another seed or pair could tell from the leader, and those that are told already
+    open_ = [] if first in one_seed else [one for one in unbeaten if one not in one_seed]
+    beaten = [number for number in others if number not in unbeaten]
+    nearest = max(open_ or beaten, key=lambda number: contest.means[number], default=None)
     leader = candidates[first]
-    wins = not one_seed and not unbeaten and not quality_of[leader].doubtful_in
+    wins = len(everyone) > 1 and not unbeaten and not quality_of[leader].doubtful_in
     intervals = [accuracy.interval(number) for number in everyone]
     for number, candidate in enumerate(candidates):
         intervals[candidate] = contest.interval(number)
     return Verdict(
-        winner=leader if wins and len(everyone) > 1 else None,
+        winner=leader if wins and first not in one_seed else None,
         leader=leader,
         accuracies=intervals,
         qualities=quality_of,
         unbeaten=[candidates[number] for number in unbeaten],
         nearest=None if nearest is None else candidates[nearest],
         lead=None if nearest is None else contest.difference(first, nearest),
-        seeds_needed=contest.seeds_needed(first, nearest)
-        if undecided and nearest is not None
-        else None,
-        pairs_needed=contest.pairs_needed(first, nearest)
-        if undecided and nearest is not None
-        else None,
-        one_seed=one_seed,
+        one_seed=[candidates[number] for number in one_seed],
+        contest=contest,
+        open_gap=(first, nearest) if open_ and nearest is not None else None,
     )
 
 
@@ -283,10 +442,8 @@ def _quality_of(number: int, qualities: Sequence[Quality]) -> Standing:
     for quality in qualities:
         measure = quality.measure
         best = int(measure.means.argmax())
-        shortfall = measure.value(best) - measure.value(number)
-        if shortfall > quality.margin:
-            level = LEVEL / max(len(measure.scores) - 1, 1)
-            shown = measure.is_above(best, number, level=level)
+        if measure.value(best) - measure.value(number) > quality.margin:
+            shown = measure.falls_short(number)
             (worse if shown else doubtful).append(quality.name)
     intervals = [quality.measure.interval(number) for quality in qualities]
     return Standing(intervals, worse, doubtful)
@@ -307,6 +464,6 @@ def overoptimised(order: Sequence[int], accuracy: Measure, quality: Quality) -> 
         best = max(before, key=lambda number: measure.means[number])
         rises = accuracy.means[here] > accuracy.means[order[place - 1]]
         falls = measure.value(best) - measure.value(here) > quality.margin
-        if rises and falls and measure.is_above(best, here, level=LEVEL / (len(order) - 1)):
+        if rises and falls and measure.is_above_in_all(best, here):
             return here
     return None

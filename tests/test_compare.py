@@ -189,6 +189,16 @@ def test_with_one_seed_nothing_is_separated(write: Write) -> None:
     assert "One seed cannot separate these" in compare.verdict_text(compared)[0]
 
 
+@pytest.mark.parametrize(("accuracy", "leads"), [(0.5, "beta=0.2 leads"), (0.99, "on one seed.")])
+def test_a_setting_with_one_seed_is_named(write: Write, accuracy: float, leads: str) -> None:
+    sweep(write, {0.1: 0.6, 0.2: 0.9})
+    folder = write("one", beta=0.3, seed=1, accuracy=accuracy).parent
+    lines = compare.verdict_text(compare_sweep(folder))
+    assert leads in lines[0]
+    assert lines[1].startswith("With one seed a setting can neither win nor be beaten")
+    assert lines[1].endswith(": beta=0.3.")
+
+
 def test_what_is_not_separated_says_what_it_would_take(write: Write) -> None:
     sweep(write, {0.1: 0.85})
     for seed, accuracy in enumerate((0.84, 0.86, 0.9), start=1):
