@@ -7,6 +7,7 @@ run's standard deviation is the setting's own. Two settings are equal where thei
 Parts (all of them: an hour on a core):
 
     winners: sweeps in which a setting is named that is not the best, in SITUATIONS
+    bootstrap: the same of a bootstrap over pairs alone
     power: sweeps in which a lead is found, all seeds scattering alike
     worse: sweeps in which any of several equal settings is worse in quality
     coverage: how often a setting's interval holds its share
@@ -14,7 +15,7 @@ Parts (all of them: an hour on a core):
     bound: what rules could do that know all that a verdict has to estimate
 
 Beside ours stand the rule before 2026-11-27, which pools the variance between seeds over all
-settings (`pooled`), and a bootstrap over pairs alone. The last line is one JSON object.
+settings (`pooled`). The last line is one JSON object.
 """
 
 import json
@@ -217,16 +218,20 @@ def count(
 
 
 def winners() -> Iterator[tuple[str, dict[str, float]]]:
-    """Count false winners."""
-    again = np.random.default_rng(1)
-    rules = {
-        "ours": ours,
-        "pooled": pooled,
-        "pairs_only": lambda accuracy: pairs_only(accuracy, again),
-    }
+    """Count false winners, by the rule before, too."""
     for name, situation in situations().items():
-        counts = count(situation, rules)
+        counts = count(situation, {"ours": ours, "pooled": pooled})
         yield name, {**counts, "allowed": situation.allowed}
+
+
+def bootstrap() -> Iterator[tuple[str, dict[str, float]]]:
+    """Count false winners of a bootstrap over pairs among equal settings that scatter alike."""
+    rng = np.random.default_rng(1)
+    rules = {"ours": ours, "pairs_only": lambda accuracy: pairs_only(accuracy, rng)}
+    for share in (0.8, 0.9):
+        for num_seeds, num_pairs in ((2, 200), (3, 200), (3, 500)):
+            alike = equal([RUN_EFFECT] * NUM_SETTINGS, num_seeds, share=share, num_pairs=num_pairs)
+            yield f"8 equal, {share}, {num_seeds} x {num_pairs}", count(alike, rules)
 
 
 def power() -> Iterator[tuple[str, dict[str, float]]]:
@@ -411,6 +416,7 @@ def bounds() -> Iterator[tuple[str, dict[str, float]]]:
 
 PARTS_OF_THIS: dict[str, Callable[[], Iterator[tuple[str, dict[str, float]]]]] = {
     "winners": winners,
+    "bootstrap": bootstrap,
     "power": power,
     "worse": worse,
     "coverage": coverage,
