@@ -18,7 +18,7 @@ from orpo_lab import config
 from orpo_lab.errors import UserError
 from orpo_lab.run_folder import LOCK, RunFolder
 from orpo_lab.sweep import CACHE, Sweep, fresh_folder
-from tests.conftest import ROOT
+from tests.conftest import EACH_LAUNCHER, ROOT
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 Load = Callable[..., config.Config]
@@ -313,14 +313,7 @@ def test_a_signal_stops_the_sweep_after_recording(tmp_path: Path, number: int) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
-        ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10"],
-    ],
-    ids=["joblib", "submitit"],
-)
+@EACH_LAUNCHER
 def test_jobs_in_processes_of_their_own_run_once_and_are_told_at_the_end(
     launch: Launch, tmp_path: Path, launcher: list[str]
 ) -> None:
