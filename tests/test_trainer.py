@@ -266,6 +266,64 @@ def test_steps_are_counted_from_epochs(load: Load) -> None:
         trainer.count_steps(loaded, 7)
 
 
+def said_of_length(caplog: pytest.LogCaptureFixture, loaded: config.Config) -> list[Any]:
+    """Return what is said of a run on 64 pairs."""
+    logging.getLogger("orpo_lab").propagate = True
+    caplog.clear()
+    caplog.set_level(logging.INFO)
+    trainer.say_length(loaded, 64)
+    return caplog.records
+
+
+@pytest.mark.parametrize(
+    ("overrides", "level", "said"),
+    [
+        ("train.max_steps=12", "INFO", "12 steps are 1.5 epochs of 64 pairs"),
+        ("train.num_epochs=10", "INFO", "80 steps are 10 epochs of 64 pairs"),
+        ("train.max_steps=104", "WARNING", "104 steps are 13 epochs of 64 pairs, more than the 10"),
+    ],
+)
+def test_how_often_a_run_sees_its_pairs_is_said(
+    load: Load, caplog: pytest.LogCaptureFixture, overrides: str, level: str, said: str
+) -> None:
+    (line,) = said_of_length(caplog, load(*SMALL, overrides))
+    assert line.levelname == level
+    assert line.getMessage().startswith(said)
+
+
+def test_a_warm_up_longer_than_the_run_is_a_warning_with_the_rate_that_is_reached(
+    load: Load,
+    build_model: Any,
+    tokenizer: Any,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    long = ("optimizer=lora", *SMALL, "train.max_steps=3", "train.logging_steps=1")
+    loaded = load(*long, "train.warmup_steps=100")
+    (said,) = [one for one in said_of_length(caplog, loaded) if one.levelname == "WARNING"]
+    text = said.getMessage()
+    assert text.startswith("train.warmup_steps=100 is above the 3 steps of this run: ")
+    share = float(text.split("ends at ")[1].split()[0])
+    _, place = fit(loaded, build_model(loaded), tokenizer, tmp_path)
+    rates = [line["learning_rate"] for line in place.metrics()]
+    assert rates[-1] == pytest.approx(share * loaded.optimizer.learning_rate)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "train.warmup_steps=3",
+        "train.warmup_steps=0.9",
+        "train.warmup_steps=100 train.lr_scheduler_type=constant",
+    ],
+)
+def test_a_warm_up_that_the_run_has_room_for_or_does_not_read_is_no_warning(
+    load: Load, caplog: pytest.LogCaptureFixture, overrides: str
+) -> None:
+    records = said_of_length(caplog, load(*SMALL, "train.max_steps=3", *overrides.split()))
+    assert [one.levelname for one in records] == ["INFO"]
+
+
 def test_evaluation_during_training_reports_trls_metrics(
     load: Load, build_model: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
