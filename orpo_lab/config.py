@@ -302,7 +302,7 @@ class Dataset:
     max_prompt_length: int = setting()
     overlong: str = setting()
     num_train: int | None = setting()
-    num_eval: int = setting()
+    num_eval: int | None = setting()
     num_generations: int = setting()
     max_new_tokens: int = setting(unread_under=("dataset.num_generations", 0))
     num_proc: int | None = free()
@@ -675,6 +675,11 @@ def largest_divisor(number: int, limit: int) -> int:
     return max((one for one in range(1, limit + 1) if number % one == 0), default=1)
 
 
+def prompt_limit(usual: int, max_length: int) -> int:
+    """Return the longest prompt's length: the usual one, or half of a `max_length` not above it."""
+    return usual if usual < max_length else max_length // 2
+
+
 def register() -> None:
     """Make the schemas and our resolvers known to Hydra. Calling it twice does no harm."""
     store = ConfigStore.instance()
@@ -684,6 +689,7 @@ def register() -> None:
             store.store(group=f"schema/{group}", name=name, node=schema)
     OmegaConf.register_new_resolver("slug", slug, replace=True)
     OmegaConf.register_new_resolver("half", lambda length: length // 2, replace=True)
+    OmegaConf.register_new_resolver("prompt_limit", prompt_limit, replace=True)
     OmegaConf.register_new_resolver("divisor", largest_divisor, replace=True)
     OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
 
