@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -136,16 +137,20 @@ def comparison(compared: "Comparison") -> dict[str, Picture]:
 def _colours(settings: Sequence["Setting"]) -> list[Any]:
     """Return a colour for every setting: the same beta, the same colour; dark is low.
 
-    The ramp ends before its yellow, which is not readable on white.
+    Settings of one beta and one schedule, which differ in something else, have a colour each. The
+    ramp ends before its yellow, which is not readable on white.
     """
     from matplotlib import colormaps
 
-    betas = sorted({setting.values["beta"] for setting in settings})
-    ramp = colormaps["viridis"]
-    return [
-        ramp(0.75 * betas.index(setting.values["beta"]) / max(len(betas) - 1, 1))
-        for setting in settings
-    ]
+    seen: Counter[tuple[float, str]] = Counter()
+    keys = []
+    for setting in settings:
+        beta, schedule = setting.values["beta"], setting.values["beta_schedule"]
+        keys.append((beta, seen[beta, schedule]))
+        seen[beta, schedule] += 1
+    order = sorted(set(keys))
+    ramp = colormaps["inferno"]
+    return [ramp(0.8 * order.index(key) / max(len(order) - 1, 1)) for key in keys]
 
 
 def _by_schedule(settings: Sequence["Setting"], styles: Sequence[Any]) -> list[Any]:
