@@ -704,8 +704,6 @@ def load(composed: DictConfig) -> Config:
     try:
         unknown = sorted(_unknown_keys(composed, ""))
         _check(not unknown, f"unknown key{'s' * (len(unknown) > 1)}: {', '.join(unknown)}")
-        absent = next(_absent_keys(composed, ""), None)
-        _check(absent is None, f"{absent} has no value here: no key can be taken away; set it")
         loaded = OmegaConf.to_object(composed)
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key} has no value here; set it") from error
@@ -728,13 +726,3 @@ def _unknown_keys(node: DictConfig, prefix: str) -> Iterator[str]:
             yield f"{prefix}{key}"
         elif not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(node[key]):
             yield from _unknown_keys(node[key], f"{prefix}{key}.")
-
-
-def _absent_keys(node: DictConfig, prefix: str) -> Iterator[str]:
-    """Yield the keys that `~key` took away."""
-    schema: Any = OmegaConf.get_type(node)
-    for one in fields(schema):
-        if one.name not in node:
-            yield f"{prefix}{one.name}"
-        elif not OmegaConf.is_missing(node, one.name) and OmegaConf.is_dict(node[one.name]):
-            yield from _absent_keys(node[one.name], f"{prefix}{one.name}.")

@@ -154,6 +154,20 @@ def test_a_sweep_that_other_code_made_is_refused_before_any_job(
     assert [one.name for one in (tmp_path / "sweep").iterdir()] == ["sweep.json"]
 
 
+NO_JOB = {"seed=range(0)": "this sweep has no job", "optimizer.rank=1,2": "optimizer.rank is a key"}
+
+
+@pytest.mark.parametrize(("swept", "message"), NO_JOB.items())
+def test_a_sweep_without_a_job_leaves_no_folder_and_an_earlier_sweep_as_it_was(
+    launch: Launch, tmp_path: Path, swept: str, message: str
+) -> None:
+    assert message in launch("-m", swept, SWEEP, *SHORT, expect=1).stderr
+    assert not (tmp_path / "sweep").exists()
+    Sweep(tmp_path / "sweep").begin(accept_changes=False)
+    launch("-m", swept, SWEEP, *SHORT, expect=1)
+    assert (tmp_path / "sweep" / "sweep.json").exists()
+
+
 def test_a_sweep_for_slurm_is_refused_where_there_is_none(launch: Launch, tmp_path: Path) -> None:
     done = launch("-m", "beta=0.1,0.2", "hydra/launcher=submitit_slurm", SWEEP, *SHORT, expect=1)
     assert re.fullmatch(r"error: .*needs Slurm's srun.*submitit_local\n", done.stderr)
