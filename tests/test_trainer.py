@@ -1,12 +1,19 @@
 """The loop: numbers that must stop it, and runs that go on where they were."""
 
+import fcntl
 import json
 import logging
 import math
+import os
+import re
+import struct
 import subprocess
+import sys
+import termios
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -322,6 +329,31 @@ def test_a_warm_up_that_the_run_has_room_for_or_does_not_read_is_no_warning(
 ) -> None:
     records = said_of_length(caplog, load(*SMALL, "train.max_steps=3", *overrides.split()))
     assert [one.levelname for one in records] == ["INFO"]
+
+
+def test_a_bar_is_left_in_80_columns_however_long_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal, end = os.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    with os.fdopen(end, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        meter, place = trainer.Meter(Spent()), RunFolder(tmp_path)
+        ours: Any = SimpleNamespace(beta=0.1)
+        callback = trainer.MetricsCallback(ours, cast(Any, None), meter, place, Untracked())
+        state = SimpleNamespace(global_step=0, max_steps=54_321)
+        callback.on_train_begin(None, state, None)
+        callback.bar.n, callback.bar.start_t = 12_345, callback.bar.start_t - 99 * 3600
+        logs = {"loss": 12.3456, "preference_accuracy": 0.5, "logp_margin": -1.2345}
+        callback.on_log(None, state, None, logs={**logs, "learning_rate": 1e-4})
+        line = str(callback.bar)
+        callback.bar.close()
+    os.close(terminal)
+    bar = r"12345/54321 (.*) 99:00:00<336:\d\d:\d\d, loss=12.35, accuracy=0.50, margin=-1.23"
+    drawn = re.fullmatch(bar, line)
+    assert drawn is not None, line
+    assert len(drawn[1]) >= 5
+    assert len(line) < 80
 
 
 def test_evaluation_during_training_reports_trls_metrics(
