@@ -236,6 +236,8 @@ def _run() -> int:
         launch()
         stop.PROCESS.check()
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+        if Start.sweep:
+            Start.sweep.take_back()
         sys.exit(f"error: {command_line.explain(error)}")
     except OSError as error:
         # The run folder cannot be made

@@ -12,19 +12,22 @@ import os
 import runpy
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from orpo_lab import run
 from orpo_lab.run_folder import versions
+
+T = TypeVar("T")
 
 ROOT = Path(__file__).parents[1]
 NUM_JOBS = 200
 # Until here imports, caches and the allocator's arenas come to their size
 NUM_WARMUP_JOBS = 20
 MAX_GROWTH = 0.03
-OVERRIDES = (
-    f"seed=range({NUM_JOBS})",
+# Jobs of a few seconds on a CPU
+SHORT = (
     "dataset.num_train=32",
     "dataset.num_eval=8",
     "dataset.num_generations=1",
@@ -34,8 +37,8 @@ OVERRIDES = (
 )
 
 
-def held() -> dict[str, int]:
-    """Return what this process holds now; memory in bytes."""
+def held(result: run.RunResult) -> dict[str, int]:
+    """Return what this process holds now that a job has ended; memory in bytes."""
     process = Path("/proc/self")
     status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
     return {
@@ -45,20 +48,20 @@ def held() -> dict[str, int]:
     }
 
 
-def sweep(overrides: list[str]) -> list[dict[str, int]]:
-    """Run launch.py's sweep in this process and return what was held after each job."""
-    after: list[dict[str, int]] = []
+def sweep(overrides: list[str], measure: Callable[[run.RunResult], T]) -> list[T]:
+    """Run launch.py's sweep in this process, and return what is measured after each job."""
+    after: list[T] = []
     train = run.train
 
     def watched(*args: Any, **kwargs: Any) -> run.RunResult:
         result = train(*args, **kwargs)
-        after.append(held())
+        after.append(measure(result))
         print(f"job {len(after)}: {after[-1]}", file=sys.stderr)
         return result
 
     run.train = watched
     with tempfile.TemporaryDirectory() as folder:
-        sys.argv = ["launch.py", "-m", *OVERRIDES, f"hydra.sweep.dir={folder}", *overrides]
+        sys.argv = ["launch.py", "-m", f"hydra.sweep.dir={folder}", *overrides]
         try:
             runpy.run_path(str(ROOT / "launch.py"), run_name="__main__")
         except SystemExit as end:
@@ -69,7 +72,7 @@ def sweep(overrides: list[str]) -> list[dict[str, int]]:
 
 def main(overrides: list[str]) -> None:
     """Run the sweep, print what it held, and judge."""
-    after = sweep(overrides)
+    after = sweep([f"seed=range({NUM_JOBS})", *SHORT, *overrides], held)
     early, late = after[NUM_WARMUP_JOBS - 1], after[-1]
     growth = late["memory_bytes"] / early["memory_bytes"] - 1
     sizes = [one["memory_bytes"] for one in after[NUM_WARMUP_JOBS:]]

@@ -108,11 +108,11 @@ def seal(path: Path, place: RunFolder, made: Made, spent: Spent) -> None:
         "step": step_of(path),
         "made": asdict(made),
         # Of a fixed width, so that two runs' checkpoints of a step have the same size
-        "spent": json.dumps(asdict(spent)).ljust(160),
+        "spent": json.dumps(asdict(spent), allow_nan=False).ljust(160),
         "versions": versions(),
         "files": files,
     }
-    RunFolder(path).write(MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    RunFolder(path).write_json(MANIFEST, manifest)
 
 
 def keep_trained(

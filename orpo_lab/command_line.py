@@ -90,12 +90,9 @@ def as_typed(arguments: Sequence[str]) -> list[str]:
     Where one of `train.max_steps` and `train.num_epochs` is given, the other is not asked for.
 
     Raises:
-        UserError: a group is given no option.
+        UserError: see `_check`.
     """
-    for group in (*config.SCHEMAS, "experiment"):
-        if f"{group}=null" in arguments:
-            instead = f"write {group}=none" if group in NONE_IS_AN_OPTION else "leave it out"
-            raise UserError(f"{group}=null names no option of the group; {instead}")
+    _check(arguments)
     is_sweep = bool({"-m", "--multirun"} & set(arguments))
     typed = [_as_typed(one, is_sweep=is_sweep) for one in arguments]
     given = {one.lstrip("+").partition("=")[0]: one.partition("=")[2] for one in typed}
@@ -106,6 +103,27 @@ def as_typed(arguments: Sequence[str]) -> list[str]:
         if given.get(key, "null") != "null" and other not in given:
             typed.append(f"{other}=null")
     return typed
+
+
+def _check(arguments: Sequence[str]) -> None:
+    """Refuse what Hydra takes, and then misreads or says in words of its own.
+
+    Raises:
+        UserError: a group is given no option, a key is to be taken away, or something is no text.
+    """
+    for group in (*config.SCHEMAS, "experiment"):
+        if f"{group}=null" in arguments:
+            instead = f"write {group}=none" if group in NONE_IS_AN_OPTION else "leave it out"
+            raise UserError(f"{group}=null names no option of the group; {instead}")
+    for one in arguments:
+        key = one.removeprefix("~").partition("=")[0]
+        if one.startswith("~") and key in config.all_fields():
+            raise UserError(f"{one}: no key can be taken away; give it a value, {key}=...")
+        if re.search("[\ud800-\udfff]", one):
+            raise UserError(
+                f"{one} holds bytes that are no text in {sys.getfilesystemencoding()}, and no "
+                "tokenizer is saved under such a name; give another, or set LC_ALL=C.UTF-8"
+            )
 
 
 def _as_typed(argument: str, *, is_sweep: bool) -> str:

@@ -302,7 +302,7 @@ class Dataset:
     max_prompt_length: int = setting()
     overlong: str = setting()
     num_train: int | None = setting()
-    num_eval: int = setting()
+    num_eval: int | None = setting()
     num_generations: int = setting()
     max_new_tokens: int = setting(unread_under=("dataset.num_generations", 0))
     num_proc: int | None = free()
@@ -675,6 +675,11 @@ def largest_divisor(number: int, limit: int) -> int:
     return max((one for one in range(1, limit + 1) if number % one == 0), default=1)
 
 
+def prompt_limit(usual: int, max_length: int) -> int:
+    """Return the longest prompt's length: the usual one, or half of a `max_length` not above it."""
+    return usual if usual < max_length else max_length // 2
+
+
 def register() -> None:
     """Make the schemas and our resolvers known to Hydra. Calling it twice does no harm."""
     store = ConfigStore.instance()
@@ -684,6 +689,7 @@ def register() -> None:
             store.store(group=f"schema/{group}", name=name, node=schema)
     OmegaConf.register_new_resolver("slug", slug, replace=True)
     OmegaConf.register_new_resolver("half", lambda length: length // 2, replace=True)
+    OmegaConf.register_new_resolver("prompt_limit", prompt_limit, replace=True)
     OmegaConf.register_new_resolver("divisor", largest_divisor, replace=True)
     OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
 
@@ -698,8 +704,6 @@ def load(composed: DictConfig) -> Config:
     try:
         unknown = sorted(_unknown_keys(composed, ""))
         _check(not unknown, f"unknown key{'s' * (len(unknown) > 1)}: {', '.join(unknown)}")
-        absent = next(_absent_keys(composed, ""), None)
-        _check(absent is None, f"{absent} has no value here: no key can be taken away; set it")
         loaded = OmegaConf.to_object(composed)
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key} has no value here; set it") from error
@@ -722,13 +726,3 @@ def _unknown_keys(node: DictConfig, prefix: str) -> Iterator[str]:
             yield f"{prefix}{key}"
         elif not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(node[key]):
             yield from _unknown_keys(node[key], f"{prefix}{key}.")
-
-
-def _absent_keys(node: DictConfig, prefix: str) -> Iterator[str]:
-    """Yield the keys that `~key` took away."""
-    schema: Any = OmegaConf.get_type(node)
-    for one in fields(schema):
-        if one.name not in node:
-            yield f"{prefix}{one.name}"
-        elif not OmegaConf.is_missing(node, one.name) and OmegaConf.is_dict(node[one.name]):
-            yield from _absent_keys(node[one.name], f"{prefix}{one.name}.")

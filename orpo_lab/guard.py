@@ -45,15 +45,20 @@ def install() -> None:
     """Let Hydra compose and save through this module, once the flags are known to be harmless.
 
     Raises:
-        UserError: a flag would have a pickle or a Python package loaded.
+        UserError: a flag would have a pickle or a Python package loaded, or there is none such.
     """
-    flags, _ = get_args_parser().parse_known_args()
+    flags, unknown = get_args_parser().parse_known_intermixed_args()
+    if unknown:
+        raise UserError(f"{unknown[0]} is no flag; --hydra-help lists those there are")
     if flags.experimental_rerun:
         raise UserError(
             "--experimental-rerun loads a pickle, which may run anything; give the overrides that "
             "stand in the run's choices.yaml"
         )
     _check_place("--config-path", flags.config_path)
+    # Hydra takes no flag between two overrides
+    others = [one for one in sys.argv[1:] if one not in flags.overrides]
+    sys.argv[1:] = [*others, *flags.overrides]
     setattr(hydra_internals, "ConfigLoaderImpl", CheckedLoader)  # noqa: B010  (not its type)
     (sweeper,) = KNOWN["hydra.sweeper"]
     # Hydra imports its plugins once more: the module of that name is not the one it uses
@@ -77,7 +82,7 @@ def leave_out_what_cannot_be(sweeper: Any, batch: list[list[str]]) -> None:
         HydraException: none of its jobs can be composed.
     """
     if not batch:
-        raise UserError("this sweep has no job: a list or a range in it is empty")
+        raise UserError("this sweep has no job: a list, a range or a glob in it is empty")
     loader = sweeper.hydra_context.config_loader
     refused: list[tuple[list[str], HydraException]] = []
     for overrides in batch:

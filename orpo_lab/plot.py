@@ -1,9 +1,13 @@
 """The pictures of a run, from its `metrics.jsonl` alone, and of a comparison of runs."""
 
 import io
+import math
 import os
+import textwrap
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,9 +120,24 @@ CURVES = (
     ("preference_accuracy", "training preference accuracy"),
     ("logp_margin", "training logp margin (nats)"),
 )
+# From dark to light; what any two of them are apart in is more than lightness or one of the hues
+# that colour-blind readers take for another, and all are readable on white
+COLOURS = (
+    "#000000",
+    "#332288",
+    "#663333",
+    "#AA3377",
+    "#006CD1",
+    "#DC3220",
+    "#EE6677",
+    "#E69F00",
+    "#33BBEE",
+)
 # One each for a schedule, in turn: schedules of one's own come with names that nobody knows here
 LINES = ("-", "--", "-.", ":", (0, (6, 2)), (0, (1, 3)), (0, (8, 2, 1, 2, 1, 2)))
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">")
+# Settings above which a legend would be longer than anybody reads
+MAX_LABELS = 24
 
 Picture = tuple[str, bytes]
 
@@ -133,35 +152,50 @@ def comparison(compared: "Comparison") -> dict[str, Picture]:
     return pictures
 
 
-def _colours(settings: Sequence["Setting"]) -> list[Any]:
-    """Return a colour for every setting: the same beta, the same colour; dark is low.
+@dataclass(frozen=True)
+class Look:
+    """What a setting is told by in every picture."""
 
-    The ramp ends before its yellow, which is not readable on white.
+    colour: str
+    marker: str
+    line: Any
+    is_light: bool
+    """Drawn with a thin line and an open marker, where there are more settings than colours."""
+
+
+def _looks(settings: Sequence["Setting"]) -> list[Look]:
+    """Return a look for every setting: colours tell of beta (dark is low), the rest of schedules.
+
+    Settings of one beta and one schedule, which differ in something else, have a colour each.
     """
-    from matplotlib import colormaps
+    schedules = {setting.values["beta_schedule"] for setting in settings}
+    in_order = sorted(schedules, key=lambda name: (name != "constant", name))
+    seen: Counter[tuple[float, str]] = Counter()
+    keys = []
+    for setting in settings:
+        beta, schedule = setting.values["beta"], setting.values["beta_schedule"]
+        keys.append((beta, seen[beta, schedule]))
+        seen[beta, schedule] += 1
+    ranks = {key: rank for rank, key in enumerate(sorted(set(keys)))}
+    # Fewer than there are colours are as far apart as they can be
+    step = max(1.0, (len(COLOURS) - 1) / max(len(ranks) - 1, 1))
+    looks = []
+    for setting, key in zip(settings, keys, strict=True):
+        turn, number = divmod(round(ranks[key] * step), len(COLOURS))
+        style = in_order.index(setting.values["beta_schedule"])
+        line, marker = LINES[style % len(LINES)], MARKERS[style % len(MARKERS)]
+        looks.append(Look(COLOURS[number], marker, line, turn % 2 == 1))
+    return looks
 
-    betas = sorted({setting.values["beta"] for setting in settings})
-    ramp = colormaps["viridis"]
-    return [
-        ramp(0.75 * betas.index(setting.values["beta"]) / max(len(betas) - 1, 1))
-        for setting in settings
-    ]
 
-
-def _by_schedule(settings: Sequence["Setting"], styles: Sequence[Any]) -> list[Any]:
-    """Return a style for every setting, one for each schedule; constant has the first."""
-    names = {setting.values["beta_schedule"] for setting in settings}
-    order = sorted(names, key=lambda name: (name != "constant", name))
-    return [
-        styles[order.index(setting.values["beta_schedule"]) % len(styles)] for setting in settings
-    ]
-
-
-def _figure(height: float = 4.2) -> tuple[Any, Any]:
+def _figure(settings: Sequence["Setting"], height: float) -> tuple[Any, Any]:
+    """Return a figure with axes of a height in inches, and room for the legend below them."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5, height), dpi=160, layout="constrained")
+    lines = sum(_label(setting).count("\n") + 1 for setting in settings)
+    rows = math.ceil(lines / _num_columns(settings)) if _has_legend(settings) else 0
+    figure = Figure(figsize=(5, height + 0.2 * rows), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.grid(alpha=0.25)
@@ -169,13 +203,28 @@ def _figure(height: float = 4.2) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _png(figure: Any, num_labels: int) -> bytes:
+def _has_legend(settings: Sequence["Setting"]) -> bool:
+    return len(settings) <= MAX_LABELS
+
+
+def _num_columns(settings: Sequence["Setting"]) -> int:
+    return 1 if max(len(setting.name) for setting in settings) > 28 else 2
+
+
+def _label(setting: "Setting") -> str:
+    """Return a setting's name in lines that the picture has room for."""
+    return _plain("\n".join(textwrap.wrap(setting.name, 64, break_on_hyphens=False)))
+
+
+def _png(figure: Any, settings: Sequence["Setting"]) -> bytes:
     """Return the picture, its legend below it where it hides nothing."""
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    columns = 1 if max(map(len, labels), default=0) > 28 else 2
-    if num_labels <= 24:
+    if _has_legend(settings):
         figure.legend(
-            handles, labels, loc="outside lower center", ncols=columns, fontsize=9, frameon=False
+            *figure.axes[0].get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=_num_columns(settings),
+            fontsize=9,
+            frameon=False,
         )
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})
@@ -185,11 +234,10 @@ def _png(figure: Any, num_labels: int) -> bytes:
 def _pareto(compared: "Comparison") -> Picture:
     """Preference accuracy against the first quality, with intervals over pairs and seeds."""
     quality = compared.qualities[0]
-    figure, axes = _figure(height=5)
-    verdict, colours = compared.verdict, _colours(compared.settings)
-    markers = _by_schedule(compared.settings, MARKERS)
-    for setting, standing, y, colour, marker in zip(
-        compared.settings, verdict.qualities, verdict.accuracies, colours, markers, strict=True
+    figure, axes = _figure(compared.settings, height=4)
+    verdict, looks = compared.verdict, _looks(compared.settings)
+    for setting, standing, y, look in zip(
+        compared.settings, verdict.qualities, verdict.accuracies, looks, strict=True
     ):
         x = standing.intervals[0]
         at = quality.sign * x.estimate
@@ -199,10 +247,11 @@ def _pareto(compared: "Comparison") -> Picture:
             y.estimate,
             xerr=[[max(at - ends[0], 0)], [max(ends[1] - at, 0)]],
             yerr=[[max(y.estimate - y.low, 0)], [max(y.high - y.estimate, 0)]],
-            fmt=marker,
-            color=colour,
+            fmt=look.marker,
+            color=look.colour,
+            markerfacecolor="white" if look.is_light else look.colour,
             elinewidth=1,
-            label=_plain(setting.name),
+            label=_label(setting),
         )
     best = max(standing.intervals[0].estimate for standing in verdict.qualities)
     axes.axvline(quality.sign * (best - quality.margin), color=GREY, linestyle=":", linewidth=1)
@@ -214,15 +263,13 @@ def _pareto(compared: "Comparison") -> Picture:
         f"Preference accuracy against {quality.name}: up and to the right is better; left of the "
         "dotted line quality is worse than the margin allows"
     )
-    return caption, _png(figure, len(compared.settings))
+    return caption, _png(figure, compared.settings)
 
 
 def _curves(settings: Sequence["Setting"], key: str, label: str) -> Picture:
     """One metric over the steps: a setting's mean over its seeds, and their range."""
-    figure, axes = _figure()
-    for setting, colour, line_style in zip(
-        settings, _colours(settings), _by_schedule(settings, LINES), strict=True
-    ):
+    figure, axes = _figure(settings, height=3.2)
+    for setting, look in zip(settings, _looks(settings), strict=True):
         runs = [
             {line["step"]: line[key] for line in run.metrics if key in line} for run in setting.runs
         ]
@@ -231,23 +278,23 @@ def _curves(settings: Sequence["Setting"], key: str, label: str) -> Picture:
         axes.plot(
             steps,
             [sum(one) / len(one) for one in values],
-            color=colour,
-            linestyle=line_style,
+            color=look.colour,
+            linestyle=look.line,
+            linewidth=0.8 if look.is_light else 1.6,
             marker="o" if len(steps) < 12 else None,
             markersize=3,
-            label=_plain(setting.name),
+            label=_label(setting),
         )
         if len(runs) > 1:
             axes.fill_between(
                 steps,
                 list(map(min, values)),
                 list(map(max, values)),
-                color=colour,
+                color=look.colour,
                 alpha=0.15,
                 linewidth=0,
             )
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(label)
-    return f"{label[0].upper()}{label[1:]} over the steps, mean and range of the seeds", _png(
-        figure, len(settings)
-    )
+    caption = f"{label[0].upper()}{label[1:]} over the steps, mean and range of the seeds"
+    return caption, _png(figure, settings)

@@ -395,7 +395,7 @@ class RunFolder:
             "missing": missing or {},
             **{key: lasting.get(key, before[key]) for key in LASTING_STATUS},
         }
-        self.write("status.json", json.dumps(mask(status), indent=2) + "\n")
+        self.write_json("status.json", status)
 
     def status(self) -> dict[str, Any]:
         """Return `status.json`; the state is missing before there is one, or damaged."""

@@ -35,6 +35,8 @@ T = TypeVar("T")
 
 # What jobs share
 CACHE = ".orpo_lab_cache"
+# What is in a sweep's folder before its first job: our record, and Hydra's
+BEFORE_JOBS = ("sweep.json", "multirun.yaml")
 # Launchers whose jobs are processes of this machine
 HERE = ("joblib", "submitit_local")
 
@@ -72,6 +74,14 @@ class Sweep:
         new = {"data": {}, "started": now()}
         self._record.write_json("sweep.json", {**new, **made_by, "code": code, "starts": starts})
         shutil.rmtree(self.folder / CACHE, ignore_errors=True)
+
+    def take_back(self) -> None:
+        """Take back the folder of a sweep that has come to no job; that of an earlier one stays."""
+        if self._starts() > 1 or {one.name for one in self.folder.iterdir()} - {*BEFORE_JOBS}:
+            return
+        for name in BEFORE_JOBS:
+            (self.folder / name).unlink(missing_ok=True)
+        self.folder.rmdir()
 
     def _read(self) -> dict[str, Any]:
         """Return `sweep.json`; empty: there is none, or another program's."""

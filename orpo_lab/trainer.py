@@ -296,12 +296,12 @@ class BetaCallback(TrainerCallback):
 class MetricsCallback(TrainerCallback):
     """Hands every line of metrics on, with the beta of its step, and shows how far the run is."""
 
-    # With short names, so that a bar is left in 80 columns
-    SHOWN: ClassVar = {
+    SHOWN = ("loss", "preference_accuracy", "logp_margin", "beta")
+    # Few, with short names: in 80 columns a bar is left beside them, however long the run
+    IN_BAR: ClassVar = {
         "loss": "loss",
         "preference_accuracy": "accuracy",
         "logp_margin": "margin",
-        "beta": "beta",
     }
 
     def __init__(
@@ -348,8 +348,11 @@ class MetricsCallback(TrainerCallback):
         self.place.append_metrics(state.global_step, metrics)
         self.log_to.log(state.global_step, metrics)
         shown = {key: f"{metrics[key]:.3f}" for key in self.SHOWN if key in metrics}
-        self.bar.set_postfix({self.SHOWN[key]: value for key, value in shown.items()})
-        if self.bar.disable and shown:
+        if not shown:
+            return
+        in_bar = {name: f"{metrics[key]:.2f}" for key, name in self.IN_BAR.items() if key in shown}
+        self.bar.set_postfix(in_bar)
+        if self.bar.disable:
             text = "  ".join(f"{key} {value}" for key, value in shown.items())
             log.info("step %d/%d  %s", state.global_step, state.max_steps, text)
 

@@ -24,6 +24,15 @@ from orpo_lab.command_line import as_typed
 from orpo_lab.quiet import silence_upstream
 
 ROOT = Path(__file__).parents[1]
+# Those whose jobs are processes of this machine
+EACH_LAUNCHER = pytest.mark.parametrize(
+    "launcher",
+    [
+        ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
+        ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10"],
+    ],
+    ids=["joblib", "submitit"],
+)
 silence_upstream()
 
 

@@ -1,6 +1,7 @@
 """Checkpoints: sealed, verified, rotated; runs that were killed or stopped go on as if never."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -237,6 +238,15 @@ def test_rotation_counts_sealed_checkpoints_only(tmp_path: Path) -> None:
             checkpoint.seal(path, place, Made("", "", ""), Spent())
     checkpoint.rotate(place, 2)
     assert [checkpoint.step_of(path) for path in checkpoint.folders(place)] == [2, 3, 10]
+
+
+def test_a_figure_that_json_has_none_of_seals_no_checkpoint(tmp_path: Path) -> None:
+    place, path = RunFolder(tmp_path), tmp_path / "checkpoints" / "checkpoint-1"
+    place.append_metrics(1, {"loss": 1.0})
+    path.mkdir(parents=True)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        checkpoint.seal(path, place, Made("", "", ""), Spent(wall_seconds=math.nan))
+    assert not (path / "manifest.json").exists()
 
 
 @pytest.mark.slow

@@ -32,6 +32,8 @@ from tests.conftest import compose_config
         ("model.path=multirun/x/0-beta=0.05,seed=1/final", "multirun/x/0-beta=0.05,seed=1/final"),
         ("resume=multirun/x/0-beta=0.05,seed=1", "multirun/x/0-beta=0.05,seed=1"),
         ("model.path=0-a,b", "0-a,b"),
+        ("model.path=*", "*"),
+        ("model.path='*'", "*"),
         ("model.path=~/x", str(Path("~/x").expanduser())),
     ],
 )
@@ -51,6 +53,8 @@ def test_text_is_what_was_typed(override: str, value: Any) -> None:
         ("tracker.tags=[1.10],[b]", "tracker.tags=['1.10'],[b]"),
         ("dataset.train_path=a=1.jsonl,b.jsonl", "dataset.train_path='a=1.jsonl',b.jsonl"),
         ("seed=range(1,3)", "seed=range(1,3)"),
+        ("name=glob(*)", "name=glob(*)"),
+        ("model.path=*.pt,b", "model.path=*.pt,b"),
     ],
 )
 def test_a_list_in_a_sweep_stays_a_list(typed: str, read: str) -> None:
@@ -96,3 +100,8 @@ def test_what_others_call_a_key_leads_to_a_key() -> None:
 def test_a_group_without_an_option_is_named() -> None:
     with pytest.raises(UserError, match="tracker=null names no option of the group; write tracker"):
         as_typed(["tracker=null"])
+
+
+def test_bytes_that_are_no_text_are_refused_before_a_run() -> None:
+    with pytest.raises(UserError, match=r"^hydra.run.dir=\udcfcber holds bytes that are no text"):
+        as_typed(["hydra.run.dir=\udcfcber"])

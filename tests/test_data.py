@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -253,6 +254,51 @@ def test_too_few_prompts_to_hold_out_are_refused(
     settings = load("dataset=jsonl", f"dataset.train_path={file}").dataset
     with pytest.raises(UserError, match="too few to hold out"):
         data.load(settings, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "overrides", "held_out", "says"),
+    [
+        (60, (), 12, "train: 12 of 60 distinct prompts are held out, a fifth of them"),
+        (4, (), 1, "train: 1 of 4 distinct prompts are held out"),
+        (60, ("dataset.num_eval=50",), 50, None),
+        (1_300, ("dataset.num_train=8",), 256, None),
+    ],
+)
+def test_of_a_small_file_a_fifth_is_held_out_and_a_number_that_is_given_is_exact(
+    load: Load,
+    tokenizer: Any,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    num_rows: int,
+    overrides: tuple[str, ...],
+    held_out: int,
+    says: str | None,
+) -> None:
+    logging.getLogger("orpo_lab").propagate = True
+    caplog.set_level(logging.INFO)
+    rows = [{"prompt": f"add {a} and 2.", "chosen": "3", "rejected": "4"} for a in range(num_rows)]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    settings = load("dataset=file", f"dataset.train_path={file}", *overrides).dataset
+    loaded = data.load(settings, tokenizer)
+    assert len(loaded.held_out) == held_out
+    assert len(loaded.train) == (settings.num_train or num_rows - held_out)
+    said = [one.getMessage() for one in caplog.records if "are held out" in one.getMessage()]
+    assert len(said) == (says is not None)
+    assert not says or said[0].startswith(says)
+
+
+def test_without_a_number_a_split_to_evaluate_on_is_read_up_to_the_usual_one(
+    load: Load, tokenizer: Any, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"take {a}.", "chosen": "3", "rejected": "4"} for a in range(300)]
+    file = write_rows(tmp_path / "eval.jsonl", rows)
+    settings = load(
+        *("dataset=file", f"dataset.train_path={write_rows(tmp_path / 'rows.jsonl', GOOD)}"),
+        f"dataset.eval_path={file}",
+    ).dataset
+    loaded = data.load(settings, tokenizer)
+    assert (len(loaded.train), len(loaded.held_out)) == (40, 256)
 
 
 GOOD = [{"prompt": f"add {a} and 2.", "chosen": str(a + 2), "rejected": "0"} for a in range(40)]

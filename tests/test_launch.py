@@ -56,6 +56,58 @@ def test_what_reads_the_help_may_go_away(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+# A run of two steps
+TWO_STEPS = (
+    "train.max_steps=2",
+    "train.batch_size=4",
+    "dataset.num_train=16",
+    "dataset.num_eval=4",
+    "dataset.num_generations=1",
+    "dataset.max_new_tokens=4",
+    "tracker=none",
+)
+
+
+def test_a_run_without_an_error_stream_is_a_run(tmp_path: Path) -> None:
+    command = f"{sys.executable} {ROOT / 'launch.py'} {' '.join(TWO_STEPS)} hydra.run.dir=run 2>&-"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "| preference_accuracy |" in done.stdout
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
+
+
+def test_a_terminal_that_knows_ascii_alone_takes_every_text(launch: Launch, tmp_path: Path) -> None:
+    env = {"PYTHONIOENCODING": "ascii"}
+    done = launch("-m", *TWO_STEPS, "hydra.sweep.dir=\u00fcber", env=env, fresh=True)
+    assert "job 1 of 1: \\xfcber/0" in done.stdout
+    status = json.loads((tmp_path / "\u00fcber" / "0" / "status.json").read_text())
+    assert status["state"] == "finished"
+    assert (tmp_path / "\u00fcber" / "report.html").exists()
+
+
+@pytest.mark.parametrize("flag", ["--hydra-help", "--info=plugins", "--version"])
+def test_hydras_own_flags_work(launch: Launch, flag: str) -> None:
+    assert "ydra" in launch(flag).stdout
+
+
+def test_a_sweep_may_go_over_all_options_that_a_pattern_names(launch: Launch) -> None:
+    done = launch("-m", "beta_schedule=glob(c*)", "beta=-1", expect=1)
+    assert done.stderr.count("error: beta=-1.0") == 2
+    assert re.findall(r"job \d of 2: \S+beta_schedule=(\w+)", done.stdout) == ["constant", "cosine"]
+
+
+@pytest.mark.parametrize("path", ["'*'", "*"])
+def test_a_path_may_be_a_pattern_and_is_no_list(launch: Launch, path: str) -> None:
+    for sweep in ([], ["-m"]):
+        line = refused(launch(*sweep, "model=local", f"model.path={path}", expect=1))
+        assert "model.path=* is neither a folder nor a hub name" in line
+
+
+@pytest.mark.parametrize("flags", [["beta=-1", "-m", "seed=1,2"], ["beta=-1", "seed=1,2", "-m"]])
+def test_a_flag_may_stand_anywhere(launch: Launch, flags: list[str]) -> None:
+    assert launch(*flags, expect=1).stderr.count("error: beta=-1.0") == 2
+
+
 def refused(done: subprocess.CompletedProcess[str]) -> str:
     """Return a refusal's one line."""
     lines = done.stderr.strip().splitlines()
@@ -77,6 +129,7 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
         (["experiment=null"], "experiment=null names no option of the group; leave it out"),
         (["tracker=null"], "tracker=null names no option of the group; write tracker=none"),
         (["model=hub"], "model.path has no value"),
+        (["--betta=0.2"], "--betta=0.2 is no flag; --hydra-help lists those there are"),
         (["hydra.run.dir=/proc/nowhere"], "/proc/nowhere.* choose another folder"),
         (["hydra.run.dir=/proc/self"], "/proc/self is not empty and holds no run of this lab"),
     ],

@@ -48,6 +48,7 @@ def test_a_run_leaves_everything_and_a_clean_terminal(
     done = launch(f"optimizer={optimizer}", *QUICK, "hydra.run.dir=run", fresh=is_default)
     assert done.stderr == "", "no upstream warning in a normal run"
     assert "| preference_accuracy |" in done.stdout
+    assert "4 steps are 1 epochs of 64 pairs" in done.stdout
     run = tmp_path / "run"
     summary = summary_of(run)
     for when in ("before", "after"):

@@ -13,7 +13,7 @@ import pytest
 from orpo_lab.run_folder import RunFolder
 from orpo_lab.stop import SIGNALS, Stop, Stopped
 from orpo_lab.sweep import Sweep
-from tests.conftest import ROOT
+from tests.conftest import EACH_LAUNCHER, ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -71,14 +71,7 @@ def test_under_nohup_a_closed_terminal_stays_ignored() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
-        ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10"],
-    ],
-    ids=["joblib", "submitit"],
-)
+@EACH_LAUNCHER
 def test_a_signal_reaches_the_jobs_of_a_launcher_and_all_of_them_are_saved(
     tmp_path: Path, launcher: list[str]
 ) -> None:

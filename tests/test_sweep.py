@@ -18,7 +18,7 @@ from orpo_lab import config
 from orpo_lab.errors import UserError
 from orpo_lab.run_folder import LOCK, RunFolder
 from orpo_lab.sweep import CACHE, Sweep, fresh_folder
-from tests.conftest import ROOT
+from tests.conftest import EACH_LAUNCHER, ROOT
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 Load = Callable[..., config.Config]
@@ -152,6 +152,20 @@ def test_a_sweep_that_other_code_made_is_refused_before_any_job(
     done = launch("-m", "beta=0.1,0.2", SWEEP, *SHORT, expect=1)
     assert re.fullmatch("error: sweep was made by other code.*\n", done.stderr)
     assert [one.name for one in (tmp_path / "sweep").iterdir()] == ["sweep.json"]
+
+
+NO_JOB = {"seed=range(0)": "this sweep has no job", "optimizer.rank=1,2": "optimizer.rank is a key"}
+
+
+@pytest.mark.parametrize(("swept", "message"), NO_JOB.items())
+def test_a_sweep_without_a_job_leaves_no_folder_and_an_earlier_sweep_as_it_was(
+    launch: Launch, tmp_path: Path, swept: str, message: str
+) -> None:
+    assert message in launch("-m", swept, SWEEP, *SHORT, expect=1).stderr
+    assert not (tmp_path / "sweep").exists()
+    Sweep(tmp_path / "sweep").begin(accept_changes=False)
+    launch("-m", swept, SWEEP, *SHORT, expect=1)
+    assert (tmp_path / "sweep" / "sweep.json").exists()
 
 
 def test_a_sweep_for_slurm_is_refused_where_there_is_none(launch: Launch, tmp_path: Path) -> None:
@@ -313,14 +327,7 @@ def test_a_signal_stops_the_sweep_after_recording(tmp_path: Path, number: int) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
-        ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10"],
-    ],
-    ids=["joblib", "submitit"],
-)
+@EACH_LAUNCHER
 def test_jobs_in_processes_of_their_own_run_once_and_are_told_at_the_end(
     launch: Launch, tmp_path: Path, launcher: list[str]
 ) -> None:

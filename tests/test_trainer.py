@@ -1,12 +1,19 @@
 """The loop: numbers that must stop it, and runs that go on where they were."""
 
+import fcntl
 import json
 import logging
 import math
+import os
+import re
+import struct
 import subprocess
+import sys
+import termios
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -264,6 +271,89 @@ def test_steps_are_counted_from_epochs(load: Load) -> None:
     assert trainer.count_steps(loaded, 64) == 16
     with pytest.raises(UserError, match=r"train.batch_size=8 is above the 7 training pairs"):
         trainer.count_steps(loaded, 7)
+
+
+def said_of_length(caplog: pytest.LogCaptureFixture, loaded: config.Config) -> list[Any]:
+    """Return what is said of a run on 64 pairs."""
+    logging.getLogger("orpo_lab").propagate = True
+    caplog.clear()
+    caplog.set_level(logging.INFO)
+    trainer.say_length(loaded, 64)
+    return caplog.records
+
+
+@pytest.mark.parametrize(
+    ("overrides", "level", "said"),
+    [
+        ("train.max_steps=12", "INFO", "12 steps are 1.5 epochs of 64 pairs"),
+        ("train.num_epochs=10", "INFO", "80 steps are 10 epochs of 64 pairs"),
+        ("train.max_steps=104", "WARNING", "104 steps are 13 epochs of 64 pairs, more than the 10"),
+    ],
+)
+def test_how_often_a_run_sees_its_pairs_is_said(
+    load: Load, caplog: pytest.LogCaptureFixture, overrides: str, level: str, said: str
+) -> None:
+    (line,) = said_of_length(caplog, load(*SMALL, overrides))
+    assert line.levelname == level
+    assert line.getMessage().startswith(said)
+
+
+def test_a_warm_up_longer_than_the_run_is_a_warning_with_the_rate_that_is_reached(
+    load: Load,
+    build_model: Any,
+    tokenizer: Any,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    long = ("optimizer=lora", *SMALL, "train.max_steps=3", "train.logging_steps=1")
+    loaded = load(*long, "train.warmup_steps=100")
+    (said,) = [one for one in said_of_length(caplog, loaded) if one.levelname == "WARNING"]
+    text = said.getMessage()
+    assert text.startswith("train.warmup_steps=100 is above the 3 steps of this run: ")
+    share = float(text.split("ends at ")[1].split()[0])
+    _, place = fit(loaded, build_model(loaded), tokenizer, tmp_path)
+    rates = [line["learning_rate"] for line in place.metrics()]
+    assert rates[-1] == pytest.approx(share * loaded.optimizer.learning_rate)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "train.warmup_steps=3",
+        "train.warmup_steps=0.9",
+        "train.warmup_steps=100 train.lr_scheduler_type=constant",
+    ],
+)
+def test_a_warm_up_that_the_run_has_room_for_or_does_not_read_is_no_warning(
+    load: Load, caplog: pytest.LogCaptureFixture, overrides: str
+) -> None:
+    records = said_of_length(caplog, load(*SMALL, "train.max_steps=3", *overrides.split()))
+    assert [one.levelname for one in records] == ["INFO"]
+
+
+def test_a_bar_is_left_in_80_columns_however_long_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal, end = os.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    with os.fdopen(end, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        meter, place = trainer.Meter(Spent()), RunFolder(tmp_path)
+        ours: Any = SimpleNamespace(beta=0.1)
+        callback = trainer.MetricsCallback(ours, cast(Any, None), meter, place, Untracked())
+        state = SimpleNamespace(global_step=0, max_steps=54_321)
+        callback.on_train_begin(None, state, None)
+        callback.bar.n, callback.bar.start_t = 12_345, callback.bar.start_t - 99 * 3600
+        logs = {"loss": 12.3456, "preference_accuracy": 0.5, "logp_margin": -1.2345}
+        callback.on_log(None, state, None, logs={**logs, "learning_rate": 1e-4})
+        line = str(callback.bar)
+        callback.bar.close()
+    os.close(terminal)
+    bar = r"12345/54321 (.*) 99:00:00<336:\d\d:\d\d, loss=12.35, accuracy=0.50, margin=-1.23"
+    drawn = re.fullmatch(bar, line)
+    assert drawn is not None, line
+    assert len(drawn[1]) >= 5
+    assert len(line) < 80
 
 
 def test_evaluation_during_training_reports_trls_metrics(

@@ -23,7 +23,7 @@ from orpo_lab.data import sources
 from orpo_lab.data.encode import FOUND, Encoder, special_tokens
 from orpo_lab.data.files import Source
 from orpo_lab.data.pairs import find_faults, from_transcripts, to_pair
-from orpo_lab.data.splits import Split
+from orpo_lab.data.splits import NUM_EVAL, Split
 from orpo_lab.data.trees import Trees
 from orpo_lab.data.warn import (
     warn_of_lengths,
@@ -89,7 +89,8 @@ def load(config: Dataset, tokenizer: PreTrainedTokenizerBase, *, today: date | N
     else:
         held_out, about_held_out = train.hold_out(config.num_eval, encoder.encode), {}
     train_pairs, train_report = _draw(train, config.num_train, config, encoder)
-    held_out_pairs, held_out_report = _draw(held_out, config.num_eval, config, encoder)
+    num_eval = config.num_eval or NUM_EVAL
+    held_out_pairs, held_out_report = _draw(held_out, num_eval, config, encoder)
     warn_of_plain_text(train, tokenizer)
     report = {"train": train_report | about_train, "held_out": held_out_report | about_held_out}
     return Data(train_pairs, held_out_pairs, report, isinstance(config, EmbeddedDataset))

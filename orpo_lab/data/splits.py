@@ -4,6 +4,7 @@ split, and how a part of them is held out or drawn.
 
 import hashlib
 import json
+import logging
 import math
 import unicodedata
 from collections import defaultdict
@@ -19,6 +20,11 @@ from orpo_lab.data.faults import Fault, Tally, keeps
 from orpo_lab.data.files import Source
 from orpo_lab.data.pairs import Content, Pair, text_of
 from orpo_lab.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# What is held out where `dataset.num_eval` does not say: so many, but no more than a fifth
+NUM_EVAL, LARGEST_SHARE = 256, 5
 
 
 @dataclass(eq=False)
@@ -187,7 +193,7 @@ class Split:
 
         self.filter(find)
 
-    def hold_out(self, num: int, encode: Callable[[list[Row]], None]) -> "Split":
+    def hold_out(self, num: int | None, encode: Callable[[list[Row]], None]) -> "Split":
         """Move the rows of `num` prompts, chosen by hash, to a split of their own and return it.
 
         Each of these prompts has a good pair; those that have none and come before the last of them
@@ -195,7 +201,7 @@ class Split:
         one.
 
         Args:
-            num: how many prompts.
+            num: how many prompts; None: `NUM_EVAL`, or a fifth of few.
             encode: tokenizes rows, and leaves in them what is wrong with them.
 
         Raises:
@@ -203,6 +209,7 @@ class Split:
         """
         by_root = self._by_root()
         ranked = sorted(by_root)
+        num = num or self._num_by_default(len(ranked))
         self._check_enough(len(ranked), num, "")
         moved: list[bytes] = []
         num_good = 0
@@ -227,13 +234,27 @@ class Split:
             by_root[root].append(row)
         return by_root
 
+    def _num_by_default(self, num_prompts: int) -> int:
+        if num_prompts >= NUM_EVAL * LARGEST_SHARE:
+            return NUM_EVAL
+        num = max(1, num_prompts // LARGEST_SHARE)
+        log.info(
+            "%s: %d of %d distinct prompts are held out, a fifth of them; dataset.num_eval=... "
+            "holds out another number",
+            self.name,
+            num,
+            num_prompts,
+        )
+        return num
+
     def _check_enough(self, num_prompts: int, num: int, kind: str) -> None:
         if num_prompts > num:
             return
         dropped = f" ({self.dropped} dropped)" if self.dropped else ""
         raise UserError(
-            f"{num_prompts} distinct prompts{kind}{dropped} are too few to hold out "
-            f"dataset.num_eval={num}; lower it, or give dataset.eval_split or dataset.eval_path"
+            f"{num_prompts} distinct prompts{kind}{dropped} are too few to hold out {num} and "
+            "train on others; lower dataset.num_eval, or give dataset.eval_split or "
+            "dataset.eval_path"
         )
 
     def _is_good(self, row: Row) -> bool:

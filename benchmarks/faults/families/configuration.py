@@ -31,7 +31,8 @@ WRONG = (
     ("per_device_train_batch_size=4", "Did you mean 'train.batch_size'"),
     ("optimizer.rank=4", "optimizer.rank is a key of optimizer=galore"),
     ("seed=4294967296", "seed=4294967296 must be below"),
-    ("~seed", "seed has no value here"),
+    ("~seed", "~seed: no key can be taken away"),
+    ("~optimizer.r", "~optimizer.r: no key can be taken away"),
     ("tracker=null", "tracker=null names no option"),
     ("hydra.job.chdir=true", "hydra.job.chdir=true would look"),
     ("resume=q/0-beta=0.05,seed=1", "resume=q/0-beta=0.05,seed=1 is not a run folder"),
@@ -78,7 +79,6 @@ def _refuses(line: str, says: str, *, fresh: bool) -> Callable[[Bench], Outcome]
             if "hydra.run.dir" in line or "resume" in line or "-m" in line.split()
             else ["hydra.run.dir=run"]
         )
-        # Hydra takes -m first, or last
         done = bench.run(*line.split(), "tracker=none", *place, fresh=fresh)
         return refused(done, bench.path("run"), says)
 
