@@ -213,8 +213,11 @@ class Measure:
 
     @property
     def level(self) -> float:
-        """The level of one test for the winner: of two settings either may be named by chance."""
-        return LEVEL / 2 if len(self.scores) == 2 else LEVEL
+        """The level of one test for the winner.
+
+        The fewer settings there are, the likelier chance puts one of several equals above all.
+        """
+        return LEVEL * min(len(self.scores) / 4, 1)
 
     def value(self, a: int) -> float:
         """Return a setting's plain mean over pairs and seeds."""
