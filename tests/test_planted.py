@@ -48,17 +48,17 @@ def test_what_comes_of_a_fault_is_told_right(tmp_path: Path) -> None:
     file, tests, right = "orpo_lab/beta_schedule.py", ("tests/test_beta_schedule.py",), "steps - 1)"
     broken_import = "from orpo_lab.config import Nothing\n\n\ndef progress("
     cases = [
+        (right, "steps)", 0.0, "unclear", "time is up"),
         (right, "steps)", 60.0, "caught", "tests/test_beta_schedule.py::test_"),
         ("at 0-based optimizer step", "at optimizer step", 60.0, "survived", ""),
         (right, "stepps - 1)", 60.0, "unclear", "NameError"),
         ("def progress(", broken_import, 60.0, "unclear", "cannot be collected"),
-        (right, "steps)", 0.0, "unclear", "time is up"),
     ]
     trials = [
         Trial(tmp_path / str(number), tests, Fault("", "", file, old, new, tests), seconds)
         for number, (old, new, seconds, *_) in enumerate(cases)
     ]
-    while not all([one.has_ended() for one in trials]):
+    while not all(one.has_ended() for one in trials):
         time.sleep(0.05)
     for trial, (*_, verdict, detail) in zip(trials, cases, strict=True):
         outcome = trial.outcome()
