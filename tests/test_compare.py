@@ -25,7 +25,10 @@ Write = Callable[..., Path]
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Write a run folder with so much accuracy and exact match on 200 pairs."""
+    """Write a run folder with so much accuracy and exact match on 200 pairs.
+
+    Of the pairs that are not preferred rightly every third is a tie; before training all were wrong.
+    """
 
     def run(
         name: str,
@@ -44,6 +47,7 @@ def write(tmp_path: Path) -> Write:
         contents: dict[str, str] | None = None,
         length: int | None = 5,
         num_generations: int = 200,
+        num_answered: int = 200,
     ) -> Path:
         place = RunFolder(tmp_path / "sweep" / name)
         values = {"beta": beta, "beta_end": beta_end, "seed": seed, "train": {"max_steps": 10}}
@@ -67,14 +71,19 @@ def write(tmp_path: Path) -> Write:
             "pair": list(range(num)),
             "when": ["after"] * num,
             "chosen_logp": rng.normal(-1, 0.1, num).tolist(),
-            "chosen_tokens": [5] * num,
+            "chosen_tokens": [2 + pair % 7 for pair in range(num)],
             "correct": [None] * num if correct is None else correct.tolist(),
             "generated_tokens": [length] * num,
             "repetition": [None if length is None else 0.1] * num,
         }
-        margin = np.where(right, 0.1, -0.1)
+        for name in ("correct", "generated_tokens", "repetition"):
+            columns[name][num_answered:] = [None] * (num - num_answered)
+        margin = np.where(right, 0.1, np.where(np.arange(num) % 3, -0.1, 0.0))
         columns["rejected_logp"] = (np.array(columns["chosen_logp"]) - margin).tolist()
-        pq.write_table(pa.table(columns, schema=SCORES), place.path / "scores.parquet")
+        before = columns | {"when": ["before"] * num, "rejected_logp": [0.0] * num}
+        before |= {name: columns[name][::-1] for name in ("correct", "generated_tokens")}
+        tables = [pa.table(one, schema=SCORES) for one in (before, columns)]
+        pq.write_table(pa.concat_tables(tables), place.path / "scores.parquet")
         after: dict[str, Any] = {
             "preference_accuracy": accuracy,
             "chosen_nll": 1.0,

@@ -1,5 +1,6 @@
 """Whole runs, as a user starts them."""
 
+import hashlib
 import importlib
 import json
 import math
@@ -12,14 +13,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orpo_lab import trainer
 from orpo_lab.run_folder import RunFolder
 from orpo_lab.stop import Stopped
 from tests.conftest import ROOT
+from tests.test_evaluate import by_argmax, one_by_one
 from tests.test_run_folder import TWO_STEPS, start, write_pairs
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
@@ -288,6 +292,92 @@ def test_what_fails_after_the_last_step_is_missing_and_made_up_for(
     assert summary_of(place.path)["after"]["num_pairs"] == 4
     assert (place.path / "final" / "adapter_model.safetensors").read_bytes() == weights
     assert not list(place.file("checkpoints").iterdir())
+
+
+def trained(place: RunFolder, seed: int, *overrides: str) -> dict[str, torch.Tensor]:
+    shutil.rmtree(place.path, ignore_errors=True)
+    start(*TWO_STEPS, f"seed={seed}", *overrides, "hydra.run.dir=run")
+    return load_file(next(place.file("final").glob("*.safetensors")))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        # All weights are the base's: what is drawn is the order of the pairs alone
+        ["optimizer=adamw"],
+        # Hardly any learning rate: adapters stay what they began as
+        ["optimizer=lora", "optimizer.learning_rate=1e-30"],
+    ],
+    ids=["order", "adapters"],
+)
+def test_a_seed_says_in_which_order_pairs_come_and_what_adapters_begin_as(
+    place: RunFolder, overrides: list[str]
+) -> None:
+    one, again, other = (trained(place, seed, *overrides) for seed in (1, 1, 2))
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+def write_sums(file: Path, numbers: range) -> list[dict[str, str]]:
+    """Write pairs whose two answers are of unlike lengths, and return them."""
+    rows = [
+        {
+            "prompt": " and ".join(["what is 2 plus 3?"] * (i % 3) + [f"add {i} and 2."]),
+            "chosen": " " + "well, " * (i % 4) + f"it is {i + 2}.",
+            "rejected": " " + "so, " * (i % 3) + f"it is {i + 3}.",
+        }
+        for i in numbers
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def encoded(tokenizer: Any, row: dict[str, str]) -> dict[str, list[int]]:
+    """Return a row's ids: BOS in front, an EOS behind each answer."""
+    prompt, chosen, rejected = (
+        tokenizer(row[key], add_special_tokens=False)["input_ids"] for key in row
+    )
+    return {
+        "prompt_ids": [tokenizer.bos_token_id, *prompt],
+        "chosen_ids": [*chosen, tokenizer.eos_token_id],
+        "rejected_ids": [*rejected, tokenizer.eos_token_id],
+    }
+
+
+def test_scores_are_what_base_and_final_make_of_the_held_out_rows(place: RunFolder) -> None:
+    rows = {
+        split: write_sums(Path(f"{split}.jsonl"), numbers)
+        for split, numbers in (("train", range(10, 31)), ("held_out", range(40, 47)))
+    }
+    start(
+        *TWO_STEPS,
+        "optimizer=adamw",
+        "model.dtype=fp32",
+        "dataset.train_path=train.jsonl",
+        "dataset.eval_path=held_out.jsonl",
+        "dataset.num_eval=7",
+        "dataset.num_generations=3",
+        "hydra.run.dir=run",
+    )
+    tokenizer = AutoTokenizer.from_pretrained(place.file("final"))
+    pairs = {split: [encoded(tokenizer, row) for row in rows[split]] for split in rows}
+    said = summary_of(place.path)["dataset_fingerprint"]
+    for split, ids in pairs.items():
+        text = "".join(map(json.dumps, ids))
+        assert said[split] == hashlib.sha256(text.encode()).hexdigest()
+    scores = pq.read_table(place.file("scores.parquet")).to_pylist()
+    for when, folder in (("before", ROOT / "orpo_lab" / "tiny"), ("after", place.file("final"))):
+        network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        found = [row for row in scores if row["when"] == when]
+        assert [row["pair"] for row in found] == list(range(7))
+        for row, ids in zip(found, pairs["held_out"], strict=True):
+            for side in ("chosen", "rejected"):
+                logps = one_by_one(network, ids["prompt_ids"], ids[f"{side}_ids"])
+                assert row[f"{side}_logp"] == pytest.approx(sum(logps) / len(logps), abs=2e-5)
+            assert row["chosen_tokens"] == len(ids["chosen_ids"])
+            answer = by_argmax(network, ids["prompt_ids"], [tokenizer.eos_token_id], 4)
+            is_answered = row["pair"] < 3
+            assert row["generated_tokens"] == (len(answer) if is_answered else None)
 
 
 def test_a_run_stopped_after_its_last_step_takes_no_other(

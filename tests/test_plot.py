@@ -1,0 +1,86 @@
+"""What the curves of a run and of a comparison are drawn from, point by point."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from orpo_lab import plot
+from orpo_lab.compare import Run, Setting
+
+# Two seeds that logged at other steps, as one does that was resumed
+SEEDS = {1: {1: 0.5, 5: 0.7, 9: 0.9}, 2: {1: 0.1, 4: 0.3, 9: 0.2}, 3: {1: 0.6, 9: 0.7}}
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that are drawn, in their order."""
+    figures: list[Any] = []
+    init = FigureCanvasAgg.__init__
+
+    def kept(canvas: Any, figure: Any = None) -> None:
+        figures.append(figure)
+        init(canvas, figure)
+
+    monkeypatch.setattr(FigureCanvasAgg, "__init__", kept)
+    return figures
+
+
+def setting(name: str, beta: float, seeds: dict[int, dict[int, float]]) -> Setting:
+    values = {"beta": beta, "beta_schedule": "constant"}
+    runs = [
+        Run(
+            folder=Path(f"{name}-{seed}"),
+            values=values | {"seed": seed},
+            contents={},
+            choices={},
+            state="finished",
+            reason="",
+            summary=None,
+            metrics=[{"step": step, "nll_loss": value} for step, value in curve.items()],
+            scores=None,
+        )
+        for seed, curve in seeds.items()
+    ]
+    return Setting(name, values, runs)
+
+
+def test_a_settings_curve_is_the_mean_of_its_seeds_and_the_band_their_range(
+    drawn: list[Any],
+) -> None:
+    settings = [setting("one", 0.1, SEEDS), setting("other", 0.2, {1: {2: 0.4, 6: 0.8}})]
+    plot._curves(settings, "nll_loss", "SFT loss (nats)")
+    (axes,) = drawn[0].axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert lines["one"] == [pytest.approx([1, 0.4]), pytest.approx([9, 0.6])]
+    assert lines["other"] == [[2, 0.4], [6, 0.8]]
+    (band,) = axes.collections  # one seed has no range
+    corners = {tuple(point) for point in band.get_paths()[0].vertices.tolist()}
+    assert {(1, 0.1), (1, 0.6), (9, 0.2), (9, 0.9)} == corners
+
+
+def test_the_curves_of_a_run_are_what_they_are_called(drawn: list[Any], tmp_path: Path) -> None:
+    metrics = [
+        {"step": 1, "loss": 5.0, "nll_loss": 4.0, "odds_ratio_loss": 0.9, "beta": 0.2},
+        {"step": 1, "preference_accuracy": 0.3, "logp_margin": -0.5, "learning_rate": 1e-4},
+        {"step": 3, "eval_preference_accuracy": 0.6, "eval_logp_margin": 0.7},
+    ]
+    plot.draw_training(metrics, "a run", tmp_path / "plots" / "training.png")
+    found = {
+        (axes.get_title(loc="left"), line.get_label()): line.get_xydata().tolist()
+        for axes in drawn[0].axes
+        for line in axes.lines
+    }
+    odds = "$-\\log\\,\\sigma$(log odds ratio)"
+    assert found == {
+        ("loss (nats)", "total"): [[1, 5.0]],
+        ("loss (nats)", "SFT (NLL)"): [[1, 4.0]],
+        ("odds-ratio loss (nats)", odds): [[1, 0.9]],
+        ("beta", "beta"): [[1, 0.2]],
+        ("preference accuracy", "training"): [[1, 0.3]],
+        ("preference accuracy", "held out"): [[3, 0.6]],
+        ("logp margin (nats)", "training"): [[1, -0.5]],
+        ("logp margin (nats)", "held out"): [[3, 0.7]],
+        ("learning rate", "learning rate"): [[1, 1e-4]],
+    }
