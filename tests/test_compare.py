@@ -27,7 +27,7 @@ Write = Callable[..., Path]
 def write(tmp_path: Path) -> Write:
     """Write a run folder with so much accuracy and exact match on 200 pairs.
 
-    Of the pairs that are not preferred rightly every third is a tie; before training all were wrong.
+    Of the pairs not preferred rightly every third is a tie; before training all were wrong.
     """
 
     def run(

@@ -168,6 +168,8 @@ def _run_tests(folder: Path, tests: Sequence[str], *, stop_at_first: bool) -> No
                 del sys.modules[name]
         listener = _Listener()
         options = ["-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow"]
+        # Plugins that are imported already: what they assert is not ours
+        options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
         if stop_at_first:
             options.append("-x")
         code = pytest.main([*options, f"--rootdir={tree}", *tests], plugins=[listener])
