@@ -61,17 +61,21 @@ def run(
 ) -> Iterator[tuple[Fault, Outcome, float]]:
     """Try every fault, several at a time, and yield what came of it and the seconds it took."""
     waiting, busy = list(enumerate(faults)), list[tuple[Trial, Fault, float]]()
-    while waiting or busy:
-        while waiting and len(busy) < jobs:
-            number, fault = waiting.pop(0)
-            begun = time.monotonic()
-            trial = Trial(scratch / str(number), fault.tests, fault, seconds)
-            busy.append((trial, fault, begun))
-        for one in [one for one in busy if one[0].has_ended()]:
-            busy.remove(one)
-            trial, fault, begun = one
-            yield fault, trial.outcome(), time.monotonic() - begun
-        time.sleep(POLL_SECONDS)
+    try:
+        while waiting or busy:
+            while waiting and len(busy) < jobs:
+                number, fault = waiting.pop(0)
+                begun = time.monotonic()
+                trial = Trial(scratch / str(number), fault.tests, fault, seconds)
+                busy.append((trial, fault, begun))
+            for one in [one for one in busy if one[0].has_ended()]:
+                busy.remove(one)
+                trial, fault, begun = one
+                yield fault, trial.outcome(), time.monotonic() - begun
+            time.sleep(POLL_SECONDS)
+    finally:
+        for trial, *_ in busy:
+            trial.kill()
 
 
 def red_anyway(tests: Sequence[str], scratch: Path, *, seconds: float) -> list[str]:

@@ -4,6 +4,7 @@ Trials are forked from a process that has imported torch and its friends but not
 repository, so that one costs little more than its tests do.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -82,17 +83,15 @@ class Trial:
             pid, status = os.waitpid(self._pid, os.WNOHANG)
             if pid:
                 self._code = os.waitstatus_to_exitcode(status)
-                self._end_group()
+                self.kill()
             elif time.monotonic() > self._deadline:
-                self._end_group()
+                self.kill()
         return self._code is not None
 
-    def _end_group(self) -> None:
+    def kill(self) -> None:
         """Kill whatever is left of the trial's session."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return
 
     def outcome(self) -> Outcome:
         """Return what came of it; its copy of the tree is deleted."""
