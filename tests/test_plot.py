@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from orpo_lab import plot
-from orpo_lab.compare import Run, Setting
+from orpo_lab.compare import Run, Setting, compare
 
 # Two seeds that logged at other steps, as one does that was resumed
 SEEDS = {1: {1: 0.5, 5: 0.7, 9: 0.9}, 2: {1: 0.1, 4: 0.3, 9: 0.2}, 3: {1: 0.6, 9: 0.7}}
@@ -84,3 +85,38 @@ def test_the_curves_of_a_run_are_what_they_are_called(drawn: list[Any], tmp_path
         ("logp margin (nats)", "held out"): [[3, 0.7]],
         ("learning rate", "learning rate"): [[1, 1e-4]],
     }
+
+
+def scored(beta: float, seed: int, nll: float) -> Run:
+    """Return a finished run whose answers were not checked."""
+    chosen = np.random.default_rng(seed).normal(-nll, 0.1, 40)
+    none = np.full(40, np.nan)
+    scores = {"chosen_logp": chosen, "rejected_logp": chosen - np.resize([0.1, -0.1, 0.2], 40)}
+    scores |= {"chosen_tokens": np.full(40, 3.0), "generated_tokens": none, "correct": none}
+    return Run(
+        folder=Path(f"{beta}-{seed}"),
+        values={"beta": beta, "beta_schedule": "constant", "seed": seed},
+        contents={},
+        choices={},
+        state="finished",
+        reason="",
+        summary={"after": {}, "dataset_fingerprint": {"train": "", "held_out": ""}},
+        metrics=[],
+        scores=scores,
+    )
+
+
+def test_to_the_right_nll_is_lower_and_the_dotted_line_leaves_the_margin(drawn: list[Any]) -> None:
+    runs = [scored(beta, seed, nll) for beta, nll in ((0.1, 1.0), (0.2, 2.0)) for seed in (1, 2)]
+    compared = compare(runs, {"exact_match": 0.1, "chosen_nll": 0.2, "repetition": 0.3})
+    plot._pareto(compared)
+    (axes,) = drawn[0].axes
+    nll = [-quality.intervals[0].estimate for quality in compared.verdict.qualities]
+    assert nll == pytest.approx([1, 2], abs=0.05)
+    assert axes.get_xlabel() == "chosen_nll (nats)"
+    assert axes.xaxis_inverted()
+    places = [line.get_xydata().tolist() for line in axes.lines if len(line.get_xydata()) == 1]
+    accuracies = [one.estimate for one in compared.verdict.accuracies]
+    assert places == [[[x, y]] for x, y in zip(nll, accuracies, strict=True)]
+    (dotted,) = (line for line in axes.lines if line.get_linestyle() == ":")
+    assert dotted.get_xdata() == pytest.approx([min(nll) + 0.2] * 2)

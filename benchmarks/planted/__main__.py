@@ -11,6 +11,7 @@ import json
 import os
 import runpy
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -120,6 +121,8 @@ def main() -> None:
     if flaws := [f"{one}: {flaw}" for one in faults for flaw in catalogue.find_flaws(one)]:
         sys.exit("\n".join(flaws))
     preload()
+    # So that trials end with what has started them
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     scratch = Path(tempfile.mkdtemp(prefix="planted-"))
     begun, outcomes = time.monotonic(), []
     for fault, outcome, seconds in run(faults, scratch, jobs=asked.jobs, seconds=asked.seconds):
