@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 
 from orpo_lab import checkpoint
 from orpo_lab.checkpoint import Made, Spent
+from orpo_lab.errors import UserError
 from orpo_lab.run_folder import RunFolder
+from orpo_lab.trainer import TrainStats
 from tests.conftest import ROOT
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
@@ -247,6 +249,77 @@ def test_a_figure_that_json_has_none_of_seals_no_checkpoint(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="not JSON compliant"):
         checkpoint.seal(path, place, Made("", "", ""), Spent(wall_seconds=math.nan))
     assert not (path / "manifest.json").exists()
+
+
+def sealed(place: RunFolder, name: str, config_hash: str, **spent: int) -> Path:
+    """Write a checkpoint, sealed."""
+    path = place.file("checkpoints") / name
+    path.mkdir(parents=True)
+    (path / "weights").write_text("w")
+    (path / "training_args.bin").write_text("a pickle")
+    checkpoint.seal(path, place, Made(config_hash, "", ""), Spent(**spent))
+    assert not (path / "training_args.bin").exists()
+    return path
+
+
+def test_the_newest_trained_model_of_this_configuration_goes_before_checkpoints(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = RunFolder(tmp_path)
+    place.append_metrics(1, {"loss": 1.0})
+    place.write_json("segments.json", [{"config_hash": one} for one in ("before", "now")])
+    for name, config_hash in (
+        ("checkpoint-9", "before"),
+        ("checkpoint-10", "now"),
+        ("trained-9", "now"),
+        ("trained-10", "now"),
+        ("trained-11", "before"),
+    ):
+        sealed(place, name, config_hash)
+    found = checkpoint.newest_valid(place, "now")
+    assert found is not None
+    assert found.path.name == "trained-10"
+    assert (
+        "trained-11 rejected: it is the end of the run as it was configured before" in caplog.text
+    )
+    checkpoint.remove_trained(place)
+    found = checkpoint.newest_valid(place, "now")
+    assert found is not None
+    assert found.path.name == "checkpoint-10"
+
+
+def test_a_trained_model_has_all_that_training_has_cost(tmp_path: Path) -> None:
+    place, made = RunFolder(tmp_path), Made("now", "data", "model")
+    place.append_metrics(1, {"loss": 1.0})
+    place.write_json("segments.json", [{"config_hash": "now"}])
+    stats = TrainStats(
+        steps=7,
+        wall_seconds=3.5,
+        tokens_per_second=1.0,
+        pairs_per_second=2.0,
+        peak_memory_bytes=11,
+        skipped_steps=2,
+        device="cpu",
+        galore_memory_bytes=None,
+    )
+    checkpoint.keep_trained(place, None, lambda path: path.mkdir(parents=True), made, stats)
+    found = checkpoint.newest_valid(place, "now")
+    assert found is not None
+    assert (found.step, found.made) == (7, made)
+    assert found.spent == Spent(wall_seconds=3.5, peak_memory_bytes=11, num_skipped=2)
+
+
+def test_half_a_checkpoint_is_taken_away_and_said(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint-3"
+
+    def save() -> None:
+        path.mkdir()
+        (path / "weights").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="checkpoint-3 cannot be written"), checkpoint.written(path):
+        save()
+    assert not path.exists()
 
 
 @pytest.mark.slow

@@ -97,6 +97,13 @@ def test_what_others_call_a_key_leads_to_a_key() -> None:
     assert set(ALSO_CALLED.values()) <= {*config.all_fields(), *FOLDERS}
 
 
+def test_steps_and_epochs_are_not_asked_for_together() -> None:
+    assert as_typed(["train.num_epochs=2"]) == ["train.num_epochs=2", "train.max_steps=null"]
+    assert as_typed(["train.max_steps=9"]) == ["train.max_steps=9", "train.num_epochs=null"]
+    for both in (["train.max_steps=9", "train.num_epochs=null"], ["train.max_steps=null"]):
+        assert as_typed(both) == both
+
+
 def test_a_group_without_an_option_is_named() -> None:
     with pytest.raises(UserError, match="tracker=null names no option of the group; write tracker"):
         as_typed(["tracker=null"])

@@ -25,7 +25,10 @@ Write = Callable[..., Path]
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Write a run folder with so much accuracy and exact match on 200 pairs."""
+    """Write a run folder with so much accuracy and exact match on 200 pairs.
+
+    Of the pairs not preferred rightly every third is a tie; before training all were wrong.
+    """
 
     def run(
         name: str,
@@ -43,7 +46,9 @@ def write(tmp_path: Path) -> Write:
         choices: dict[str, str] | None = None,
         contents: dict[str, str] | None = None,
         length: int | None = 5,
+        repetition: float = 0.1,
         num_generations: int = 200,
+        num_answered: int = 200,
     ) -> Path:
         place = RunFolder(tmp_path / "sweep" / name)
         values = {"beta": beta, "beta_end": beta_end, "seed": seed, "train": {"max_steps": 10}}
@@ -67,19 +72,24 @@ def write(tmp_path: Path) -> Write:
             "pair": list(range(num)),
             "when": ["after"] * num,
             "chosen_logp": rng.normal(-1, 0.1, num).tolist(),
-            "chosen_tokens": [5] * num,
+            "chosen_tokens": [2 + pair % 7 for pair in range(num)],
             "correct": [None] * num if correct is None else correct.tolist(),
             "generated_tokens": [length] * num,
-            "repetition": [None if length is None else 0.1] * num,
+            "repetition": [None if length is None else repetition] * num,
         }
-        margin = np.where(right, 0.1, -0.1)
+        for name in ("correct", "generated_tokens", "repetition"):
+            columns[name][num_answered:] = [None] * (num - num_answered)
+        margin = np.where(right, 0.1, np.where(np.arange(num) % 3, -0.1, 0.0))
         columns["rejected_logp"] = (np.array(columns["chosen_logp"]) - margin).tolist()
-        pq.write_table(pa.table(columns, schema=SCORES), place.path / "scores.parquet")
+        before = columns | {"when": ["before"] * num, "rejected_logp": [0.0] * num}
+        before |= {name: columns[name][::-1] for name in ("correct", "generated_tokens")}
+        tables = [pa.table(one, schema=SCORES) for one in (before, columns)]
+        pq.write_table(pa.concat_tables(tables), place.path / "scores.parquet")
         after: dict[str, Any] = {
             "preference_accuracy": accuracy,
-            "chosen_nll": 1.0,
-            "generated_tokens": 5.0,
-            "repetition": 0.1,
+            "chosen_nll": 1.0 + 0.1 * seed,
+            "generated_tokens": 5.0 + seed,
+            "repetition": repetition,
             "num_generations": num_generations,
         }
         if exact_match is not None:
@@ -91,7 +101,7 @@ def write(tmp_path: Path) -> Write:
             "device": "cpu",
         }
         summary = {
-            "evaluation_seconds": {"before": 1.0, "after": 1.0},
+            "evaluation_seconds": {"before": 1.0, "after": 2.5},
             "after": after,
             "train": cost,
             "dataset_fingerprint": {"held_out": held_out, "train": train},
@@ -218,18 +228,93 @@ def test_accuracy_bought_with_quality_does_not_win_and_is_warned_of(write: Write
     assert "beta=1 looks over-optimised" in compared.warnings[0]
 
 
+def scores_of(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run's scores after training."""
+    rows = pq.read_table(folder / "scores.parquet").to_pylist()
+    return [row for row in rows if row["when"] == "after"]
+
+
 def test_where_answers_cannot_be_checked_quality_is_nll_and_repetition(write: Write) -> None:
-    compared = compare_sweep(sweep(write, {0.1: 0.8, 0.2: 0.9}, exact_match=None))
-    assert [one.name for one in compared.qualities] == ["chosen_nll", "repetition"]
-    nll = compared.qualities[0]
-    assert nll.sign * nll.measure.value(0) == pytest.approx(1, abs=0.02)
+    told = {"exact_match": None, "num_answered": 150}
+    folders = [
+        write(str(number), beta=number, repetition=0.1 * number, **told) for number in (1, 2)
+    ]
+    margins = {"exact_match": 0.1, "chosen_nll": 0.2, "repetition": 0.3}
+    compared = compare.compare(compare.find_runs(folders), margins)
+    nll, repetition = compared.qualities
+    assert (nll.name, nll.margin, nll.sign) == ("chosen_nll", 0.2, -1)
+    assert (repetition.name, repetition.margin, repetition.sign) == ("repetition", 0.3, -1)
+    for number, folder in enumerate(folders):
+        rows = scores_of(folder)
+        tokens = sum(row["chosen_tokens"] for row in rows)
+        expected = -sum(row["chosen_logp"] * row["chosen_tokens"] for row in rows) / tokens
+        assert nll.sign * nll.measure.value(number) == pytest.approx(expected)
+        said = repetition.sign * repetition.measure.value(number)
+        assert said == pytest.approx(0.1 * (number + 1))
 
 
-def test_answers_that_grow_long_are_warned_of(write: Write) -> None:
+def test_exact_match_is_a_share_of_the_prompts_that_were_answered(write: Write) -> None:
+    folder = write("0", num_answered=37)
+    (quality,) = compare_sweep(folder.parent).qualities
+    correct = [row["correct"] for row in scores_of(folder) if row["correct"] is not None]
+    assert len(correct) == 37
+    assert quality.measure.value(0) == pytest.approx(sum(correct) / 37)
+
+
+@pytest.mark.parametrize(("length", "ratio"), [(8, "1.60"), (3, "0.60")])
+def test_answers_that_grow_long_or_short_are_warned_of(
+    write: Write, length: int, ratio: str
+) -> None:
     write("0", beta=0.1)
-    folder = write("1", beta=0.2, length=8).parent
+    folder = write("1", beta=0.2, length=length).parent
     (warning,) = compare_sweep(folder).warnings
-    assert warning.startswith("greedy answers of beta=0.2 are 1.60 times as long")
+    assert warning.startswith(f"greedy answers of beta=0.2 are {ratio} times as long")
+
+
+def test_the_tables_hold_the_means_of_unequal_numbers_of_seeds_and_every_runs_cost(
+    write: Write,
+) -> None:
+    sweep(write, {10.0: 0.8}, seeds=3)
+    folder = sweep(write, {2.0: 0.7}, seeds=2)
+    compared = compare_sweep(folder)
+    rows = compare.setting_rows(compared)
+    assert [(row["setting"], row["seeds"]) for row in rows] == [("beta=2", "2"), ("beta=10", "3")]
+    assert [row["preference_accuracy"].split()[0] for row in rows] == ["0.708", "0.810"]
+    assert [row["generated_tokens"] for row in rows] == ["6.500", "7.000"]
+    assert [row["chosen_nll"] for row in rows] == ["1.150", "1.200"]
+    for run in compare._run_rows(compared.runs):
+        assert (run["wall time (s)"], run["tokens"], run["GPU-hours"]) == ("13.5", "1000", "0")
+
+
+def test_a_run_is_what_it_was_at_its_last_start(write: Write) -> None:
+    folder = write("0", contents={"model.path": "first"})
+    place = RunFolder(folder)
+    last = {"kinds": {"beta_schedule": "cosine"}, "contents": {"model.path": "last"}}
+    place.write_json("segments.json", [*place.segments(), last])
+    run = compare.read_run(folder)
+    assert run.contents == {"model.path": "last"}
+    assert run.values["beta_schedule"] == "cosine"
+
+
+def test_a_folder_that_is_given_twice_is_read_once(write: Write, tmp_path: Path) -> None:
+    folder = write("0").parent
+    (tmp_path / "link").symlink_to(folder)
+    assert len(compare.find_runs([folder, tmp_path / "link", folder / "0"])) == 1
+
+
+def test_the_report_lands_in_the_first_folder_and_lists_what_did_not_finish(
+    write: Write, tmp_path: Path
+) -> None:
+    folder = write("0").parent
+    write("half", beta=7.0, state="stopped")
+    (tmp_path / "other").mkdir()
+    shutil.copytree(folder / "0", tmp_path / "other" / "1")
+    compare.main([str(folder), str(tmp_path / "other")])
+    text = (folder / "report.md").read_text()
+    assert "**Not in the comparison:** half (stopped: diverged <at> step 3)." in text
+    assert not (tmp_path / "other" / "report.md").exists()
+    compare.main([str(folder), "--out", str(tmp_path / "other"), "--exact-match-margin", "0.5"])
+    assert "at most 0.5 of exact_match below" in (tmp_path / "other" / "report.md").read_text()
 
 
 def test_without_answers_quality_is_nll_alone(write: Write) -> None:

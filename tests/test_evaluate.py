@@ -16,8 +16,12 @@ from orpo_lab import config, data, model
 from orpo_lab.engine import head
 from orpo_lab.errors import NonFiniteError
 from orpo_lab.evaluate import (
+    REPETITION_NGRAM,
+    TOKENS_PER_FORWARD,
     Evaluation,
     Generation,
+    Scores,
+    _batches,
     evaluate,
     generate,
     preference_metrics,
@@ -182,14 +186,17 @@ def test_answers_are_plainly_greedy_whatever_the_models_own_settings(
 ) -> None:
     network = build_model(load(f"optimizer={optimizer}")).eval()
     base = network.get_base_model() if optimizer != "adamw" else network
-    (answer_begins,) = tokenizer("7", add_special_tokens=False)["input_ids"][-1:]
-    base.generation_config = GenerationConfig(**MEDDLING, eos_token_id=[answer_begins, 2])
+    # The full stop of the answers in words; others are short, and go on to their EOS
+    said = by_argmax(network, pairs.held_out[0]["prompt_ids"], [tokenizer.eos_token_id], 12)
+    answer_ends = said[-1]
+    base.generation_config = GenerationConfig(**MEDDLING, eos_token_id=[answer_ends, 2])
     base.generation_config.save_pretrained(tmp_path / "before")
     answers = generate(network, tokenizer, pairs.held_out, 12, check=True, desc="test")
-    ends = [tokenizer.eos_token_id, answer_begins]
+    ends = [tokenizer.eos_token_id, answer_ends]
     assert turn_ends(network, tokenizer) == sorted({*ends, 2})
     assert_answers(answers, pairs.held_out, network, tokenizer, ends, 12)
-    assert len({one.num_tokens for one in answers}) > 1
+    sizes = [one.num_tokens for one in answers]
+    assert max(sizes) - min(sizes) > REPETITION_NGRAM
     base.generation_config.save_pretrained(tmp_path / "after")
     files = [tmp_path / when / "generation_config.json" for when in ("before", "after")]
     assert files[0].read_text() == files[1].read_text()
@@ -266,18 +273,54 @@ def test_a_right_answer_is_an_exact_match(tokenizer: Any, pairs: data.Data) -> N
 def test_evaluation_leaves_the_mode_and_the_random_state_alone(
     load: Load, build_model: Any, tokenizer: Any, pairs: data.Data
 ) -> None:
-    loaded = load("dataset.num_generations=2")
+    loaded = load("dataset.num_generations=5")
     network = build_model(loaded).train()
     state = torch.get_rng_state()
     found = evaluate(network, tokenizer, pairs, loaded.dataset, dtype=torch.float32, desc="test")
     assert network.training
     assert torch.equal(state, torch.get_rng_state())
-    assert found.metrics["num_generations"] == 2
+    assert found.metrics["num_generations"] == 5
     assert {"generated_tokens", "repetition", "exact_match"} <= found.metrics.keys()
+    assert [one.prompt for one in found.generations] == pairs.held_out["prompt_text"][:5]
     halves = found.metrics["by_wording"]
     assert halves["free"]["num_pairs"] == halves["terse"]["num_pairs"] == 12
     mean = sum(half["logp_margin"] for half in halves.values()) / 2
     assert mean == pytest.approx(found.metrics["logp_margin"], abs=1e-6)
+    # Free and terse alternate
+    for name, answers in (("free", found.generations[::2]), ("terse", found.generations[1::2])):
+        assert halves[name]["num_generations"] == len(answers)
+        tokens = sum(one.num_tokens for one in answers)
+        assert halves[name]["generated_tokens"] == tokens / len(answers)
+
+
+def test_the_arithmetic_is_that_of_training(
+    load: Load, build_model: Any, tokenizer: Any, pairs: data.Data
+) -> None:
+    loaded = load("dataset.num_generations=0", "optimizer=lora", "model.dtype=fp32")
+    network = build_model(loaded).eval()
+    found = evaluate(network, tokenizer, pairs, loaded.dataset, dtype=torch.bfloat16, desc="test")
+    assert not network.training
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        rounded = score(network, tokenizer, pairs.held_out, "test")
+    assert torch.equal(found.scores.chosen_logps, rounded.chosen_logps)
+    with torch.no_grad():
+        exact = score(network, tokenizer, pairs.held_out, "test")
+    assert not torch.equal(found.scores.chosen_logps, exact.chosen_logps)
+
+
+def test_a_pair_that_is_as_likely_either_way_is_not_preferred() -> None:
+    chosen, rejected = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.0, -2.5, -2.0])
+    metrics = preference_metrics(Scores(chosen, rejected, torch.tensor([2.0, 3.0, 4.0])))
+    assert metrics["preference_accuracy"] == pytest.approx(1 / 3)
+
+
+def test_no_batch_holds_more_tokens_than_its_memory_allows() -> None:
+    lengths = [1 + (37 * i) % 300 for i in range(97)] + [TOKENS_PER_FORWARD + 1]
+    batches = _batches(lengths)
+    assert sorted(index for batch in batches for index in batch) == list(range(98))
+    sizes = [len(batch) * max(lengths[index] for index in batch) for batch in batches]
+    assert max(sizes[1:]) <= TOKENS_PER_FORWARD < sizes[0]
+    assert min(sizes[1:-1]) > TOKENS_PER_FORWARD - 300, "and none is left half empty"
 
 
 def test_repetition_counts_what_was_said_before() -> None:
@@ -311,13 +354,16 @@ def test_a_model_that_gives_nan_is_refused(
 def test_an_evaluation_is_restored_as_it_was_saved(
     load: Load, build_model: Any, tokenizer: Any, pairs: data.Data, tmp_path: Path
 ) -> None:
-    loaded = load("optimizer=lora", "dataset.num_generations=4")
-    one = evaluate(
-        build_model(loaded), tokenizer, pairs, loaded.dataset, dtype=torch.float32, desc="before"
-    )
-    one.save(tmp_path / "file")
-    other = Evaluation.restore(tmp_path / "file")
-    assert other.metrics == one.metrics
-    assert other.generations == one.generations
-    assert other.by_pair() == one.by_pair()
-    assert len(other.by_pair()["correct"]) == 24
+    for asked, answered in ((4, 4), (50, 24)):
+        loaded = load("optimizer=lora", f"dataset.num_generations={asked}")
+        network = build_model(loaded)
+        one = evaluate(
+            network, tokenizer, pairs, loaded.dataset, dtype=torch.float32, desc="before"
+        )
+        one.save(tmp_path / "file")
+        other = Evaluation.restore(tmp_path / "file")
+        assert other.metrics == one.metrics
+        assert other.generations == one.generations
+        assert other.by_pair() == one.by_pair()
+        correct = [bool(generation.correct) for generation in one.generations]
+        assert other.by_pair()["correct"] == correct + [None] * (24 - answered)

@@ -102,15 +102,35 @@ def test_a_file_is_what_it_holds_wherever_it_lies(
         return identity.identity(load("dataset=file", f"dataset.train_path='{path}'"))
 
     missing = identity_of("train.jsonl")
-    for name, text in (("train.jsonl", "rows"), ("moved/x.jsonl", "rows"), ("b.jsonl", "others")):
+    texts = {"train.jsonl": "rows", "moved/x.jsonl": "rows", "b.jsonl": "others", "c.csv": "rows"}
+    for name, text in texts.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     here = identity_of("train.jsonl")
-    assert here not in (missing, identity_of("b.jsonl"))
+    assert here not in (missing, identity_of("b.jsonl"), identity_of("c.csv"))
     for same in ("./train.jsonl", str(tmp_path / "train.jsonl"), "moved/x.jsonl"):
         assert identity_of(same) == here
-    (tmp_path / "train.jsonl").write_text("edited")
+    (tmp_path / "train.jsonl").write_text("swor")  # of the same size
     assert identity_of("train.jsonl") != here
+
+
+def test_what_is_asked_for_is_settings_and_places_whatever_lies_there(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.jsonl").write_text("rows")
+    before = [one(load(*FILE), "dataset") for one in (identity.name_of, identity.identity)]
+    (tmp_path / "train.jsonl").write_text("others")
+    after = [one(load(*FILE), "dataset") for one in (identity.name_of, identity.identity)]
+    assert (before[0] == after[0], before[1] == after[1]) == (True, False)
+    other = load("dataset=file", "dataset.train_path=nowhere.jsonl")
+    assert identity.name_of(other, "dataset") != before[0]
+
+
+def test_a_group_is_its_own_keys_alone(load: Load) -> None:
+    one, other = load("beta=0.2"), load("beta_schedule=linear", "beta_end=0.1", "seed=7")
+    assert identity.identity(other, "beta") == identity.identity(load(), "beta")
+    assert identity.identity(one, "beta") != identity.identity(load(), "beta")
 
 
 def test_a_model_is_what_is_read_of_its_folder(load: Load, tmp_path: Path) -> None:
@@ -127,10 +147,11 @@ def test_a_model_is_what_is_read_of_its_folder(load: Load, tmp_path: Path) -> No
     (copy / "checkpoint-1").mkdir()
     (copy / "checkpoint-1" / "optimizer.pt").write_text("not read")
     assert identity_of(copy) == before
-    # Large enough to be sampled
+    # Large enough to be sampled; the last weight is another
     weights = np.zeros(2**21, dtype=np.float32)
     for value, folder in ((0.0, base), (1.0, copy)):
-        save_file({"weight": weights + value}, folder / "model.safetensors")
+        weights[-1] = value
+        save_file({"weight": weights}, folder / "model.safetensors")
     assert len({before, identity_of(base), identity_of(copy)}) == 3
 
 

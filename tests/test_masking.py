@@ -73,6 +73,10 @@ def test_keys_say_what_is_secret_and_what_is_a_commit() -> None:
     commit = TOKENS["W&B of old"]
     values: dict[str, Any] = {"api_key": "abc", "hub.token": "abc", "password": None, "beta": 0.1}
     assert mask(values) == {"api_key": "***", "hub.token": "***", "password": None, "beta": 0.1}
+    assert mask({"token": ["abc", "de"], "tags": ["abc"]}) == {
+        "token": ["***"] * 2,
+        "tags": ["abc"],
+    }
     commits = {"git_commit": f"{commit} (modified)", "model": {"revision": commit}}
     assert mask(commits) == commits
     assert mask({"revision": TOKENS["GitHub"]}) == {"revision": "***"}

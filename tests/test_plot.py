@@ -1,116 +1,122 @@
-"""What people see in a picture: every setting, each as itself, also with colour-blind eyes."""
+"""What the curves of a run and of a comparison are drawn from, point by point."""
 
-import itertools
-from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from matplotlib.colors import to_rgb
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from orpo_lab import plot
-from orpo_lab.compare import Setting
+from orpo_lab.compare import Run, Setting, compare
 
-# How colours look to them, in linear RGB (Machado, Oliveira and Fernandes 2009, severity 1.0)
-EYES = {
-    "usual": np.eye(3),
-    "deuteranopia": [
-        [0.367322, 0.860646, -0.227968],
-        [0.280085, 0.672501, 0.047413],
-        [-0.011820, 0.042940, 0.968881],
-    ],
-    "protanopia": [
-        [0.152286, 1.052583, -0.204868],
-        [0.114503, 0.786281, 0.099216],
-        [-0.003882, -0.048116, 1.051998],
-    ],
-    "tritanopia": [
-        [1.255528, -0.076749, -0.178779],
-        [-0.078411, 0.930809, 0.147602],
-        [0.004733, 0.691367, 0.303900],
-    ],
-}
-# From linear RGB to CIE XYZ, and its white (D65)
-TO_XYZ = [[0.41246, 0.35758, 0.18044], [0.21267, 0.71515, 0.07217], [0.01933, 0.11919, 0.95030]]
-WHITE = np.array([0.95047, 1.0, 1.08883])
+# Two seeds that logged at other steps, as one does that was resumed
+SEEDS = {1: {1: 0.5, 5: 0.7, 9: 0.9}, 2: {1: 0.1, 4: 0.3, 9: 0.2}, 3: {1: 0.6, 9: 0.7}}
 
 
-def settings(betas: list[float], schedules: list[str], rates: list[float]) -> list[Setting]:
-    """Return settings in the order of a comparison."""
-    return [
-        Setting(f"{schedule} {beta} {rate}", {"beta": beta, "beta_schedule": schedule}, [])
-        for schedule, beta, rate in itertools.product(schedules, betas, rates)
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that are drawn, in their order."""
+    figures: list[Any] = []
+    init = FigureCanvasAgg.__init__
+
+    def kept(canvas: Any, figure: Any = None) -> None:
+        figures.append(figure)
+        init(canvas, figure)
+
+    monkeypatch.setattr(FigureCanvasAgg, "__init__", kept)
+    return figures
+
+
+def setting(name: str, beta: float, seeds: dict[int, dict[int, float]]) -> Setting:
+    values = {"beta": beta, "beta_schedule": "constant"}
+    runs = [
+        Run(
+            folder=Path(f"{name}-{seed}"),
+            values=values | {"seed": seed},
+            contents={},
+            choices={},
+            state="finished",
+            reason="",
+            summary=None,
+            metrics=[{"step": step, "nll_loss": value} for step, value in curve.items()],
+            scores=None,
+        )
+        for seed, curve in seeds.items()
     ]
+    return Setting(name, values, runs)
 
 
-def linear(colours: Sequence[str]) -> Any:
-    """Return colours in linear RGB, [N, 3]."""
-    rgb = np.array([to_rgb(colour) for colour in colours])
-    return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-
-
-def distances(colours: Sequence[str], eyes: Any) -> list[float]:
-    """Return how far any two colours are apart in CIELAB (2.3 is just noticeable side by side)."""
-    xyz = np.clip(linear(colours) @ np.transpose(eyes), 0, 1) @ np.transpose(TO_XYZ) / WHITE
-    x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116).T
-    lab = np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=1)
-    return [float(np.linalg.norm(one - other)) for one, other in itertools.combinations(lab, 2)]
-
-
-BETAS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0]
-
-
-@pytest.mark.parametrize("eyes", EYES)
-def test_eight_settings_are_told_apart_by_their_colours_alone(eyes: str) -> None:
-    looks = plot._looks(settings(BETAS, ["constant"], [1e-4]))
-    assert min(distances([look.colour for look in looks], EYES[eyes])) > 20
-
-
-def test_every_colour_is_readable_on_white_and_darker_ones_come_first() -> None:
-    luminance = linear(plot.COLOURS) @ TO_XYZ[1]
-    assert 1.05 / (luminance.max() + 0.05) > 2
-    assert list(luminance) == sorted(luminance)
-
-
-@pytest.mark.parametrize(
-    ("betas", "schedules", "rates"),
-    [
-        (BETAS, ["constant", "cosine"], [1e-4]),
-        ([0.1], ["constant"], [1e-5, 1e-4, 1e-3]),
-        ([0.1, 0.2], ["constant", "linear", "step"], [1e-5, 1e-4, 1e-3]),
-        (BETAS, ["constant"], [1e-5, 1e-4]),
-    ],
-)
-def test_no_two_settings_look_alike(
-    betas: list[float], schedules: list[str], rates: list[float]
+def test_a_settings_curve_is_the_mean_of_its_seeds_and_the_band_their_range(
+    drawn: list[Any],
 ) -> None:
-    compared = settings(betas, schedules, rates)
-    looks = plot._looks(compared)
-    assert len({(one.colour, one.is_light, one.line) for one in looks}) == len(compared)
-    assert len({(one.colour, one.is_light, one.marker) for one in looks}) == len(compared)
-    by_beta: dict[float, set[str]] = {}
-    for setting, look in zip(compared, looks, strict=True):
-        by_beta.setdefault(setting.values["beta"], set()).add(look.colour)
-    assert {len(colours) for colours in by_beta.values()} == {len(rates)}, "whatever the schedule"
+    settings = [setting("one", 0.1, SEEDS), setting("other", 0.2, {1: {2: 0.4, 6: 0.8}})]
+    plot._curves(settings, "nll_loss", "SFT loss (nats)")
+    (axes,) = drawn[0].axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert lines["one"] == [pytest.approx([1, 0.4]), pytest.approx([9, 0.6])]
+    assert lines["other"] == [[2, 0.4], [6, 0.8]]
+    (band,) = axes.collections  # one seed has no range
+    corners = {tuple(point) for point in band.get_paths()[0].vertices.tolist()}
+    assert {(1, 0.1), (1, 0.6), (9, 0.2), (9, 0.9)} == corners
 
 
-def test_two_settings_are_the_darkest_and_the_lightest() -> None:
-    looks = plot._looks(settings([0.1, 0.2], ["constant"], [1e-4]))
-    assert [look.colour for look in looks] == [plot.COLOURS[0], plot.COLOURS[-1]]
+def test_the_curves_of_a_run_are_what_they_are_called(drawn: list[Any], tmp_path: Path) -> None:
+    metrics = [
+        {"step": 1, "loss": 5.0, "nll_loss": 4.0, "odds_ratio_loss": 0.9, "beta": 0.2},
+        {"step": 1, "preference_accuracy": 0.3, "logp_margin": -0.5, "learning_rate": 1e-4},
+        {"step": 3, "eval_preference_accuracy": 0.6, "eval_logp_margin": 0.7},
+    ]
+    plot.draw_training(metrics, "a run", tmp_path / "plots" / "training.png")
+    found = {
+        (axes.get_title(loc="left"), line.get_label()): line.get_xydata().tolist()
+        for axes in drawn[0].axes
+        for line in axes.lines
+    }
+    odds = "$-\\log\\,\\sigma$(log odds ratio)"
+    assert found == {
+        ("loss (nats)", "total"): [[1, 5.0]],
+        ("loss (nats)", "SFT (NLL)"): [[1, 4.0]],
+        ("odds-ratio loss (nats)", odds): [[1, 0.9]],
+        ("beta", "beta"): [[1, 0.2]],
+        ("preference accuracy", "training"): [[1, 0.3]],
+        ("preference accuracy", "held out"): [[3, 0.6]],
+        ("logp margin (nats)", "training"): [[1, -0.5]],
+        ("logp margin (nats)", "held out"): [[3, 0.7]],
+        ("learning rate", "learning rate"): [[1, 1e-4]],
+    }
 
 
-@pytest.mark.parametrize("length", [10, 60, 150])
-@pytest.mark.parametrize("num", [2, plot.MAX_LABELS])
-def test_a_legend_hides_nothing_and_lies_within_the_picture(num: int, length: int) -> None:
-    compared = [Setting(f"{number} " + "long " * (length // 5), {}, []) for number in range(num)]
-    figure, axes = plot._figure(compared, height=3.2)
-    for setting in compared:
-        axes.plot([0, 1], [0, 1], label=plot._label(setting))
-    axes.set_xlabel("optimizer step")
-    plot._png(figure, compared)
-    ((left, bottom), (right, top)) = figure.legends[0].get_window_extent().get_points()
-    assert axes.get_window_extent().height > 2.2 * figure.dpi
-    assert top <= axes.xaxis.label.get_window_extent().y0
-    assert bottom >= 0
-    assert left >= 0
-    assert right <= figure.bbox.width
+def scored(beta: float, seed: int, nll: float) -> Run:
+    """Return a finished run whose answers were not checked."""
+    chosen = np.random.default_rng(seed).normal(-nll, 0.1, 40)
+    none = np.full(40, np.nan)
+    scores = {"chosen_logp": chosen, "rejected_logp": chosen - np.resize([0.1, -0.1, 0.2], 40)}
+    scores |= {"chosen_tokens": np.full(40, 3.0), "generated_tokens": none, "correct": none}
+    return Run(
+        folder=Path(f"{beta}-{seed}"),
+        values={"beta": beta, "beta_schedule": "constant", "seed": seed},
+        contents={},
+        choices={},
+        state="finished",
+        reason="",
+        summary={"after": {}, "dataset_fingerprint": {"train": "", "held_out": ""}},
+        metrics=[],
+        scores=scores,
+    )
+
+
+def test_to_the_right_nll_is_lower_and_the_dotted_line_leaves_the_margin(drawn: list[Any]) -> None:
+    runs = [scored(beta, seed, nll) for beta, nll in ((0.1, 1.0), (0.2, 2.0)) for seed in (1, 2)]
+    compared = compare(runs, {"exact_match": 0.1, "chosen_nll": 0.2, "repetition": 0.3})
+    plot._pareto(compared)
+    (axes,) = drawn[0].axes
+    nll = [-quality.intervals[0].estimate for quality in compared.verdict.qualities]
+    assert nll == pytest.approx([1, 2], abs=0.05)
+    assert axes.get_xlabel() == "chosen_nll (nats)"
+    assert axes.xaxis_inverted()
+    places = [line.get_xydata().tolist() for line in axes.lines if len(line.get_xydata()) == 1]
+    accuracies = [one.estimate for one in compared.verdict.accuracies]
+    assert places == [[[x, y]] for x, y in zip(nll, accuracies, strict=True)]
+    (dotted,) = (line for line in axes.lines if line.get_linestyle() == ":")
+    assert dotted.get_xdata() == pytest.approx([min(nll) + 0.2] * 2)

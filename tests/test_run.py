@@ -1,5 +1,7 @@
 """Whole runs, as a user starts them."""
 
+import contextlib
+import hashlib
 import importlib
 import json
 import math
@@ -9,20 +11,28 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from orpo_lab import trainer
+from orpo_lab import config, data, report, run, tracker, trainer
+from orpo_lab.checkpoint import Checkpoint, Made, Spent
+from orpo_lab.errors import NonFiniteError, UserError
 from orpo_lab.run_folder import RunFolder
-from orpo_lab.stop import Stopped
+from orpo_lab.stop import EXIT_CODE, Stopped
+from orpo_lab.sweep import Sweep
 from tests.conftest import ROOT
+from tests.test_evaluate import by_argmax, one_by_one
 from tests.test_run_folder import TWO_STEPS, start, write_pairs
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
+Load = Callable[..., config.Config]
 QUICK = (
     "train.max_steps=4",
     "dataset.num_train=64",
@@ -291,6 +301,100 @@ def test_what_fails_after_the_last_step_is_missing_and_made_up_for(
     assert not list(place.file("checkpoints").iterdir())
 
 
+def trained(place: RunFolder, seed: int, *overrides: str) -> dict[str, torch.Tensor]:
+    shutil.rmtree(place.path, ignore_errors=True)
+    start(*TWO_STEPS, f"seed={seed}", *overrides, "hydra.run.dir=run")
+    return load_file(next(place.file("final").glob("*.safetensors")))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        # All weights are the base's: what is drawn is the order of the pairs alone
+        ["optimizer=adamw"],
+        # Hardly any learning rate: adapters stay what they began as
+        ["optimizer=lora", "optimizer.learning_rate=1e-30"],
+    ],
+    ids=["order", "adapters"],
+)
+def test_a_seed_says_in_which_order_pairs_come_and_what_adapters_begin_as(
+    place: RunFolder, overrides: list[str]
+) -> None:
+    one, again, other = (trained(place, seed, *overrides) for seed in (1, 1, 2))
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+def write_sums(file: Path, numbers: range) -> list[dict[str, str]]:
+    """Write pairs whose two answers are of unlike lengths, and return them."""
+    rows = [
+        {
+            "prompt": " and ".join(["what is 2 plus 3?"] * (i % 3) + [f"add {i} and 2."]),
+            "chosen": " " + "well, " * (i % 4) + f"it is {i + 2}.",
+            "rejected": " " + "so, " * (i % 3) + f"it is {i + 3}.",
+        }
+        for i in numbers
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def encoded(tokenizer: Any, row: dict[str, str]) -> dict[str, list[int]]:
+    """Return a row's ids: BOS in front, an EOS behind each answer."""
+    prompt, chosen, rejected = (
+        tokenizer(row[key], add_special_tokens=False)["input_ids"] for key in row
+    )
+    return {
+        "prompt_ids": [tokenizer.bos_token_id, *prompt],
+        "chosen_ids": [*chosen, tokenizer.eos_token_id],
+        "rejected_ids": [*rejected, tokenizer.eos_token_id],
+    }
+
+
+def test_scores_are_what_base_and_final_make_of_the_held_out_rows(place: RunFolder) -> None:
+    """A whole model, trained in fp32 on a base of bf16: what is measured is what is saved."""
+    tiny, base = ROOT / "orpo_lab" / "tiny", Path("base").absolute()
+    AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16).save_pretrained(base)
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(base)
+    rows = {
+        split: write_sums(Path(f"{split}.jsonl"), numbers)
+        for split, numbers in (("train", range(10, 31)), ("held_out", range(40, 47)))
+    }
+    start(
+        *TWO_STEPS,
+        "optimizer=adamw",
+        "model=local",
+        f"model.path={base}",
+        "model.dtype=fp32",
+        "dataset.train_path=train.jsonl",
+        "dataset.eval_path=held_out.jsonl",
+        "dataset.num_eval=7",
+        "dataset.num_generations=3",
+        "hydra.run.dir=run",
+    )
+    tokenizer = AutoTokenizer.from_pretrained(place.file("final"))
+    pairs = {split: [encoded(tokenizer, row) for row in rows[split]] for split in rows}
+    said = summary_of(place.path)["dataset_fingerprint"]
+    for split, ids in pairs.items():
+        text = "".join(map(json.dumps, ids))
+        assert said[split] == hashlib.sha256(text.encode()).hexdigest()
+    scores = pq.read_table(place.file("scores.parquet")).to_pylist()
+    weights = load_file(place.file("final/model.safetensors"))
+    assert {one.dtype for one in weights.values()} == {torch.bfloat16}
+    for when, folder in (("before", base), ("after", place.file("final"))):
+        network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        found = [row for row in scores if row["when"] == when]
+        assert [row["pair"] for row in found] == list(range(7))
+        for row, ids in zip(found, pairs["held_out"], strict=True):
+            for side in ("chosen", "rejected"):
+                logps = one_by_one(network, ids["prompt_ids"], ids[f"{side}_ids"])
+                assert row[f"{side}_logp"] == pytest.approx(sum(logps) / len(logps), abs=2e-5)
+            assert row["chosen_tokens"] == len(ids["chosen_ids"])
+            answer = by_argmax(network, ids["prompt_ids"], [tokenizer.eos_token_id], 4)
+            is_answered = row["pair"] < 3
+            assert row["generated_tokens"] == (len(answer) if is_answered else None)
+
+
 def test_a_run_stopped_after_its_last_step_takes_no_other(
     place: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,12 +409,190 @@ def test_a_run_stopped_after_its_last_step_takes_no_other(
         patch.setattr(trainer, "fit", fit_then_signal)
         with pytest.raises(Stopped):
             start(*TWO_STEPS, "hydra.run.dir=run")
-    assert place.status()["state"] == "stopped"
+    status = place.status()
+    assert (status["state"], status["reason"]) == ("stopped", "SIGTERM")
+    assert status["exit_code"] == EXIT_CODE
     trained = place.file("checkpoints/trained-2/adapter_model.safetensors").read_bytes()
     start(*TWO_STEPS, "hydra.run.dir=run", "resume=auto")
     assert place.is_complete()
     assert "resuming from step 2" in place.file("run.log").read_text()
     assert place.file("final/adapter_model.safetensors").read_bytes() == trained
+
+
+def test_results_are_written_to_their_end_once_they_are_begun(
+    place: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = report.draw_training
+
+    def draw_in_a_hurry(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        draw(*arguments)
+
+    monkeypatch.setattr(report, "draw_training", draw_in_a_hurry)
+    start(*TWO_STEPS, "hydra.run.dir=run")
+    assert place.is_complete()
+
+
+def test_a_run_does_not_go_on_with_other_held_out_pairs(place: RunFolder) -> None:
+    write_sums(Path("held_out.jsonl"), range(40, 47))
+    again = (*TWO_STEPS, "dataset.eval_path=held_out.jsonl", "hydra.run.dir=run", "resume=auto")
+    with pytest.raises(Stopped):
+        start(*again, "train.max_hours=1e-9")
+    write_sums(Path("held_out.jsonl"), range(50, 57))
+    with pytest.raises(UserError, match="the pairs are not those that the checkpoint was trained"):
+        start(*again)
+
+
+@pytest.mark.parametrize(
+    ("folder", "other", "accept_changes", "said"),
+    [
+        ("checkpoint-2", "nothing", False, ""),
+        ("trained-2", "nothing", False, ""),
+        ("checkpoint-2", "model", True, "the base model is not the one"),
+        ("checkpoint-2", "data", False, "say accept_changes=true"),
+        ("checkpoint-2", "data", True, ""),
+        ("trained-2", "data", True, "was trained on to its end"),
+    ],
+)
+def test_a_run_goes_on_with_what_it_was_made_of(
+    folder: str, other: str, accept_changes: bool, said: str
+) -> None:
+    made = {"config_hash": "a", "data": "b", "model": "c"}
+    start = Checkpoint(Path(folder), Made(**made), Spent(), {})
+    now = Made(**{key: f"{value}2" if key == other else value for key, value in made.items()})
+    if said:
+        with pytest.raises(UserError, match=said):
+            run._check_made(start, now, accept_changes=accept_changes)
+    else:
+        run._check_made(start, now, accept_changes=accept_changes)
+
+
+class Recorder(tracker.Untracked):
+    """Keeps what a run's tracker is told."""
+
+    def __init__(self) -> None:
+        self.begun: dict[str, Any] = {}
+        self.codes: list[int] = []
+
+    def start(self, settings: Any, **named: Any) -> "Recorder":
+        self.begun = named
+        return self
+
+    def finish(self, exit_code: int) -> None:
+        self.codes.append(exit_code)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(None, 0), (UserError("no"), 1), (Stopped("SIGTERM"), EXIT_CODE)]
+)
+def test_the_tracker_is_told_of_the_sweep_of_what_was_before_and_of_the_end(
+    load: Load,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException | None,
+    code: int,
+) -> None:
+    recorder, place, before = (
+        Recorder(),
+        RunFolder(tmp_path / "run"),
+        RunFolder(tmp_path / "before"),
+    )
+    for folder in (place, before):
+        folder.path.mkdir()
+    before.append_metrics(3, {"loss": 0.5})
+    monkeypatch.setattr(tracker, "start", recorder.start)
+    missing = report.Missing(place)
+    metrics = before.file("metrics.jsonl")
+    with (
+        pytest.raises(type(error)) if error else contextlib.nullcontext(),
+        run._tracked(load(), place, {}, metrics, "a-sweep", missing),
+    ):
+        if error:
+            raise error
+    assert recorder.codes == [code]
+    assert recorder.begun["history"] == [{"step": 3, "loss": 0.5}]
+    assert recorder.begun["sweep"] == "a-sweep"
+
+
+@pytest.mark.parametrize("weight", [1.0, math.nan])
+def test_a_model_that_could_not_be_measured_is_kept_if_its_weights_are_finite(
+    tmp_path: Path, weight: float
+) -> None:
+    trained, missing = tmp_path / "checkpoints" / "trained-2", report.Missing(RunFolder(tmp_path))
+    trained.mkdir(parents=True)
+    network = torch.nn.Linear(2, 2)
+    torch.nn.init.constant_(network.weight, weight)
+    if math.isfinite(weight):
+        assert run._measure_after(fails, network, trained, missing) is None
+    else:
+        with pytest.raises(NonFiniteError, match="step 2: its update left weights"):
+            run._measure_after(fails, network, trained, missing)
+    assert trained.exists() == math.isfinite(weight)
+    assert missing == {"evaluation after training": "ZeroDivisionError: it fails"}
+
+
+# Of a sweep
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Sweep:
+    made = Sweep(tmp_path / "sweep")
+    made.begin(accept_changes=False)
+    return made
+
+
+def test_jobs_share_what_does_not_depend_on_where_they_differ(
+    load: Load, sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[str] = []
+    report = {split: {"fingerprint": split} for split in ("train", "held_out")}
+    pairs = data.Data(None, None, report, checkable=True)  # type: ignore[arg-type]
+
+    def once(sweep: Sweep, name: str, *rest: Any) -> Any:
+        names.append(name)
+        return pairs
+
+    monkeypatch.setattr(Sweep, "once", once)
+
+    def asked(*overrides: str) -> tuple[str, ...]:
+        names.clear()
+        run._load_data(load(*overrides), None, sweep, today=date.today())
+        run._measure_before(load(*overrides), fails, sweep)
+        return tuple(names)
+
+    plain = asked()
+    for same in (["seed=1"], ["beta=0.5"], ["optimizer.r=4"], ["train.max_steps=7"]):
+        assert asked(*same) == plain
+    (pairs_name, _), unquantized = plain, asked("optimizer=lora")
+    assert unquantized[0] == pairs_name
+    assert unquantized[1] != plain[1]
+    assert asked("optimizer=adamw")[1] not in (plain[1], unquantized[1])
+    for other in (["dataset.num_eval=7"], ["model=smollm2_135m"]):
+        assert not set(asked(*other)) & set(plain)
+
+
+def test_a_sweeps_job_goes_on_where_it_was_on_the_day_that_the_sweep_was_started(
+    load: Load, sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = json.loads((sweep.folder / "sweep.json").read_text())
+    begun = record | {"started": "2024-02-29T23:59:00+00:00"}
+    (sweep.folder / "sweep.json").write_text(json.dumps(begun))
+    days, load_data = [], data.load
+
+    def on_a_day(*arguments: Any, today: date) -> data.Data:
+        days.append(today)
+        return load_data(*arguments, today=today)
+
+    monkeypatch.setattr(data, "load", on_a_day)
+    small = ("optimizer=lora", "dataset.num_train=16", "dataset.num_eval=3", "tracker=none")
+    small += ("dataset.num_generations=0", "train.batch_size=5", "train.max_steps=2")
+    folder, stopped = sweep.folder / "0", load(*small, "train.max_hours=1e-9")
+    with pytest.raises(Stopped):
+        run.train(stopped, folder, choices={}, overrides=[], sweep=sweep)
+    run.train(load(*small), folder, choices={}, overrides=[], sweep=sweep)
+    assert "resuming from step 1" in (folder / "run.log").read_text()
+    assert RunFolder(folder).is_complete()
+    assert days == [date(2024, 2, 29)], "tokenized once"
 
 
 def test_an_adapter_finds_its_base_and_its_card_tells_of_no_machine(

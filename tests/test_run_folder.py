@@ -177,6 +177,7 @@ FAILING: list[tuple[tuple[str, ...], Callable[[Patch], object], str]] = [
         "/dev/shm/cache cannot be",
     ),
     (GOING, lambda p: p.setattr(model, "check_context", raising(UserError("too long"))), "long"),
+    (GOING, lambda p: p.setattr(model, "check_ids", raising(UserError("no such id"))), "such id"),
 ]
 
 

@@ -69,6 +69,55 @@ def test_where_every_trial_fails_so_does_the_search(tmp_path: Path) -> None:
     assert "every trial failed; the last one: srch/a b(1)/0 failed: beta=-" in done.stderr
 
 
+# In place of launch.py: a run of no time, which is better the higher beta is, and costs quality
+INSTANT = """
+import json, pathlib, sys
+
+given = dict(one.split("=", 1) for one in sys.argv[1:])
+folder, beta = pathlib.Path(given["hydra.run.dir"]), float(given["beta"])
+folder.mkdir(parents=True)
+if beta > 1:
+    sys.exit("error: it diverges")
+before = {"preference_accuracy": 0.75, "exact_match": 0.5}
+after = {"preference_accuracy": 0.5 + beta / 2, "exact_match": 0.5 if beta < 0.5 else 0.25}
+summary = {"before": before, "after": after, "given": given}
+(folder / "summary.json").write_text(json.dumps(summary))
+"""
+
+
+def test_the_best_trial_has_the_highest_accuracy_of_those_of_good_quality(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "launch.py").write_text(INSTANT)
+    monkeypatch.setattr(search, "LAUNCH", tmp_path / "launch.py")
+    folder, overrides = tmp_path / "study", ["seed=5", "beta=0.125,0.25,0.75,2"]
+    study = search.search(folder, 10, overrides)
+    values = {float(one.params["beta"]): one.value for one in study.trials}
+    assert values == {0.125: 0.5625, 0.25: 0.625, 0.75: 0.875, 2.0: None}
+    assert study.best_trial.params == {"beta": "0.25"}
+    given = RunFolder(folder / "0").read_json("summary.json")["given"]
+    assert given["seed"] == "5"
+    assert len(study.trials) == 10, "also those that failed"
+    assert len(search.search(folder, 11, overrides).trials) == 11
+    assert "trial 10: beta=" in capsys.readouterr().out.splitlines()[-2]
+
+
+def test_a_quality_falls_short_by_what_it_is_worse_beyond_its_margin() -> None:
+    before = {"chosen_nll": 1.0, "repetition": 0.25}
+    after = {"chosen_nll": 1.5, "repetition": 0.125}
+    found = search._shortfalls(before, after)
+    assert found == pytest.approx({"chosen_nll": 0.47, "repetition": -0.175})
+    checked = search._shortfalls({"exact_match": 0.5}, after | {"exact_match": 0.25})
+    assert checked == pytest.approx({"exact_match": 0.22})
+
+
+def test_a_trial_is_judged_by_its_evaluations_meanwhile(tmp_path: Path) -> None:
+    place = RunFolder(tmp_path)
+    place.append_metrics(5, {"preference_accuracy": 0.9})
+    place.append_metrics(5, {"eval_preference_accuracy": 0.6})
+    assert search._evaluations(place) == [(5, 0.6)]
+
+
 @pytest.mark.slow
 def test_trials_finish_fail_and_go_on_in_their_folder(tmp_path: Path) -> None:
     arguments = ["study", "optimizer.learning_rate=1e-3,1e30", "train.max_steps=2", *SHORT]
