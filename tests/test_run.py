@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from orpo_lab import config, data, report, run, tracker, trainer
+from orpo_lab import config, data, plot, report, run, tracker, trainer
 from orpo_lab.checkpoint import Checkpoint, Made, Spent
 from orpo_lab.errors import NonFiniteError, UserError
 from orpo_lab.run_folder import RunFolder
@@ -385,12 +385,12 @@ def test_scores_are_what_base_and_final_make_of_the_held_out_rows(place: RunFold
         network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         found = [row for row in scores if row["when"] == when]
         assert [row["pair"] for row in found] == list(range(7))
-        for row, ids in zip(found, pairs["held_out"], strict=True):
+        for row, encoded_row in zip(found, pairs["held_out"], strict=True):
             for side in ("chosen", "rejected"):
-                logps = one_by_one(network, ids["prompt_ids"], ids[f"{side}_ids"])
+                logps = one_by_one(network, encoded_row["prompt_ids"], encoded_row[f"{side}_ids"])
                 assert row[f"{side}_logp"] == pytest.approx(sum(logps) / len(logps), abs=2e-5)
-            assert row["chosen_tokens"] == len(ids["chosen_ids"])
-            answer = by_argmax(network, ids["prompt_ids"], [tokenizer.eos_token_id], 4)
+            assert row["chosen_tokens"] == len(encoded_row["chosen_ids"])
+            answer = by_argmax(network, encoded_row["prompt_ids"], [tokenizer.eos_token_id], 4)
             is_answered = row["pair"] < 3
             assert row["generated_tokens"] == (len(answer) if is_answered else None)
 
@@ -422,7 +422,7 @@ def test_a_run_stopped_after_its_last_step_takes_no_other(
 def test_results_are_written_to_their_end_once_they_are_begun(
     place: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draw = report.draw_training
+    draw = plot.draw_training
 
     def draw_in_a_hurry(*arguments: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -546,7 +546,7 @@ def test_jobs_share_what_does_not_depend_on_where_they_differ(
 ) -> None:
     names: list[str] = []
     report = {split: {"fingerprint": split} for split in ("train", "held_out")}
-    pairs = data.Data(None, None, report, checkable=True)  # type: ignore[arg-type]
+    pairs = data.Data(None, None, report, checkable=True)
 
     def once(sweep: Sweep, name: str, *rest: Any) -> Any:
         names.append(name)
@@ -584,8 +584,8 @@ def test_a_sweeps_job_goes_on_where_it_was_on_the_day_that_the_sweep_was_started
         return load_data(*arguments, today=today)
 
     monkeypatch.setattr(data, "load", on_a_day)
-    small = ("optimizer=lora", "dataset.num_train=16", "dataset.num_eval=3", "tracker=none")
-    small += ("dataset.num_generations=0", "train.batch_size=5", "train.max_steps=2")
+    small = ["optimizer=lora", "dataset.num_train=16", "dataset.num_eval=3", "tracker=none"]
+    small += ["dataset.num_generations=0", "train.batch_size=5", "train.max_steps=2"]
     folder, stopped = sweep.folder / "0", load(*small, "train.max_hours=1e-9")
     with pytest.raises(Stopped):
         run.train(stopped, folder, choices={}, overrides=[], sweep=sweep)
