@@ -287,15 +287,15 @@ def any_worse(scores: list[Array]) -> bool:
 
 def coverage() -> Iterator[tuple[str, dict[str, float]]]:
     """Count intervals that hold their setting's share."""
-    for num_settings in (2, 8):
+    for num_settings, effect in ((2, RUN_EFFECT), (8, RUN_EFFECT), (2, NOISY)):
         for share in (0.8, 0.85, 0.9, 0.95, 0.98, 0.995):
             for num_pairs in (32, 64, 100, 200, 500):
                 held = 0
-                effects = [RUN_EFFECT] * num_settings
-                for accuracy in sweeps(equal(effects, share=share, num_pairs=num_pairs)):
+                alike = equal([effect] * num_settings, share=share, num_pairs=num_pairs)
+                for accuracy in sweeps(alike):
                     interval = Measure(accuracy, is_share=True).interval(0)
                     held += interval.low <= share <= interval.high
-                name = f"{num_settings} settings, share {share}, 3 x {num_pairs}"
+                name = f"{num_settings} settings at {effect}, share {share}, 3 x {num_pairs}"
                 yield name, {"coverage": held / NUM_SWEEPS}
 
 

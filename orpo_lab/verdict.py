@@ -57,7 +57,7 @@ MAX_SEEDS, MAX_FACTOR = 50, 50
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and its two-sided interval; NaN: there is no second seed."""
+    """An estimate and its two-sided interval; NaN: there is no second seed, or pair."""
 
     estimate: float
     low: float
@@ -165,7 +165,9 @@ class Measure:
         return self._by_run(self._between, self._chance, self.num_seeds, min_pool=math.inf)
 
     def _pair_variance(self, a: int, b: int | None) -> float:
-        """Return what the pairs add to the variance of a mean or a difference, less chance."""
+        """Return what pairs add to the variance of a mean or difference, less chance; NaN: one."""
+        if self.num_pairs < 2:
+            return math.nan
         settings = [a] if b is None else [a, b]
         h = self._by_pair[a] - (0.0 if b is None else self._by_pair[b])
         half_a_pair = sum((self._slopes[one] / 2 / self.num_pairs) ** 2 for one in settings)
@@ -317,7 +319,7 @@ class Measure:
 def _residual(scores: Array) -> float:
     """Return the variance of a score that neither its pair nor its run explains, [K, N]."""
     num_seeds, num_pairs = scores.shape
-    if num_seeds == 1:
+    if num_seeds == 1 or num_pairs == 1:
         return 0.0
     rest = scores - scores.mean(0) - scores.mean(1, keepdims=True) + scores.mean()
     return float((rest**2).sum() / ((num_seeds - 1) * (num_pairs - 1)))
