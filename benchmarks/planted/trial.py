@@ -128,6 +128,14 @@ class _Listener:
         self.num_passed = 0
         self.red: list[dict[str, Any]] = []
         self.not_collected: list[str] = []
+        self.running = ""
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.running = nodeid
+
+    def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+        """Take what pytest is interrupted by for a red test: a run that is stopped raises it."""
+        self.red.append({"test": self.running, "error": excinfo.exconly(), "is_slip": False})
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
@@ -173,7 +181,7 @@ def _run_tests(folder: Path, tests: Sequence[str], *, stop_at_first: bool) -> No
             options.append("-x")
         code = pytest.main([*options, f"--rootdir={tree}", *tests], plugins=[listener])
         code = _check_place(tree) or code
-        if code in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) or listener.not_collected:
+        if listener.red or listener.not_collected or code == pytest.ExitCode.OK:
             part = folder / "said.json.part"
             part.write_text(json.dumps(vars(listener)))
             part.rename(folder / "said.json")
