@@ -8,10 +8,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
+import launch as command
+from orpo_lab import config, guard, sweep
+from orpo_lab.errors import UserError
+from orpo_lab.run_folder import RunFolder
 from tests.conftest import ROOT
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
@@ -284,3 +289,47 @@ def test_a_number_in_a_recipe_where_text_belongs_is_refused(launch: Launch, tmp_
     (tmp_path / "own" / "experiment" / "mine.yaml").write_text(recipe)
     line = refused(launch("--config-dir", "own", "experiment=mine", expect=1))
     assert "model.revision is text, and 1.1 without quotes" in line
+
+
+def test_a_sweep_that_left_jobs_out_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep.Start, "sweep", None)
+    monkeypatch.setattr(command, "failures", [])
+    for left_out, code in (([], 0), (["optimizer=galore optimizer.r=8"], 1)):
+        monkeypatch.setattr(guard, "left_out", left_out)
+        assert command._close() == code
+
+
+def test_what_is_left_of_a_sweep_is_told_by_the_jobs_that_have_not_begun(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(command, "seconds", [10.0, 20.0])
+    said = "2 of 5 jobs ended after 0:00:30, about 0:00:45 left"
+    assert command._progress(2, 5) == said
+
+
+@pytest.mark.parametrize(("given", "name"), [(None, "now-2"), ("now", None)])
+def test_of_two_runs_in_a_second_one_gets_a_folder_beside_unless_it_has_chosen(
+    load: Callable[..., config.Config],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    given: str | None,
+    name: str | None,
+) -> None:
+    monkeypatch.setattr(command, "_given_folder", lambda: given)
+    folder = tmp_path / "now"
+    with RunFolder(folder).held() as is_free:
+        assert is_free
+        if name is None:
+            with pytest.raises(UserError, match="another process is running"):
+                command._alone(load(), folder).__enter__()
+        else:
+            with command._alone(load(), folder) as place:
+                assert place is not None
+                assert place.path.name == name
+
+
+def test_of_a_folder_given_twice_the_last_one_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = SimpleNamespace(hydra=["hydra.run.dir=a", "hydra.verbose=x", "hydra.run.dir='b c'"])
+    given = SimpleNamespace(overrides=overrides)
+    monkeypatch.setattr(command.HydraConfig, "get", lambda: given)
+    assert command._given_folder() == "b c"

@@ -127,3 +127,16 @@ def test_an_error_of_no_memory_names_what_takes_less(load: Load, overrides: str,
 )
 def test_other_errors_stay_what_they_are(error: Exception, ran_out: bool) -> None:
     assert memory.ran_out(error) == ran_out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts what is held of the GPU")
+def test_the_peak_is_the_most_that_was_held_since_it_was_reset() -> None:
+    size = 2**27
+    memory.reset_peak()
+    before = memory.peak_bytes()
+    held = b"1" * size
+    del held
+    peak = memory.peak_bytes()
+    assert peak >= before + size
+    memory.reset_peak()
+    assert memory.peak_bytes() <= peak - size

@@ -7,6 +7,7 @@ prompts are answered than pairs are held out.
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
@@ -17,6 +18,9 @@ import pytest
 import yaml
 
 from benchmarks.faults import processes
+from orpo_lab import tracker
+from orpo_lab.config import NoTracker
+from orpo_lab.sweep import Sweep
 
 BETAS, SEEDS = (0.05, 1.0), (3, 8)
 NUM_EVAL, NUM_ANSWERED = 37, 23
@@ -46,6 +50,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory, _server: None) -> Path:
     folder = tmp_path_factory.mktemp("seed_to_report")
     done = processes.start(folder / "said", list(SWEEP), at=folder).wait()
     assert done.code == 0, done.stdout + done.stderr
+    (folder / "said.txt").write_text(done.stdout)
     return folder / "sweep"
 
 
@@ -137,6 +142,30 @@ def test_every_run_has_its_own_figures_and_cost(sweep: Path, runs: list[Folder])
         assert row["GPU-hours"] == "0"
 
 
+def test_the_closing_table_has_every_runs_figures(sweep: Path, runs: list[Folder]) -> None:
+    said = sweep.with_name("said.txt").read_text()
+    for run in runs:
+        (line,) = re.findall(rf"^{re.escape(run.path.name)} +finished +(.*)$", said, re.MULTILINE)
+        found = {name: float(value) for name, value in re.findall(r"(\w+) (\d\.\d+)", line)}
+        figures = run.figures(run.after)
+        assert found.keys() == {"preference_accuracy", "exact_match", "chosen_nll"}
+        assert found == pytest.approx({key: figures[key] for key in found}, abs=5.1e-4)
+
+
+def test_the_tracker_gets_the_comparison(
+    sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(tracker, "publish_comparison", lambda *parts: published.append(parts))
+    folder = shutil.copytree(sweep, tmp_path / "sweep")
+    assert Sweep(folder).close(NoTracker()) == []
+    ((settings, where, verdict, rows),) = published
+    assert (settings, where) == (NoTracker(), folder)
+    report = (sweep / "report.md").read_text()
+    assert rows == tables(report)[0]
+    assert all(line in report for line in verdict)
+
+
 def test_the_page_says_what_the_text_says(sweep: Path) -> None:
     page = (sweep / "report.html").read_text()
     for table in tables((sweep / "report.md").read_text()):
@@ -162,7 +191,9 @@ def test_summaries_are_what_the_scores_come_to(runs: list[Folder]) -> None:
 def test_settings_share_the_untrained_model_and_no_two_runs_are_the_same(
     runs: list[Folder],
 ) -> None:
-    assert sorted((run.beta, run.seed) for run in runs) == [(b, s) for b in BETAS for s in SEEDS]
+    names = [f"beta={beta},seed={seed}" for beta in BETAS for seed in SEEDS]
+    assert [run.path.name for run in runs] == [f"{i}-{name}" for i, name in enumerate(names)]
+    assert [(run.beta, run.seed) for run in runs] == [(b, s) for b in BETAS for s in SEEDS]
     assert all(run.before == runs[0].before for run in runs)
     trained = [[row["chosen_logp"] for row in run.after] for run in runs]
     assert all(one != other for i, one in enumerate(trained) for other in trained[:i])

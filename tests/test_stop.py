@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from orpo_lab.run_folder import RunFolder
-from orpo_lab.stop import SIGNALS, Stop, Stopped
+from orpo_lab.stop import BUDGET, SIGNALS, Stop, Stopped
 from orpo_lab.sweep import Sweep
 from tests.conftest import EACH_LAUNCHER, ROOT
 
@@ -56,6 +56,18 @@ def test_a_second_signal_in_a_moment_is_the_same_request_and_a_later_one_does_no
         with pytest.raises(Stopped, match=r"^SIGTERM, then SIGINT$") as stopped:
             send(signal.SIGINT)
     assert stopped.value.exit_code == 130
+
+
+def test_a_budget_is_in_hours_and_a_signal_goes_before_it() -> None:
+    assert Stop(2.0).deadline - time.monotonic() == pytest.approx(7200, abs=10)
+    assert Stop(2.0).reason() == ""
+    spent = Stop(0.0)
+    assert spent.reason() == BUDGET
+    spent.waits = True
+    with spent.listening():
+        send(signal.SIGTERM)
+        send(signal.SIGINT)  # in the same moment
+    assert spent.reason() == "SIGTERM"
 
 
 def test_under_nohup_a_closed_terminal_stays_ignored() -> None:

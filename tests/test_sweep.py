@@ -111,6 +111,53 @@ def test_a_failed_job_runs_again_when_the_sweep_is_started_again_and_only_then(
     assert not try_again()
 
 
+def test_a_job_that_was_killed_runs_again_and_so_does_one_without_all_its_results(
+    load: Load, sweep: Sweep
+) -> None:
+    folder = sweep.folder / "0"
+    folder.mkdir()
+    with sweep.claim(load(), folder) as place:
+        assert place is not None
+        assert place.status()["state"] == "running", "as a process leaves it that is killed"
+    with sweep.claim(load(), folder) as place:
+        assert place is not None
+        place.set_status("finished", exit_code=0, missing={"samples.md": "no room"})
+    sweep.begin(accept_changes=False)
+    for is_tried in (True, False):
+        with sweep.claim(load(), folder) as place:
+            assert (place is not None) == is_tried
+
+
+def test_a_sweep_begins_without_what_a_killed_one_has_shared_and_keeps_its_start(
+    sweep: Sweep,
+) -> None:
+    before = json.loads((sweep.folder / "sweep.json").read_text())
+    started = "2024-02-29T12:00:00+00:00"
+    (sweep.folder / "sweep.json").write_text(json.dumps(before | {"started": started}))
+    (sweep.folder / CACHE).mkdir(exist_ok=True)
+    (sweep.folder / CACHE / "data-1").write_text("half")
+    sweep.begin(accept_changes=False)
+    assert not (sweep.folder / CACHE).exists()
+    assert sweep.started() == started
+    assert json.loads((sweep.folder / "sweep.json").read_text())["starts"] == 2
+
+
+def test_every_job_that_has_not_finished_fails_the_sweep(
+    sweep: Sweep, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("finished", "failed", "stopped", "running"):
+        place = RunFolder(sweep.folder / name)
+        place.set_status(name, "" if name == "finished" else f"why it has {name}")
+    figures = {"preference_accuracy": 0.75, "chosen_nll": 1.5}
+    before = dict.fromkeys(figures, 0.0)
+    summary = {"before": before, "after": figures}
+    RunFolder(sweep.folder / "finished").write_json("summary.json", summary)
+    assert sorted(sweep.close(config.NoTracker())) == ["failed", "running", "stopped"]
+    said = capsys.readouterr().out
+    assert "finished  finished  preference_accuracy 0.750  chosen_nll 1.500\n" in said
+    assert "stopped   stopped   why it has stopped\n" in said
+
+
 @pytest.mark.parametrize("name", [".cache/pip/wheel", "report.html", "sweep.json"])
 def test_a_folder_that_holds_files_and_no_sweep_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -252,7 +252,8 @@ def test_a_run_that_begins_anew_in_its_folder_is_one_run(
         run = start(tmp_path)
         run.log(1, {"loss": 1.0})
         run.finish(exit_code)
-    assert len(server.runs) == 1
+        (arrived,) = server.runs.values()
+        assert arrived["exit_code"] == exit_code
 
 
 def test_a_resumed_run_has_no_gap_and_no_step_twice(server: WandbServer, tmp_path: Path) -> None:
@@ -402,8 +403,11 @@ def test_our_own_names_win_over_wandbs(
     server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     variables(monkeypatch)
-    start(tmp_path, sweep=None, project="our-project", group="our-group").finish(0)
+    tags = [f"hf_{'a' * 34}"]
+    start(tmp_path, sweep=None, project="our-project", group="our-group", tags=tags).finish(0)
     sent = server.runs["their-run_id"]["upserts"][0]
+    assert {"***", "theirs"} <= set(sent["tags"])
+    assert not set(tags) & set(sent["tags"])
     assert [sent[key] for key in ("project", "displayName", "groupName")] == [
         "our-project",
         "a-run",

@@ -106,7 +106,10 @@ def table(outcomes: Sequence[tuple[Fault, Outcome]]) -> str:
 def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.planted")
-    parser.add_argument("--only", metavar="AREA", choices=catalogue.areas(), help="of this list")
+    areas = catalogue.areas()
+    parser.add_argument(
+        "--only", metavar="AREA", action="append", choices=areas, help="of this list; may repeat"
+    )
     parser.add_argument("--name", default="", metavar="TEXT", help="with TEXT in their names")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="at a time (default: 2)")
     parser.add_argument(
@@ -114,7 +117,7 @@ def main() -> None:
     )
     parser.add_argument("--list", action="store_true", help="print the names and plant nothing")
     asked = parser.parse_args()
-    faults = [fault for fault in catalogue.read(asked.only) if asked.name in fault.name]
+    faults = [fault for fault in catalogue.read(asked.only or areas) if asked.name in fault.name]
     if asked.list:
         print("\n".join(map(str, faults)))
         return

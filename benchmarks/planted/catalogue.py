@@ -14,6 +14,7 @@ Nothing here imports torch.
 
 import re
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,14 +42,9 @@ class Fault:
         return text.replace(self.old, self.new)
 
 
-def read(only: str | None = None) -> list[Fault]:
-    """Return the faults of every list, or of one area."""
-    return [
-        fault
-        for file in sorted(LISTS.glob("*.toml"))
-        if only in (None, file.stem)
-        for fault in _read_list(file)
-    ]
+def read(areas: Iterable[str]) -> list[Fault]:
+    """Return the faults of some lists."""
+    return [fault for area in areas for fault in _read_list(LISTS / f"{area}.toml")]
 
 
 def areas() -> list[str]:

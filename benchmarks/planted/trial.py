@@ -128,6 +128,14 @@ class _Listener:
         self.num_passed = 0
         self.red: list[dict[str, Any]] = []
         self.not_collected: list[str] = []
+        self.running = ""
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.running = nodeid
+
+    def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+        """Take what pytest is interrupted by for a red test: a run that is stopped raises it."""
+        self.red.append({"test": self.running, "error": excinfo.exconly(), "is_slip": False})
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
@@ -172,8 +180,8 @@ def _run_tests(folder: Path, tests: Sequence[str], *, stop_at_first: bool) -> No
         if stop_at_first:
             options.append("-x")
         code = pytest.main([*options, f"--rootdir={tree}", *tests], plugins=[listener])
-        code = _check_place(tree) or code
-        if code in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) or listener.not_collected:
+        _check_place(tree)
+        if listener.red or listener.not_collected or code == pytest.ExitCode.OK:
             part = folder / "said.json.part"
             part.write_text(json.dumps(vars(listener)))
             part.rename(folder / "said.json")
@@ -184,10 +192,8 @@ def _run_tests(folder: Path, tests: Sequence[str], *, stop_at_first: bool) -> No
         os._exit(70)
 
 
-def _check_place(tree: Path) -> int:
-    """Return an exit code if another tree than the copy was tested."""
-    found = [one.__file__ for name in OURS if (one := sys.modules.get(name))]
-    foreign = [one for one in found if one and not Path(one).is_relative_to(tree)]
-    if foreign:
-        print(f"not of the copy: {foreign}", file=sys.stderr)
-    return 71 if foreign else 0
+def _check_place(tree: Path) -> None:
+    """Check that what was tested is the copy."""
+    for module in filter(None, map(sys.modules.get, OURS)):
+        file = module.__file__
+        assert file is None or Path(file).is_relative_to(tree), f"{file} is not of the copy"
