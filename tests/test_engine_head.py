@@ -41,13 +41,13 @@ def test_values_and_gradients_are_those_of_log_softmax(
 ) -> None:
     monkeypatch.setattr(head, "CHUNK", 4)
     monkeypatch.setattr(head, "NUM_KEPT", num_kept)
-    states, weight, bias, targets = make(10, torch.float64)
+    states, weight, bias, targets = make(9, torch.float64)  # the last chunk is of one row
     inputs = (states, weight, bias) if has_bias else (states, weight)
     given = (states, weight, bias if has_bias else None, targets)
     ours = head.token_logps(*given, **CASES[case])
     theirs = reference(*given, **CASES[case])
     assert torch.allclose(ours, theirs, rtol=1e-12)
-    slopes = torch.linspace(-1, 2, 10, dtype=torch.float64)
+    slopes = torch.linspace(-1, 2, 9, dtype=torch.float64)
     expected = torch.autograd.grad(theirs, inputs, slopes)
     for _ in range(2):  # what was kept is used up by the first
         gradients = torch.autograd.grad(ours, inputs, slopes, retain_graph=True)
@@ -69,6 +69,21 @@ def test_a_frozen_head_gets_no_gradient_and_gives_the_same(case: str) -> None:
     assert weight.grad is bias.grad is None
     assert states.grad is not None
     assert torch.allclose(states.grad, expected, rtol=1e-10, atol=1e-14)
+
+
+def test_logits_whose_exponential_is_no_number_any_more_are_no_trouble() -> None:
+    states, weight, bias, targets = make(20, torch.float64)
+    steep = 1000 * states
+    theirs = reference(steep, weight, bias, targets, 1.0, None)
+    ours = head.token_logps(steep, weight, bias, targets, scale=1.0, softcap=None)
+    assert weight.mul(steep[:, None]).sum(-1).max() > 1000
+    assert torch.allclose(ours, theirs, rtol=1e-12)
+    for one, other in zip(
+        torch.autograd.grad(ours.sum(), (states, weight, bias), retain_graph=True),
+        torch.autograd.grad(theirs.sum(), (states, weight, bias)),
+        strict=True,
+    ):
+        assert torch.allclose(one, other, rtol=1e-10, atol=1e-10)
 
 
 def test_under_autocast_products_are_in_bf16_and_sums_in_fp32() -> None:

@@ -4,7 +4,7 @@ import random
 
 import torch
 
-from orpo_lab.engine.packing import Collator, pack
+from orpo_lab.engine.packing import Collator, pack, tokens_of
 
 PAIRS = [
     {"prompt_ids": [11, 12, 13], "chosen_ids": [21, 22], "rejected_ids": [31]},
@@ -59,3 +59,25 @@ def test_padding_is_never_scored_and_the_step_is_counted_whole() -> None:
     assert all(int(row["sources"].max()) < 6 for row in batch["micro_batches"])
     assert batch["counts"].tolist() == [[2, 2, 1], [0, 1, 2]]
     assert torch.equal(batch["counts"], torch.cat([r["counts"] for r in batch["micro_batches"]]))
+
+
+def test_a_step_is_packed_anew_for_a_lower_budget_as_if_it_had_been_so() -> None:
+    # Of equal lengths the order that they were given in decides
+    sizes = [(1, 2, 3), (2, 2, 1), (4, 4, 4), (1, 1, 3), (3, 1, 2), (2, 2, 2)]
+    ids = iter(range(1, 1000))
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+    pairs = [
+        {key: [next(ids) for _ in range(size)] for key, size in zip(columns, one, strict=True)}
+        for one in sizes
+    ]
+    step = collator(budget=18)(pairs)
+    # The last one is below two of the three rows, and that of a pair which no row can be below
+    for budget in (18, 17, 11, 6):
+        lowered = collator(budget=budget)
+        found, expected = lowered.within_budget(step), lowered(pairs)
+        assert found["rows"] == expected["rows"]
+        assert torch.equal(found["counts"], expected["counts"])
+        for one, other in zip(found["micro_batches"], expected["micro_batches"], strict=True):
+            assert torch.equal(one["input_ids"], other["input_ids"])
+            assert torch.equal(one["targets"], other["targets"])
+            assert tokens_of(one) <= max(budget, 12)

@@ -25,6 +25,7 @@ from orpo_lab.checkpoint import Spent
 from orpo_lab.data import Data
 from orpo_lab.engine import attention, head, packing, shared_prefix
 from orpo_lab.errors import UserError
+from orpo_lab.loss import Losses
 
 Load = Callable[..., config.Config]
 Build = Callable[..., Any]
@@ -125,7 +126,7 @@ def make_trainer(
     *overrides: str,
     dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """Return an engine's trainer of a model, whose one step takes all pairs."""
+    """Return an engine's trainer of a model, whose one step takes all pairs; others are held out."""
     loaded = load(
         "optimizer=adamw",
         "beta=0.3",
@@ -136,12 +137,13 @@ def make_trainer(
         "train.max_grad_norm=0",
         *overrides,
     )
-    rows = datasets.Dataset.from_list(pairs)
+    train = datasets.Dataset.from_list(pairs)
+    held_out = datasets.Dataset.from_list(make_pairs(max(1, len(pairs) - 1), seed=99))
     return engine.build(
         loaded,
         model=model,
         tokenizer=tokenizer,
-        data=Data(rows, rows, {}, checkable=False),
+        data=Data(train, held_out, {}, checkable=False),
         arguments=trainer.arguments(loaded, folder, dtype),
         optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
         callbacks=[],
@@ -387,14 +389,30 @@ def test_flex_attention_reads_a_row_as_it_is_read_by_pair(build: Build, name: st
         assert torch.allclose(value, flex[part], atol=2e-5), part
 
 
+@pytest.mark.usefixtures("plain_flex")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("window", [4, 5, 6])
+def test_flex_attention_sees_as_far_as_the_longest_sequence_is(build: Build, window: int) -> None:
+    """Which has 6 tokens, is a rejected one and of the second pair."""
+    pairs = [
+        {"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8]},
+        {"prompt_ids": [9, 10], "chosen_ids": [11], "rejected_ids": [12, 13, 14, 15]},
+    ]
+    built = build(make_model("mistral_sliding", sliding_window=window), pairs)
+    by_pair = logps(built, pairs)
+    built.attention_implementation = attention.FLEX
+    flex = logps(built, pairs)
+    for part, value in by_pair.items():
+        assert torch.allclose(value, flex[part], atol=2e-5), part
+
+
 def test_it_logs_trls_metrics_and_evaluates_as_trl_does(build: Build) -> None:
-    pairs = make_pairs(6)
+    pairs = make_pairs(12)
     model = make_model("llama")
     lines = {}
-    for which in ("ours", "trl"):
-        built = build(
-            copy.deepcopy(model), pairs, "train.eval_steps=1", *(TRL if which == "trl" else ())
-        )
+    # A step of ours, and an evaluation, of several micro-batches
+    for which, engine_keys in {"ours": ("engine.tokens_per_microbatch=128",), "trl": TRL}.items():
+        built = build(copy.deepcopy(model), pairs, "train.eval_steps=1", *engine_keys)
         built.train()
         lines[which] = built.state.log_history[:2]
     for ours, theirs in zip(lines["ours"], lines["trl"], strict=True):
@@ -404,6 +422,28 @@ def test_it_logs_trls_metrics_and_evaluates_as_trl_does(build: Build) -> None:
         assert expected == ours.keys() - timing
         for key in expected:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), key
+
+
+def test_a_pair_that_is_as_likely_either_way_is_not_preferred() -> None:
+    chosen, rejected = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.0, -2.5, -2.0])
+    zero = torch.zeros(())
+    losses = Losses(zero, zero, zero.expand(3), zero.expand(3), chosen, rejected)
+    metrics = shared_prefix.pair_metrics(losses, 0.1, torch.tensor(3.0))
+    assert metrics["preference_accuracy"].tolist() == [0, 1, 0]
+    assert metrics["rewards/accuracies"].tolist() == [0, 1, 0]
+
+
+def test_a_budget_is_lowered_and_never_raised(build: Build) -> None:
+    built = build(make_model("llama"), make_pairs(2), "engine.tokens_per_microbatch=200")
+    for asked, found in ((None, 200), (500, 200), (150, 150)):
+        built.token_budget = asked
+        assert built.token_budget == asked
+        assert built.data_collator.budget == found
+
+
+def test_by_default_two_of_the_longest_sequences_fit_a_micro_batch() -> None:
+    assert shared_prefix.default_budget(1000) == 2000
+    assert shared_prefix.default_budget(100) == shared_prefix.MIN_BUDGET
 
 
 class Largest(TorchDispatchMode):

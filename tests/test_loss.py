@@ -92,3 +92,59 @@ def test_log_odds_ratio_is_that_of_the_paper() -> None:
     odds = [(0.8 / 0.2) / (0.5 / 0.5), (0.3 / 0.7) / (0.6 / 0.4)]
     expected = [math.log(one) for one in odds]
     assert log_odds_ratio(chosen, rejected).tolist() == pytest.approx(expected, rel=1e-5)
+    # Of numbers in half precision it is computed as if they were in fp32
+    narrow = chosen.bfloat16(), rejected.bfloat16()
+    wide = log_odds_ratio(*(one.float() for one in narrow))
+    assert torch.equal(log_odds_ratio(*narrow), wide)
+
+
+def by_equations(pairs: list[Any], beta: float, scope: str, mean: str, penalty: str) -> float:
+    """The loss of a step in plain floats, from each pair's (sum, count) of its three parts."""
+    learned = [[part for part in pair[:2] if part[1]] for pair in pairs]
+    if scope == "completion":
+        learned = [parts[-1:] for parts in learned]
+    sums = [sum(one for one, _ in parts) for parts in learned]
+    counts = [sum(num for _, num in parts) for parts in learned]
+    nll = -sum(sums) / sum(counts)
+    if mean == "sequences":
+        nll = -sum(one / num for one, num in zip(sums, counts, strict=True)) / len(pairs)
+
+    def log_odds(part: tuple[float, int]) -> float:
+        p = math.exp(part[0] / part[1])
+        return math.log(p / (1 - p))
+
+    ratios = [log_odds(chosen) - log_odds(rejected) for _, chosen, rejected in pairs]
+    if penalty == "log_sigmoid":
+        ratios = [-math.log1p(math.exp(-one)) for one in ratios]
+    return nll - beta * sum(ratios) / len(ratios)
+
+
+@pytest.mark.parametrize("penalty", ["log_sigmoid", "log_odds"])
+@pytest.mark.parametrize("mean", ["tokens", "sequences"])
+@pytest.mark.parametrize("scope", ["prompt_and_completion", "completion"])
+def test_the_shares_of_a_steps_parts_add_up_to_its_equations(
+    scope: str, mean: str, penalty: str
+) -> None:
+    objective = Objective(nll_scope=scope, nll_mean=mean, penalty=penalty)
+    counts = torch.tensor([[3, 5, 2], [0, 1, 4], [6, 2, 9], [2, 7, 3], [1, 3, 1]])
+    draw = torch.Generator().manual_seed(0)
+    logps = -counts * (0.2 + torch.rand(5, 3, generator=draw, dtype=torch.float64))
+    if scope == "completion":  # what the prompt comes to is not asked for then
+        counts[:, 0], logps[:, 0] = 0, 0
+    num_tokens = counts[:, :2].sum()
+    losses = [
+        orpo(
+            logps[part],
+            counts[part],
+            beta=0.3,
+            objective=objective,
+            num_tokens=num_tokens,
+            num_pairs=torch.tensor(5),
+        ).loss
+        for part in (slice(0, 1), slice(1, 4), slice(4, 5))
+    ]
+    pairs = [
+        list(zip(*one, strict=True)) for one in zip(logps.tolist(), counts.tolist(), strict=True)
+    ]
+    expected = by_equations(pairs, 0.3, scope, mean, penalty)
+    assert sum(losses).item() == pytest.approx(expected, rel=1e-12)

@@ -21,6 +21,7 @@ import torch
 from orpo_lab import checkpoint, config, data, optimizer, trainer
 from orpo_lab.checkpoint import Made, Spent
 from orpo_lab.errors import NonFiniteError, UserError
+from orpo_lab.galore import GaLore
 from orpo_lab.run_folder import RunFolder
 from orpo_lab.stop import Stop
 from orpo_lab.tracker import Untracked
@@ -37,6 +38,7 @@ SMALL = (
 
 
 GALORE = "optimizer=galore optimizer.update_proj_gap=3"
+PARTS = ["prompt_ids", "chosen_ids", "rejected_ids"]
 
 
 def fit(
@@ -148,16 +150,26 @@ def test_a_diverging_run_ends_red_and_leaves_no_model(launch: Launch, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("schedule", "betas"),
-    [("constant", [0.3] * 5), ("linear", [0.3, 0.25, 0.2, 0.15, 0.1])],
+    ("schedule", "length", "betas"),
+    [
+        ("constant", "train.max_steps=5", [0.3] * 5),
+        # Of eight steps an epoch
+        ("linear", "train.max_steps=null train.num_epochs=0.6", [0.3, 0.25, 0.2, 0.15, 0.1]),
+    ],
 )
 def test_beta_is_logged_at_every_logging_step(
-    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path, schedule: str, betas: list[float]
+    load: Load,
+    build_model: Any,
+    tokenizer: Any,
+    tmp_path: Path,
+    schedule: str,
+    length: str,
+    betas: list[float],
 ) -> None:
     loaded = load(
         "optimizer=lora",
         *SMALL,
-        "train.max_steps=5",
+        *length.split(),
         "train.logging_steps=1",
         "beta=0.3",
         "beta_end=0.1",
@@ -361,7 +373,14 @@ def test_evaluation_during_training_reports_trls_metrics(
 ) -> None:
     logging.getLogger("orpo_lab").propagate = True
     loaded = load("optimizer=lora", *SMALL, "train.max_steps=4", "train.eval_steps=2")
-    _, place = fit(loaded, build_model(loaded), tokenizer, tmp_path)
+    network, modes = build_model(loaded), []
+    norms = [one for name, one in network.named_modules() if name.endswith("norm")]
+    norms[-1].register_forward_hook(
+        lambda module, *_: modes.append((module.training, torch.is_grad_enabled()))
+    )
+    _, place = fit(loaded, network, tokenizer, tmp_path)
+    # Also after an evaluation a step is taken in training mode, with dropout
+    assert set(modes) == {(True, True), (False, False)}
     evaluated = [line for line in place.metrics() if "eval_loss" in line]
     assert [line["step"] for line in evaluated] == [2, 4]
     assert {"eval_rewards/margins", "eval_preference_accuracy"} <= evaluated[0].keys()
@@ -449,6 +468,52 @@ def test_a_step_without_enough_memory_is_taken_again_with_half_the_budget(
     for name, one in weights(network).items():
         assert torch.equal(one, weights(other)[name]), name
     assert place.metrics() == expected.metrics()
+
+
+def test_memory_for_one_pair_at_a_time_is_enough(
+    load: Load,
+    build_model: Any,
+    tokenizer: Any,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    logging.getLogger("orpo_lab").propagate = True
+    # Of seven pairs one is alone in its row before the others are
+    loaded = load("optimizer=adamw", *SMALL, "train.batch_size=7", "train.max_steps=1")
+    rows = data.load(loaded.dataset, tokenizer).train
+    longest = max(sum(map(len, row.values())) for row in rows.select_columns(PARTS))
+    network = build_model(loaded)
+
+    def hook(module: Any, args: Any, output: Any) -> None:
+        if module.training and output.shape[1] > longest:
+            out_of_gpu_memory()
+
+    norms = [one for name, one in network.named_modules() if name.endswith("norm")]
+    norms[-1].register_forward_hook(hook)
+    stats, _ = fit(loaded, network, tokenizer, tmp_path)
+    assert stats.steps == 1
+    said = [one.message for one in caplog.records if "out of memory" in one.message]
+    # From seven in a row to one: each time the rows are half as wide
+    assert 2 <= len(said) <= 3
+
+
+def test_a_basis_that_was_taken_before_memory_ran_out_is_not_taken_again(
+    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = ("optimizer.layerwise=true", "optimizer.rotate_moments=true", "train.max_steps=1")
+    loaded = load(GALORE.split()[0], *SMALL, *ROOMY, *keys)
+    network = build_model(loaded)
+    calls = run_out(network, 2, out_of_gpu_memory)
+    taken, refresh = [], GaLore._refresh
+
+    def counted(self: GaLore, slot: Any, gradient: torch.Tensor) -> None:
+        taken.append(slot.index)
+        refresh(self, slot, gradient)
+
+    monkeypatch.setattr(GaLore, "_refresh", counted)
+    fit(loaded, network, tokenizer, tmp_path)
+    assert calls[0] > 3, "the step was taken again, after its first micro-batch"
+    assert sorted(taken) == list(range(7 * network.config.num_hidden_layers))
 
 
 def test_memory_that_runs_out_later_changes_the_packing_and_nothing_else(
