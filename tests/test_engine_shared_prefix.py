@@ -126,7 +126,7 @@ def make_trainer(
     *overrides: str,
     dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """Return an engine's trainer of a model, whose one step takes all pairs; others are held out."""
+    """Return an engine's trainer of a model, whose step takes all pairs; others are held out."""
     loaded = load(
         "optimizer=adamw",
         "beta=0.3",

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from hydra.core.hydra_config import HydraConfig
 
 import launch as command
 from orpo_lab import config, guard, sweep
@@ -103,8 +104,8 @@ def test_a_sweep_may_go_over_all_options_that_a_pattern_names(launch: Launch) ->
 
 @pytest.mark.parametrize("path", ["'*'", "*"])
 def test_a_path_may_be_a_pattern_and_is_no_list(launch: Launch, path: str) -> None:
-    for sweep in ([], ["-m"]):
-        line = refused(launch(*sweep, "model=local", f"model.path={path}", expect=1))
+    for flags in ([], ["-m"]):
+        line = refused(launch(*flags, "model=local", f"model.path={path}", expect=1))
         assert "model.path=* is neither a folder nor a hub name" in line
 
 
@@ -331,5 +332,5 @@ def test_of_two_runs_in_a_second_one_gets_a_folder_beside_unless_it_has_chosen(
 def test_of_a_folder_given_twice_the_last_one_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     overrides = SimpleNamespace(hydra=["hydra.run.dir=a", "hydra.verbose=x", "hydra.run.dir='b c'"])
     given = SimpleNamespace(overrides=overrides)
-    monkeypatch.setattr(command.HydraConfig, "get", lambda: given)
+    monkeypatch.setattr(HydraConfig, "get", lambda: given)
     assert command._given_folder() == "b c"
