@@ -131,12 +131,12 @@ def test_other_errors_stay_what_they_are(error: Exception, ran_out: bool) -> Non
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts what is held of the GPU")
 def test_the_peak_is_the_most_that_was_held_since_it_was_reset() -> None:
-    size = 2**27
+    size, exact = 2**27, 0.95  # Linux counts pages in batches
     memory.reset_peak()
     before = memory.peak_bytes()
     held = b"1" * size
     del held
     peak = memory.peak_bytes()
-    assert peak >= before + size
+    assert peak >= before + exact * size
     memory.reset_peak()
-    assert memory.peak_bytes() <= peak - size
+    assert memory.peak_bytes() <= peak - exact * size
