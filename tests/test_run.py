@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -16,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from orpo_lab import trainer
+from orpo_lab import run, trainer
 from orpo_lab.run_folder import RunFolder
 from orpo_lab.stop import Stopped
 from tests.conftest import ROOT
@@ -311,6 +312,14 @@ def test_a_run_stopped_after_its_last_step_takes_no_other(
     assert place.is_complete()
     assert "resuming from step 2" in place.file("run.log").read_text()
     assert place.file("final/adapter_model.safetensors").read_bytes() == trained
+
+
+def test_after_a_run_the_log_is_as_its_caller_had_it(tmp_path: Path) -> None:
+    log = logging.getLogger("orpo_lab")
+    before = (log.level, log.propagate, [*log.handlers])
+    with run._said_in(RunFolder(tmp_path)):
+        assert not log.propagate
+    assert (log.level, log.propagate, [*log.handlers]) == before
 
 
 def test_an_adapter_finds_its_base_and_its_card_tells_of_no_machine(
