@@ -119,10 +119,11 @@ def _check(arguments: Sequence[str]) -> None:
         key = one.removeprefix("~").partition("=")[0]
         if one.startswith("~") and key in config.all_fields():
             raise UserError(f"{one}: no key can be taken away; give it a value, {key}=...")
+        # The library that saves tokenizers takes no such name, and that comes after training
         if re.search("[\ud800-\udfff]", one):
             raise UserError(
-                f"{one} holds bytes that are no text in {sys.getfilesystemencoding()}, and no "
-                "tokenizer is saved under such a name; give another, or set LC_ALL=C.UTF-8"
+                f"{one} holds bytes that are no text in {sys.getfilesystemencoding()}; give "
+                "another name, or set LC_ALL=C.UTF-8"
             )
 
 

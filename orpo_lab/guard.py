@@ -45,7 +45,7 @@ def install() -> None:
     """Let Hydra compose and save through this module, once the flags are known to be harmless.
 
     Raises:
-        UserError: a flag would have a pickle or a Python package loaded, or there is none such.
+        UserError: a flag is unknown, or would have a pickle or a Python package loaded.
     """
     flags, unknown = get_args_parser().parse_known_intermixed_args()
     if unknown:

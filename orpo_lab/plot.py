@@ -120,8 +120,8 @@ CURVES = (
     ("preference_accuracy", "training preference accuracy"),
     ("logp_margin", "training logp margin (nats)"),
 )
-# From dark to light; what any two of them are apart in is more than lightness or one of the hues
-# that colour-blind readers take for another, and all are readable on white
+# From dark to light; chosen so that colour-blind readers tell any two apart, and all are readable
+# on white
 COLOURS = (
     "#000000",
     "#332288",

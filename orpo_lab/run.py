@@ -422,11 +422,14 @@ def _said_in(place: RunFolder) -> Iterator[None]:
     for handler in handlers:
         handler.setFormatter(MaskingFormatter())
         log.addHandler(handler)
+    level, propagates = log.level, log.propagate
     log.setLevel(logging.INFO)
     log.propagate = False
     try:
         yield
     finally:
+        log.setLevel(level)
+        log.propagate = propagates
         for handler in handlers:
             log.removeHandler(handler)
             handler.close()

@@ -275,7 +275,6 @@ def test_of_a_small_file_a_fifth_is_held_out_and_a_number_that_is_given_is_exact
     held_out: int,
     says: str | None,
 ) -> None:
-    logging.getLogger("orpo_lab").propagate = True
     caplog.set_level(logging.INFO)
     rows = [{"prompt": f"add {a} and 2.", "chosen": "3", "rejected": "4"} for a in range(num_rows)]
     file = write_rows(tmp_path / "rows.jsonl", rows)

@@ -1,7 +1,6 @@
 """Weights and tokenizers: what a folder holds, and every fallback."""
 
 import json
-import logging
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -153,7 +152,6 @@ def cuda(*, bf16: bool, monkeypatch: pytest.MonkeyPatch) -> torch.device:
 def test_a_precision_that_the_device_lacks_falls_back_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logging.getLogger("orpo_lab").propagate = True
     caplog.set_level("INFO")
     old = cuda(bf16=False, monkeypatch=monkeypatch)
     assert model.resolve_dtype("bf16", old) == torch.float16
@@ -166,7 +164,6 @@ def test_a_precision_that_the_device_lacks_falls_back_and_says_so(
 
 
 def test_no_flash_attention_means_sdpa(caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("orpo_lab").propagate = True
     caplog.set_level("INFO")
     cpu = torch.device("cpu")
     assert model.resolve_attention("auto", cpu, torch.bfloat16) is None  # transformers' choice
@@ -365,7 +362,6 @@ def test_loading_draws_nothing_from_the_seed(load: Load, base: Path) -> None:
 def test_a_model_without_sdpa_is_read_with_eager_attention_which_is_said(
     load: Load, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logging.getLogger("orpo_lab").propagate = True
     caplog.set_level("INFO")
     network = load_base(load, architecture(tmp_path, "bloom", n_layer=2, n_head=4))
     assert network.config._attn_implementation == "eager"
@@ -430,7 +426,6 @@ def test_longrope_is_refused_where_a_row_would_change_the_rows_beside_it(load: L
 def test_a_spare_token_is_warned_of_and_refused_in_a_text(
     load: Load, base: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logging.getLogger("orpo_lab").propagate = True
     words = json.loads((base / "tokenizer.json").read_text())
     spare = {**words["added_tokens"][0], "id": 696, "content": "<image_soft_token>"}
     words["added_tokens"].append(spare)
@@ -457,7 +452,6 @@ def test_a_tokenizer_of_another_model_is_refused(load: Load, base: Path) -> None
 def test_adapters_on_special_tokens_that_were_never_trained_are_warned_of(
     load: Load, base: Path, caplog: pytest.LogCaptureFixture, optimizer: str, warned: bool
 ) -> None:
-    logging.getLogger("orpo_lab").propagate = True
 
     def forget(old: dict[str, Any]) -> dict[str, Any]:
         old["model.embed_tokens.weight"][2] = 0
@@ -477,7 +471,6 @@ def local(load: Load, folder: Path) -> config.Model:
 def test_missing_template_and_pad_token_are_filled_in_and_said(
     load: Load, bare: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logging.getLogger("orpo_lab").propagate = True
     caplog.set_level("INFO")
     settings = local(load, bare)
     tokenizer = model.load_tokenizer(settings, model.load_config(settings))

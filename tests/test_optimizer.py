@@ -1,7 +1,6 @@
 """Optimizers: each setting reaches the arithmetic, held against torch AdamW and galore-torch."""
 
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,7 +136,6 @@ def test_galore_defaults_follow_the_model_and_the_run() -> None:
 def test_galore_says_what_it_projects_and_warns_where_it_is_plain_adam(
     load: Load, build_model: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logging.getLogger("orpo_lab").propagate = True
     caplog.set_level("INFO")
     loaded = load("optimizer=galore", "optimizer.rank=64", "optimizer.update_proj_gap=50")
     network = build_model(loaded)
@@ -239,7 +237,6 @@ def test_steps_of_a_real_model_with_three_bases_are_galore_torchs(
 def test_what_is_projected_follows_the_stated_rules(
     load: Load, build_model: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logging.getLogger("orpo_lab").propagate = True
     caplog.set_level("INFO")
     loaded = load("optimizer=galore", "optimizer.weight_decay=0.1")
     network = build_model(loaded)
@@ -267,7 +264,6 @@ def test_what_is_projected_follows_the_stated_rules(
 def test_the_memory_account_is_said_at_the_start(
     load: Load, build_model: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logging.getLogger("orpo_lab").propagate = True
     caplog.set_level("INFO")
     loaded = load("optimizer=galore")
     network = build_model(loaded)

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import importlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -593,6 +594,14 @@ def test_a_sweeps_job_goes_on_where_it_was_on_the_day_that_the_sweep_was_started
     assert "resuming from step 1" in (folder / "run.log").read_text()
     assert RunFolder(folder).is_complete()
     assert days == [date(2024, 2, 29)], "tokenized once"
+
+
+def test_after_a_run_the_log_is_as_its_caller_had_it(tmp_path: Path) -> None:
+    log = logging.getLogger("orpo_lab")
+    before = (log.level, log.propagate, [*log.handlers])
+    with run._said_in(RunFolder(tmp_path)):
+        assert not log.propagate
+    assert (log.level, log.propagate, [*log.handlers]) == before
 
 
 def test_an_adapter_finds_its_base_and_its_card_tells_of_no_machine(

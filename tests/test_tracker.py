@@ -2,7 +2,6 @@
 
 import http.server
 import json
-import logging
 import os
 import shutil
 import ssl
@@ -85,7 +84,6 @@ def _own_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[N
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    logging.getLogger("orpo_lab").propagate = True
     wandb.teardown()
     yield
     wandb.teardown()

@@ -195,7 +195,6 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_capped(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    logging.getLogger("orpo_lab").propagate = True
     for name, overrides in {"lora": ["optimizer=lora"], "galore": GALORE.split()}.items():
         loaded = load(
             *overrides,
@@ -287,7 +286,6 @@ def test_steps_are_counted_from_epochs(load: Load) -> None:
 
 def said_of_length(caplog: pytest.LogCaptureFixture, loaded: config.Config) -> list[Any]:
     """Return what is said of a run on 64 pairs."""
-    logging.getLogger("orpo_lab").propagate = True
     caplog.clear()
     caplog.set_level(logging.INFO)
     trainer.say_length(loaded, 64)
@@ -371,7 +369,6 @@ def test_a_bar_is_left_in_80_columns_however_long_the_run(
 def test_evaluation_during_training_reports_trls_metrics(
     load: Load, build_model: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
-    logging.getLogger("orpo_lab").propagate = True
     loaded = load("optimizer=lora", *SMALL, "train.max_steps=4", "train.eval_steps=2")
     network, modes = build_model(loaded), []
     norms = [one for name, one in network.named_modules() if name.endswith("norm")]
@@ -452,7 +449,6 @@ def test_a_step_without_enough_memory_is_taken_again_with_half_the_budget(
     overrides: str,
     at: int,
 ) -> None:
-    logging.getLogger("orpo_lab").propagate = True
     common = (*overrides.split(), *SMALL, *ROOMY, "train.max_steps=3")
     network = build_model(load(*common))
     run_out(network, at, of_memory)
