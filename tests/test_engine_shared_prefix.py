@@ -228,8 +228,12 @@ def test_gradient_checkpointing_and_adapters_are_trls(
             if "lora_B" in parameter_name:
                 torch.nn.init.normal_(p, 0, 0.1)
     theirs = step(build(copy.deepcopy(model), pairs, *TRL))
-    ours = step(build(model, pairs, "train.gradient_checkpointing=true"))
-    assert_same(ours, theirs, 1e-5)
+    built = build(model, pairs, "train.gradient_checkpointing=true")
+    calls = []
+    last_layer = shared_prefix.causal_model(model).model.layers[-1]
+    last_layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    assert_same(step(built), theirs, 1e-5)
+    assert len(calls) == 2, "and once more going backward"
 
 
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
@@ -470,6 +474,7 @@ def test_logits_of_a_step_never_exist_at_once(build: Build) -> None:
     with Largest() as largest:
         built.training_step(built.model, batch)
     assert head.CHUNK * vocabulary <= largest.size < num_scored * vocabulary
+    assert not any(sums.requires_grad for sums in built._sums.values()), "nor what they come from"
 
 
 class Synchronisations(TorchDispatchMode):

@@ -23,7 +23,7 @@ SETTINGS = (
 )
 
 
-def build(loaded: config.Config, network: Any, num_steps: int = 10) -> torch.optim.Optimizer:
+def build(loaded: config.Config, network: Any, num_steps: int = 10) -> Any:
     return optimizer.build(loaded, network, num_steps=num_steps, dtype=torch.float32)
 
 
@@ -131,6 +131,7 @@ def test_galore_defaults_follow_the_model_and_the_run() -> None:
     assert optimizer.default_gap(120) == 24
     assert optimizer.default_gap(2000) == 200
     assert optimizer.num_refreshes(120, 24) == 5
+    assert optimizer.num_refreshes(121, 24) == 6
 
 
 def test_galore_says_what_it_projects_and_warns_where_it_is_plain_adam(
@@ -145,7 +146,7 @@ def test_galore_says_what_it_projects_and_warns_where_it_is_plain_adam(
     assert "not below half the smaller side" in caplog.text
     assert "take a basis 2 times, fewer than 3" in caplog.text
     caplog.clear()
-    build(load("optimizer=galore"), network, num_steps=100)
+    build(load("optimizer=galore", "optimizer.update_proj_gap=40"), network, num_steps=100)
     assert {record.levelname for record in caplog.records} == {"INFO"}
 
 
@@ -172,6 +173,7 @@ def test_our_galore_gets_every_setting(load: Load, build_model: Any) -> None:
         "optimizer.refresh=randomized",
         "optimizer.stagger_refresh=false",
         "optimizer.rotate_moments=true",
+        "seed=7",
     ):
         changed, _ = made(setting)
         assert any(not torch.equal(plain[name], changed[name]) for name in plain), setting
@@ -273,6 +275,35 @@ def test_the_memory_account_is_said_at_the_start(
     assert len(said) == 2
     weights = [float(line.split("weights ")[-1].split(",")[0]) for line in said]
     assert sum(weights) == pytest.approx(size, abs=0.1)
+
+
+def test_galore_clips_only_where_nothing_else_can(load: Load, build_model: Any) -> None:
+    loaded = load("optimizer=galore", "train.max_grad_norm=1e-3")
+    assert build(loaded, build_model(loaded)).max_grad_norm == 0
+    layerwise = load("optimizer=galore", "train.max_grad_norm=1e-3", "optimizer.layerwise=true")
+    network = build_model(layerwise)
+    made = build(layerwise, network)
+    ids = torch.arange(3, 20)[None]
+    network(input_ids=ids, labels=ids).loss.backward()
+    norms = []
+
+    def look(*_: Any) -> None:
+        norms.append(float(torch.nn.utils.get_total_norm(made.gradients())))
+
+    made.inner.register_step_pre_hook(look)
+    made.step()
+    assert norms == [pytest.approx(1e-3, rel=1e-2)]
+
+
+def test_fp16_takes_its_bases_where_gradients_are_unscaled(load: Load, build_model: Any) -> None:
+    loaded = load("optimizer=galore")
+    network = build_model(loaded)
+    made: Any = optimizer.build(loaded, network, num_steps=10, dtype=torch.float16)
+    bases = [state["basis"] for state in made.state.values()]
+    before = [one.clone() for one in bases]
+    ids = torch.arange(3, 20)[None]
+    network(input_ids=ids, labels=ids).loss.backward()
+    assert all(torch.equal(one, old) for one, old in zip(bases, before, strict=True))
 
 
 def test_layerwise_in_fp16_is_refused(load: Load, build_model: Any) -> None:

@@ -11,20 +11,24 @@ import subprocess
 import sys
 import termios
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import datasets
 import pytest
 import torch
+from torch.nn.modules.module import _IncompatibleKeys
+from transformers import TrainerControl, TrainerState
 
 from orpo_lab import checkpoint, config, data, optimizer, trainer
 from orpo_lab.checkpoint import Made, Spent
 from orpo_lab.errors import NonFiniteError, UserError
 from orpo_lab.galore import GaLore
 from orpo_lab.run_folder import RunFolder
-from orpo_lab.stop import Stop
-from orpo_lab.tracker import Untracked
+from orpo_lab.stop import Stop, Stopped
+from orpo_lab.tracker import Run, Untracked
 
 Load = Callable[..., config.Config]
 Launch = Callable[..., subprocess.CompletedProcess[str]]
@@ -47,6 +51,8 @@ def fit(
     tokenizer: Any,
     folder: Path,
     start: checkpoint.Checkpoint | None = None,
+    log_to: Run | None = None,
+    stop: Stop | None = None,
 ) -> tuple[trainer.TrainStats, RunFolder]:
     place = RunFolder(folder)
     stats = trainer.fit(
@@ -56,22 +62,22 @@ def fit(
         data=data.load(loaded.dataset, tokenizer),
         dtype=torch.float32,
         place=place,
-        log_to=Untracked(),
+        log_to=log_to or Untracked(),
         made=Made("", "", ""),
         start=start,
-        stop=Stop(),
+        stop=stop or Stop(),
     )
     return stats, place
 
 
-def poison(what: str, network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make one number non-finite from the third step on, in the forward or the backward pass."""
+def poison(what: str, network: Any, num_fine: int = 2) -> None:
+    """Make numbers non-finite after so many steps, in the forward or the backward pass."""
     calls = {"num": 0}
     last_norm = [module for name, module in network.named_modules() if name.endswith("norm")][-1]
 
     def forward_hook(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
         calls["num"] += module.training
-        if calls["num"] <= 2:
+        if calls["num"] <= num_fine:
             return output
         if what == "loss":
             return output * float("nan")
@@ -99,14 +105,13 @@ def test_a_non_finite_number_stops_the_run_before_any_weight_takes_it(
     build_model: Any,
     tokenizer: Any,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     what: str,
     said: str,
     overrides: str,
 ) -> None:
     loaded = load(*overrides.split(), *SMALL, "train.max_steps=5", "train.logging_steps=1")
     network = build_model(loaded)
-    poison(what, network, monkeypatch)
+    poison(what, network)
     with pytest.raises(NonFiniteError, match=f"step 3: {said}") as stop:
         fit(loaded, network, tokenizer, tmp_path)
     assert "learning_rate" in str(stop.value)
@@ -114,19 +119,70 @@ def test_a_non_finite_number_stops_the_run_before_any_weight_takes_it(
     assert [line["step"] for line in RunFolder(tmp_path).metrics()] == [1, 2]
 
 
-def test_a_fault_between_logging_steps_is_found_before_a_checkpoint(
-    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("end", ["train.save_steps=4", "train.max_steps=4"])
+def test_a_fault_between_logging_steps_is_found_before_a_checkpoint_or_the_end(
+    load: Load,
+    build_model: Any,
+    tokenizer: Any,
+    tmp_path: Path,
+    end: str,
 ) -> None:
-    loaded = load(
-        "optimizer=lora", *SMALL, "train.max_steps=8", "train.logging_steps=8", "train.save_steps=4"
-    )
+    loaded = load("optimizer=lora", *SMALL, "train.max_steps=8", "train.logging_steps=8", end)
     network = build_model(loaded)
-    poison("gradient", network, monkeypatch)
+    poison("gradient", network)
     with pytest.raises(NonFiniteError, match="step 3: the gradient norm is"):
         fit(loaded, network, tokenizer, tmp_path)
     assert all(torch.isfinite(p).all() for p in network.parameters() if p.is_floating_point())
     assert not list(tmp_path.glob("checkpoints/checkpoint-*"))
     assert [line["step"] for line in RunFolder(tmp_path).metrics()] == [1]
+
+
+def test_the_loss_of_every_micro_batch_is_looked_at(
+    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    keys = ("engine.tokens_per_microbatch=200", "train.max_steps=1")
+    loaded = load("optimizer=lora", *SMALL, *keys)
+    network, calls = build_model(loaded), [0]
+
+    def spoil_first(module: Any, args: Any, output: Any) -> Any:
+        calls[0] += 1
+        return output * math.nan if calls[0] == 1 else output
+
+    last_norm = [one for key, one in network.named_modules() if key.endswith("norm")][-1]
+    last_norm.register_forward_hook(spoil_first)
+    with pytest.raises(NonFiniteError, match="step 1: the loss is nan"):
+        fit(loaded, network, tokenizer, tmp_path)
+    assert calls[0] > 1
+
+
+def test_held_out_figures_that_are_not_finite_are_left_out_and_training_goes_on(
+    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("orpo_lab").propagate = True
+    keys = ("train.max_steps=2", "train.eval_steps=1", "train.logging_steps=1")
+    loaded = load("optimizer=lora", *SMALL, *keys)
+    network = build_model(loaded)
+    last_norm = [one for key, one in network.named_modules() if key.endswith("norm")][-1]
+    last_norm.register_forward_hook(
+        lambda module, args, output: output if module.training else output * math.nan
+    )
+    stats, place = fit(loaded, network, tokenizer, tmp_path)
+    assert stats.steps == 2
+    assert ["loss" in line for line in place.metrics()] == [True, False, True, False]
+    assert all(math.isfinite(one) for line in place.metrics() for one in line.values())
+    assert "step 1: eval_loss is nan" in caplog.text
+
+
+def test_gradients_that_fp16s_scaler_will_skip_do_not_stop_the_run(load: Load) -> None:
+    for fp16 in (True, False):
+        weight = torch.nn.Parameter(torch.ones(2))
+        weight.grad = torch.tensor([math.inf, 1.0])
+        meter = trainer.Meter(Spent())
+        guard = trainer.NonFiniteGuard(torch.optim.SGD([weight]), load().train, meter, fp16=fp16)
+        guard.losses.append(torch.ones(()))
+        guard.on_pre_optimizer_step(None, TrainerState(global_step=0), None)
+        with nullcontext() if fp16 else pytest.raises(NonFiniteError, match="norm is inf"):
+            guard.on_step_end(None, None, TrainerControl(should_log=True))
 
 
 def test_a_diverging_run_ends_red_and_leaves_no_model(launch: Launch, tmp_path: Path) -> None:
@@ -147,6 +203,16 @@ def test_a_diverging_run_ends_red_and_leaves_no_model(launch: Launch, tmp_path: 
     assert (status["state"], status["exit_code"]) == ("failed", 1)
     assert "NonFiniteError: step" in status["reason"]
     assert not (tmp_path / "run" / "final").exists()
+
+
+class Tracked(Untracked):
+    """A tracker that keeps what it is told, as the run folder does."""
+
+    def __init__(self) -> None:
+        self.lines: list[dict[str, float]] = []
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self.lines.append({"step": step, **metrics})
 
 
 @pytest.mark.parametrize(
@@ -175,16 +241,21 @@ def test_beta_is_logged_at_every_logging_step(
         "beta_end=0.1",
         f"beta_schedule={schedule}",
     )
-    stats, place = fit(loaded, build_model(loaded), tokenizer, tmp_path)
+    tracked = Tracked()
+    stats, place = fit(loaded, build_model(loaded), tokenizer, tmp_path, log_to=tracked)
     assert [line["beta"] for line in place.metrics()] == pytest.approx(betas)
+    assert tracked.lines == place.metrics()
     # TRL's rewards are beta times the log-probabilities: the step really used this beta
     for line in place.metrics():
         assert line["rewards/chosen"] == pytest.approx(
             line["beta"] * line["logps/chosen"], rel=1e-4
         )
     assert stats.steps == 5
-    assert stats.pairs_per_second > 0
-    assert stats.tokens_per_second > stats.pairs_per_second
+    assert stats.pairs_per_second * stats.wall_seconds == pytest.approx(5 * 8)
+    rows = data.load(loaded.dataset, tokenizer).train
+    num_tokens = [sum(map(len, row.values())) for row in rows.select_columns(PARTS)]
+    mean = sum(num_tokens) / len(num_tokens)
+    assert stats.tokens_per_second / stats.pairs_per_second == pytest.approx(mean)
     assert stats.peak_memory_bytes > 50e6
 
 
@@ -224,22 +295,26 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_capped(
     assert "step 3: the loss is nan; skipped (2 of 10)" in caplog.text
     capped = load(*GALORE.split(), *SMALL, "train.on_nonfinite=skip", "train.max_skipped_steps=1")
     network = build_model(capped)
-    poison("gradient", network, pytest.MonkeyPatch())
+    poison("gradient", network)
     with pytest.raises(NonFiniteError, match=r"step 4: .* more than train.max_skipped_steps=1"):
         fit(capped, network, tokenizer, tmp_path / "capped")
 
 
+@pytest.mark.parametrize("optimizer", ["optimizer=adamw", GALORE])
 def test_a_skipped_step_moves_nothing(
-    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path
+    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path, optimizer: str
 ) -> None:
-    loaded = load(*GALORE.split(), *SMALL, "train.max_steps=3", "train.on_nonfinite=skip")
-    network = build_model(loaded)
-    before = {key: value.clone() for key, value in network.state_dict().items()}
-    last_norm = [one for key, one in network.named_modules() if key.endswith("norm")][-1]
-    last_norm.register_forward_hook(lambda module, args, output: output * float("nan"))
-    stats, _ = fit(loaded, network, tokenizer, tmp_path)
-    assert stats.skipped_steps == 3
-    assert all(torch.equal(one, before[key]) for key, one in network.state_dict().items())
+    """Not even by what the moments hold of the steps before it."""
+    keys = ("train.on_nonfinite=skip", "train.lr_scheduler_type=constant")
+    ends = []
+    for num_steps in (1, 3):
+        loaded = load(*optimizer.split(), *SMALL, *keys, f"train.max_steps={num_steps}")
+        network = build_model(loaded)
+        poison("loss", network, num_fine=1)
+        stats, _ = fit(loaded, network, tokenizer, tmp_path / str(num_steps))
+        assert stats.skipped_steps == num_steps - 1
+        ends.append(weights(network))
+    assert all(torch.equal(one, ends[0][name]) for name, one in ends[1].items())
 
 
 def test_a_gradient_norm_that_overflows_is_not_clipped_to_nothing(
@@ -268,7 +343,7 @@ def test_weights_that_an_update_ruined_are_never_saved(
     def build_ruinous(*args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         built = build(*args, **kwargs)
         weight = built.param_groups[0]["params"][0]
-        built.register_step_post_hook(lambda *_: weight.data.fill_(math.inf))
+        built.register_step_post_hook(lambda *_: weight.data[0, 0].fill_(math.inf))
         return built
 
     monkeypatch.setattr(optimizer, "build", build_ruinous)
@@ -279,7 +354,9 @@ def test_weights_that_an_update_ruined_are_never_saved(
 
 def test_steps_are_counted_from_epochs(load: Load) -> None:
     loaded = load("train.max_steps=null", "train.num_epochs=2", "train.batch_size=8")
-    assert trainer.count_steps(loaded, 64) == 16
+    assert trainer.count_steps(loaded, 64) == trainer.count_steps(loaded, 71) == 16
+    part = load("train.max_steps=null", "train.num_epochs=0.6", "train.batch_size=8")
+    assert trainer.count_steps(part, 64) == 5
     with pytest.raises(UserError, match=r"train.batch_size=8 is above the 7 training pairs"):
         trainer.count_steps(loaded, 7)
 
@@ -366,6 +443,92 @@ def test_a_bar_is_left_in_80_columns_however_long_the_run(
     assert len(line) < 80
 
 
+def test_pairs_that_fill_no_batch_are_left_out_of_every_epoch(
+    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    keys = ("dataset.num_train=20", "train.max_steps=null", "train.num_epochs=2")
+    loaded = load("optimizer=adamw", *SMALL, *keys)
+    network = build_model(loaded)
+    num_pairs = []
+
+    def count(module: Any, args: Any, given: dict[str, Any]) -> None:
+        num_pairs.append(given["attention_mask"].shape[2])  # see `attention.mask`
+
+    network.register_forward_pre_hook(count, with_kwargs=True)
+    stats, _ = fit(loaded, network, tokenizer, tmp_path)
+    assert stats.steps == 4
+    assert num_pairs == [8] * 4
+    whole = datasets.Dataset.from_dict({"x": range(16)})
+    assert len(trainer._whole_batches(whole, 8)) == 16
+
+
+def test_a_resumed_run_has_settings_of_its_own_and_what_was_spent_before(
+    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[torch.optim.Optimizer] = []
+    build = optimizer.build
+
+    def kept_build(*args: Any, **named: Any) -> torch.optim.Optimizer:
+        made.append(build(*args, **named))
+        return made[-1]
+
+    monkeypatch.setattr(optimizer, "build", kept_build)
+    common = [
+        "optimizer=adamw",
+        *SMALL,
+        "train.max_steps=8",
+        "train.lr_scheduler_type=cosine",
+        "train.warmup_steps=2",
+        "train.num_checkpoints=3",
+    ]
+    first = load(
+        *common, "optimizer.learning_rate=1e-3", "train.logging_steps=1", "train.save_steps=2"
+    )
+    _, place = fit(first, build_model(first), tokenizer, tmp_path)
+    shares = [0, 0.5, *((1 + math.cos(math.pi * step / 6)) / 2 for step in range(6))]
+    rates = [line["learning_rate"] for line in place.metrics()]
+    assert rates == pytest.approx([1e-3 * share for share in shares])
+    kept = checkpoint.folders(place)
+    assert list(map(checkpoint.step_of, kept)) == [4, 6, 8]
+
+    spent = Spent(wall_seconds=1000.0, peak_memory_bytes=10**15, num_skipped=3)
+    start = checkpoint.Checkpoint(kept[0], Made("", "", ""), spent, {})
+    changes = ["optimizer.learning_rate=2e-3", "optimizer.weight_decay=0.5"]
+    second = load(*common, *changes, "train.logging_steps=2", "train.save_steps=3")
+    stats, _ = fit(second, build_model(second), tokenizer, tmp_path, start)
+    lines = place.metrics()[8:]
+    assert [line["step"] for line in lines] == [6, 8]
+    rates = [line["learning_rate"] for line in lines]
+    assert rates == pytest.approx([2e-3 * shares[5], 2e-3 * shares[7]])
+    assert [group["weight_decay"] for group in made[-1].param_groups] == [0.5, 0.0]
+    assert 1000 < stats.wall_seconds < 1900
+    assert (stats.peak_memory_bytes, stats.skipped_steps) == (10**15, 3)
+    assert stats.pairs_per_second * stats.wall_seconds == pytest.approx(8 * 8)
+
+
+def test_a_run_whose_time_is_up_saves_its_step(
+    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    loaded = load("optimizer=lora", *SMALL, "train.max_steps=8", "train.logging_steps=8")
+    stop = Stop(max_hours=1e-9)
+    with pytest.raises(Stopped, match=r"train\.max_hours"):
+        fit(loaded, build_model(loaded), tokenizer, tmp_path, stop=stop)
+    assert stop.waits, "for what is left to be saved"
+    (saved,) = checkpoint.folders(RunFolder(tmp_path))
+    assert checkpoint.step_of(saved) == 1
+    assert len((saved / checkpoint.METRICS).read_text().splitlines()) == 1
+
+
+def test_a_checkpoint_without_a_weight_of_the_model_is_refused(
+    load: Load, build_model: Any
+) -> None:
+    network = build_model(load("optimizer=adamw"))
+    trainer._check_loaded(network, _IncompatibleKeys(["lm_head.weight"], []))  # it is tied
+    for missing, unexpected in ((["model.norm.weight"], []), ([], ["other"])):
+        with pytest.raises(UserError, match=r"not this model's \((model.norm.weight|other)\)"):
+            trainer._check_loaded(network, _IncompatibleKeys(missing, unexpected))
+
+
 def test_evaluation_during_training_reports_trls_metrics(
     load: Load, build_model: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -384,8 +547,10 @@ def test_evaluation_during_training_reports_trls_metrics(
 
 
 def test_layerwise_galore_logs_and_clips_the_projected_norm(
-    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path
+    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    logging.getLogger("orpo_lab").propagate = True
+    caplog.set_level("INFO")
     common = (GALORE.split()[0], *SMALL, "train.max_steps=3", "train.logging_steps=1")
     norms = {}
     for mode in ("true", "false"):
@@ -393,6 +558,8 @@ def test_layerwise_galore_logs_and_clips_the_projected_norm(
         stats, place = fit(loaded, build_model(loaded), tokenizer, tmp_path / mode)
         norms[mode] = [line["grad_norm"] for line in place.metrics()]
         assert stats.galore_memory_bytes is not None
+    # A fifth of the run, and not of an epoch
+    assert caplog.text.count("anew every 1 steps") == 2
     # Projection only loses length, and most of the gradient lies in the basis taken from it
     assert 0.5 * norms["false"][0] < norms["true"][0] < norms["false"][0]
 
