@@ -126,7 +126,7 @@ def make_trainer(
     *overrides: str,
     dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """Return an engine's trainer of a model, whose one step takes all pairs; it holds out others."""
+    """Return an engine's trainer whose one step takes all pairs; others are held out."""
     loaded = load(
         "optimizer=adamw",
         "beta=0.3",
