@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from orpo_lab import config
+from orpo_lab import config, model
 from orpo_lab.adapter import attach
 from orpo_lab.errors import UserError
 
@@ -21,6 +21,18 @@ def test_adapters_sit_on_every_projection_and_nothing_else_is_trained(
     assert len(trained) == 2 * 7 * network.config.num_hidden_layers
     assert all("lora_" in name for name in trained)
     assert {p.dtype for p in network.parameters() if p.requires_grad} == {torch.float32}
+    assert not network.is_gradient_checkpointing
+
+
+def test_what_a_4_bit_base_does_not_quantize_is_in_fp32(load: Load, tokenizer: Any) -> None:
+    """As QLoRA has it: norms are computed in fp32, whatever the layers compute in."""
+    loaded = load("optimizer=qlora")
+    assert isinstance(loaded.optimizer, config.Lora)
+    base = model.load(loaded, tokenizer, torch.bfloat16)
+    network = attach(base, loaded.optimizer, gradient_checkpointing=False)
+    norms = [p for name, p in network.named_parameters() if "norm" in name]
+    assert norms
+    assert {p.dtype for p in norms} == {torch.float32}
 
 
 def test_settings_reach_the_adapter(load: Load, build_model: Any) -> None:

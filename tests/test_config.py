@@ -1,6 +1,7 @@
+import functools
 import itertools
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import yaml
 
 from orpo_lab import config
 from orpo_lab.errors import UserError
-from tests.conftest import ROOT
+from tests.conftest import ROOT, compose_config
 
 CONF = ROOT / "conf"
 FILES = sorted(CONF.rglob("*.yaml"))
@@ -154,6 +155,85 @@ def test_what_cannot_be_is_refused_in_one_line(
     assert "\n" not in str(refusal.value)
 
 
+@functools.cache
+def composed(*overrides: str) -> config.Config:
+    """Compose once for all ranges: composing takes longer than looking at them."""
+    return config.load(compose_config(*overrides))
+
+
+INF, NAN = float("inf"), float("nan")
+# Of every range its ends, and what lies beyond: group, overrides, key, fine values, refused ones
+RANGES: list[tuple[str, list[str], str, list[Any], list[Any]]] = [
+    ("", [], "seed", [0, 2**32 - 1], [-1, 2**32]),
+    ("", [], "beta", [0.0], [-0.1, INF, NAN]),
+    ("", [], "beta_end", [0.0], [-0.1, INF, NAN]),
+    ("optimizer", ["optimizer=adamw"], "learning_rate", [0.0, 1e36], [-1e-9, 2e36, NAN]),
+    ("optimizer", ["optimizer=lora"], "weight_decay", [0.0, 2.0], [-0.1, NAN]),
+    ("optimizer", ["optimizer=galore"], "weight_decay", [0.0], [-0.1]),
+    ("optimizer", ["optimizer=adamw"], "adam_beta1", [0.0, 0.999], [-0.1, 1.0]),
+    ("optimizer", ["optimizer=adamw"], "adam_beta2", [0.0, 0.999], [-0.1, 1.0]),
+    ("optimizer", ["optimizer=adamw"], "adam_epsilon", [1e-30], [0.0]),
+    ("optimizer", ["optimizer=lora"], "r", [1], [0]),
+    ("optimizer", ["optimizer=lora"], "alpha", [0.1], [0.0]),
+    ("optimizer", ["optimizer=lora"], "dropout", [0.0, 0.99], [-0.1, 1.0]),
+    ("optimizer", ["optimizer=galore"], "scale", [0.1], [0.0]),
+    ("optimizer", ["optimizer=galore"], "rank", [None, 1], [0]),
+    (
+        "beta_schedule",
+        ["beta_schedule=step"],
+        "milestones",
+        [[0.5], [0.25, 0.75]],
+        [[], [0.5, 0.5], [0.75, 0.5], [0.0, 0.5], [0.5, 1.0]],
+    ),
+    (
+        "beta_schedule",
+        ["beta_schedule=hold_then_anneal"],
+        "anneal_fraction",
+        [0.1, 1.0],
+        [0.0, 1.1, NAN],
+    ),
+    ("dataset", ["dataset.max_length=96"], "max_prompt_length", [1, 95], [0, 96]),
+    ("train", [], "logging_steps", [1], [0]),
+    ("train", [], "max_steps", [1], [0, None]),
+    ("train", ["train.num_epochs=1"], "num_epochs", [0.1, 3.0], [0.0, INF, NAN, None]),
+    ("train", [], "warmup_steps", [0.0, 0.5, 1.0, 2.0], [-1.0, 1.5]),
+    ("train", [], "max_hours", [None, 1e-3], [0.0, INF, NAN]),
+    ("train", [], "max_grad_norm", [0.0], [-1.0, NAN]),
+]
+
+
+@pytest.mark.parametrize(
+    ("group", "overrides", "key", "fine", "refused"),
+    RANGES,
+    ids=[f"{key} {' '.join(overrides)}".strip() for _, overrides, key, _, _ in RANGES],
+)
+def test_every_range_ends_where_it_says(
+    group: str, overrides: list[str], key: str, fine: list[Any], refused: list[Any]
+) -> None:
+    loaded = composed(*overrides)
+    section: Any = getattr(loaded, group) if group else loaded
+    for value in fine:
+        assert getattr(replace(section, **{key: value}), key) == value
+    for value in refused:
+        with pytest.raises(ValueError, match=key):
+            replace(section, **{key: value})
+
+
+def test_an_optimizer_of_adapters_is_told_from_the_other(
+    load: Callable[..., config.Config],
+) -> None:
+    for name in ("lora", "qlora", "galore", "adamw"):
+        assert config.kind(load(f"optimizer={name}").optimizer) == name
+
+
+def test_paths_and_folders_are_where_they_are_said_to_be() -> None:
+    assert config.local_path("~/x") == Path.home() / "x"
+    assert config.local_path("here/x") == Path("here/x")
+    for resume in (None, config.AUTO):
+        assert config.run_folder(resume, "outputs/a b") == "outputs/a-b"
+    assert config.run_folder("my run", "outputs/a") == "my run"
+
+
 def test_annealing_keys_are_ignored_by_constant(load: Callable[..., config.Config]) -> None:
     assert load("beta_end=0.05").beta_end == 0.05
 
@@ -164,6 +244,7 @@ def test_slugs_are_safe_and_stay_apart() -> None:
     long = [config.slug("x" * 300 + end) for end in "ab"]
     assert long[0] != long[1]
     assert max(map(len, long)) <= 120
+    assert config.slug("name=hf_" + "aB3" * 11) == "name="
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Log-probabilities without logits, against `log_softmax` and against TRL's kernel."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from orpo_lab.engine import head
+from tests.test_engine_shared_prefix import make_model
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {"scale": 1.0, "softcap": None},
@@ -129,6 +131,20 @@ def test_a_large_vocabulary_costs_less_precision_than_torchs_log_softmax() -> No
     errors = [float((one - exact).abs().mean()) for one in (ours, theirs)]
     assert errors[0] < 2e-6
     assert errors[0] < errors[1] / 2
+
+
+def test_a_head_is_told_by_what_it_does_also_in_16_bits_and_where_nothing_is_finite() -> None:
+    network = make_model("llama").eval()
+    narrow = copy.deepcopy(network).bfloat16()
+    assert head.has_plain_head(narrow)
+    ids, places = torch.arange(3, 23).view(2, 10), torch.tensor([2, 5, 11, 18])
+    with torch.no_grad():
+        logps = head.score_by_logits(narrow, places, ids.flatten()[places + 1], input_ids=ids)
+        expected = narrow(input_ids=ids).logits.float().log_softmax(-1).flatten(0, 1)
+        network.lm_head.weight[3] = torch.nan
+    assert logps.dtype == torch.float32
+    assert torch.allclose(logps, expected[places, ids.flatten()[places + 1]], atol=1e-5)
+    assert head.has_plain_head(network)
 
 
 def test_without_gradients_a_trained_head_keeps_no_chunk(monkeypatch: pytest.MonkeyPatch) -> None:

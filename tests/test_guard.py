@@ -5,14 +5,17 @@ import pickle
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hydra._internal.utils import create_config_search_path
 from hydra.core.utils import setup_globals
+from hydra.errors import HydraException
 from hydra.types import RunMode
+from omegaconf import OmegaConf
 
-from orpo_lab import config
+from orpo_lab import config, guard
 from orpo_lab.errors import UserError
 from orpo_lab.guard import SUBDIR, CheckedLoader
 from tests.conftest import ROOT
@@ -102,7 +105,12 @@ def compose(*overrides: str) -> None:
         ("+hydra.job.env_set.GIT_DIR=x", "hydra.job.env_set may name programs"),
         ("hydra.output_subdir=.hydra", "hydra.output_subdir would write"),
         ("hydra/job_logging=default", "hydra.job_logging may name classes"),
+        ("hydra.job.chdir=true", "hydra.job.chdir=true would look for every path"),
+        ("dataset=faults/../embedded", "leads out of the folder of options"),
+        ("+hydra.callbacks.x=[{_target_: subprocess.run}]", "hydra.callbacks names subprocess.run"),
+        ("hydra.launcher._target_=orpo_lab.sweep.Start", "hydra.launcher names orpo_lab.sweep"),
         ("hydra.sweep.subdir=../x", "may lead out of the sweep's folder"),
+        ("hydra.sweep.subdir=job-1/../../x", "may lead out of the sweep's folder"),
         ("hydra.sweep.subdir=${model.path}", "may lead out of the sweep's folder"),
         ("hydra.sweeper._target_=subprocess.run", "hydra.sweeper names subprocess.run"),
         (
@@ -138,3 +146,68 @@ def test_what_users_need_of_hydra_is_taken(override: str) -> None:
 @pytest.mark.parametrize("subdir", ["..", ".", "", "a/b", "${slug:a}/../${slug:b}", "${slug:a}/.."])
 def test_a_jobs_folder_is_one_name(subdir: str) -> None:
     assert not SUBDIR.fullmatch(subdir)
+
+
+def test_hydras_own_help_needs_no_configuration_of_ours() -> None:
+    setup_globals()
+    loader = CheckedLoader(create_config_search_path(str(ROOT / "conf")))
+    assert loader.load_configuration(None, [], RunMode.RUN).hydra
+
+
+def test_the_file_that_a_run_begins_with_may_not_import_a_package_either(tmp_path: Path) -> None:
+    setup_globals()
+    (tmp_path / "own.yaml").write_text("hydra: {searchpath: ['file://here', 'pkg://package']}\n")
+    loader = CheckedLoader(create_config_search_path(str(tmp_path)))
+    with pytest.raises(UserError, match=r"hydra\.searchpath=.* imports a Python package"):
+        loader.load_configuration("own", [], RunMode.RUN)
+
+
+@pytest.mark.parametrize(
+    ("loaded", "value"),
+    [
+        ({"model": {"revision": 1.1}}, "1.1"),
+        ({"dataset": {"languages": ["de", False]}}, "False"),
+        ({"tracker": {"tags": ["a", 7]}}, "7"),
+    ],
+)
+def test_what_yaml_took_for_a_number_or_a_truth_is_no_text(
+    loaded: dict[str, Any], value: str
+) -> None:
+    with pytest.raises(UserError, match=f"is text, and {value} without quotes"):
+        guard._check_texts("own.yaml", OmegaConf.create(loaded))
+    fine = {"model": {"revision": "1.1"}, "train": {"max_steps": 3}, "tracker": {"tags": ["7"]}}
+    guard._check_texts("own.yaml", OmegaConf.create(fine))
+
+
+TOKEN = "hf_" + "aB3" * 11
+
+
+def test_a_sweep_saves_no_secret(tmp_path: Path) -> None:
+    typed = OmegaConf.create({"overrides": [f"name={TOKEN}", "beta=0.1"]})
+    guard.MaskingOmegaConf.save(typed, tmp_path / "multirun.yaml")
+    assert (tmp_path / "multirun.yaml").read_text() == "overrides:\n- name=***\n- beta=0.1\n"
+
+
+def test_combinations_that_cannot_be_are_left_out_and_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(guard, "left_out", [])
+    monkeypatch.setattr(guard, "num_jobs", None)
+    config.register()
+    setup_globals()
+    loader = CheckedLoader(create_config_search_path(str(ROOT / "conf")))
+    composed = loader.load_configuration("config", [], RunMode.MULTIRUN)
+    sweeper = SimpleNamespace(config=composed, hydra_context=SimpleNamespace(config_loader=loader))
+    fits = ["optimizer=qlora", "optimizer.r=8", "beta=0.1"]
+    # What all jobs have does not tell one from another
+    not_this = ["optimizer=galore", f"name={TOKEN}", "optimizer.r=8", "beta=0.1"]
+    batch = [[*fits], [*not_this]]
+    guard.leave_out_what_cannot_be(sweeper, batch)
+    assert (batch, guard.num_jobs) == ([fits], 1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: optimizer=galore name=***: ")
+    assert len(guard.left_out) == 1
+    with pytest.raises(HydraException):
+        guard.leave_out_what_cannot_be(sweeper, [not_this])
+    with pytest.raises(UserError, match="this sweep has no job"):
+        guard.leave_out_what_cannot_be(sweeper, [])

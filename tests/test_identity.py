@@ -74,6 +74,7 @@ def test_what_comes_to_the_same_has_one_identity(
         ["beta_schedule=linear"],
         ["train.max_steps=7"],
         ["train.warmup_steps=7"],
+        ["train.batch_size=8"],
         ["model.learning_rate=1e-5"],
         ["optimizer=galore"],
         ["dataset.num_train=64"],
@@ -199,3 +200,5 @@ def test_what_a_run_never_reads_may_change_when_it_goes_on(load: Load, tmp_path:
         begin(place, load("model.learning_rate=0.5"), resume="auto")
     with pytest.raises(UserError, match=r"no checkpoint fits another optimizer\.r"):
         begin(place, load("optimizer.r=4", "accept_changes=true"), resume="auto")
+    with pytest.raises(UserError, match=r"no checkpoint fits another quantization\b"):
+        begin(place, load("quantization=int8", "accept_changes=true"), resume="auto")

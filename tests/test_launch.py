@@ -273,8 +273,11 @@ def test_a_failed_job_of_a_sweep_is_named_and_the_exit_code_is_not_zero(
     assert "error: beta=-2.0" in done.stderr
 
 
-def test_combinations_that_do_not_fit_fail_and_the_others_run(launch: Launch) -> None:
-    done = launch("-m", "optimizer=qlora,galore", "optimizer.r=8,16", "beta=-1", expect=1)
+def test_combinations_that_do_not_fit_fail_and_the_others_run(
+    launch: Launch, tmp_path: Path
+) -> None:
+    token = "name=hf_" + "aB3" * 11
+    done = launch("-m", "optimizer=qlora,galore", "optimizer.r=8,16", "beta=-1", token, expect=1)
     assert (
         len(re.findall("error: optimizer=galore optimizer.r=.*no|error: .*'r' not in", done.stderr))
         == 2
@@ -282,6 +285,9 @@ def test_combinations_that_do_not_fit_fail_and_the_others_run(launch: Launch) ->
     assert done.stderr.count("error: beta=-1.0") == 2
     assert "job 2 of 2" in done.stdout
     assert "2 of 2 jobs ended after" in done.stdout
+    (saved,) = tmp_path.rglob("multirun.yaml")
+    assert "name=***" in saved.read_text()
+    assert token not in saved.read_text()
 
 
 def test_a_number_in_a_recipe_where_text_belongs_is_refused(launch: Launch, tmp_path: Path) -> None:

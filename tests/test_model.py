@@ -1,9 +1,9 @@
 """Weights and tokenizers: what a folder holds, and every fallback."""
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,7 @@ def test_nf4_really_stores_four_bits(load: Load, build_model: Any) -> None:
     for layer in layers:
         assert layer.weight.dtype == torch.uint8
         assert layer.weight.numel() == layer.in_features * layer.out_features // 2
+        assert model._num_weights(layer) == layer.in_features * layer.out_features
         assert getattr(layer.weight, "quant_state").nested  # noqa: B009  (not in its type)
 
 
@@ -118,6 +119,11 @@ def test_trained_weights_are_fp32_unless_the_optimizer_keeps_small_updates(
     assert model.weight_dtype(optimizer, torch.bfloat16) == dtype
     assert model.weight_dtype(optimizer, torch.float16) == torch.float32
     assert model.weight_dtype(optimizer, torch.float32) == torch.float32
+
+
+def test_frozen_weights_are_kept_in_the_precision_of_the_arithmetic(load: Load) -> None:
+    for dtype in model.DTYPES.values():
+        assert model.weight_dtype(load("optimizer=lora").optimizer, dtype) == dtype
 
 
 def test_the_cache_is_off_in_training(load: Load, build_model: Any) -> None:
@@ -173,6 +179,19 @@ def test_no_flash_attention_means_sdpa(caplog: pytest.LogCaptureFixture) -> None
     assert model.resolve_attention("eager", cpu, torch.bfloat16) == "eager"
 
 
+def test_flash_attention_is_for_gpus_half_precision_and_models_that_know_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where its package is installed: here it is not."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    on, half = torch.device("cuda"), torch.bfloat16
+    assert model.resolve_attention("auto", on, half) == "flash_attention_2"
+    assert model.resolve_attention("sdpa", on, half) is None
+    assert model.resolve_attention("auto", on, torch.float32) is None
+    assert model.resolve_attention("auto", torch.device("cpu"), half) is None
+    assert model.resolve_attention("auto", on, half, has_flash=False) is None
+
+
 @pytest.fixture
 def bare(tmp_path: Path) -> Path:
     """The tiny model without a chat template and without a pad token."""
@@ -191,6 +210,26 @@ def bare(tmp_path: Path) -> Path:
 def base(tmp_path: Path) -> Path:
     """The tiny model in a folder that a test may change."""
     return numbers.base_model(tmp_path / "base")
+
+
+def test_a_fingerprint_is_of_every_weight_from_its_first_number_to_its_last() -> None:
+    def fingerprint(change: Callable[[torch.nn.Module], object]) -> str:
+        torch.manual_seed(0)
+        network = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 48))
+        with torch.no_grad():
+            change(network)
+        return model.fingerprint(network)
+
+    changes: dict[str, Callable[[Any], object]] = {
+        "none": lambda network: None,
+        "first half": lambda network: network[0].weight[:32].add_(1),
+        "last half": lambda network: network[0].weight[32:].add_(1),
+        "last weight": lambda network: network[1].bias.add_(1),
+        "precision": lambda network: network[1].double(),
+    }
+    found = {name: fingerprint(change) for name, change in changes.items()}
+    assert len(set(found.values())) == len(found)
+    assert fingerprint(changes["none"]) == found["none"]
 
 
 def load_base(load: Load, folder: Path, *overrides: str) -> Any:
@@ -351,6 +390,28 @@ def test_a_base_that_draws_at_random_all_the_same_is_refused(
         load_base(load, base, "optimizer=adamw")
 
 
+def test_a_dropout_that_no_configuration_tells_of_is_off_too(
+    load: Load, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama import modeling_llama
+
+    begin, read = modeling_llama.LlamaMLP.__init__, modeling_llama.LlamaMLP.forward
+
+    def with_dropout(self: Any, *args: Any) -> None:
+        begin(self, *args)
+        self.drop = torch.nn.Dropout(0.1)
+
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "__init__", with_dropout)
+    monkeypatch.setattr(
+        modeling_llama.LlamaMLP, "forward", lambda self, x: self.drop(read(self, x))
+    )
+    network = load_base(load, base, "optimizer=adamw").train()
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        first, second = (network(input_ids=ids).logits for _ in range(2))
+    assert torch.equal(first, second)
+
+
 def test_loading_draws_nothing_from_the_seed(load: Load, base: Path) -> None:
     torch.manual_seed(5)
     load_base(load, base, "optimizer=adamw")
@@ -388,6 +449,8 @@ def test_of_a_model_that_also_sees_the_language_model_is_meant(load: Load, tmp_p
         "head_dim": 8,
         "vocab_size": 696,
         "max_position_embeddings": 128,
+        # Off, or loading would be refused
+        "attention_dropout": 0.1,
     }
     folder = architecture(
         tmp_path,
@@ -421,6 +484,14 @@ def test_longrope_is_refused_where_a_row_would_change_the_rows_beside_it(load: L
     model.check_context(own, load("dataset.max_length=64", *shorter).dataset)
     with pytest.raises(UserError, match=r"dataset.max_length=65 is above .*longrope.* 64 tokens"):
         model.check_context(own, load("dataset.max_length=65", *shorter).dataset)
+    # Where kinds of layers have one each, the shorter one counts
+    own.rope_parameters = {
+        "full_attention": rope,
+        "sliding_attention": rope | {"original_max_position_embeddings": 48},
+    }
+    model.check_context(own, load("dataset.max_length=48", *shorter).dataset)
+    with pytest.raises(UserError, match=r"dataset.max_length=49 is above .*longrope.* 48 tokens"):
+        model.check_context(own, load("dataset.max_length=49", *shorter).dataset)
 
 
 def test_a_spare_token_is_warned_of_and_refused_in_a_text(
@@ -435,10 +506,18 @@ def test_a_spare_token_is_warned_of_and_refused_in_a_text(
     tokenizer = model.load_tokenizer(settings, own)
     assert "<image_soft_token> of its tokenizer have no row" in caplog.text
     ids = {"prompt_ids": [1, 7], "chosen_ids": [9, 2]}
-    for last, refused in ((695, False), (696, True)):
-        rows = datasets.Dataset.from_list([ids | {"rejected_ids": [last]}])
-        with pytest.raises(UserError, match="<image_soft_token>") if refused else nullcontext():
-            model.check_ids(tokenizer, own, Data(rows, rows, {}, checkable=False))
+    fine, spare_one = (
+        datasets.Dataset.from_list([ids | {"rejected_ids": [last]}]) for last in (695, 696)
+    )
+    model.check_ids(tokenizer, own, Data(fine, fine, {}, checkable=False))
+    for train, held_out in ((spare_one, fine), (fine, spare_one)):
+        with pytest.raises(UserError, match="<image_soft_token>"):
+            model.check_ids(tokenizer, own, Data(train, held_out, {}, checkable=False))
+    # Of all tokens the end may not be the spare one
+    file = base / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": "<image_soft_token>"}))
+    with pytest.raises(UserError, match="they do not belong together"):
+        model.load_tokenizer(settings, own)
 
 
 def test_a_tokenizer_of_another_model_is_refused(load: Load, base: Path) -> None:
@@ -454,7 +533,8 @@ def test_adapters_on_special_tokens_that_were_never_trained_are_warned_of(
 ) -> None:
 
     def forget(old: dict[str, Any]) -> dict[str, Any]:
-        old["model.embed_tokens.weight"][2] = 0
+        # The end, which every text holds, and the padding, which none holds
+        old["model.embed_tokens.weight"][[0, 2]] = 0
         return old
 
     load_base(load, base, f"optimizer={optimizer}")
@@ -481,6 +561,18 @@ def test_missing_template_and_pad_token_are_filled_in_and_said(
         [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
     )
     assert text == "<s><|user|>\nhi</s>\n<|assistant|>\n"
+
+
+def test_a_models_own_template_and_padding_are_kept(load: Load, base: Path) -> None:
+    (base / "chat_template.jinja").write_text("{{ messages[0]['content'] }}{{ eos_token }}")
+    weights.set_config(base, pad_token_id=5)
+    settings = local(load, base)
+    tokenizer = model.load_tokenizer(settings, model.load_config(settings))
+    messages = [{"role": "user", "content": "hi"}]
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == "hi</s>"
+    # Where tokenizer and weights name another, the tokenizer pads
+    assert tokenizer.pad_token_id == 0
+    assert load_base(load, base, "optimizer=lora").config.pad_token_id == 0
 
 
 def test_eos_stays_in_the_loss_where_it_is_the_pad_token(load: Load, bare: Path) -> None:
@@ -517,10 +609,30 @@ def test_an_unreachable_hub_model_is_refused_in_one_line(load: Load) -> None:
     assert "\n" not in str(refusal.value)
 
 
+def test_the_revision_that_is_asked_for_is_loaded(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the hub's cache, as it lies on the disk."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    place = tmp_path / "models--org--name"
+    for number, revision in enumerate(("main", "v2")):
+        commit = str(number) * 40
+        snapshot = place / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        own = AutoConfig.for_model("llama", max_position_embeddings=100 + number)
+        own.save_pretrained(snapshot)
+        (place / "refs").mkdir(exist_ok=True)
+        (place / "refs" / revision).write_text(commit)
+    for asked, found in (("null", 100), ("main", 100), ("v2", 101)):
+        loaded = load("model=hub", "model.path=org/name", f"model.revision={asked}")
+        assert model.load_config(loaded.model).max_position_embeddings == found
+
+
 def test_sequences_above_the_context_are_refused(load: Load) -> None:
     loaded = load("dataset.max_length=512")
     with pytest.raises(UserError, match="above the model's context of 256"):
         model.check_context(model.load_config(loaded.model), loaded.dataset)
+    model.check_context(model.load_config(loaded.model), load("dataset.max_length=256").dataset)
     loaded = load("dataset.max_new_tokens=200")
     with pytest.raises(UserError, match=r"dataset\.max_new_tokens=200 are above"):
         model.check_context(model.load_config(loaded.model), loaded.dataset)

@@ -1,6 +1,7 @@
 """4-bit and 8-bit bases: the numbers they stand for, and folders that are quantized already."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import bitsandbytes as bnb
@@ -8,8 +9,10 @@ import pytest
 import torch
 from bitsandbytes import functional
 from torch import Tensor
+from transformers import AutoConfig
 
 from orpo_lab import config, model, quantization
+from orpo_lab.errors import UserError
 
 Load = Callable[..., config.Config]
 
@@ -122,6 +125,60 @@ def test_a_4_bit_layer_is_the_layer_of_its_dequantized_weights(
             assert inputs.grad is not None
             assert_near(inputs.grad, passed_back @ right)
         layer.state_dict()
+
+
+NF4: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+FP4: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}
+DOUBLE: dict[str, Any] = {"bnb_4bit_use_double_quant": True}
+INT8: dict[str, Any] = {"load_in_8bit": True, "llm_int8_threshold": 3.0}
+SINGLE = "quantization.double_quantization=false"
+IN_8_BITS = "quantization=int8"
+THRESHOLD = "quantization.outlier_threshold=3"
+
+
+@pytest.mark.parametrize(
+    ("found", "asked", "said"),
+    [
+        (NF4 | DOUBLE, [], None),
+        (NF4 | DOUBLE, [SINGLE], "nf4 quantization.double_quantization=true, or"),
+        (NF4, [SINGLE], None),
+        (NF4, [], f"use optimizer=qlora quantization=nf4 {SINGLE}, or"),
+        (NF4 | DOUBLE, ["optimizer=lora"], "use optimizer=qlora quantization=nf4"),
+        (FP4 | DOUBLE, [], "otherwise than asked for; give the same model in bf16"),
+        (FP4, [SINGLE], "otherwise than asked for; give the same model in bf16"),
+        (INT8, [IN_8_BITS, THRESHOLD], None),
+        (INT8, [IN_8_BITS], f"use optimizer=qlora {IN_8_BITS} {THRESHOLD}, or"),
+        (INT8, [], f"use optimizer=qlora {IN_8_BITS} {THRESHOLD}, or"),
+        ({"quant_method": "gptq", "bits": 4}, [], "is stored as gptq"),
+    ],
+)
+@pytest.mark.parametrize("place", ["model", "its language model"])
+def test_a_folder_that_is_quantized_is_taken_where_it_is_so_as_asked(
+    load: Load, found: dict[str, Any], asked: list[str], said: str | None, place: str
+) -> None:
+    kind = "gemma3" if place == "its language model" else "llama"
+    own = AutoConfig.for_model(kind)
+    (own.get_text_config() if kind == "gemma3" else own).quantization_config = found
+    with pytest.raises(UserError, match=said) if said else nullcontext():
+        quantization.check(load(*asked), own)
+
+
+def test_settings_reach_bitsandbytes(load: Load) -> None:
+    for asked, key, value in (
+        ([], "bnb_4bit_quant_type", "nf4"),
+        ([], "bnb_4bit_use_double_quant", True),
+        ([SINGLE], "bnb_4bit_use_double_quant", False),
+        ([IN_8_BITS], "llm_int8_threshold", 6.0),
+        ([IN_8_BITS, THRESHOLD], "llm_int8_threshold", 3.0),
+    ):
+        made = quantization.settings(load(*asked).quantization, torch.bfloat16)
+        assert getattr(made, key) == value
+
+
+def test_a_base_in_4_bits_has_the_kernel_mended() -> None:
+    quantization.mend_cpu_kernel.cache_clear()
+    quantization.prepare(torch.nn.Linear(2, 2), torch.float32)
+    assert quantization.mend_cpu_kernel.cache_info().currsize == 1
 
 
 def assert_near(found: Tensor, right: Tensor) -> None:
