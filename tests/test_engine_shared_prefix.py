@@ -526,7 +526,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"alibi": True, "new_decoder_architecture": False},
         "biased by distance in the row",
     ),
-    "mamba": ("mamba", {}, "takes no position_ids|carries a state"),
+    "mamba": ("mamba", {}, "takes no position_ids"),
+    "recurrent": ("recurrent_gemma", {"head_dim": 8, "lru_width": 32}, "carries a state"),
     "router": (
         "mixtral",
         {"num_local_experts": 2, "output_router_logits": True},
