@@ -80,11 +80,12 @@ def _own_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[N
     """No key and no mode from the machine the tests run on; every test its own W&B process."""
     import wandb
 
+    # First, since W&B's process of an earlier test is a variable too, to be put back by nobody
+    wandb.teardown()
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    wandb.teardown()
     yield
     wandb.teardown()
 
