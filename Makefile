@@ -20,10 +20,10 @@ run: install
 	@$(BIN)/python launch.py $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadscope
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
 test-slow: install
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadscope
+	$(BIN)/python -m pytest -m slow -n 2 --dist worksteal
 
 lint: install
 	$(BIN)/ruff check .

@@ -9,6 +9,8 @@ os.environ["WANDB_SILENT"] = "true"
 # Runs in processes of their own: threads that wait for each other cost more than they save
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import copy
+import functools
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,7 +39,12 @@ silence_upstream()
 
 
 def compose_config(*overrides: str) -> DictConfig:
-    """Compose as launch.py does."""
+    """Compose as launch.py does; the same overrides are composed once."""
+    return copy.deepcopy(_composed(overrides))
+
+
+@functools.lru_cache
+def _composed(overrides: tuple[str, ...]) -> DictConfig:
     config.register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return compose("config", as_typed(overrides))

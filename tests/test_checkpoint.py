@@ -15,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.faults import processes
+from benchmarks.faults.processes import Done
 from orpo_lab import checkpoint
 from orpo_lab.checkpoint import Made, Spent
 from orpo_lab.errors import UserError
@@ -38,29 +40,21 @@ GALORE = "optimizer=galore optimizer.update_proj_gap=3"
 
 def signal_after(
     step: int, numbers: list[int], folder: Path, *overrides: str, pause: float = 0.02
-) -> tuple[int, str, str]:
-    """Start a run, send it signals once it has taken a step; return exit code and output.
+) -> Done:
+    """Start a run, send it signals once it has taken a step, and wait for its end.
 
     Between two signals are `pause` seconds.
     """
-    command = [sys.executable, str(ROOT / "launch.py"), *overrides, f"hydra.run.dir={folder}"]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell starts what runs in its background with SIGINT ignored
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    said = folder.with_name(f"{folder.name}-said")
+    running = processes.start(said, [*overrides, f"hydra.run.dir={folder}"])
     metrics = folder / "metrics.jsonl"
-    while f'{{"step": {step},' not in (metrics.read_text() if metrics.exists() else ""):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
+    running.wait_for(
+        lambda: f'{{"step": {step},' in (metrics.read_text() if metrics.exists() else "")
+    )
     for number in numbers:
-        process.send_signal(number)
+        running.signal(number)
         time.sleep(pause)
-    output = process.communicate(timeout=120)
-    return process.returncode, *output
+    return running.wait()
 
 
 def assert_same(one: Path, other: Path) -> None:
@@ -94,8 +88,8 @@ def test_a_killed_run_resumed_equals_an_uninterrupted_one_bit_for_bit(
     # Step 4 is in the middle of GaLore's periods of 3
     common = [*optimizer.split(), *SMALL, "train.max_steps=12", "train.save_steps=4"]
     launch(*common, "hydra.run.dir=whole")
-    killed, _, _ = signal_after(5, [signal.SIGKILL], tmp_path / "half", *common)
-    assert killed == -signal.SIGKILL
+    killed = signal_after(5, [signal.SIGKILL], tmp_path / "half", *common)
+    assert killed.code == -signal.SIGKILL
     assert RunFolder(tmp_path / "half").status()["state"] == "running"
     done = launch(*common, "resume=half")
     assert "resuming from step" in done.stdout
@@ -109,8 +103,8 @@ def test_a_signal_lets_the_step_end_and_saves(launch: Launch, tmp_path: Path) ->
     launch(*common, "hydra.run.dir=whole")
     half = tmp_path / "half"
     for step, number in ((3, signal.SIGTERM), (8, signal.SIGINT)):
-        code, out, err = signal_after(step, [number], half, *common, "resume=auto")
-        assert (code, err) == (75, f"stopped by {number.name}\n"), out + err
+        done = signal_after(step, [number], half, *common, "resume=auto")
+        assert (done.code, done.stderr) == (75, f"stopped by {number.name}\n"), done.stdout
         status = RunFolder(half).status()
         assert (status["state"], status["exit_code"]) == ("stopped", 75)
         assert status["reason"] == number.name
@@ -121,12 +115,14 @@ def test_a_signal_lets_the_step_end_and_saves(launch: Launch, tmp_path: Path) ->
     assert (summary["train"]["steps"], summary["changes"]) == (30, [{}, {}, {}])
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("_server")
 def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
     # Steps of several seconds: within one second a second signal is the same request
     common = ["optimizer=lora", *SMALL, "train.max_steps=5000", "train.batch_size=800"]
     common.append("dataset.num_train=800")
-    code, _, err = signal_after(1, [signal.SIGTERM] * 2, tmp_path / "run", *common, pause=1.2)
-    assert (code, err) == (143, "stopped by SIGTERM, then SIGTERM\n")
+    done = signal_after(1, [signal.SIGTERM] * 2, tmp_path / "run", *common, pause=1.2)
+    assert (done.code, done.stderr) == (143, "stopped by SIGTERM, then SIGTERM\n")
     assert RunFolder(tmp_path / "run").status()["state"] == "stopped"
 
 
@@ -144,12 +140,12 @@ def test_a_run_ends_when_its_time_is_up_and_goes_on_in_the_next_one(
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory, _server: None) -> Path:
     """A finished run with checkpoints of steps 2, 4 and 6."""
-    folder = tmp_path_factory.mktemp("run") / "run"
-    command = [sys.executable, str(ROOT / "launch.py"), *RUN, f"hydra.run.dir={folder}"]
-    subprocess.run(command, check=True, capture_output=True)
-    return folder
+    folder = tmp_path_factory.mktemp("run")
+    done = processes.start(folder / "said", [*RUN, f"hydra.run.dir={folder / 'run'}"]).wait()
+    assert done.code == 0, done.stderr
+    return folder / "run"
 
 
 RUN = (

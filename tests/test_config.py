@@ -46,15 +46,29 @@ def test_every_option_loads(load: Callable[..., config.Config], group: str, opti
     load(*NEEDS.get(f"{group}/{option}", []), f"{group}={option}")
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+# Pairwise: every two options of different groups stand together, in a fifth of the product
+TRIPLES = [
+    (experiment, optimizer, options("beta_schedule")[(i + j) % len(options("beta_schedule"))])
+    for j, experiment in enumerate(EXPERIMENTS)
+    for i, optimizer in enumerate(options("optimizer"))
+]
+
+
+def test_the_triples_hold_every_pair_of_options() -> None:
+    groups = (EXPERIMENTS, options("optimizer"), options("beta_schedule"))
+    for one, other in itertools.combinations(range(3), 2):
+        pairs = set(itertools.product(groups[one], groups[other]))
+        assert {(triple[one], triple[other]) for triple in TRIPLES} == pairs
+
+
+@pytest.mark.parametrize(("experiment", "optimizer", "schedule"), TRIPLES)
 def test_every_optimizer_schedule_and_experiment_compose(
-    load: Callable[..., config.Config], experiment: str | None
+    load: Callable[..., config.Config], experiment: str | None, optimizer: str, schedule: str
 ) -> None:
-    for optimizer, schedule in itertools.product(options("optimizer"), options("beta_schedule")):
-        chosen = [f"experiment={experiment}"] if experiment else []
-        loaded = load(*chosen, f"optimizer={optimizer}", f"beta_schedule={schedule}")
-        assert config.kind(loaded.optimizer) == optimizer.removesuffix("_8bit")
-        assert config.kind(loaded.beta_schedule) == schedule
+    chosen = [f"experiment={experiment}"] if experiment else []
+    loaded = load(*chosen, f"optimizer={optimizer}", f"beta_schedule={schedule}")
+    assert config.kind(loaded.optimizer) == optimizer.removesuffix("_8bit")
+    assert config.kind(loaded.beta_schedule) == schedule
 
 
 def test_a_galore_run_and_a_qlora_run_differ_by_one_override(

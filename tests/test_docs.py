@@ -1,6 +1,5 @@
 """What the documentation says to type is composed, and what it links to exists."""
 
-import itertools
 import re
 import shlex
 import sys
@@ -29,7 +28,11 @@ def commands(file: Path) -> list[list[str]]:
 
 
 def jobs(overrides: list[str]) -> list[list[str]]:
-    """Return the overrides of every job that a command starts."""
+    """Return overrides of jobs that a command starts, so many that every value is in one.
+
+    A sweep over two lists starts the product of them; what a value needs does not depend on the
+    other list.
+    """
     choices = []
     for override in overrides:
         if override.startswith(("-", "hydra.", "hydra/")):
@@ -37,7 +40,8 @@ def jobs(overrides: list[str]) -> list[list[str]]:
         key, _, values = override.partition("=")
         swept = "-m" in overrides and "," in values and "[" not in values
         choices.append([f"{key}={value}" for value in values.split(",")] if swept else [override])
-    return [list(one) for one in itertools.product(*choices)]
+    num = max(map(len, choices), default=1)
+    return [[values[i % len(values)] for values in choices] for i in range(num)]
 
 
 @pytest.mark.parametrize("file", [*PAGES, *RECIPES], ids=lambda file: file.name)

@@ -622,6 +622,7 @@ if num > 1:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(PROCESSES)

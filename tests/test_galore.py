@@ -686,6 +686,7 @@ if num > 1:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_get_what_one_gets(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(PROCESSES)

@@ -51,8 +51,8 @@ def num_tensors() -> int:
     "overrides",
     [
         "optimizer=qlora",
-        "optimizer=adamw",
-        "optimizer=galore",
+        pytest.param("optimizer=adamw", marks=pytest.mark.slow),
+        pytest.param("optimizer=galore", marks=pytest.mark.slow),
         "optimizer=galore optimizer.layerwise=true engine=trl",
     ],
 )

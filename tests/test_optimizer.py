@@ -154,10 +154,8 @@ def test_our_galore_gets_every_setting(load: Load, build_model: Any) -> None:
     def made(*overrides: str) -> Any:
         loaded = load("optimizer=galore", *overrides)
         network = build_model(loaded)
-        return steps(network, build(loaded, network), num=7), optimizer_of(loaded)
-
-    def optimizer_of(loaded: config.Config) -> Any:
-        return build(loaded, build_model(loaded))
+        optimizer = build(loaded, network)
+        return steps(network, optimizer, num=7), optimizer
 
     plain, ours = made()
     assert isinstance(ours, galore.GaLore)

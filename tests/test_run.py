@@ -34,6 +34,7 @@ from tests.test_run_folder import TWO_STEPS, start, write_pairs
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 Load = Callable[..., config.Config]
+SLOW = pytest.mark.slow
 QUICK = (
     "train.max_steps=4",
     "dataset.num_train=64",
@@ -51,7 +52,14 @@ def all_finite(folder: Path) -> bool:
     return all(torch.isfinite(one).all() for one in load_file(file).values())
 
 
-@pytest.mark.parametrize("optimizer", ["qlora", "lora", "galore", "galore_8bit", "adamw"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        "qlora",
+        "galore_8bit",
+        *(pytest.param(one, marks=SLOW) for one in ("lora", "galore", "adamw")),
+    ],
+)
 def test_a_run_leaves_everything_and_a_clean_terminal(
     launch: Launch, tmp_path: Path, optimizer: str
 ) -> None:
@@ -84,7 +92,7 @@ def test_a_run_leaves_everything_and_a_clean_terminal(
 def test_a_token_on_the_command_line_is_in_no_file(launch: Launch, tmp_path: Path) -> None:
     token = "hf_" + "q" * 34
     given = (f"name=run-{token}", f"tracker.tags=[{token}]")
-    launch(*QUICK, *given, "hydra.run.dir=run", fresh=True)
+    launch(*QUICK, *given, "hydra.run.dir=run")
     files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
     assert any(file.suffix == ".wandb" for file in files)
     assert not [file for file in files if token.encode() in file.read_bytes()]
@@ -95,9 +103,10 @@ def test_without_a_tracker_wandb_is_not_imported(launch: Launch, tmp_path: Path)
     poisoned.mkdir()
     (poisoned / "wandb.py").write_text("raise RuntimeError('wandb was imported')\n")
     env = {"PYTHONPATH": str(poisoned)}
-    launch(*QUICK, "tracker=none", "hydra.run.dir=run", env=env, fresh=True)
+    write_pairs(tmp_path / "pairs.jsonl")
+    launch(*TWO_STEPS, "hydra.run.dir=run", env=env, fresh=True)
     assert not (tmp_path / "run" / "wandb").exists()
-    done = launch(*QUICK, "hydra.run.dir=other", env=env, fresh=True)
+    done = launch(*TWO_STEPS, "tracker=wandb", "hydra.run.dir=run2", env=env, fresh=True)
     assert "tracker is missing (RuntimeError: wandb was imported)" in done.stdout
 
 
@@ -136,7 +145,7 @@ def test_faulty_rows_are_counted_and_never_reach_a_weight(launch: Launch, tmp_pa
     assert math.isfinite(summary_of(tmp_path / "run")["after"]["chosen_nll"])
 
 
-@pytest.mark.parametrize("optimizer", ["qlora", "adamw"])
+@pytest.mark.parametrize("optimizer", ["qlora", pytest.param("adamw", marks=SLOW)])
 def test_the_model_card_shows_how_to_load_final_and_generate(
     launch: Launch, tmp_path: Path, optimizer: str
 ) -> None:
@@ -158,7 +167,7 @@ def test_the_model_card_shows_how_to_load_final_and_generate(
 RECIPES = sorted(file.stem for file in (ROOT / "conf" / "experiment").glob("*.yaml"))
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_runs_on_a_small_local_model(
     launch: Launch, tmp_path: Path, assets: Path, recipe: str
@@ -196,7 +205,7 @@ def test_every_recipe_runs_on_a_small_local_model(
     assert all_finite(tmp_path / "run")
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize(
     "overrides",
     [["optimizer=galore"], ["optimizer=galore_8bit", "optimizer.layerwise=true"]],
@@ -218,7 +227,7 @@ def test_galore_killed_at_half_goes_on_to_the_same_metrics(
     assert after < before
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize(
     "overrides", [[], ["optimizer=galore", "beta=0.2"]], ids=["default", "galore"]
 )
@@ -232,7 +241,7 @@ def test_the_main_job_learns(launch: Launch, tmp_path: Path, overrides: list[str
     assert after["exact_match"] >= before["exact_match"] + 0.3
 
 
-@pytest.mark.slow
+@SLOW
 def test_beta_trades_preference_against_quality(launch: Launch, tmp_path: Path) -> None:
     free = {}
     for beta in ("0", "0.1", "1"):
