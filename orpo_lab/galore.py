@@ -170,13 +170,14 @@ class GaLore(torch.optim.Optimizer):
         """Layer-wise only: norm of the last step's projected gradients, before clipping."""
         self.inner = _adamw(self._inner_groups, bits)
         self._generators: dict[torch.device, torch.Generator] = {}
-        self._hooks: list[Any] = []
         if stagger_refresh:
             projected = [slot for slot in self._slots if slot.side]
             for i, slot in enumerate(projected):
                 slot.phase = i * self._setting(slot, "update_proj_gap") // len(projected)
         if refresh_in_backward and _num_processes() == 1:
-            self._hooks = [self._hook(slot) for slot in self._slots if layerwise or slot.side]
+            for slot in self._slots:
+                if layerwise or slot.side:
+                    self._hook(slot)
 
     def add_param_group(self, param_group: Group) -> None:
         """Lay out a group's flat parameter; called for every group by the constructor.
@@ -233,8 +234,10 @@ class GaLore(torch.optim.Optimizer):
     def _setting(self, slot: _Slot, key: str) -> Any:
         return self.param_groups[slot.group][key]
 
-    def _hook(self, slot: _Slot) -> Any:
+    def _hook(self, slot: _Slot) -> None:
         """Look at a gradient as soon as autograd has added it up; layer-wise, take it.
+
+        Once the optimizer is gone the hook does nothing, and another one may have the model.
 
         The hook holds the optimizer weakly, and the weight not at all: Python's collector does not
         see what such a hook holds (torch 2.13), so a cycle through it would never be freed.
@@ -247,7 +250,7 @@ class GaLore(torch.optim.Optimizer):
             if galore is not None:
                 galore._take(galore._slots[index], weight)
 
-        return slot.weight.register_post_accumulate_grad_hook(collect)
+        slot.weight.register_post_accumulate_grad_hook(collect)
 
     def _take(self, slot: _Slot, weight: Tensor) -> None:
         assert weight.grad is not None
@@ -255,11 +258,6 @@ class GaLore(torch.optim.Optimizer):
         if self.layerwise:
             self._project(slot, weight.grad)
             weight.grad = None
-
-    def remove_hooks(self) -> None:
-        """Let go of the model, before another optimizer takes it."""
-        for hook in self._hooks:
-            hook.remove()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

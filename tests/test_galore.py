@@ -251,6 +251,12 @@ def test_a_warm_basis_goes_on_from_the_last_one_and_still_finds_what_is_new() ->
     optimizer = GaLore([weight], refresh="warm", **settings)
     assert captured(optimizer, weight, first) > 0.9999
     assert captured(optimizer, weight, second) > 0.9999
+    # Directions that are kept but weak by now hold no place against new ones
+    weight = nn.Parameter(torch.zeros(128, 64))
+    optimizer = GaLore([weight], refresh="warm", **settings)
+    captured(optimizer, weight, first)
+    best = float(second.norm() / (0.1 * first + second).norm())
+    assert captured(optimizer, weight, 0.1 * first + second) > 0.9999 * best
 
 
 def test_refreshes_are_spread_over_a_period_and_counted_from_the_first_step() -> None:
@@ -385,6 +391,15 @@ def test_layerwise_clips_the_norm_of_the_projected_gradients() -> None:
     assert seen == [pytest.approx(0.01, rel=1e-3)]
 
 
+def test_a_projected_gradient_that_is_not_finite_is_among_the_gradients() -> None:
+    network = Network()
+    optimizer = GaLore(network.groups(), lr=1e-3, layerwise=True)
+    for scale in (1.0, math.inf):
+        (network.low[0].sum() * scale).backward()
+        finite = [bool(gradient.isfinite().all()) for gradient in optimizer.gradients()]
+        assert all(finite) == math.isfinite(scale)
+
+
 def test_no_full_gradient_of_a_projected_weight_outlives_its_hook() -> None:
     network = Network()
     optimizer = GaLore(network.groups(), layerwise=True)
@@ -460,9 +475,9 @@ def test_where_gradients_are_scaled_a_basis_waits_for_the_step() -> None:
     assert are_new() == [True, True]
 
 
-def test_another_optimizer_may_take_the_model_once_the_hooks_are_removed() -> None:
+def test_another_optimizer_may_take_the_model_once_this_one_is_gone() -> None:
     network = Network()
-    GaLore(network.groups(), layerwise=True).remove_hooks()
+    GaLore(network.groups(), layerwise=True)
     loss(network, torch.randint(11, (2, 7))).backward()
     assert all(weight.grad is not None for weight in network.low)
 
@@ -582,6 +597,19 @@ def test_a_non_finite_gradient_leaves_the_basis_alone() -> None:
         before = basis.clone()
         optimizer._refresh_if_due(optimizer._slots[0], torch.full((96, 96), math.nan))
         assert torch.equal(basis, before)
+
+
+def test_a_basis_that_is_not_finite_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    # On a GPU torch's SVD returns NaN; on a CPU it raises, so here NaN is put in its place
+    monkeypatch.setattr(
+        galore, "iterated_basis", lambda matrix, rank, *_: matrix[:, :rank] * math.nan
+    )
+    network = Network()
+    optimizer = GaLore(network.groups())
+    basis = optimizer.state[network.low[0]]["basis"]
+    before = basis.clone()
+    optimizer._refresh_if_due(optimizer._slots[0], torch.ones(96, 96))
+    assert torch.equal(basis, before)
 
 
 @pytest.mark.parametrize("layerwise", [False, True])

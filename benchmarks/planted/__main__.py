@@ -110,14 +110,21 @@ def main() -> None:
     parser.add_argument(
         "--only", metavar="AREA", action="append", choices=areas, help="of this list; may repeat"
     )
-    parser.add_argument("--name", default="", metavar="TEXT", help="with TEXT in their names")
+    parser.add_argument(
+        "--name", metavar="TEXT", action="append", help="with TEXT in their names; may repeat"
+    )
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="at a time (default: 2)")
     parser.add_argument(
         "--seconds", type=float, default=300, help="that a fault's tests have (default: 300)"
     )
     parser.add_argument("--list", action="store_true", help="print the names and plant nothing")
     asked = parser.parse_args()
-    faults = [fault for fault in catalogue.read(asked.only or areas) if asked.name in fault.name]
+    texts = asked.name or [""]
+    faults = [
+        fault
+        for fault in catalogue.read(asked.only or areas)
+        if any(text in fault.name for text in texts)
+    ]
     if asked.list:
         print("\n".join(map(str, faults)))
         return
