@@ -466,10 +466,12 @@ def test_a_resumed_run_has_settings_of_its_own_and_what_was_spent_before(
     load: Load, build_model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[torch.optim.Optimizer] = []
+    taken: list[float] = []
     build = optimizer.build
 
     def kept_build(*args: Any, **named: Any) -> torch.optim.Optimizer:
         made.append(build(*args, **named))
+        made[-1].register_step_pre_hook(lambda one, *_: taken.append(one.param_groups[0]["lr"]))
         return made[-1]
 
     monkeypatch.setattr(optimizer, "build", kept_build)
@@ -487,15 +489,18 @@ def test_a_resumed_run_has_settings_of_its_own_and_what_was_spent_before(
     _, place = fit(first, build_model(first), tokenizer, tmp_path)
     shares = [0, 0.5, *((1 + math.cos(math.pi * step / 6)) / 2 for step in range(6))]
     rates = [line["learning_rate"] for line in place.metrics()]
-    assert rates == pytest.approx([1e-3 * share for share in shares])
+    assert rates == taken == pytest.approx([1e-3 * share for share in shares])
+    taken.clear()
     kept = checkpoint.folders(place)
     assert list(map(checkpoint.step_of, kept)) == [4, 6, 8]
 
     spent = Spent(wall_seconds=1000.0, peak_memory_bytes=10**15, num_skipped=3)
     start = checkpoint.Checkpoint(kept[0], Made("", "", ""), spent, {})
     changes = ["optimizer.learning_rate=2e-3", "optimizer.weight_decay=0.5"]
-    second = load(*common, *changes, "train.logging_steps=2", "train.save_steps=3")
+    second = load(*common, *changes, "train.logging_steps=4", "train.save_steps=3")
     stats, _ = fit(second, build_model(second), tokenizer, tmp_path, start)
+    assert taken == pytest.approx([2e-3 * share for share in shares[4:]])
+    # A line with every checkpoint, which does not hold the sums since the line before
     lines = place.metrics()[8:]
     assert [line["step"] for line in lines] == [6, 8]
     rates = [line["learning_rate"] for line in lines]
@@ -523,9 +528,12 @@ def test_a_checkpoint_without_a_weight_of_the_model_is_refused(
     load: Load, build_model: Any
 ) -> None:
     network = build_model(load("optimizer=adamw"))
-    trainer._check_loaded(network, _IncompatibleKeys(["lm_head.weight"], []))  # it is tied
-    for missing, unexpected in ((["model.norm.weight"], []), ([], ["other"])):
-        with pytest.raises(UserError, match=r"not this model's \((model.norm.weight|other)\)"):
+    tied = ["model.embed_tokens.weight", "lm_head.weight"]
+    for name in tied:
+        trainer._check_loaded(network, _IncompatibleKeys([name], []))
+    for missing, unexpected in ((["model.norm.weight"], []), ([], ["other"]), (tied, [])):
+        said = ", ".join(missing or unexpected)
+        with pytest.raises(UserError, match=rf"not this model's \({said}\)"):
             trainer._check_loaded(network, _IncompatibleKeys(missing, unexpected))
 
 
@@ -547,17 +555,32 @@ def test_evaluation_during_training_reports_trls_metrics(
 
 
 def test_layerwise_galore_logs_and_clips_the_projected_norm(
-    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    load: Load,
+    build_model: Any,
+    tokenizer: Any,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     logging.getLogger("orpo_lab").propagate = True
     caplog.set_level("INFO")
     common = (GALORE.split()[0], *SMALL, "train.max_steps=3", "train.logging_steps=1")
-    norms = {}
+    norms: dict[str, list[float]] = {}
+    clipped: list[float] = []
+    step = GaLore.step
+
+    def seen_step(galore: GaLore, *args: Any) -> None:
+        step(galore, *args)
+        if galore.grad_norm is not None:
+            clipped.append(galore.grad_norm.item())
+
+    monkeypatch.setattr(GaLore, "step", seen_step)
     for mode in ("true", "false"):
         loaded = load(*common, f"optimizer.layerwise={mode}")
         stats, place = fit(loaded, build_model(loaded), tokenizer, tmp_path / mode)
         norms[mode] = [line["grad_norm"] for line in place.metrics()]
         assert stats.galore_memory_bytes is not None
+    assert norms["true"] == clipped
     # A fifth of the run, and not of an epoch
     assert caplog.text.count("anew every 1 steps") == 2
     # Projection only loses length, and most of the gradient lies in the basis taken from it
