@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults.bench import UNTRACKED, Bench, Fault
-from benchmarks.faults.families.numbers import base_model
-from benchmarks.faults.judge import Outcome, refused, survived
+from faults.bench import UNTRACKED, Bench, Fault
+from faults.families.numbers import base_model
+from faults.judge import Outcome, refused, survived
 
 Weights = dict[str, Any]
 
