@@ -36,6 +36,16 @@ def test_every_key_of_every_schema_has_a_policy(schema: type) -> None:
             assert policy.unread_under[0] in identity.policies(), one.name
 
 
+def test_no_checkpoint_fits_another_base_or_another_optimizer() -> None:
+    # An optimizer's state is the same whatever its learning rate, decay and Adam's numbers
+    fits_all = {"learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"}
+    for key, policy in identity.policies().items():
+        group, _, name = key.partition(".")
+        is_made_of = group in ("model", "quantization", "optimizer") and name not in fits_all
+        if is_made_of and policy.kind in ("setting", "lasting"):
+            assert policy.kind == "lasting", key
+
+
 def test_a_key_means_the_same_in_every_option_of_its_group() -> None:
     for group, options in config.SCHEMAS.items():
         for schema in options.values():
