@@ -47,7 +47,7 @@ tiny: install
 
 # Needs root for its disks (20 to 50 minutes on two cores)
 faults: install
-	@$(BIN)/python -m benchmarks.faults $(FAULTS)
+	@$(BIN)/python -m faults $(FAULTS)
 
 ckpt-chaos: install
 	@benchmarks/ckpt_chaos.sh

@@ -63,7 +63,8 @@ def main() -> None:
         }
         print(figure, json.dumps(report[figure]), flush=True)
     for curve in CURVES:
-        between_engines = mean(apart(*(runs[e, seed] for e in ENGINES), curve) for seed in SEEDS)
+        first, second = ENGINES
+        between_engines = mean(apart(runs[first, s], runs[second, s], curve) for s in SEEDS)
         between_seeds = mean(
             apart(runs[engine, one], runs[engine, other], curve)
             for engine in ENGINES

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from orpo_lab import config, data, model, trainer
+from orpo_lab import config, data, memory, model
 from orpo_lab.evaluate import preference_metrics, score
 from tests.conftest import compose_config
 
@@ -38,13 +38,13 @@ def main() -> None:
     tokenizer = model.load_tokenizer(loaded.model, model.load_config(loaded.model))
     held_out = data.load(loaded.dataset, tokenizer).held_out
     network: Any = model.load(loaded, tokenizer, torch.float32).eval()
-    trainer.reset_peak_memory()
-    before, start = trainer.peak_memory_bytes(), time.perf_counter()
+    memory.reset_peak()
+    before, start = memory.peak_bytes(), time.perf_counter()
     with torch.no_grad():
         metrics = preference_metrics(score(network, tokenizer, held_out, "benchmark"))
     report = {
         "seconds": round(time.perf_counter() - start, 1),
-        "bytes_beyond_the_model": trainer.peak_memory_bytes() - before,
+        "bytes_beyond_the_model": memory.peak_bytes() - before,
         "vocabulary": network.config.vocab_size,
         "threads": torch.get_num_threads(),
     }

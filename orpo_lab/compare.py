@@ -177,10 +177,21 @@ def group(runs: Sequence[Run]) -> list[Setting]:
         setting = found.setdefault(json.dumps(mine), Setting(name, run.values, []))
         if run.values["seed"] not in setting.seeds:
             setting.runs.append(run)
-    return sorted(
-        found.values(),
-        key=lambda one: (one.values["beta_schedule"], one.values["beta"], one.name),
+    ordered = sorted(
+        found.items(),
+        key=lambda one: (one[1].values["beta_schedule"], one[1].values["beta"], _rank(one[0])),
     )
+    return [setting for _, setting in ordered]
+
+
+def _rank(values: str) -> list[tuple[str, bool, float, str]]:
+    """Return what orders settings by what differs: numbers by their size, the rest as text."""
+    return [
+        (key, False, value, "")
+        if isinstance(value, int | float)
+        else (key, True, 0.0, json.dumps(value))
+        for key, value in json.loads(values).items()
+    ]
 
 
 def _told_apart_by(run: Run) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from benchmarks.faults import processes
+from faults import processes
 from orpo_lab import config
 from orpo_lab.command_line import as_typed
 from orpo_lab.quiet import silence_upstream

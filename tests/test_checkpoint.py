@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.faults import processes
-from benchmarks.faults.processes import Done
+from faults import processes
+from faults.processes import Done
 from orpo_lab import checkpoint
 from orpo_lab.checkpoint import Made, Spent
 from orpo_lab.errors import UserError

@@ -193,6 +193,14 @@ def test_settings_whose_names_round_to_the_same_stay_apart(write: Write) -> None
     assert [one.name for one in compare_sweep(folder).settings] == ["beta=0.1", "beta=0.1"]
 
 
+def test_settings_stand_in_the_order_of_their_numbers(write: Write) -> None:
+    rates = [2e-3, 1e-5, 1e-4, 3e-4]
+    for rate in rates:
+        folder = write(f"{rate}", config={"optimizer": {"learning_rate": rate}}).parent
+    names = [f"optimizer.learning_rate={rate:g}" for rate in sorted(rates)]
+    assert [one.name for one in compare_sweep(folder).settings] == names
+
+
 def test_with_one_seed_nothing_is_separated(write: Write) -> None:
     compared = compare_sweep(sweep(write, {0.1: 0.5, 0.2: 0.9}, seeds=1))
     assert compared.verdict.winner is None

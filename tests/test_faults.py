@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults import __main__ as suite
-from benchmarks.faults import events, inside, processes
-from benchmarks.faults.bench import UNTRACKED, Bench, Fault, References
-from benchmarks.faults.judge import Outcome, Verdict, refused, survived
+from faults import __main__ as suite
+from faults import events, inside, processes
+from faults.bench import UNTRACKED, Bench, Fault, References
+from faults.judge import Outcome, Verdict, refused, survived
 
 pytestmark = pytest.mark.slow
 

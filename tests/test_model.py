@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.faults.families import numbers, weights
+from faults.families import numbers, weights
 from orpo_lab import config, model, quantization
 from orpo_lab.data import Data
 from orpo_lab.errors import UserError

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.planted import catalogue
-from benchmarks.planted.catalogue import Fault
-from benchmarks.planted.trial import Trial
+from faults.planted import catalogue
+from faults.planted.catalogue import Fault
+from faults.planted.trial import Trial
 
 
 @pytest.mark.parametrize("area", catalogue.areas())

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from benchmarks.faults import processes
+from faults import processes
 from orpo_lab import tracker
 from orpo_lab.config import NoTracker
 from orpo_lab.sweep import Sweep

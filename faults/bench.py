@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults import inside, processes
-from benchmarks.faults.judge import (
+from faults import inside, processes
+from faults.judge import (
     Outcome,
     Verdict,
     newest_sealed,
@@ -20,7 +20,7 @@ from benchmarks.faults.judge import (
     state,
     survived,
 )
-from benchmarks.faults.processes import Done
+from faults.processes import Done
 
 # A run of two seconds with everything in it: six steps over an epoch and a half in shuffled order,
 # dropout, a beta and a learning rate that move and do not end at 0 (where a step too many would not

@@ -5,9 +5,9 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from benchmarks.faults import events, inside
-from benchmarks.faults.bench import UNTRACKED, Bench, Fault
-from benchmarks.faults.judge import (
+from faults import events, inside
+from faults.bench import UNTRACKED, Bench, Fault
+from faults.judge import (
     Outcome,
     Verdict,
     newest_sealed,
@@ -16,7 +16,7 @@ from benchmarks.faults.judge import (
     status,
     survived,
 )
-from benchmarks.faults.processes import Done
+from faults.processes import Done
 
 RUN = "hydra.run.dir=run"
 KEPT = (*UNTRACKED, "train.num_checkpoints=9")

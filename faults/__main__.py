@@ -1,4 +1,4 @@
-"""`python -m benchmarks.faults [--family NAME] [--only TEXT] [--jobs N] [--list]`.
+"""`python -m faults [--family NAME] [--only TEXT] [--jobs N] [--list]`.
 
 Prints every fault with its verdict, a table by family, and as the last line a JSON object. The
 exit code is 1 if any fault ended silently. All of it takes 20 to 50 minutes on two cores.
@@ -17,9 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults import families, processes
-from benchmarks.faults.bench import Bench, Fault, References
-from benchmarks.faults.judge import Outcome, Verdict, silent
+from faults import families, processes
+from faults.bench import Bench, Fault, References
+from faults.judge import Outcome, Verdict, silent
 
 FAMILIES = sorted(module.name for module in pkgutil.iter_modules(families.__path__))
 
@@ -83,7 +83,7 @@ def table(counts: dict[str, Counter[Verdict]]) -> str:
 
 def main() -> None:
     """Run what the command line asks for."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m faults", description=__doc__)
     options: dict[str, dict[str, Any]] = {
         "--family": {"action": "append", "choices": FAMILIES, "help": "of this one; may repeat"},
         "--only": {"default": "", "metavar": "TEXT", "help": "with TEXT in their names"},

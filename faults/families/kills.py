@@ -8,10 +8,10 @@ import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from benchmarks.faults import events, inside
-from benchmarks.faults.bench import UNTRACKED, Bench, Fault
-from benchmarks.faults.judge import Outcome, newest_sealed, silent, status
-from benchmarks.faults.processes import Done
+from faults import events, inside
+from faults.bench import UNTRACKED, Bench, Fault
+from faults.judge import Outcome, newest_sealed, silent, status
+from faults.processes import Done
 
 OPTIMIZERS = {
     "qlora": ("optimizer=qlora",),

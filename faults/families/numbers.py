@@ -6,16 +6,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults.bench import UNTRACKED, Bench, Fault
-from benchmarks.faults.inside import die, in_step, poison_step
-from benchmarks.faults.judge import (
+from faults.bench import UNTRACKED, Bench, Fault
+from faults.inside import die, in_step, poison_step
+from faults.judge import (
     Outcome,
     refused,
     resumed_from,
     silent,
     survived,
 )
-from benchmarks.faults.processes import ROOT, Done
+from faults.processes import ROOT, Done
 
 OPTIMIZERS = ("qlora", "lora", "galore", "adamw")
 # A line that says so, whatever it was found in

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults.bench import UNTRACKED, Bench, Fault
-from benchmarks.faults.judge import Outcome, Verdict, refused, silent, state, survived
+from faults.bench import UNTRACKED, Bench, Fault
+from faults.judge import Outcome, Verdict, refused, silent, state, survived
 
 Row = dict[str, Any]
 

@@ -4,10 +4,10 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks.faults.bench import UNTRACKED, Bench, Fault
-from benchmarks.faults.families import data
-from benchmarks.faults.families.numbers import base_model, change_base
-from benchmarks.faults.judge import Outcome, Verdict, contents, refused, silent, state, status
+from faults.bench import UNTRACKED, Bench, Fault
+from faults.families import data
+from faults.families.numbers import base_model, change_base
+from faults.judge import Outcome, Verdict, contents, refused, silent, state, status
 
 # What is changed, and whether accept_changes=true allows it
 CHANGES = (

@@ -6,19 +6,22 @@ and codes of a quantization would be taken for weights.
 
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults.bench import UNTRACKED, Bench, Fault
-from benchmarks.faults.families.numbers import base_model
-from benchmarks.faults.judge import Outcome, refused, survived
+from faults.bench import UNTRACKED, Bench, Fault
+from faults.families.numbers import base_model
+from faults.judge import Outcome, refused, survived
 
 Weights = dict[str, Any]
 
 NOT_DESCRIBED = "its weights are not those that its config.json describes"
 STORED = "is quantized already, otherwise than asked for; use optimizer=qlora "
 FILE = "model.safetensors"
+# transformers loads on a meta device that holds for all threads of the process
+ONE_AT_A_TIME = threading.Lock()
 
 
 def set_config(folder: Path, **values: Any) -> None:
@@ -74,11 +77,12 @@ def quantized(**settings: Any) -> Callable[[Path], None]:
     """Store the model as bitsandbytes does."""
 
     def damage(folder: Path) -> None:
-        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+        with ONE_AT_A_TIME:
+            from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-        how = BitsAndBytesConfig(**settings)
-        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=how)
-        model.save_pretrained(folder)
+            how = BitsAndBytesConfig(**settings)
+            model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=how)
+            model.save_pretrained(folder)
 
     return damage
 

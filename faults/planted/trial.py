@@ -20,10 +20,10 @@ from typing import Any, Literal
 
 import pytest
 
-from benchmarks.planted.catalogue import ROOT, Fault
+from faults.planted.catalogue import ROOT, Fault
 
 # Where the packages of this repository would be found, if not in a copy of it
-OURS = ("benchmarks", "orpo_lab", "tests")
+OURS = ("benchmarks", "faults", "orpo_lab", "tests")
 # A test that raises one of these has met a mistake in the list, not the fault that was meant
 SLIPS = (NameError, ImportError, SyntaxError)
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterator
 
-from benchmarks.faults.bench import UNTRACKED, Bench, Fault
-from benchmarks.faults.judge import Outcome, Verdict, refused, silent, survived
+from faults.bench import UNTRACKED, Bench, Fault
+from faults.judge import Outcome, Verdict, refused, silent, survived
 
 RUN = "hydra.run.dir=run"
 # Set for a run, which must say so and be the run without

@@ -10,10 +10,10 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks.faults.bench import UNTRACKED, Bench, Fault
-from benchmarks.faults.families.kills import OPTIMIZERS
-from benchmarks.faults.families.security import evil, unharmed_by_code
-from benchmarks.faults.judge import Outcome, contents, refused, silent
+from faults.bench import UNTRACKED, Bench, Fault
+from faults.families.kills import OPTIMIZERS
+from faults.families.security import evil, unharmed_by_code
+from faults.judge import Outcome, contents, refused, silent
 
 ALL_KEPT = "train.num_checkpoints=9"
 Harm = Callable[[Path], object]

@@ -4,9 +4,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 
-from benchmarks.faults.bench import UNTRACKED, Bench, Fault
-from benchmarks.faults.judge import Outcome, refused, silent, survived
-from benchmarks.faults.processes import LAUNCH, PATIENCE, Done
+from faults.bench import UNTRACKED, Bench, Fault
+from faults.judge import Outcome, refused, silent, survived
+from faults.processes import LAUNCH, PATIENCE, Done
 
 
 def faults(bench: Bench) -> Iterator[Fault]:

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults.bench import Bench, Fault
-from benchmarks.faults.families.data import GOOD, HELD_OUT, ONE, settings, write
-from benchmarks.faults.judge import Outcome, refused, silent, survived
+from faults.bench import Bench, Fault
+from faults.families.data import GOOD, HELD_OUT, ONE, settings, write
+from faults.judge import Outcome, refused, silent, survived
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 Row = dict[str, Any]
 
 

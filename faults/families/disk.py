@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from benchmarks.faults import events, inside
-from benchmarks.faults.bench import UNTRACKED, Bench, Fault
-from benchmarks.faults.judge import Outcome, Verdict, newest_sealed, refused, told
-from benchmarks.faults.processes import Done
+from faults import events, inside
+from faults.bench import UNTRACKED, Bench, Fault
+from faults.judge import Outcome, Verdict, newest_sealed, refused, told
+from faults.processes import Done
 
 RUN = "hydra.run.dir=disk/run"
 SAYS = "cannot be written"

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from benchmarks.faults.bench import UNTRACKED, Bench, Fault
-from benchmarks.faults.inside import exit_where
-from benchmarks.faults.judge import Outcome, Verdict, refused, silent, state, status, survived
-from benchmarks.faults.processes import Done
+from faults.bench import UNTRACKED, Bench, Fault
+from faults.inside import exit_where
+from faults.judge import Outcome, Verdict, refused, silent, state, status, survived
+from faults.processes import Done
 
 SWEEP = ("-m", *UNTRACKED, "hydra.sweep.dir=sweep")
 BETAS = ("0.1", "0.2", "0.5")

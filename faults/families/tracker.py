@@ -7,10 +7,10 @@ W&B's own.
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from benchmarks.faults.bench import SMALL, UNTRACKED, Bench, Fault
-from benchmarks.faults.inside import short_patience
-from benchmarks.faults.judge import Outcome, survived
-from benchmarks.faults.processes import Running
+from faults.bench import SMALL, UNTRACKED, Bench, Fault
+from faults.inside import short_patience
+from faults.judge import Outcome, survived
+from faults.processes import Running
 from tests.wandb_server import WandbServer
 
 # The shape of a key, not one

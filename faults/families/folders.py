@@ -6,9 +6,9 @@ A start that is refused leaves them bit for bit. What fails after the last step 
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from benchmarks.faults import inside
-from benchmarks.faults.bench import UNTRACKED, Bench, Fault
-from benchmarks.faults.judge import Outcome, Verdict, contents, refused, silent, state, survived
+from faults import inside
+from faults.bench import UNTRACKED, Bench, Fault
+from faults.judge import Outcome, Verdict, contents, refused, silent, state, survived
 
 RUN = "hydra.run.dir=run"
 # Starts over a run that has finished without a checkpoint, and what is to be said

@@ -20,7 +20,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults.processes import Done
+from faults.processes import Done
 from orpo_lab.run_folder import LOCK
 
 

@@ -1,6 +1,6 @@
 """Plant every fault that is listed, one at a time, and say which ones no quick test sees.
 
-    python -m benchmarks.planted [--only AREA] [--name TEXT] [--jobs N]
+    python -m faults.planted [--only AREA] [--name TEXT] [--jobs N]
 
 A fault is caught where a test that is named beside it goes red, and is green without the fault:
 every such test is run once more on the tree as it is. The last line is one JSON object.
@@ -19,9 +19,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.planted import catalogue
-from benchmarks.planted.catalogue import ROOT, Fault
-from benchmarks.planted.trial import Outcome, Trial
+from faults.planted import catalogue
+from faults.planted.catalogue import ROOT, Fault
+from faults.planted.trial import Outcome, Trial
 
 # For every trial: no network, one thread
 ENVIRONMENT = {
@@ -105,7 +105,7 @@ def table(outcomes: Sequence[tuple[Fault, Outcome]]) -> str:
 
 def main() -> None:
     """Run what the command line asks for."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.planted")
+    parser = argparse.ArgumentParser(prog="python -m faults.planted")
     areas = catalogue.areas()
     parser.add_argument(
         "--only", metavar="AREA", action="append", choices=areas, help="of this list; may repeat"

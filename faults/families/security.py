@@ -6,9 +6,9 @@ import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks.faults.bench import UNTRACKED, Bench, Fault
-from benchmarks.faults.families.numbers import base_model
-from benchmarks.faults.judge import Outcome, refused, silent
+from faults.bench import UNTRACKED, Bench, Fault
+from faults.families.numbers import base_model
+from faults.judge import Outcome, refused, silent
 
 # The file that foreign code would leave
 MARK = "code-was-run"

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 LAUNCH = str(ROOT / "launch.py")
 # Seconds after which a run that has not ended hangs. Where W&B's server keeps it waiting it takes
 # more than a minute on an idle machine, and twice that on a busy one.

@@ -1,4 +1,4 @@
-"""The list of planted faults: `faults/<area>.toml`, a file for each module or part of one.
+"""The list of planted faults: `lists/<area>.toml`, a file for each module or part of one.
 
     file = "orpo_lab/evaluate.py"           # what the faults are planted in
     tests = ["tests/test_evaluate.py"]      # what should go red: files, or file::test
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-LISTS = Path(__file__).with_name("faults")
+LISTS = Path(__file__).with_name("lists")
 
 
 @dataclass(frozen=True)

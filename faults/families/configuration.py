@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 
 import yaml
 
-from benchmarks.faults.bench import UNTRACKED, Bench, Fault
-from benchmarks.faults.judge import Outcome, Verdict, refused, silent, status
+from faults.bench import UNTRACKED, Bench, Fault
+from faults.judge import Outcome, Verdict, refused, silent, status
 
 # Command line, and what the refusal is to say
 WRONG = (
