@@ -11,7 +11,7 @@ from orpo_lab import config, run
 from orpo_lab.errors import UserError
 from tests.conftest import ROOT, compose_config
 
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 RECIPES = sorted((ROOT / "conf" / "experiment").glob("*.yaml"))
 
 
