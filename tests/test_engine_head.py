@@ -137,6 +137,9 @@ def test_a_head_is_told_by_what_it_does_also_in_16_bits_and_where_nothing_is_fin
     network = make_model("llama").eval()
     narrow = copy.deepcopy(network).bfloat16()
     assert head.has_plain_head(narrow)
+    with torch.no_grad():
+        narrow.lm_head.weight.mul_(512)  # and with logits whose roundings are large
+    assert head.has_plain_head(narrow)
     ids, places = torch.arange(3, 23).view(2, 10), torch.tensor([2, 5, 11, 18])
     with torch.no_grad():
         logps = head.score_by_logits(narrow, places, ids.flatten()[places + 1], input_ids=ids)

@@ -4,7 +4,7 @@ import random
 
 import torch
 
-from orpo_lab.engine.packing import Collator, pack, tokens_of
+from orpo_lab.engine.packing import Collator, is_one_pair, pack, tokens_of
 
 PAIRS = [
     {"prompt_ids": [11, 12, 13], "chosen_ids": [21, 22], "rejected_ids": [31]},
@@ -33,6 +33,11 @@ def test_every_pair_is_packed_once_and_no_row_exceeds_the_budget() -> None:
 
 def test_a_pair_above_the_budget_has_a_row_to_itself() -> None:
     assert pack([5, 50, 5], 10) == [[1], [0, 2]]
+
+
+def test_one_pair_cannot_be_made_smaller_and_two_can() -> None:
+    assert is_one_pair(collator().lay_out(PAIRS[:1]))
+    assert not is_one_pair(collator().lay_out(PAIRS))
 
 
 def test_a_pair_is_laid_out_once_and_scored_where_it_is_predicted() -> None:

@@ -395,12 +395,12 @@ def test_flex_attention_reads_a_row_as_it_is_read_by_pair(build: Build, name: st
 
 @pytest.mark.usefixtures("plain_flex")
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("window", [4, 5, 6])
+@pytest.mark.parametrize("window", [6, 7, 8])
 def test_flex_attention_sees_as_far_as_the_longest_sequence_is(build: Build, window: int) -> None:
-    """Which has 6 tokens, is a rejected one and of the second pair."""
+    """Which has 8 tokens, is a rejected one, and not of the pair with the most tokens."""
     pairs = [
-        {"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8]},
-        {"prompt_ids": [9, 10], "chosen_ids": [11], "rejected_ids": [12, 13, 14, 15]},
+        {"prompt_ids": [5, 6], "chosen_ids": [7, 8, 9, 10], "rejected_ids": [11, 12, 13, 14]},
+        {"prompt_ids": [9, 10], "chosen_ids": [11], "rejected_ids": [12, 13, 14, 15, 16, 17]},
     ]
     built = build(make_model("mistral_sliding", sliding_window=window), pairs)
     by_pair = logps(built, pairs)
@@ -538,6 +538,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"head_dim": 8, "use_bidirectional_attention": True},
         "looks ahead",
     ),
+    "not_causal": ("llama", {"is_causal": False}, "looks ahead"),
     "sinks": (
         "gpt_oss",
         {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8},
