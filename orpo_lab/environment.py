@@ -9,9 +9,11 @@ cut into (`PYTORCH_ALLOC_CONF`), what helps to find a fault (`CUDA_LAUNCH_BLOCKI
 
 import os
 import socket
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
+import psutil
 from filelock import FileLock, Timeout
 
 from orpo_lab.errors import UserError
@@ -46,10 +48,12 @@ UNREAD = {
 # And what is set instead: kernels from the hub are on by default
 FIXED = {"USE_HUB_KERNELS": "NO"}
 
-# How often a thread looks whether the others are done before it sleeps. libgomp's own 300,000 looks
-# take the cores away from other work, and so from the run itself; a thousand are as fast on idle
-# cores (`benchmarks/threads.py`)
+# How often a thread looks whether the others are done before it sleeps, beside other work. The
+# 300,000 looks that libgomp takes keep the cores from that work, and so from the run itself. A
+# thousand are too few on idle cores: a small model's step is slower (`benchmarks/threads.py`)
 SPINS = "1000"
+# How long it takes to see whether the cores are idle
+LOOK_SECONDS = 0.1
 
 # Of the GPU that this process has claimed, for as long as it lives
 _claims: list[FileLock] = []
@@ -65,8 +69,8 @@ def settle() -> list[str]:
     found = [name for name in sorted(os.environ) if any(fnmatch(name, one) for one in UNREAD)]
     before = {name: os.environ.pop(name) for name in found}
     os.environ.update(FIXED)
-    if "OMP_WAIT_POLICY" not in os.environ:  # whoever sets the policy has chosen
-        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+    if _must_make_room():
+        os.environ["GOMP_SPINCOUNT"] = SPINS
     return [
         f"{name}={value} is not read: it would change {_changes(name)}, and the run is what its "
         "configuration says"
@@ -74,6 +78,17 @@ def settle() -> list[str]:
         # Shells and schedulers set these for every process, one alone included
         if not name.endswith(("RANK", "WORLD_SIZE")) and FIXED.get(name) != value
     ]
+
+
+def _must_make_room() -> bool:
+    """Return whether the cores are busy with other work, and nobody has said how threads wait."""
+    has_chosen = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys()
+    if has_chosen or "torch" in sys.modules:  # with torch libgomp has read its variables
+        return False
+    idle = 1 - psutil.cpu_percent(LOOK_SECONDS) / 100
+    has_affinity = hasattr(os, "sched_getaffinity")  # as Linux has
+    num_threads = len(os.sched_getaffinity(0)) if has_affinity else psutil.cpu_count()
+    return idle * psutil.cpu_count() < num_threads - 0.5
 
 
 def _changes(name: str) -> str:

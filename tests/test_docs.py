@@ -1,7 +1,10 @@
 """What the documentation says to type is composed, and what it links to exists."""
 
+import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +14,7 @@ from orpo_lab import config, run
 from orpo_lab.errors import UserError
 from tests.conftest import ROOT, compose_config
 
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 RECIPES = sorted((ROOT / "conf" / "experiment").glob("*.yaml"))
 
 
@@ -71,6 +74,42 @@ def test_every_link_leads_somewhere(file: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", file.read_text()):
         if not target.startswith("http"):
             assert (file.parent / target).exists(), f"{file.name} links to {target}"
+
+
+def test_the_worked_example_of_extending_is_all_that_it_takes(tmp_path: Path) -> None:
+    for name in ("orpo_lab", "conf", "tests", "faults", "launch.py"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
+        copy(ROOT / name, tmp_path / name)
+    example = (ROOT / "docs" / "extending.md").read_text().split("## Worked example")[1]
+    schema, share, option, test = re.findall(r"```(?:python|yaml)\n(.*?)```", example, re.DOTALL)
+
+    def insert(name: str, text: str, before: str) -> None:
+        file = tmp_path / name
+        assert file.read_text().count(before) == 1
+        file.write_text(file.read_text().replace(before, f"{text}{before}"))
+
+    insert("orpo_lab/config.py", f"{schema}\n\n", "SCHEMAS: dict")
+    insert("orpo_lab/config.py", '"exponential": Exponential, ', '"constant": Constant,')
+    insert("orpo_lab/beta_schedule.py", share, "    raise TypeError(f")
+    insert("orpo_lab/beta_schedule.py", "Exponential, ", "HoldThenAnneal, Linear, Step\n")
+    (tmp_path / "conf" / "beta_schedule" / "exponential.yaml").write_text(option)
+    insert(
+        "tests/test_beta_schedule.py", "from orpo_lab.config import Exponential\n", "ANNEALING ="
+    )
+    with (tmp_path / "tests" / "test_beta_schedule.py").open("a") as file:
+        file.write(test)
+    policies = "test_identity.py::test_every_key_of_every_schema_has_a_policy"
+    command = ["-p", "no:cacheprovider", "tests/test_beta_schedule.py", f"tests/{policies}"]
+    for arguments in (
+        ["-m", "pytest", "-c", str(ROOT / "pyproject.toml"), f"--rootdir={tmp_path}", *command],
+        ["launch.py", "beta_schedule=exponential", "--cfg", "job"],
+    ):
+        env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, env=env, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "rate: 5.0" in done.stdout
 
 
 def train(folder: Path, *overrides: str) -> None:

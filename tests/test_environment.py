@@ -2,9 +2,11 @@
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from orpo_lab import config, environment, run
@@ -114,14 +116,27 @@ def test_a_run_is_what_its_configuration_says_whatever_accelerate_is_told(
 
 
 @pytest.mark.parametrize(
-    ("told", "expected"),
-    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, None)],
+    ("told", "busy_percent", "expected"),
+    [
+        ({}, 100.0, "1000"),
+        ({}, 60.0, "1000"),
+        ({}, 20.0, None),
+        ({"GOMP_SPINCOUNT": "7"}, 100.0, "7"),
+        ({"OMP_WAIT_POLICY": "passive"}, 100.0, None),
+    ],
 )
-def test_threads_wait_for_each_other_shortly_unless_told_otherwise(
-    told: dict[str, str], expected: str | None
+def test_threads_wait_shortly_for_each_other_where_cores_are_busy_unless_told_otherwise(
+    told: dict[str, str], busy_percent: float, expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(psutil, "cpu_percent", lambda seconds: busy_percent)
+    monkeypatch.setattr(psutil, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         os.environ.pop(name, None)
     os.environ.update(told)
+    # With torch libgomp is loaded, which looks at its variables once
+    environment.settle()
+    assert os.environ.get("GOMP_SPINCOUNT") == told.get("GOMP_SPINCOUNT")
+    monkeypatch.delitem(sys.modules, "torch")
     assert environment.settle() == []
     assert os.environ.get("GOMP_SPINCOUNT") == expected
