@@ -211,7 +211,7 @@ def check(composed: DictConfig) -> None:
             "${hydra.job.num}, without a slash, or ${slug:...}"
         )
     for group, option in settings["runtime"]["choices"].items():
-        if option and (".." in Path(option).parts or Path(option).is_absolute()):
+        if option and ".." in Path(option).parts:  # an absolute path is looked for in the folder
             raise UserError(
                 f"{group}={option} leads out of the folder of options; name one in it, or add a "
                 "folder of your own with --config-dir"

@@ -454,3 +454,14 @@ def test_columns_may_have_other_names(
         "dataset=jsonl", f"dataset.train_path={file}", "dataset.num_eval=1", *overrides
     ).dataset
     assert len(data.load(settings, tokenizer).train) == 1
+
+
+@pytest.mark.parametrize("column", ["prompt_ids", "chosen_ids", "rejected_ids"])
+def test_a_fingerprint_is_of_every_id_of_every_pair(column: str) -> None:
+    pair = {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5]}
+    rows = [pair, {**pair, "prompt_ids": [6]}]
+    other = [rows[0], {**rows[1], column: [7]}]
+    one, two = (data._fingerprint(datasets.Dataset.from_list(each)) for each in (rows, other))
+    assert one != two
+    # Scores lie by number: the order counts too
+    assert one != data._fingerprint(datasets.Dataset.from_list(rows[::-1]))

@@ -332,7 +332,8 @@ def test_a_seed_says_in_which_order_pairs_come_and_what_adapters_begin_as(
 ) -> None:
     one, again, other = (trained(place, seed, *overrides) for seed in (1, 1, 2))
     assert all(torch.equal(one[name], again[name]) for name in one)
-    assert not all(torch.equal(one[name], other[name]) for name in one)
+    # Adapters move by a hair, into the direction that the pairs' order gives
+    assert not all(torch.allclose(one[name], other[name], rtol=0, atol=1e-12) for name in one)
 
 
 def write_sums(file: Path, numbers: range) -> list[dict[str, str]]:
@@ -576,6 +577,9 @@ def test_jobs_share_what_does_not_depend_on_where_they_differ(
     (pairs_name, _), unquantized = plain, asked("optimizer=lora")
     assert unquantized[0] == pairs_name
     assert unquantized[1] != plain[1]
+    in_8_bits = asked("quantization=int8")
+    assert in_8_bits[0] == pairs_name
+    assert in_8_bits[1] != plain[1]
     assert asked("optimizer=adamw")[1] not in (plain[1], unquantized[1])
     for other in (["dataset.num_eval=7"], ["model=smollm2_135m"]):
         assert not set(asked(*other)) & set(plain)
