@@ -287,6 +287,26 @@ def test_of_a_small_file_a_fifth_is_held_out_and_a_number_that_is_given_is_exact
     assert not says or said[0].startswith(says)
 
 
+def test_rows_are_drawn_over_a_whole_file_and_held_out_whatever_their_order(
+    load: Load, tokenizer: Any, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"add {a} and 2.", "chosen": "3", "rejected": "4"} for a in range(60)]
+
+    def prompts(rows: list[dict[str, str]]) -> list[set[str]]:
+        file = write_rows(tmp_path / "rows.jsonl", rows)
+        sizes = ("dataset.num_train=20", "dataset.num_eval=10")
+        loaded = data.load(
+            load("dataset=file", f"dataset.train_path={file}", *sizes).dataset, tokenizer
+        )
+        return [set(one["prompt_text"]) for one in (loaded.train, loaded.held_out)]
+
+    (train, held_out), (_, again) = prompts(rows), prompts(rows[::-1])
+    assert held_out == again
+    places = [at for at, row in enumerate(rows) if any(row["prompt"] in one for one in train)]
+    assert len(places) == 20
+    assert places[0] < 20 <= 40 < places[-1]
+
+
 def test_without_a_number_a_split_to_evaluate_on_is_read_up_to_the_usual_one(
     load: Load, tokenizer: Any, tmp_path: Path
 ) -> None:
