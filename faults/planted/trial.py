@@ -92,6 +92,9 @@ class Trial:
         """Kill whatever is left of the trial's session."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._pid, signal.SIGKILL)
+            return
+        if self._code is None:  # it has no session of its own yet
+            os.kill(self._pid, signal.SIGKILL)
 
     def outcome(self) -> Outcome:
         """Return what came of it; its copy of the tree is deleted."""
