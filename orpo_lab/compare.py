@@ -169,28 +169,27 @@ def group(runs: Sequence[Run]) -> list[Setting]:
     differing = [key for key in keys if len({json.dumps(v[key]) for v in read if key in v}) > 1]
     named = {key: _names(runs, read, key) for key in ("model", "dataset") if key in differing}
     found: dict[str, Setting] = {}
+    ranks: dict[str, Any] = {}
     for number, (run, values) in enumerate(zip(runs, read, strict=True)):
         mine = {key: values[key] for key in differing if key in values}
         shown = mine | {key: names[number] for key, names in named.items()}
         name = " ".join(_label(key, value) for key, value in shown.items()) or "all runs"
         # By exact values: names are rounded
-        setting = found.setdefault(json.dumps(mine), Setting(name, run.values, []))
+        exact = json.dumps(mine)
+        setting = found.setdefault(exact, Setting(name, run.values, []))
+        ranks[exact] = (run.values["beta_schedule"], run.values["beta"], _rank(mine))
         if run.values["seed"] not in setting.seeds:
             setting.runs.append(run)
-    ordered = sorted(
-        found.items(),
-        key=lambda one: (one[1].values["beta_schedule"], one[1].values["beta"], _rank(one[0])),
-    )
-    return [setting for _, setting in ordered]
+    return [found[exact] for exact in sorted(found, key=ranks.__getitem__)]
 
 
-def _rank(values: str) -> list[tuple[str, bool, float, str]]:
+def _rank(values: dict[str, Any]) -> list[tuple[str, bool, float, str]]:
     """Return what orders settings by what differs: numbers by their size, the rest as text."""
     return [
         (key, False, value, "")
         if isinstance(value, int | float)
         else (key, True, 0.0, json.dumps(value))
-        for key, value in json.loads(values).items()
+        for key, value in values.items()
     ]
 
 

@@ -1,4 +1,3 @@
-import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -10,7 +9,7 @@ import yaml
 
 from orpo_lab import config
 from orpo_lab.errors import UserError
-from tests.conftest import ROOT, compose_config
+from tests.conftest import ROOT
 
 CONF = ROOT / "conf"
 FILES = sorted(CONF.rglob("*.yaml"))
@@ -169,12 +168,6 @@ def test_what_cannot_be_is_refused_in_one_line(
     assert "\n" not in str(refusal.value)
 
 
-@functools.cache
-def composed(*overrides: str) -> config.Config:
-    """Compose once for all ranges: composing takes longer than looking at them."""
-    return config.load(compose_config(*overrides))
-
-
 INF, NAN = float("inf"), float("nan")
 # Of every range its ends, and what lies beyond: group, overrides, key, fine values, refused ones
 RANGES: list[tuple[str, list[str], str, list[Any], list[Any]]] = [
@@ -222,9 +215,14 @@ RANGES: list[tuple[str, list[str], str, list[Any], list[Any]]] = [
     ids=[f"{key} {' '.join(overrides)}".strip() for _, overrides, key, _, _ in RANGES],
 )
 def test_every_range_ends_where_it_says(
-    group: str, overrides: list[str], key: str, fine: list[Any], refused: list[Any]
+    load: Callable[..., config.Config],
+    group: str,
+    overrides: list[str],
+    key: str,
+    fine: list[Any],
+    refused: list[Any],
 ) -> None:
-    loaded = composed(*overrides)
+    loaded = load(*overrides)
     section: Any = getattr(loaded, group) if group else loaded
     for value in fine:
         assert getattr(replace(section, **{key: value}), key) == value

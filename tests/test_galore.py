@@ -244,7 +244,8 @@ def test_a_warm_basis_goes_on_from_the_last_one_and_still_finds_what_is_new() ->
         weight = nn.Parameter(torch.zeros(128, 64))
         optimizer = GaLore([weight], refresh=refresh, **settings)
         shares[refresh] = [captured(optimizer, weight, flat) / best for _ in range(30)]
-    assert shares["warm"][-1] > 0.995 > max(shares["randomized"])
+    assert shares["warm"][-1] > 0.998
+    assert max(shares["randomized"]) < 0.98
     # A gradient that has turned has nothing in common with the basis before
     first, second = (bases[0][0, :, i : i + 8] @ bases[1][0, i : i + 8] for i in (0, 8))
     weight = nn.Parameter(torch.zeros(128, 64))

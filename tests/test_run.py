@@ -92,7 +92,7 @@ def test_a_run_leaves_everything_and_a_clean_terminal(
 def test_a_token_on_the_command_line_is_in_no_file(launch: Launch, tmp_path: Path) -> None:
     token = "hf_" + "q" * 34
     given = (f"name=run-{token}", f"tracker.tags=[{token}]")
-    launch(*QUICK, *given, "hydra.run.dir=run")
+    launch(*QUICK, *given, "hydra.run.dir=run", fresh=True)
     files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
     assert any(file.suffix == ".wandb" for file in files)
     assert not [file for file in files if token.encode() in file.read_bytes()]
