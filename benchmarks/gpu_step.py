@@ -8,21 +8,22 @@ same code on any device, for checking it. The last line is one JSON object.
 """
 
 import argparse
+import itertools
 import json
-import tempfile
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from gpu_galore import SMALL, make_qlora, peak_gb, seconds
 from hydra import compose, initialize_config_dir
-from step import CAP, ROOT, Case, num_slots, random_pairs
+from step import CAP, ROOT, Case, num_slots, random_pairs, untrained
 from transformers import LlamaConfig, MistralConfig
 
-from orpo_lab import config, data, engine, model, trainer
+from orpo_lab import config, engine, model
 from orpo_lab.quiet import silence_upstream
 from orpo_lab.run_folder import versions
+from orpo_lab.training.devices import OneDevice
+from orpo_lab.training.loop import add_gradients, batches
 
 NUM_PAIRS = 8
 NUM_STEPS = 6
@@ -67,25 +68,14 @@ def measure(network: Any, pairs: Any, loaded: config.Config, device: str) -> dic
     """Return time and memory of a step; None: it does not fit."""
     tokenizer = model.load_tokenizer(loaded.model, model.load_config(loaded.model))
     which = config.kind(loaded.engine)
-    with tempfile.TemporaryDirectory() as folder:
-        built = engine.build(
-            loaded,
-            model=network,
-            tokenizer=tokenizer,
-            data=data.Data(pairs, pairs, {}, checkable=False),
-            arguments=trainer.arguments(loaded, Path(folder), torch.bfloat16),
-            optimizer=torch.optim.SGD([p for p in network.parameters() if p.requires_grad]),
-            callbacks=[],
-        )
-    num_micro = built.args.gradient_accumulation_steps
-    built.current_gradient_accumulation_steps = num_micro
-    batches = list(built.get_train_dataloader())
-    steps = [batches[i : i + num_micro] for i in range(0, len(batches), num_micro)]
+    devices = OneDevice(torch.device(device), torch.bfloat16)
+    built = engine.build(loaded, model=network, tokenizer=tokenizer, devices=devices)
+    state = untrained(network, devices)
+    network.train()
+    steps = list(itertools.islice(batches(pairs, NUM_PAIRS, 0, 0), len(pairs) // NUM_PAIRS))
 
     def take(step: list[Any]) -> None:
-        with torch.autocast(device, torch.bfloat16):  # Trainer.train would wrap the model in it
-            for batch in step:
-                built.training_step(network, batch)
+        add_gradients(built, state, step, loaded.beta)
 
     try:
         take(steps[0])  # compiles
@@ -97,19 +87,20 @@ def measure(network: Any, pairs: Any, loaded: config.Config, device: str) -> dic
         network.zero_grad()
         if device == "cuda":
             torch.cuda.empty_cache()
+    slots = [num_slots(which, built.micro_batches(step)) for step in steps]
     return {
         "seconds_per_pair": round(median(times) / NUM_PAIRS, 4),
         "peak_gb": round(peak_gb(device), 2),
-        "slots_per_pair": round(sum(num_slots(which, batch) for batch in batches) / len(pairs)),
+        "slots_per_pair": round(sum(slots) / len(pairs)),
     }
 
 
 def compare(network: Any, pairs: Any, checkpointing: bool, device: str) -> dict[str, Any]:
     """Measure both engines at every size."""
     if checkpointing:
-        network.gradient_checkpointing_enable({"use_reentrant": False})
+        network.activation_checkpointing_enable({"use_reentrant": False})
     else:
-        network.gradient_checkpointing_disable()
+        network.activation_checkpointing_disable()
     report: dict[str, Any] = {}
     for which, sizes in SIZES.items():
         report[which] = {

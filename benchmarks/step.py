@@ -16,11 +16,11 @@ About 8 minutes for a and b, 40 for all. The last line is one JSON object.
 """
 
 import argparse
+import itertools
 import json
 import math
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,16 +31,21 @@ import datasets
 import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-from orpo_lab import config, data, engine, memory, model, trainer
+from orpo_lab import config, data, engine, memory, model, optimizer
 from orpo_lab.adapter import attach
+from orpo_lab.engine.base import Engine
 from orpo_lab.quiet import silence_upstream
 from orpo_lab.run_folder import versions
+from orpo_lab.training.devices import OneDevice
+from orpo_lab.training.loop import add_gradients, batches
+from orpo_lab.training.state import State
 
 ROOT = Path(__file__).parents[1]
 ENGINES = ("trl", "shared_prefix")
 NUM_PAIRS = 4
+BETA = 0.1
 # UltraFeedback's mean tokens of prompt, chosen and rejected, log-normal, cut to CAP
 MEANS = (157, 281, 236)
 CAP = 1024
@@ -147,54 +152,57 @@ def load_parts(case: Case, options: argparse.Namespace) -> tuple[Any, Any, datas
     if isinstance(loaded.optimizer, config.Lora):
         network = attach(network, loaded.optimizer, gradient_checkpointing=case.checkpointing)
     if case.checkpointing:
-        network.gradient_checkpointing_enable({"use_reentrant": False})
+        network.activation_checkpointing_enable({"use_reentrant": False})
     return network, tokenizer, pairs
 
 
-def make_trainer(
+def make_engine(
     case: Case, which: str, parts: tuple[Any, Any, datasets.Dataset], options: argparse.Namespace
-) -> Trainer:
-    """Return an engine's trainer, ready to take steps."""
+) -> tuple[Engine, State]:
+    """Return an engine and the state whose weights get its gradients."""
     loaded = load_config(case, which, options)
-    network, tokenizer, pairs = parts
-    with tempfile.TemporaryDirectory() as folder:
-        built = engine.build(
-            loaded,
-            model=network,
-            tokenizer=tokenizer,
-            data=data.Data(pairs, pairs, {}, checkable=False),
-            arguments=trainer.arguments(loaded, Path(folder), torch.float32),
-            optimizer=torch.optim.SGD([p for p in network.parameters() if p.requires_grad]),
-            callbacks=[],
-        )
-    built.current_gradient_accumulation_steps = 1  # Trainer.train would
-    return built
+    network, tokenizer, _ = parts
+    devices = OneDevice(torch.device("cpu"), torch.float32)
+    built = engine.build(loaded, model=network, tokenizer=tokenizer, devices=devices)
+    return built, untrained(network, devices)
 
 
-def num_slots(which: str, batch: dict[str, Any]) -> int:
+def untrained(network: Any, devices: OneDevice) -> State:
+    """Return the state of a model that is never updated."""
+    sgd = torch.optim.SGD([p for p in network.parameters() if p.requires_grad])
+    return State(network, optimizer.updater(sgd, network), devices, lambda num_updates: 1.0)
+
+
+def num_slots(which: str, micro_batches: list[dict[str, Any]]) -> int:
     """Return the tokens, padding included, that the model reads."""
     if which == "trl":
-        sides = (batch["chosen_input_ids"], batch["rejected_input_ids"])
-        return 2 * len(sides[0]) * max(side.shape[1] for side in sides)
-    return sum(one["input_ids"].numel() for one in batch["micro_batches"])
+        return sum(map(trl_slots, micro_batches))
+    return sum(micro_batch["input_ids"].numel() for micro_batch in micro_batches)
+
+
+def trl_slots(batch: dict[str, Any]) -> int:
+    """Return the tokens of a batch of TRL's, whose both sides are padded to one width."""
+    sides = (batch["chosen_input_ids"], batch["rejected_input_ids"])
+    return 2 * len(sides[0]) * max(side.shape[1] for side in sides)
 
 
 def measure_time(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     """Take the steps of both engines in turn, and return medians per pair."""
     parts = load_parts(case, options)
-    network = parts[0]
-    built = {which: make_trainer(case, which, parts, options) for which in ENGINES}
-    loaders = [iter(built[which].get_train_dataloader()) for which in ENGINES]
+    network, _, pairs = parts
+    built = {which: make_engine(case, which, parts, options) for which in ENGINES}
+    network.train()
     seconds: dict[str, list[float]] = {which: [] for which in ENGINES}
     slots: dict[str, list[int]] = {which: [] for which in ENGINES}
     losses: dict[str, list[float]] = {which: [] for which in ENGINES}
-    for number, batches in enumerate(zip(*loaders, strict=True)):
-        turn = list(zip(ENGINES, batches, strict=True))
-        for which, batch in turn if number % 2 else turn[::-1]:
+    steps = itertools.islice(batches(pairs, NUM_PAIRS, 0, 0), case.batches)
+    for number, batch in enumerate(steps):
+        for which in ENGINES if number % 2 else ENGINES[::-1]:
             start = time.process_time()
-            losses[which].append(built[which].training_step(network, batch).item())
+            loss, _ = add_gradients(*built[which], batch, BETA)
+            losses[which].append(loss.item())
             seconds[which].append(time.process_time() - start)
-            slots[which].append(num_slots(which, batch))
+            slots[which].append(num_slots(which, built[which][0].micro_batches(batch)))
             network.zero_grad()
     ratios = [theirs / ours for theirs, ours in zip(*seconds.values(), strict=True)]
     worst = max(abs(theirs / ours - 1) for theirs, ours in zip(*losses.values(), strict=True))
@@ -221,15 +229,17 @@ def measure_memory(case: Case, which: str, options: argparse.Namespace) -> int:
     Gradients are allocated first: they are the model's, whichever engine fills them.
     """
     parts = load_parts(case, options)
-    network = parts[0]
-    built = make_trainer(case, which, parts, options)
+    network, _, pairs = parts
+    built, state = make_engine(case, which, parts, options)
+    network.train()
     for p in network.parameters():
         if p.requires_grad:
             p.grad = torch.zeros_like(p).add_(0)
-    largest = max(built.get_train_dataloader(), key=lambda batch: num_slots(which, batch))
+    steps = itertools.islice(batches(pairs, NUM_PAIRS, 0, 0), case.batches)
+    largest = max(steps, key=lambda batch: num_slots(which, built.micro_batches(batch)))
     memory.reset_peak()
     before = memory.peak_bytes()
-    built.training_step(network, largest)
+    add_gradients(built, state, largest, BETA)
     return memory.peak_bytes() - before
 
 

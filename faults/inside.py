@@ -9,6 +9,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 Act = Callable[[], None]
@@ -64,22 +65,29 @@ def poison_step(what: str, *steps: int) -> None:
 
 def _change_loss(applies: Callable[[int], bool], change: Callable[[Any], Any]) -> None:
     from orpo_lab import engine
+    from orpo_lab.training import loop
 
-    build = engine.build
+    build, add_gradients = engine.build, loop.add_gradients
+    steps: list[int] = []
 
     def changed(*arguments: Any, **parts: Any) -> Any:
-        trainer: Any = build(*arguments, **parts)
-        compute_loss = trainer.compute_loss
+        built: Any = build(*arguments, **parts)
+        score = built.score
 
-        def loss_of(*arguments: Any, **named: Any) -> Any:
-            loss = compute_loss(*arguments, **named)
-            is_training = loss.requires_grad and applies(trainer.state.global_step + 1)
-            return change(loss) if is_training else loss
+        def changed_score(*arguments: Any) -> Any:
+            scored = score(*arguments)
+            is_training = scored.loss.requires_grad and applies(steps[-1] + 1)
+            return replace(scored, loss=change(scored.loss)) if is_training else scored
 
-        trainer.compute_loss = loss_of
-        return trainer
+        built.score = changed_score
+        return built
+
+    def watched(built: Any, state: Any, *rest: Any) -> Any:
+        steps.append(state.step)
+        return add_gradients(built, state, *rest)
 
     engine.build = changed
+    setattr(loop, "add_gradients", watched)  # noqa: B010  (of another type)
 
 
 def exit_where(seed: int) -> None:

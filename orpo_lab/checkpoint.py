@@ -1,7 +1,7 @@
 """Sealed checkpoints: a manifest, written last, says what a checkpoint holds.
 
 A checkpoint without its manifest is one that nobody finished; one that differs from it is damaged.
-Neither is ever continued from. What the folders hold is transformers' business.
+Neither is ever continued from. What the folders hold is the business of `training.state`.
 
 The trained model is sealed likewise, before anything is made of it: what comes after the last step
 may fail or be stopped, and is made up for by the next start without training again.
@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 # The run's metrics so far; what is beside it in the run folder may have been cut short since
 METRICS = "metrics.jsonl"
+# What a step changes beside the weights
+STATE = "state.pt"
 # Folders of the trained model, until its run has finished; after it comes the step
 TRAINED = "trained-"
 
@@ -98,8 +100,6 @@ def seal(path: Path, place: RunFolder, made: Made, spent: Spent) -> None:
         made: what it was made from.
         spent: what training has cost.
     """
-    # Nothing reads it, and it could only be read by unpickling it
-    (path / "training_args.bin").unlink(missing_ok=True)
     shutil.copyfile(place.path / METRICS, path / METRICS)
     files = {name: _digest(path / name) for name in _files(path)}
     for name in files:
@@ -257,6 +257,11 @@ def _verify(path: Path, place: RunFolder) -> Checkpoint:
         raise UserError(f"it is of step {step}")
     if made.config_hash not in place.config_hashes():
         raise UserError("another run made it")
+    if not found.is_trained and STATE not in sealed:
+        raise UserError(
+            "an earlier version of orpo_lab wrote it, in a form that is not read any more: go on "
+            "with that version, or begin a new run"
+        )
     present = _files(path)
     for name in sorted(set(present) ^ sealed.keys()):
         raise UserError(f"{name} is {'missing' if name in sealed else 'not of it'}")

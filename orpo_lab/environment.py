@@ -112,8 +112,8 @@ def refuse_several_processes() -> None:
 def use_one_device(shared: Path | None) -> None:
     """See one GPU only, before torch is imported.
 
-    With several in sight `transformers.Trainer` multiplies the batch by their number without a
-    word. The first job of a process decides for those after it: torch looks once.
+    A run computes on one GPU, and jobs that run at a time take one each. The first job of a process
+    decides for those after it: torch looks once.
 
     Args:
         shared: a folder of the sweep's, in which its processes claim a GPU each; None: the first.

@@ -1,13 +1,15 @@
 """From a typed config to a `torch.optim.Optimizer`."""
 
 import logging
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, get_scheduler
 
-from orpo_lab.config import AdamW, Config, Galore, Lora, Optimizer
+from orpo_lab.config import AdamW, Config, Galore, Lora, Optimizer, Train
 from orpo_lab.errors import UserError
 from orpo_lab.galore import GaLore
 from orpo_lab.model import projections
@@ -47,6 +49,87 @@ def build(
                 decay_groups(adamw, dict(model.named_parameters())), **adam_arguments(adamw)
             )
     raise TypeError(f"no optimizer: {config.optimizer!r}")
+
+
+def share_of_peak(train: Train, num_steps: int) -> Callable[[int], float]:
+    """Return the schedule of the learning rate: updates taken so far -> share of its peak, 0 to 1.
+
+    The schedules are those of transformers. A warm-up below 1 is a share of the run.
+    """
+    warmup = train.warmup_steps
+    unused = torch.optim.SGD([torch.zeros(1)])  # the schedules' formulas come with an optimizer
+    schedule = get_scheduler(
+        train.lr_scheduler_type,
+        unused,
+        num_warmup_steps=int(warmup) if warmup >= 1 else math.ceil(num_steps * warmup),
+        num_training_steps=num_steps,
+    )
+    return schedule.lr_lambdas[0]
+
+
+class Updater:
+    """An optimizer, and what a training loop needs to know of it.
+
+    Args:
+        optimizer: of the model's trainable parameters.
+        model: its gradients are clipped together.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        self.optimizer, self.parameters = optimizer, list(model.parameters())
+
+    def gradients(self) -> list[Tensor]:
+        """Return the gradients that the next update takes."""
+        return [p.grad for p in self.parameters if p.grad is not None]
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Scale all gradients so that their norm is at most `max_norm`; 0: leave them.
+
+        Returns:
+            The norm before, a scalar on the device.
+        """
+        if max_norm == 0:
+            return nn.utils.get_total_norm(self.gradients())
+        return nn.utils.clip_grad_norm_(self.parameters, max_norm)
+
+    def drop_gradients(self) -> None:
+        """Drop the gradients of a step that is taken again."""
+        self.optimizer.zero_grad()
+
+    def memory(self) -> dict[str, dict[str, int]] | None:
+        """Return bytes by kind of weight; None: the optimizer keeps no account."""
+        return None
+
+
+class GaLoreUpdater(Updater):
+    """GaLore, which layer-wise has the gradients itself, and clips them."""
+
+    optimizer: GaLore
+
+    def gradients(self) -> list[Tensor]:
+        """Return the gradients that the next update takes; layer-wise, projected ones."""
+        return self.optimizer.gradients()
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Scale all gradients; layer-wise return their projected norm, and leave them to GaLore."""
+        if self.optimizer.layerwise:
+            return nn.utils.get_total_norm(self.gradients())
+        return super().clip(max_norm)
+
+    def drop_gradients(self) -> None:
+        """Drop the gradients of a step that is taken again, and keep a basis taken from them."""
+        self.optimizer.drop_gradients()
+
+    def memory(self) -> dict[str, dict[str, int]]:
+        """Return bytes by kind of weight, see `GaLore.memory`."""
+        return self.optimizer.memory()
+
+
+def updater(optimizer: torch.optim.Optimizer, model: nn.Module) -> Updater:
+    """Return what a training loop needs to know of an optimizer that `build` returned."""
+    if isinstance(optimizer, GaLore):
+        return GaLoreUpdater(optimizer, model)
+    return Updater(optimizer, model)
 
 
 def adam_arguments(config: Optimizer) -> dict[str, Any]:

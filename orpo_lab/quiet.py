@@ -30,8 +30,6 @@ def silence_upstream() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # Five retries of an unreachable hub; our error says it in one line
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    # transformers sorts checkpoints by age, and doubts some clocks; ours have numbers
-    logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
     # matplotlib says once that it has listed the machine's fonts
     logging.getLogger("matplotlib.font_manager").setLevel(logging.WARNING)
     if not sys.stderr.isatty():

@@ -329,7 +329,7 @@ def _measure_after(
     Raises:
         NonFiniteError: the last update has ruined the weights, and no model is kept.
     """
-    from orpo_lab.trainer import check_weights
+    from orpo_lab.training.finite import check_weights
 
     after = None
     try:

@@ -174,7 +174,7 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "adapter_model.safetensors"])
+@pytest.mark.parametrize("name", ["state.pt", "adapter_model.safetensors"])
 def test_a_damaged_checkpoint_is_rejected_and_the_one_before_it_is_taken(
     finished: Path, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -252,9 +252,8 @@ def sealed(place: RunFolder, name: str, config_hash: str, **spent: int) -> Path:
     path = place.file("checkpoints") / name
     path.mkdir(parents=True)
     (path / "weights").write_text("w")
-    (path / "training_args.bin").write_text("a pickle")
+    (path / checkpoint.STATE).write_text("s")
     checkpoint.seal(path, place, Made(config_hash, "", ""), Spent(**spent))
-    assert not (path / "training_args.bin").exists()
     return path
 
 
@@ -305,6 +304,20 @@ def test_a_trained_model_has_all_that_training_has_cost(tmp_path: Path) -> None:
     assert found.spent == Spent(wall_seconds=3.5, peak_memory_bytes=11, num_skipped=2)
 
 
+def test_a_checkpoint_in_the_form_of_an_earlier_version_is_rejected_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = RunFolder(tmp_path)
+    place.append_metrics(1, {"loss": 1.0})
+    place.write_json("segments.json", [{"config_hash": "now"}])
+    path = sealed(place, "checkpoint-3", "now")
+    assert checkpoint.newest_valid(place, "now") is not None
+    (path / checkpoint.STATE).rename(path / "optimizer.pt")
+    checkpoint.seal(path, place, Made("now", "", ""), Spent())
+    assert checkpoint.newest_valid(place, "now") is None
+    assert "checkpoint-3 rejected: an earlier version of orpo_lab wrote it" in caplog.text
+
+
 def test_half_a_checkpoint_is_taken_away_and_said(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint-3"
 
@@ -324,10 +337,10 @@ def test_all_checkpoints_damaged_is_refused_or_begun_anew(
 ) -> None:
     place = copy(finished, tmp_path)
     for path in checkpoint.folders(place):
-        flip(path / "optimizer.pt")
+        flip(path / "state.pt")
     refused = launch(*RUN, "resume=run", expect=1)
     assert refused.stderr.startswith("error: resume=run: no valid checkpoint in it")
-    assert refused.stdout.count("rejected: optimizer.pt is damaged") == 3
+    assert refused.stdout.count("rejected: state.pt is damaged") == 3
     launch(*RUN, "resume=auto", "hydra.run.dir=run")
     assert_same(finished, place.path)
 
@@ -441,7 +454,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(
     common = [*RUN, "optimizer=adamw", "resume=auto"]
     command = [sys.executable, str(ROOT / "launch.py"), *common, f"hydra.run.dir={tmp_path}/run"]
     launch(*common, "hydra.run.dir=run", "train.max_hours=1e-9", expect=75)
-    size = (tmp_path / "run" / "checkpoints" / "checkpoint-1" / "optimizer.pt").stat().st_size
+    size = (tmp_path / "run" / "checkpoints" / "checkpoint-1" / "state.pt").stat().st_size
     limited = f"ulimit -f {size // 1024 - 1000}; exec " + " ".join(command)
     done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True)
     assert done.returncode == 1, done.stdout + done.stderr

@@ -11,12 +11,15 @@ import torch
 from transformers import TrainerCallback
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-from orpo_lab import config, data, model, trainer
+from orpo_lab import config, data, engine, model, trainer
 from orpo_lab.checkpoint import Made
 from orpo_lab.data import embedded
 from orpo_lab.run_folder import RunFolder
 from orpo_lab.stop import Stop
 from orpo_lab.tracker import Untracked
+from orpo_lab.training import loop
+from orpo_lab.training.devices import OneDevice
+from orpo_lab.training.state import State
 
 Load = Callable[..., config.Config]
 ROWS = embedded.pairs("train", num=80, seed=3)
@@ -47,7 +50,12 @@ class Spy(TrainerCallback):
 
 
 def stock(
-    loaded: config.Config, rows: list[dict[str, Any]], network: Any, tokenizer: Any, folder: Path
+    loaded: config.Config,
+    rows: list[dict[str, Any]],
+    network: Any,
+    tokenizer: Any,
+    folder: Path,
+    **keys: Any,
 ) -> tuple[list[float], Spy]:
     """Train as TRL's documentation does it: raw rows, TRL's defaults where the lab has none."""
     spy = Spy()
@@ -75,6 +83,7 @@ def stock(
             seed=loaded.seed,
             dataloader_drop_last=True,
             disable_tqdm=True,
+            **keys,
         ),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer,
@@ -105,14 +114,21 @@ def ours(
     pairs = data.load(loaded.dataset, tokenizer)
     assert len(pairs.train) == len(rows)
     spy = Spy()
-    guard = trainer.NonFiniteGuard
+    update = State.update
 
-    class GuardAndSpy(guard):  # type: ignore[valid-type, misc]
-        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-            spy.on_pre_optimizer_step(*args, **kwargs)
-            super().on_pre_optimizer_step(*args, **kwargs)
+    def seen_update(state: State) -> None:
+        spy.on_pre_optimizer_step(None, None, None, model=state.model)
+        update(state)
 
-    monkeypatch.setattr(trainer, "NonFiniteGuard", GuardAndSpy)
+    monkeypatch.setattr(State, "update", seen_update)
+    place = fit(loaded, network, tokenizer, pairs, folder)
+    return [line["loss"] for line in place.metrics() if "loss" in line], spy
+
+
+def fit(
+    loaded: config.Config, network: Any, tokenizer: Any, pairs: data.Data, folder: Path
+) -> RunFolder:
+    """Train in fp32, and return the run folder."""
     place = RunFolder(folder)
     trainer.fit(
         loaded,
@@ -126,7 +142,7 @@ def ours(
         start=None,
         stop=Stop(),
     )
-    return [line["loss"] for line in place.metrics() if "loss" in line], spy
+    return place
 
 
 @pytest.mark.parametrize(
@@ -170,11 +186,44 @@ def test_loss_and_every_gradient_equal_a_stock_trainer_bit_for_bit(
         assert all(torch.equal(mine[name], reference[name]) for name in mine)
 
 
-def test_adapter_dropout_is_applied_in_training_and_not_in_evaluation(
-    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path
+def test_dropout_is_drawn_as_a_stock_trainer_draws_it(
+    load: Load,
+    build_model: Any,
+    tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from orpo_lab import engine, optimizer
+    loaded = load(
+        "dataset=jsonl",
+        "dataset.train_path=given",
+        "dataset.max_length=128",
+        "dataset.max_prompt_length=96",
+        "optimizer=lora",
+        "optimizer.dropout=0.3",
+        "train.max_steps=1",
+        "train.batch_size=8",
+        "engine=trl",
+        "engine.micro_batch_size=4",
+        "tracker=none",
+    )
+    networks = [build_model(loaded) for _ in range(2)]
+    torch.manual_seed(5)
+    other = torch.get_rng_state()
+    our_losses, our_spy = ours(loaded, CONVERSATIONS, networks[0], tokenizer, tmp_path, monkeypatch)
+    torch.set_rng_state(other)
+    folder = tmp_path / "trl"
+    their_losses, their_spy = stock(
+        loaded, CONVERSATIONS, networks[1], tokenizer, folder, disable_dropout=False
+    )
+    assert our_losses == their_losses
+    (mine,), (reference,) = our_spy.steps, their_spy.steps
+    assert mine.keys() == reference.keys()
+    assert all(torch.equal(mine[name], reference[name]) for name in mine)
 
+
+def test_adapter_dropout_is_applied_in_training_and_not_in_evaluation(
+    load: Load, build_model: Any, tokenizer: Any
+) -> None:
     def losses(dropout: float, *, training: bool) -> set[float]:
         loaded = load(
             f"optimizer.dropout={dropout}",
@@ -189,18 +238,11 @@ def test_adapter_dropout_is_applied_in_training_and_not_in_evaluation(
             if "lora_B" in name:
                 torch.nn.init.constant_(p, 0.05)
         pairs = data.load(loaded.dataset, tokenizer)
-        built = engine.build(
-            loaded,
-            model=network,
-            tokenizer=tokenizer,
-            data=pairs,
-            arguments=trainer.arguments(loaded, tmp_path, torch.float32),
-            optimizer=optimizer.build(loaded, network, num_steps=10, dtype=torch.float32),
-            callbacks=[],
-        )
-        batch = next(iter(built.get_train_dataloader()))
+        devices = OneDevice(torch.device("cpu"), torch.float32)
+        trls = engine.build(loaded, model=network, tokenizer=tokenizer, devices=devices)
+        (batch,) = trls.micro_batches(loop.rows(pairs.train, range(4)))
         network.train(training)
-        return {built.compute_loss(network, batch).item() for _ in range(3)}
+        return {trls.score(batch, loaded.beta).loss.item() for _ in range(3)}
 
     assert len(losses(0.3, training=True)) == 3
     assert len(losses(0.3, training=False)) == 1
@@ -219,19 +261,8 @@ def test_preference_accuracy_does_not_vanish_at_beta_zero(
         "tracker=none",
         "train.logging_steps=1",
     )
-    place = RunFolder(tmp_path)
-    trainer.fit(
-        loaded,
-        model=build_model(loaded),
-        tokenizer=tokenizer,
-        data=data.load(loaded.dataset, tokenizer),
-        dtype=torch.float32,
-        place=place,
-        log_to=Untracked(),
-        made=Made("", "", ""),
-        start=None,
-        stop=Stop(),
-    )
+    pairs = data.load(loaded.dataset, tokenizer)
+    place = fit(loaded, build_model(loaded), tokenizer, pairs, tmp_path)
     for line in place.metrics():
         assert line["rewards/accuracies"] == 0  # TRL's
         assert line["preference_accuracy"] > 0.1

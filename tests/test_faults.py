@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 SAMPLE = {
     "changes": ["resume=FOLDER beta=0.5", "another row in the training file"],
     "checkpoints": [
-        "optimizer.pt of one other bit",
+        "state.pt of one other bit",
         "manifest.json missing",
         "every checkpoint damaged",
     ],
@@ -37,7 +37,7 @@ SAMPLE = {
         "no plot: it fails",
     ],
     "kills": [
-        "qlora: torn torch.save checkpoints/checkpoint-4/optimizer.pt",
+        "qlora: torn torch.save checkpoints/checkpoint-4/state.pt",
         "galore: before os.rename checkpoints/checkpoint-4/manifest.json.part",
         "adamw: in step 4",
         "lora: after step 3, from outside",

@@ -156,7 +156,7 @@ def test_a_model_is_what_is_read_of_its_folder(load: Load, tmp_path: Path) -> No
     before = identity_of(base)
     (copy / "README.md").write_text("another")
     (copy / "checkpoint-1").mkdir()
-    (copy / "checkpoint-1" / "optimizer.pt").write_text("not read")
+    (copy / "checkpoint-1" / "state.pt").write_text("not read")
     assert identity_of(copy) == before
     # Large enough to be sampled; the last weight is another
     weights = np.zeros(2**21, dtype=np.float32)

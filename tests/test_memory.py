@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from orpo_lab import config, memory, run, trainer
+from orpo_lab import config, memory, run
 from orpo_lab import optimizer as optimizers
 from orpo_lab.errors import UserError
 from orpo_lab.run_folder import RunFolder
+from orpo_lab.training import loop
 
 Load = Callable[..., config.Config]
 SMALL = (
@@ -80,7 +81,7 @@ def test_a_failed_job_leaves_nothing_in_memory_even_where_its_error_is_kept(
     def fails(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(trainer, "_train", fails)
+    monkeypatch.setattr(loop.Loop, "run", fails)
     loaded = load("optimizer=adamw", *SMALL)
     with pytest.raises(UserError) as kept:
         run.train(loaded, tmp_path, choices={}, overrides=[])

@@ -308,3 +308,11 @@ def test_layerwise_in_fp16_is_refused(load: Load, build_model: Any) -> None:
     loaded = load("optimizer=galore", "optimizer.layerwise=true")
     with pytest.raises(UserError, match=r"layerwise=true needs model\.dtype=bf16 or fp32"):
         optimizer.build(loaded, build_model(loaded), num_steps=10, dtype=torch.float16)
+
+
+def test_a_warm_up_below_one_is_a_share_of_the_run_rounded_up(load: Load) -> None:
+    for warmup, shares in ((0.1, [0.0, 0.5, 1.0]), (3, [0.0, 1 / 3, 2 / 3])):
+        train = load(f"train.warmup_steps={warmup}").train
+        share = optimizer.share_of_peak(train, 15)
+        assert [share(step) for step in range(3)] == pytest.approx(shares)
+        assert share(15) == 0

@@ -1,6 +1,7 @@
 """The loop: numbers that must stop it, and runs that go on where they were."""
 
 import fcntl
+import itertools
 import json
 import logging
 import math
@@ -13,14 +14,12 @@ import termios
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import datasets
 import pytest
 import torch
 from torch.nn.modules.module import _IncompatibleKeys
-from transformers import TrainerControl, TrainerState
 
 from orpo_lab import checkpoint, config, data, optimizer, trainer
 from orpo_lab.checkpoint import Made, Spent
@@ -29,6 +28,12 @@ from orpo_lab.galore import GaLore
 from orpo_lab.run_folder import RunFolder
 from orpo_lab.stop import Stop, Stopped
 from orpo_lab.tracker import Run, Untracked
+from orpo_lab.training.devices import OneDevice
+from orpo_lab.training.finite import FiniteGuard
+from orpo_lab.training.lines import Lines
+from orpo_lab.training.loop import batches
+from orpo_lab.training.meter import Meter
+from orpo_lab.training.state import State, check_loaded
 
 Load = Callable[..., config.Config]
 Launch = Callable[..., subprocess.CompletedProcess[str]]
@@ -55,6 +60,7 @@ def fit(
     stop: Stop | None = None,
 ) -> tuple[trainer.TrainStats, RunFolder]:
     place = RunFolder(folder)
+    folder.mkdir(exist_ok=True)
     stats = trainer.fit(
         loaded,
         model=network,
@@ -174,15 +180,13 @@ def test_held_out_figures_that_are_not_finite_are_left_out_and_training_goes_on(
 
 
 def test_gradients_that_fp16s_scaler_will_skip_do_not_stop_the_run(load: Load) -> None:
-    for fp16 in (True, False):
-        weight = torch.nn.Parameter(torch.ones(2))
-        weight.grad = torch.tensor([math.inf, 1.0])
-        meter = trainer.Meter(Spent())
-        guard = trainer.NonFiniteGuard(torch.optim.SGD([weight]), load().train, meter, fp16=fp16)
-        guard.losses.append(torch.ones(()))
-        guard.on_pre_optimizer_step(None, TrainerState(global_step=0), None)
-        with nullcontext() if fp16 else pytest.raises(NonFiniteError, match="norm is inf"):
-            guard.on_step_end(None, None, TrainerControl(should_log=True))
+    for is_scaled in (True, False):
+        gradient = torch.tensor([math.inf, 1.0])
+        guard = FiniteGuard(load().train, Meter(Spent()), is_scaled=is_scaled)
+        guard.look(1, torch.ones(()), gradient.norm(), [gradient])
+        with nullcontext() if is_scaled else pytest.raises(NonFiniteError, match="norm is inf"):
+            guard.check()
+        assert gradient.tolist() == ([math.inf, 1.0] if is_scaled else [0.0, 0.0])
 
 
 def test_a_diverging_run_ends_red_and_leaves_no_model(launch: Launch, tmp_path: Path) -> None:
@@ -425,16 +429,12 @@ def test_a_bar_is_left_in_80_columns_however_long_the_run(
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     with os.fdopen(end, "w") as stderr:
         monkeypatch.setattr(sys, "stderr", stderr)
-        meter, place = trainer.Meter(Spent()), RunFolder(tmp_path)
-        ours: Any = SimpleNamespace(beta=0.1)
-        callback = trainer.MetricsCallback(ours, cast(Any, None), meter, place, Untracked())
-        state = SimpleNamespace(global_step=0, max_steps=54_321)
-        callback.on_train_begin(None, state, None)
-        callback.bar.n, callback.bar.start_t = 12_345, callback.bar.start_t - 99 * 3600
-        logs = {"loss": 12.3456, "preference_accuracy": 0.5, "logp_margin": -1.2345}
-        callback.on_log(None, state, None, logs={**logs, "learning_rate": 1e-4})
-        line = str(callback.bar)
-        callback.bar.close()
+        lines = Lines(RunFolder(tmp_path), Untracked(), 0, 54_321)
+        lines.bar.n, lines.bar.start_t = 12_345, lines.bar.start_t - 99 * 3600
+        metrics = {"loss": 12.3456, "preference_accuracy": 0.5, "logp_margin": -1.2345}
+        lines.write(12_345, {**metrics, "learning_rate": 1e-4})
+        line = str(lines.bar)
+        lines.close()
     os.close(terminal)
     bar = r"12345/54321 (.*) 99:00:00<336:\d\d:\d\d, loss=12.35, accuracy=0.50, margin=-1.23"
     drawn = re.fullmatch(bar, line)
@@ -530,11 +530,11 @@ def test_a_checkpoint_without_a_weight_of_the_model_is_refused(
     network = build_model(load("optimizer=adamw"))
     tied = ["model.embed_tokens.weight", "lm_head.weight"]
     for name in tied:
-        trainer._check_loaded(network, _IncompatibleKeys([name], []))
+        check_loaded(network, _IncompatibleKeys([name], []))
     for missing, unexpected in ((["model.norm.weight"], []), ([], ["other"]), (tied, [])):
         said = ", ".join(missing or unexpected)
         with pytest.raises(UserError, match=rf"not this model's \({said}\)"):
-            trainer._check_loaded(network, _IncompatibleKeys(missing, unexpected))
+            check_loaded(network, _IncompatibleKeys(missing, unexpected))
 
 
 def test_evaluation_during_training_reports_trls_metrics(
@@ -755,3 +755,170 @@ def test_where_nothing_is_left_to_halve_the_error_goes_on(
         run_out(network, at, out_of_gpu_memory)
     with pytest.raises(torch.OutOfMemoryError):
         fit(loaded, network, tokenizer, tmp_path)
+
+
+def test_an_infinite_loss_in_fp16_leaves_its_gradients_to_the_scaler(load: Load) -> None:
+    guard = FiniteGuard(load().train, Meter(Spent()), is_scaled=True)
+    gradient = torch.ones(2)
+    guard.look(1, torch.tensor(math.inf), torch.zeros(()), [gradient])
+    assert gradient.tolist() == [1.0, 1.0]
+    with pytest.raises(NonFiniteError, match="step 1: the loss is inf"):
+        guard.check()
+
+
+def test_a_step_that_fp16s_scaling_skips_moves_neither_weights_nor_the_rate() -> None:
+    def make() -> tuple[State, torch.Tensor]:
+        model = torch.nn.Linear(2, 1, bias=False)
+        model.weight.data.zero_()
+        sgd = torch.optim.SGD(model.parameters(), lr=1.0)
+        devices = OneDevice(torch.device("cpu"), torch.float16)
+        updater = optimizer.Updater(sgd, model)
+        return State(model, updater, devices, lambda num_updates: 0.5**num_updates), model.weight
+
+    state, weight = make()
+    state.devices.backward(weight.sum())
+    assert weight.grad is not None
+    scale = weight.grad[0, 0].item()
+    assert scale > 1000, "the loss is scaled"
+    weight.grad[0, 0] = math.inf
+    for gradient, moved, num_updates in ((None, 0.0, 0), (3.0, -3.0, 1), (4.0, -5.0, 2)):
+        if gradient is not None:
+            scale /= 2 if num_updates == 1 else 1
+            weight.grad = torch.full_like(weight, gradient * scale)
+        state.devices.unscale(state.updater.optimizer)
+        if gradient is not None:
+            assert weight.grad.tolist() == [[gradient, gradient]]
+        state.set_rate()
+        state.update()
+        assert weight.tolist() == [[moved, moved]]
+        assert state.num_updates == num_updates
+    assert state.step == 3
+
+    other, weight = make()
+    other.devices.load_state_dict(state.devices.state_dict())
+    other.devices.backward(weight.sum())
+    assert weight.grad is not None
+    assert weight.grad[0, 0].item() == scale
+
+
+def test_a_gradient_is_left_as_long_as_it_is_without_a_limit() -> None:
+    model = torch.nn.Linear(2, 1, bias=False)
+    updater = optimizer.Updater(torch.optim.SGD(model.parameters()), model)
+    for limit, found in ((0.0, [3.0, 4.0]), (10.0, [3.0, 4.0]), (1.0, [0.6, 0.8])):
+        model.weight.grad = torch.tensor([[3.0, 4.0]])
+        assert updater.clip(limit).item() == 5.0
+        assert model.weight.grad[0].tolist() == pytest.approx(found)
+
+
+def test_each_epoch_has_an_order_of_its_own_and_every_pair_once() -> None:
+    columns = {name: [[i] for i in range(8)] for name in PARTS}
+    pairs = datasets.Dataset.from_dict(columns)
+
+    def order(num: int, *, seed: int = 5, start: int = 0) -> list[int]:
+        taken = itertools.islice(batches(pairs, 2, seed, start), num)
+        return [pair["chosen_ids"][0] for batch in taken for pair in batch]
+
+    torch.manual_seed(0)
+    whole = order(8)
+    # A number is drawn as each epoch begins; dropout's numbers come after it
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    for _ in range(2):
+        torch.empty((), dtype=torch.int64).random_()
+    assert torch.equal(torch.get_rng_state(), state)
+
+    assert sorted(whole[:8]) == sorted(whole[8:]) == list(range(8))
+    assert whole[:8] != whole[8:]
+    assert order(4, seed=6) != whole[:8]
+    assert order(5, start=3) == whole[6:]
+    torch.manual_seed(0)
+    order(1, start=3)
+    assert torch.equal(torch.get_rng_state(), torch.manual_seed(0).get_state())
+
+
+def test_metrics_of_an_interval_are_means_over_its_steps(
+    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    lines = {}
+    for interval in (1, 3):
+        keys = ("optimizer=lora", *SMALL, "train.max_steps=9", f"train.logging_steps={interval}")
+        loaded = load(*keys)
+        _, place = fit(loaded, build_model(loaded), tokenizer, tmp_path / str(interval))
+        lines[interval] = {line["step"]: line for line in place.metrics()}
+    assert list(lines[3]) == [1, 3, 6, 9]
+    assert [line["epoch"] for line in lines[3].values()] == [0.125, 0.375, 0.75, 1.125]
+    for first, last in ((2, 3), (4, 6), (7, 9)):
+        steps = [lines[1][step] for step in range(first, last + 1)]
+        for key in ("loss", "nll_loss", "preference_accuracy", "logps/rejected"):
+            mean = sum(line[key] for line in steps) / len(steps)
+            assert lines[3][last][key] == pytest.approx(mean, rel=1e-5), key
+
+
+def test_the_last_step_is_evaluated_and_saved_off_the_rhythm_too(
+    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    keys = ("train.max_steps=3", "train.eval_steps=2", "train.save_steps=2")
+    loaded = load("optimizer=lora", *SMALL, *keys, "train.num_checkpoints=5")
+    _, place = fit(loaded, build_model(loaded), tokenizer, tmp_path)
+    assert [line["step"] for line in place.metrics() if "eval_loss" in line] == [2, 3]
+    assert list(map(checkpoint.step_of, checkpoint.folders(place))) == [2, 3]
+
+
+def test_a_fault_is_found_before_an_evaluation(
+    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    keys = ("train.max_steps=8", "train.logging_steps=8", "train.eval_steps=3")
+    loaded = load("optimizer=lora", *SMALL, *keys)
+    network = build_model(loaded)
+    poison("gradient", network)
+    with pytest.raises(NonFiniteError, match="step 3: the gradient norm is"):
+        fit(loaded, network, tokenizer, tmp_path)
+    assert [line["step"] for line in RunFolder(tmp_path).metrics()] == [1]
+
+
+def test_an_evaluation_leaves_the_steps_after_it_as_they_are(
+    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    ends = []
+    for eval_steps in ("null", "1"):
+        keys = ("train.max_steps=3", f"train.eval_steps={eval_steps}", "optimizer.dropout=0.2")
+        loaded = load("optimizer=lora", *SMALL, *keys)
+        network = build_model(loaded)
+        fit(loaded, network, tokenizer, tmp_path / eval_steps)
+        ends.append(weights(network))
+    assert all(torch.equal(value, ends[0][name]) for name, value in ends[1].items())
+
+
+def test_gradient_checkpointing_computes_the_layers_once_more(
+    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    calls: dict[str, list[int]] = {}
+    for asked in ("false", "true"):
+        keys = ("train.max_steps=1", f"train.gradient_checkpointing={asked}")
+        loaded = load("optimizer=adamw", *SMALL, *keys)
+        network = build_model(loaded)
+        seen = calls[asked] = []
+        network.model.layers[-1].mlp.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
+        fit(loaded, network, tokenizer, tmp_path / asked)
+    assert len(calls["true"]) == 2 * len(calls["false"]) > 0
+
+
+@pytest.mark.parametrize("overrides", ["optimizer=qlora optimizer.dropout=0.2", GALORE])
+def test_a_fork_is_the_whole_run_bit_for_bit(
+    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path, overrides: str
+) -> None:
+    """A constant run, saved while another schedule would hold beta, goes on under that schedule."""
+    common = (*overrides.split(), *SMALL, "train.max_steps=5", "train.logging_steps=1", "beta=0.4")
+    annealed = ("beta_schedule=hold_then_anneal", "beta_schedule.anneal_fraction=0.5", "beta_end=0")
+    trunk = load(*common, "train.save_steps=3", "train.num_checkpoints=2")
+    _, place = fit(trunk, build_model(trunk), tokenizer, tmp_path / "trunk")
+    start = checkpoint.Checkpoint(checkpoint.folders(place)[0], Made("", "", ""), Spent(), {})
+    assert start.step == 3
+    loaded = load(*common, *annealed)
+    fork, whole = build_model(loaded), build_model(loaded)
+    torch.manual_seed(99)
+    _, forked = fit(loaded, fork, tokenizer, tmp_path / "fork", start)
+    _, complete = fit(loaded, whole, tokenizer, tmp_path / "whole")
+    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(fork).items())
+    assert forked.metrics() == complete.metrics()[3:]
+    assert [line["beta"] for line in complete.metrics()] == [0.4, 0.4, 0.4, 0.2, 0.0]

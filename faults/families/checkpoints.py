@@ -45,10 +45,7 @@ HARMS: dict[str, Harm] = {
     "of one other bit": _flip_a_bit,
 }
 FILES = (
-    "optimizer.pt",
-    "scheduler.pt",
-    "rng_state.pth",
-    "trainer_state.json",
+    "state.pt",
     "adapter_model.safetensors",
     "adapter_config.json",
     "manifest.json",
@@ -61,7 +58,7 @@ def faults(bench: Bench) -> Iterator[Fault]:
         for name, harm in HARMS.items():
             yield Fault(f"{file} {name}", _damaged(harm, file))
     for optimizer in ("galore", "adamw"):
-        for file in ("optimizer.pt", "model.safetensors"):
+        for file in ("state.pt", "model.safetensors"):
             name = f"{file} of one other bit, {optimizer}"
             yield Fault(name, _damaged(_flip_a_bit, file, optimizer))
     yield Fault("a file too many", _damaged(Path.touch, "more.bin"))
@@ -71,8 +68,7 @@ def faults(bench: Bench) -> Iterator[Fault]:
     yield Fault("every checkpoint damaged", _all_damaged)
     yield Fault("every checkpoint damaged, resume=FOLDER", _all_damaged_and_named)
     yield Fault("no checkpoint, resume=FOLDER", _none_and_named)
-    for name in ("optimizer.pt", "rng_state.pth"):
-        yield Fault(f"a pickle that runs a command, sealed, as {name}", _evil(name))
+    yield Fault("a pickle that runs a command, sealed", _evil("state.pt"))
 
     last_line_torn: Harm = lambda run: os.truncate(  # noqa: E731
         run / "metrics.jsonl", (run / "metrics.jsonl").stat().st_size - 9
@@ -137,7 +133,7 @@ def _a_file_instead(bench: Bench) -> Outcome:
 
 def _damage_all(bench: Bench) -> Path:
     run = bench.killed_in_step_6(*settings())
-    for file in run.glob("checkpoints/*/optimizer.pt"):
+    for file in run.glob("checkpoints/*/state.pt"):
         _flip_a_bit(file)
     return run
 

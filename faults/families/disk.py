@@ -30,7 +30,7 @@ WHEN = {
     ),
     "as the optimizer of checkpoint 4 is written": (
         "torch.save",
-        "checkpoints/checkpoint-4/optimizer.pt",
+        "checkpoints/checkpoint-4/state.pt",
         1,
     ),
     "as checkpoint 4 is sealed": ("open", "checkpoints/checkpoint-4/manifest.json.part", 1),

@@ -92,7 +92,7 @@ def _in_step_3(signals: tuple[signal.Signals, ...], code: int) -> Callable[[Benc
 
 def _while_saving(signals: tuple[signal.Signals, ...], code: int) -> Callable[[Bench], Outcome]:
     def happen(bench: Bench) -> Outcome:
-        file = "checkpoints/checkpoint-4/optimizer.pt"
+        file = "checkpoints/checkpoint-4/state.pt"
         watch = events.Watch(
             bench.path("run"),
             bench.path("events"),

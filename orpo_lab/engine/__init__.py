@@ -1,12 +1,14 @@
-"""What computes one optimizer step: `check` a model, then `build` its trainer."""
+"""What computes the gradient of an optimizer step: `check` a model, then `build` its engine."""
 
 from typing import Any
 
 import torch
-from transformers import Trainer
+from transformers import PreTrainedTokenizerBase
 
 from orpo_lab.config import Config, SharedPrefixEngine, TrlEngine
+from orpo_lab.engine.base import Engine
 from orpo_lab.quiet import hidden
+from orpo_lab.training.devices import OneDevice
 
 
 def check(config: Config, model: Any, dtype: torch.dtype) -> None:
@@ -26,23 +28,26 @@ def check(config: Config, model: Any, dtype: torch.dtype) -> None:
         shared_prefix.check(model, dtype)
 
 
-def build(config: Config, **parts: Any) -> Trainer:
-    """Return the engine's trainer, of a model that `check` has passed.
+def build(
+    config: Config, *, model: Any, tokenizer: PreTrainedTokenizerBase, devices: OneDevice
+) -> Engine:
+    """Return the engine of a run.
 
-    Every engine's trainer has an attribute `beta`, read at each step, and logs under TRL's names
-    plus `preference_accuracy` and `logp_margin`, which are free of beta. Its attribute
-    `token_budget` is None, unless memory ran out and it goes on with smaller micro-batches. See
-    `engine.trl.build` for the parts.
+    Args:
+        config: the run.
+        model: on its device, with adapters if it has any; `check` has passed it.
+        tokenizer: with a pad token.
+        devices: where the model computes.
     """
     match config.engine:
         case SharedPrefixEngine():
             from orpo_lab.engine import shared_prefix
 
-            return shared_prefix.build(config, **parts)
+            return shared_prefix.build(config, model=model, tokenizer=tokenizer, devices=devices)
         case TrlEngine():
             # TRL imports wandb wherever it is installed; its own logging is off, and ours may be
             with hidden("wandb"):
                 from orpo_lab.engine import trl
 
-            return trl.build(config, **parts)
+            return trl.build(config, model=model, tokenizer=tokenizer, devices=devices)
     raise TypeError(f"no engine: {config.engine!r}")

@@ -5,15 +5,12 @@ the prompt's end, and it never sees the chosen one (`engine.attention`); so both
 stood alone behind the prompt. The prompt's last token predicts the first one of both.
 """
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-Pair = Mapping[str, list[int]]
-Batch = dict[str, Any]
+from orpo_lab.engine.base import MicroBatch, Pair
 
 
 def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -41,39 +38,22 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 @dataclass
 class Collator:
-    """Makes an optimizer step's pairs the batch that `OrpoTrainer` takes."""
+    """Makes an optimizer step's pairs micro-batches."""
 
     budget: int
-    """Tokens of a micro-batch; `OrpoTrainer` lowers it where memory runs out."""
+    """Tokens of a micro-batch."""
     multiple: int
     """Rows are padded to a multiple of so many tokens."""
     prompt_is_scored: bool
     """Whether the objective needs the prompt's log-probabilities."""
     pad_token_id: int
 
-    def __call__(self, pairs: Sequence[Pair]) -> Batch:
-        """Return `counts` [B, 3] of the step (see `lay_out`), and its `micro_batches`.
-
-        `rows` are their pairs, as indices into what was given.
-        """
+    def __call__(self, pairs: Sequence[Pair]) -> list[MicroBatch]:
+        """Return an optimizer step's micro-batches."""
         rows = pack([sum(sizes_of(pair)) for pair in pairs], self.budget)
-        micro_batches = [self.lay_out([pairs[i] for i in row]) for row in rows]
-        counts = torch.cat([one["counts"] for one in micro_batches])
-        # First, since its length is what transformers takes for the size of a batch
-        return {"counts": counts, "micro_batches": micro_batches, "rows": rows}
+        return [self.lay_out([pairs[i] for i in row]) for row in rows]
 
-    def within_budget(self, batch: Batch) -> Batch:
-        """Return a batch; packed anew where the budget was lowered since, as if it had been so."""
-        if all(tokens_of(one) <= self.budget or is_one_pair(one) for one in batch["micro_batches"]):
-            return batch
-        found = zip(
-            (i for row in batch["rows"] for i in row),
-            (pair for one in batch["micro_batches"] for pair in pairs_of(one)),
-            strict=True,
-        )
-        return self([pair for _, pair in sorted(found, key=lambda one: one[0])])
-
-    def lay_out(self, pairs: Sequence[Pair]) -> Batch:
+    def lay_out(self, pairs: Sequence[Pair]) -> MicroBatch:
         """Return one micro-batch: B pairs in a row of T tokens.
 
         `sizes` are the tokens of prompt, chosen and rejected of each pair. `input_ids` and
@@ -121,21 +101,11 @@ def sizes_of(pair: Pair) -> tuple[int, int, int]:
     return len(pair["prompt_ids"]), len(pair["chosen_ids"]), len(pair["rejected_ids"])
 
 
-def tokens_of(micro_batch: Batch) -> int:
+def tokens_of(micro_batch: MicroBatch) -> int:
     """Return the tokens of a micro-batch, without padding."""
     return sum(sum(sizes) for sizes in micro_batch["sizes"])
 
 
-def is_one_pair(micro_batch: Batch) -> bool:
+def is_one_pair(micro_batch: MicroBatch) -> bool:
     """Return whether a micro-batch cannot be made smaller."""
     return len(micro_batch["sizes"]) == 1
-
-
-def pairs_of(micro_batch: Batch) -> list[Pair]:
-    """Return the pairs that `Collator.lay_out` was given."""
-    ids = iter(micro_batch["input_ids"][0].tolist())
-    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
-    return [
-        {name: list(itertools.islice(ids, size)) for name, size in zip(columns, sizes, strict=True)}
-        for sizes in micro_batch["sizes"]
-    ]

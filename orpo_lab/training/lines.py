@@ -1,0 +1,72 @@
+"""A run's lines of metrics: to its file, to the tracker, and to the terminal."""
+
+import logging
+import math
+from typing import Any
+
+from tqdm import tqdm
+
+from orpo_lab.run_folder import RunFolder
+from orpo_lab.tracker import Run
+
+log = logging.getLogger(__name__)
+
+SHOWN = ("loss", "preference_accuracy", "logp_margin", "beta")
+# Few, with short names: in 80 columns a bar is left beside them, however long the run
+IN_BAR = {"loss": "loss", "preference_accuracy": "accuracy", "logp_margin": "margin"}
+
+
+class Lines:
+    """Hands every line of metrics on, and shows how far the run is.
+
+    Args:
+        place: the run folder; its file gets every line.
+        log_to: the tracked run, which gets the same lines.
+        step: the steps that have been taken.
+        num_steps: the steps of the whole run.
+    """
+
+    def __init__(self, place: RunFolder, log_to: Run, step: int, num_steps: int) -> None:
+        self.place, self.log_to, self.num_steps = place, log_to, num_steps
+        # It hides itself where there is no terminal
+        self.bar: Any = tqdm(
+            total=num_steps,
+            initial=step,
+            desc="train",
+            disable=None,
+            bar_format="{n_fmt}/{total_fmt} {bar} {elapsed}<{remaining}{postfix}",
+        )
+
+    def move(self) -> None:
+        """Show that a step was taken."""
+        self.bar.update(1)
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Write the metrics of a step that are finite, and show some of them."""
+        metrics = _finite(step, metrics)
+        self.place.append_metrics(step, metrics)
+        self.log_to.log(step, metrics)
+        shown = {key: f"{metrics[key]:.3f}" for key in SHOWN if key in metrics}
+        if not shown:
+            return
+        in_bar = {name: f"{metrics[key]:.2f}" for key, name in IN_BAR.items() if key in shown}
+        self.bar.set_postfix(in_bar)
+        if self.bar.disable:
+            text = "  ".join(f"{key} {value}" for key, value in shown.items())
+            log.info("step %d/%d  %s", step, self.num_steps, text)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self.bar.close()
+
+
+def _finite(step: int, metrics: dict[str, float]) -> dict[str, float]:
+    """Return the figures that JSON and a curve can hold, and say which ones are left out.
+
+    The norm of gradients that fp16's loss scaler skips is infinite, for example.
+    """
+    others = {key: value for key, value in metrics.items() if not math.isfinite(value)}
+    if others:
+        said = ", ".join(f"{key} is {value}" for key, value in others.items())
+        log.warning("step %d: %s, left out of this step's metrics", step, said)
+    return {key: value for key, value in metrics.items() if key not in others}

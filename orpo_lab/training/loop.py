@@ -1,0 +1,249 @@
+"""The loop: every optimizer step of a run, in the order in which things happen."""
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import datasets
+import torch
+from torch import Tensor
+
+from orpo_lab import memory
+from orpo_lab.beta_schedule import beta_at, progress
+from orpo_lab.config import Config
+from orpo_lab.engine.base import COLUMNS, Engine, MicroBatch, Pair, Sums
+from orpo_lab.stop import Stop
+from orpo_lab.training.finite import FiniteGuard, check_weights
+from orpo_lab.training.lines import Lines
+from orpo_lab.training.meter import Means
+from orpo_lab.training.state import RandomState, State
+
+
+@dataclass
+class Loop:
+    """Trains: `run` takes the steps that are left.
+
+    The sums since the last line of metrics are in no checkpoint; hence every checkpoint comes with
+    a line.
+    """
+
+    config: Config
+    state: State
+    engine: Engine
+    guard: FiniteGuard
+    lines: Lines
+    train: datasets.Dataset
+    """Training pairs, as many as whole batches have."""
+    held_out: datasets.Dataset
+    num_steps: int
+    save: Callable[[], None]
+    """Writes a checkpoint of the state."""
+    stop: Stop
+
+    means: Means = field(default_factory=Means)
+    """Of the metrics since the last line."""
+    total_loss: Tensor | float = 0.0
+    """Sum of the steps' losses since the last line, on the device."""
+    num_since: int = 0
+    """Steps since the last line."""
+    num_skipped: int = 0
+    """Skipped steps that a line has told of."""
+
+    def run(self) -> str:
+        """Take the steps from `state.step` to `num_steps`.
+
+        Returns:
+            Why the run was asked to end before its last step; empty: it was not.
+
+        Raises:
+            NonFiniteError: a loss, a gradient or a weight is not finite.
+            OutOfMemoryError, RuntimeError: memory ran out, and nothing is left to make smaller.
+            UserError: a checkpoint cannot be written.
+        """
+        settings, state = self.config.train, self.state
+        self.num_skipped = self.guard.meter.num_skipped
+        state.model.zero_grad()
+        for pairs in batches(self.train, settings.batch_size, self.config.seed, state.step):
+            norm, rate = self.take_step(pairs)
+            self.lines.move()
+
+            reason, is_last = self.stop.reason(), state.step == self.num_steps
+            evaluates = is_due(state.step, settings.eval_steps, is_last)
+            saves = is_due(state.step, settings.save_steps, is_last) or bool(reason)
+            logs = saves or state.step == 1 or state.step % settings.logging_steps == 0
+            if logs or evaluates or is_last:
+                self.guard.check()
+            if saves:
+                check_weights(state.model, state.step)
+            if logs:
+                self.write_line(norm, rate)
+            if evaluates:
+                self.evaluate()
+            if saves:
+                self.save()
+            if is_last or reason:
+                return reason
+        raise AssertionError("batches never end")
+
+    def take_step(self, pairs: Sequence[Pair]) -> tuple[Tensor, float]:
+        """Take one optimizer step, and return its gradient norm before clipping, and its rate."""
+        state = self.state
+        state.model.train()
+        loss, sums = add_gradients(self.engine, state, pairs, self.beta_at(state.step))
+        state.devices.unscale(state.updater.optimizer)
+        norm = state.updater.clip(self.config.train.max_grad_norm)
+        self.guard.look(state.step + 1, loss, norm, state.updater.gradients())
+        rate = state.set_rate()
+        if self.guard.skips():
+            state.skip_update()
+        else:
+            state.update()
+        for some in sums:
+            self.means.add(some)
+        self.total_loss = self.total_loss + loss
+        self.num_since += 1
+        return norm, rate
+
+    def beta_at(self, step: int) -> float:
+        """Return beta of the step after so many; all micro-batches of a step share one beta."""
+        config, at = self.config, progress(step, self.num_steps)
+        return beta_at(config.beta_schedule, at, beta=config.beta, beta_end=config.beta_end)
+
+    def write_line(self, norm: Tensor, rate: float) -> None:
+        """Write the metrics since the last line, and begin anew."""
+        state, skipped = self.state, self.guard.meter.num_skipped
+        assert isinstance(self.total_loss, Tensor)
+        names = self.means.names
+        figures = torch.stack([self.total_loss, norm.to(self.total_loss)])
+        figures = torch.cat([figures, state.devices.average(self.means.take())])
+        loss, grad_norm, *means = figures.tolist()  # device-to-host sync
+        line = {"loss": loss / self.num_since, "grad_norm": grad_norm, "learning_rate": rate}
+        line |= dict(zip(names, means, strict=True))
+        line |= {"epoch": self.epoch(), "beta": self.beta_at(state.step - 1)}
+        if skipped > self.num_skipped:
+            # Of an interval with a skipped step there are no means over all its pairs
+            del line["loss"]
+            self.num_skipped = line["skipped_steps"] = skipped
+        self.lines.write(state.step, line)
+        self.total_loss, self.num_since = 0.0, 0
+
+    def evaluate(self) -> None:
+        """Write a line of the held-out pairs' metrics; the steps after it are as without it."""
+        begin, size, state = time.perf_counter(), self.config.train.batch_size, self.state
+        num_pairs, beta, means = len(self.held_out), self.beta_at(state.step - 1), Means()
+        loss = torch.zeros((), device=state.devices.device)
+        state.model.eval()
+        with torch.no_grad(), self.engine.reading():
+            for start in range(0, num_pairs, size):
+                part = range(start, min(start + size, num_pairs))
+                for micro_batch in self.engine.micro_batches(rows(self.held_out, part)):
+                    score = self.engine.score(micro_batch, beta)
+                    means.add(score.sums)
+                    loss = loss + score.loss * len(part) / num_pairs
+        names = means.names
+        figures = torch.cat([loss[None], means.take()])
+        eval_loss, *others = state.devices.average(figures).tolist()  # device-to-host sync
+        seconds = time.perf_counter() - begin
+        line = {
+            "loss": eval_loss,
+            "runtime": seconds,
+            "samples_per_second": num_pairs / seconds,
+            "steps_per_second": math.ceil(num_pairs / size) / seconds,
+            **dict(zip(names, others, strict=True)),
+        }
+        line = {f"eval_{name}": value for name, value in line.items()} | {"epoch": self.epoch()}
+        self.lines.write(state.step, line)
+
+    def epoch(self) -> float:
+        """Return how often the training pairs have been seen."""
+        per_epoch = len(self.train) // self.config.train.batch_size
+        whole, part = divmod(self.state.step, per_epoch)
+        return whole + part / per_epoch
+
+
+def add_gradients(
+    engine: Engine, state: State, pairs: Sequence[Pair], beta: float
+) -> tuple[Tensor, list[Sums]]:
+    """Add up the gradients of a whole optimizer step.
+
+    Where memory runs out the step is taken again from its start with half the token budget, until
+    nothing can be made smaller.
+
+    Args:
+        engine: lays out the pairs, and scores them.
+        state: its weights get the gradients, which fp16's scaling has multiplied.
+        pairs: of the step.
+        beta: weight of the odds-ratio loss.
+
+    Returns:
+        The loss, a scalar without a graph, and the metrics of each micro-batch.
+
+    Raises:
+        OutOfMemoryError, RuntimeError: there is not enough memory.
+    """
+    random = RandomState.now()
+    while True:
+        micro_batches = engine.micro_batches(pairs)
+        try:
+            return _add_up(engine, state, micro_batches, beta)
+        except (RuntimeError, MemoryError) as error:
+            if not memory.ran_out(error) or not engine.can_halve(micro_batches):
+                raise
+        # Not before the error is gone: its traceback holds all activations
+        state.updater.drop_gradients()
+        memory.give_back()
+        random.restore()
+        engine.halve_budget(micro_batches, state.step + 1)
+
+
+def _add_up(
+    engine: Engine, state: State, micro_batches: Sequence[MicroBatch], beta: float
+) -> tuple[Tensor, list[Sums]]:
+    """Go forward and backward through every micro-batch."""
+    loss, sums = torch.zeros((), device=state.devices.device), []
+    with engine.reading():
+        for micro_batch in micro_batches:
+            score = engine.score(micro_batch, beta)
+            state.devices.backward(score.loss)
+            loss = loss + score.loss.detach()
+            sums.append(score.sums)
+    return loss, sums
+
+
+def is_due(step: int, interval: int | None, is_last: bool) -> bool:
+    """Return whether what is done every `interval` steps, and at the last, is to be done now."""
+    return interval is not None and interval > 0 and (is_last or step % interval == 0)
+
+
+def batches(pairs: datasets.Dataset, size: int, seed: int, start: int) -> Iterator[list[Pair]]:
+    """Yield the pairs of every step from the 0-based step `start` on, without end.
+
+    Each epoch has an order of its own, that of transformers' trainer at this seed.
+
+    Args:
+        pairs: as many as whole batches have.
+        size: pairs of a batch.
+        seed: of the order.
+        start: the steps that have been taken already.
+    """
+    first_epoch, taken = divmod(start, len(pairs) // size)
+    for epoch in itertools.count(first_epoch):
+        if taken == 0:
+            # A DataLoader draws a number as an epoch begins, and dropout gets those after it
+            torch.empty((), dtype=torch.int64).random_()
+        numbers = torch.Generator().manual_seed(seed + epoch)
+        order = torch.randperm(len(pairs), generator=numbers).tolist()
+        for at in range(taken * size, len(pairs), size):
+            yield rows(pairs, order[at : at + size])
+        taken = 0
+
+
+def rows(pairs: datasets.Dataset, indices: Sequence[int]) -> list[Pair]:
+    """Return some pairs' token ids."""
+    columns = pairs[list(indices)]
+    return [
+        dict(zip(COLUMNS, values, strict=True))
+        for values in zip(*(columns[name] for name in COLUMNS), strict=True)
+    ]

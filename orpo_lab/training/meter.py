@@ -1,0 +1,60 @@
+"""What is counted while a run trains: what training costs, and the means of its metrics."""
+
+import math
+import time
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from orpo_lab import memory
+from orpo_lab.checkpoint import Spent
+from orpo_lab.engine.base import Sums
+
+
+class Meter:
+    """What training costs, what was spent before a resume included."""
+
+    def __init__(self, before: Spent) -> None:
+        self.before = before
+        self.num_skipped = before.num_skipped
+        self._begin = math.nan
+
+    def start(self) -> None:
+        """Begin to count, before the first step."""
+        memory.reset_peak()
+        self._begin = time.perf_counter()
+
+    def spent(self, token_budget: int | None = None) -> Spent:
+        """Return what has been spent so far.
+
+        Args:
+            token_budget: see `Spent.token_budget`.
+        """
+        return Spent(
+            wall_seconds=self.before.wall_seconds + time.perf_counter() - self._begin,
+            peak_memory_bytes=max(self.before.peak_memory_bytes, memory.peak_bytes()),
+            num_skipped=self.num_skipped,
+            token_budget=token_budget,
+        )
+
+
+@dataclass
+class Means:
+    """The means of metrics over all pairs since the last line."""
+
+    names: tuple[str, ...] = ()
+    sums: Tensor | None = None
+    num_pairs: int = 0
+
+    def add(self, some: Sums) -> None:
+        """Add the metrics of some pairs; every pair weighs the same."""
+        self.names = some.names
+        self.sums = some.values if self.sums is None else self.sums + some.values
+        self.num_pairs += some.num_pairs
+
+    def take(self) -> Tensor:
+        """Return the mean of each metric, [M], still on the device, and begin anew."""
+        assert self.sums is not None
+        means = self.sums / self.num_pairs
+        self.sums, self.num_pairs = None, 0
+        return means
