@@ -1,6 +1,6 @@
 """All that a step changes: what a checkpoint holds, and what a fork starts from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -16,8 +16,8 @@ from orpo_lab.errors import UserError, one_line
 from orpo_lab.optimizer import Updater
 from orpo_lab.training.devices import OneDevice
 
-# What transformers and peft call a folder's weights
-WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
+# What peft calls an adapter's weights
+ADAPTER = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -137,22 +137,26 @@ class State:
         Raises:
             UserError: they are not this model's.
         """
-        (file,) = (folder / name for name in WEIGHTS if (folder / name).exists())
-        weights = load_file(file)
         if isinstance(self.model, PeftModel):
-            adapter = self.model.active_adapter
+            weights, adapter = load_file(folder / ADAPTER), self.model.active_adapter
             result: Any = set_peft_model_state_dict(self.model, weights, adapter_name=adapter)
-        else:
-            result = self.model.load_state_dict(weights, strict=False)
-        check_loaded(self.model, result)
+            check_loaded(self.model, result.missing_keys, result.unexpected_keys)
+            return
+        # Not by their names: experts of a mixture, for example, are saved one by one
+        loaded, told = type(self.model).from_pretrained(  # type: ignore[attr-defined]
+            folder, dtype=self.model.dtype, output_loading_info=True
+        )
+        check_loaded(self.model, told["missing_keys"], told["unexpected_keys"])
+        self.model.load_state_dict(loaded.state_dict())
 
 
-def check_loaded(model: nn.Module, result: Any) -> None:
-    """Check that every trained weight was loaded; torch names also weights that are tied.
+def check_loaded(model: nn.Module, missing: Collection[str], unexpected: Collection[str]) -> None:
+    """Check that every trained weight was loaded; libraries name also weights that are tied.
 
     Args:
-        model: the weights were loaded into.
-        result: what torch says of names that were missing and names that nothing has.
+        model: the weights are for.
+        missing: names that had no weight.
+        unexpected: names of weights that nothing has.
 
     Raises:
         UserError: a weight is missing, or there are others.
@@ -162,8 +166,8 @@ def check_loaded(model: nn.Module, result: Any) -> None:
         for name, weight in model.named_parameters(remove_duplicate=False)
         if weight.requires_grad
     }
-    loaded = {id(weight) for name, weight in weights.items() if name not in result.missing_keys}
-    missing = [name for name, weight in weights.items() if id(weight) not in loaded]
-    if missing or result.unexpected_keys:
-        names = ", ".join([*missing, *result.unexpected_keys][:3])
+    loaded = {id(weight) for name, weight in weights.items() if name not in missing}
+    lost = [name for name, weight in weights.items() if id(weight) not in loaded]
+    if lost or unexpected:
+        names = ", ".join([*lost, *unexpected][:3])
         raise UserError(f"the checkpoint's weights are not this model's ({names}); start a new run")
