@@ -13,6 +13,7 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import yaml
 
 from orpo_lab import identity, plot
 from orpo_lab.errors import UserError, one_line
+from orpo_lab.metrics import HELD_OUT, MARGINS, PREFERENCE, HeldOutMetric, brief, qualities_among
 from orpo_lab.run_folder import RunFolder, natural_order
 from orpo_lab.verdict import (
     CONFIDENCE,
@@ -35,8 +37,6 @@ from orpo_lab.verdict import (
     overoptimised,
 )
 
-# How much worse than the best setting's still counts as not worse
-MARGINS = {"exact_match": 0.03, "chosen_nll": 0.03, "repetition": 0.05}
 # Answers that are so many times as long, or as short, as the best setting's are warned of
 MAX_LENGTH_RATIO = 1.25
 
@@ -279,30 +279,28 @@ def _stack(setting: Setting, column: Any) -> Array:
 
 
 def _qualities(settings: Sequence[Setting], margins: dict[str, float]) -> list[Quality]:
-    """Return exact match where answers were checked; otherwise chosen NLL, and repetition."""
+    """Return what preference accuracy may not be bought with, measured at every pair."""
 
-    def answered(name: str) -> Any:
-        return lambda scores: scores[name][~np.isnan(scores["generated_tokens"])]
-
-    def nll(scores: dict[str, Array]) -> Array:
-        # Its mean over pairs is the mean over tokens
-        return scores["chosen_logp"] * scores["chosen_tokens"] / scores["chosen_tokens"].mean()
+    def values(metric: HeldOutMetric, scores: dict[str, Array]) -> Array:
+        assert metric.of_pair is not None
+        found = metric.of_pair(scores)
+        return found[~np.isnan(scores["generated_tokens"])] if metric.of_answers else found
 
     all_scores = [run.scores for setting in settings for run in setting.runs if run.scores]
-    has_answers = all(not np.isnan(one["generated_tokens"]).all() for one in all_scores)
-    if has_answers and all(not np.isnan(one["correct"]).all() for one in all_scores):
-        right = Measure([_stack(one, answered("correct")) for one in settings], is_share=True)
-        return [Quality("exact_match", "", right, margins["exact_match"])]
-    likely = Measure([_stack(one, nll) for one in settings], is_share=False)
-    qualities = [Quality("chosen_nll", "nats", likely, margins["chosen_nll"], sign=-1)]
-    if has_answers:
-        fresh = [-_stack(one, answered("repetition")) for one in settings]
-        qualities.append(
-            Quality(
-                "repetition", "", Measure(fresh, is_share=False), margins["repetition"], sign=-1
-            )
-        )
-    return qualities
+    present = [
+        metric.name
+        for metric in HELD_OUT
+        if metric.of_pair and all(not np.isnan(values(metric, one)).all() for one in all_scores)
+    ]
+    found = []
+    for metric in qualities_among(present):
+        of_settings = [
+            metric.sign * _stack(setting, partial(values, metric)) for setting in settings
+        ]
+        measure = Measure(of_settings, is_share=metric.is_share)
+        margin = margins[metric.name]
+        found.append(Quality(metric.name, metric.unit, measure, margin, sign=metric.sign))
+    return found
 
 
 def _warnings(
@@ -505,11 +503,11 @@ def setting_rows(comparison: Comparison) -> list[dict[str, str]]:
         zip(comparison.settings, verdict.qualities, strict=True)
     ):
         row = {"setting": setting.name, "seeds": str(len(setting.runs))}
-        row["preference_accuracy"] = _interval(verdict.accuracies[number])
+        row[PREFERENCE] = _interval(verdict.accuracies[number])
         for quality, interval in zip(comparison.qualities, standing.intervals, strict=True):
             ends = sorted((quality.sign * interval.low, quality.sign * interval.high))
             row[quality.name] = _interval(Interval(quality.sign * interval.estimate, *ends))
-        for key in ("chosen_nll", "generated_tokens", "repetition"):
+        for key in (metric.name for metric in HELD_OUT if metric.is_noted):
             values = [
                 run.summary["after"][key]
                 for run in setting.runs
@@ -541,9 +539,7 @@ def _run_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
         row = {"run": run.folder.name, "seed": str(run.values["seed"]), "state": run.state}
         if run.summary:
             after, train = run.summary["after"], run.summary["train"]
-            for key in ("preference_accuracy", "exact_match", "chosen_nll"):
-                if key in after:
-                    row[key] = f"{after[key]:.3f}"
+            row |= brief(after)
             seconds = train["wall_seconds"] + sum(run.summary["evaluation_seconds"].values())
             row["wall time (s)"] = f"{seconds:.1f}"
             row["tokens"] = f"{train['tokens_per_second'] * train['wall_seconds']:.0f}"

@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -22,13 +21,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from orpo_lab import metrics
 from orpo_lab.config import Dataset
 from orpo_lab.data import Data, embedded
 from orpo_lab.data.encode import special_tokens
 from orpo_lab.engine import head
 from orpo_lab.engine.shared_prefix import causal_model
 from orpo_lab.errors import LIKELY_CAUSES, NonFiniteError
-from orpo_lab.loss import log_odds_ratio
 
 log = logging.getLogger(__name__)
 
@@ -148,10 +147,10 @@ def evaluate(
             )
     finally:
         model.train(was_training)
-    metrics = preference_metrics(scores) | generation_metrics(generations)
+    figures = preference_metrics(scores) | generation_metrics(generations)
     if data.checkable:
-        metrics["by_wording"] = by_wording(data.held_out["wording"][:], scores, generations)
-    return Evaluation(metrics, scores, generations, time.perf_counter() - start)
+        figures["by_wording"] = by_wording(data.held_out["wording"][:], scores, generations)
+    return Evaluation(figures, scores, generations, time.perf_counter() - start)
 
 
 def _check_finite(scores: Scores, desc: str) -> None:
@@ -187,17 +186,10 @@ def score(
 
 def preference_metrics(scores: Scores) -> dict[str, Any]:
     """Return what the model makes of the pairs: see docs/reading_curves.md for each figure."""
-    chosen, rejected, sizes = scores.chosen_logps, scores.rejected_logps, scores.chosen_sizes
-    nll = -float((chosen * sizes).sum() / sizes.sum())
+    found = {one.name: one.of_scores(scores) for one in metrics.HELD_OUT if one.of_scores}
+    # Plain numbers: JSON has no tensors
     return {
-        "num_pairs": len(chosen),
-        "preference_accuracy": float((chosen > rejected).double().mean()),
-        "logp_margin": float((chosen - rejected).mean()),
-        "log_odds": float(log_odds_ratio(chosen, rejected).mean()),
-        "chosen_logp": float(chosen.mean()),
-        "rejected_logp": float(rejected.mean()),
-        "chosen_nll": nll,
-        "chosen_perplexity": math.exp(min(nll, 700.0)),
+        name: value.item() if isinstance(value, Tensor) else value for name, value in found.items()
     }
 
 
@@ -383,12 +375,5 @@ def generation_metrics(generations: list[Generation]) -> dict[str, Any]:
     """Return the generations' mean length (tokens), repetition and, where checked, exact match."""
     if not generations:
         return {}
-    num = len(generations)
-    metrics = {
-        "num_generations": num,
-        "generated_tokens": sum(one.num_tokens for one in generations) / num,
-        "repetition": sum(one.repetition for one in generations) / num,
-    }
-    if generations[0].correct is not None:
-        metrics["exact_match"] = sum(bool(one.correct) for one in generations) / num
-    return metrics
+    found = {one.name: one.of_answers(generations) for one in metrics.HELD_OUT if one.of_answers}
+    return {name: value for name, value in found.items() if value is not None}

@@ -1,6 +1,7 @@
 """The pictures of a run, from its `metrics.jsonl` alone, and of a comparison of runs."""
 
 import io
+import itertools
 import math
 import os
 import textwrap
@@ -11,32 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orpo_lab.metrics import HELD_OUT_PREFIX, TRAINING, TrainingMetric
+
 if TYPE_CHECKING:
     from orpo_lab.compare import Comparison, Setting
 
 # Okabe and Ito's colours, which colour-blind readers tell apart
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
 
-PANELS: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
-    ("loss (nats)", (("loss", "total", BLUE), ("nll_loss", "SFT (NLL)", GREEN))),
-    (
-        "odds-ratio loss (nats)",
-        (("odds_ratio_loss", "$-\\log\\,\\sigma$(log odds ratio)", ORANGE),),
-    ),
-    ("beta", (("beta", "beta", GREY),)),
-    (
-        "preference accuracy",
-        (
-            ("preference_accuracy", "training", BLUE),
-            ("eval_preference_accuracy", "held out", ORANGE),
-        ),
-    ),
-    (
-        "logp margin (nats)",
-        (("logp_margin", "training", BLUE), ("eval_logp_margin", "held out", ORANGE)),
-    ),
-    ("learning rate", (("learning_rate", "learning rate", GREY),)),
-)
+# Panels of a run's plot side by side
+NUM_COLUMNS = 3
+# Curves that share a panel
+COLOURS_OF_A_PANEL = (BLUE, GREEN, ORANGE)
 
 
 @contextmanager
@@ -77,49 +64,59 @@ def draw_training(metrics: list[dict[str, float]], title: str, file: Path) -> No
 
     figure = Figure(figsize=(10, 5.6), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (label, curves) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
-        _draw_panel(axes, metrics, label, curves)
+    panels = list(dict.fromkeys(metric.panel for metric in TRAINING if metric.panel))
+    grid = figure.subplots(math.ceil(len(panels) / NUM_COLUMNS), NUM_COLUMNS, squeeze=False).flat
+    for axes, panel in itertools.zip_longest(grid, panels):
+        if panel is None:
+            axes.remove()
+        else:
+            _draw_panel(axes, metrics, panel)
     figure.suptitle(_plain(title), fontsize=11)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
 
 
-def _draw_panel(
-    axes: Any,
-    metrics: list[dict[str, float]],
-    label: str,
-    curves: tuple[tuple[str, str, str], ...],
-) -> None:
+def _draw_panel(axes: Any, lines: list[dict[str, float]], panel: str) -> None:
+    members = [metric for metric in TRAINING if metric.panel == panel]
     drawn = 0
-    for key, name, colour in curves:
-        points = [(line["step"], line[key]) for line in metrics if key in line]
+    for key, name, colour in _panel_curves(members):
+        points = [(line["step"], line[key]) for line in lines if key in line]
         if points:
             marker = "o" if len(points) < 12 else None
             axes.plot(
                 *zip(*points, strict=True), color=colour, label=name, marker=marker, markersize=3
             )
             drawn += 1
-    axes.set_title(label, fontsize=9, loc="left")
+    axes.set_title(panel, fontsize=9, loc="left")
     axes.set_xlabel("optimizer step", fontsize=8)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.ticklabel_format(axis="y", useOffset=False)
-    if label in ("preference accuracy",):
+    if members[0].unit == "0 to 1":
         axes.set_ylim(0, 1.02)
-    if label in ("beta", "learning rate"):
+    if members[0].is_setting:
         axes.set_ylim(bottom=0)
     if drawn > 1:
         axes.legend(fontsize=8, frameon=False)
 
 
-# What is drawn over the steps for every setting: metric, axis label. Free of beta, so comparable.
-CURVES = (
-    ("beta", "beta"),
-    ("nll_loss", "SFT loss (nats)"),
-    ("preference_accuracy", "training preference accuracy"),
-    ("logp_margin", "training logp margin (nats)"),
-)
+def _panel_curves(members: list[TrainingMetric]) -> list[tuple[str, str, str]]:
+    """Return key, name and colour of a panel's curves: one metric also on the held-out pairs."""
+    if len(members) > 1:
+        return [
+            (metric.name, metric.curve, colour)
+            for metric, colour in zip(members, COLOURS_OF_A_PANEL, strict=False)
+        ]
+    (metric,) = members
+    if metric.is_setting:
+        return [(metric.name, metric.panel, GREY)]
+    return [
+        (metric.name, "training", BLUE),
+        (HELD_OUT_PREFIX + metric.name, "held out", ORANGE),
+    ]
+
+
 # From dark to light; chosen so that colour-blind readers tell any two apart, and all are readable
 # on white
 COLOURS = (
@@ -146,9 +143,10 @@ Picture = tuple[str, bytes]
 def comparison(compared: "Comparison") -> dict[str, Picture]:
     """Return the pictures of a comparison by name: a caption and a PNG."""
     pictures = {"pareto": _pareto(compared)}
-    for key, label in CURVES:
-        if any(key in line for run in compared.runs for line in run.metrics):
-            pictures[key] = _curves(compared.settings, key, label)
+    for metric in TRAINING:
+        lines = (line for run in compared.runs for line in run.metrics)
+        if metric.compared and any(metric.name in line for line in lines):
+            pictures[metric.name] = _curves(compared.settings, metric.name, metric.compared)
     return pictures
 
 

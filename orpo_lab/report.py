@@ -26,6 +26,7 @@ from orpo_lab.data import Data
 from orpo_lab.errors import NonFiniteError, UserError, one_line
 from orpo_lab.evaluate import Evaluation
 from orpo_lab.masking import mask
+from orpo_lab.metrics import HELD_OUT
 from orpo_lab.plot import draw_training
 from orpo_lab.run_folder import RunFolder, git_commit, put_in_place, versions
 from orpo_lab.tracker import Run
@@ -52,18 +53,6 @@ SCORES = pa.schema(
 
 # Files of results, besides `final/`
 FILES = ("summary.json", "scores.parquet", "plots/training.png", "samples.md")
-
-# Metric, what it is, which way is better
-SHOWN = (
-    ("preference_accuracy", "higher is better"),
-    ("logp_margin", "nats, higher is better"),
-    ("log_odds", "higher is better"),
-    ("chosen_nll", "nats, lower is better"),
-    ("chosen_perplexity", "lower is better"),
-    ("exact_match", "higher is better"),
-    ("generated_tokens", "mean length"),
-    ("repetition", "lower is better"),
-)
 
 
 class Missing(dict[str, str]):
@@ -342,9 +331,9 @@ def _fenced(text: str) -> str:
 
 def _table(summary: dict[str, Any]) -> str:
     rows = [("held out", "before", "after", "")]
-    for key, about in SHOWN:
-        if key in summary["after"]:
-            before, after = (f"{summary[when][key]:.3f}" for when in ("before", "after"))
-            rows.append((key, before, after, about))
+    for metric in HELD_OUT:
+        if metric.is_tabled and metric.name in summary["after"]:
+            before, after = (f"{summary[when][metric.name]:.3f}" for when in ("before", "after"))
+            rows.append((metric.name, before, after, metric.said))
     lines = [f"| {name:19} | {old:>8} | {new:>8} | {about} |" for name, old, new, about in rows]
     return "\n".join([lines[0], f"|{'-' * 21}|{'-' * 9}:|{'-' * 9}:|---|", *lines[1:]])

@@ -26,9 +26,9 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 
 from orpo_lab.command_line import as_typed
-from orpo_lab.compare import MARGINS
 from orpo_lab.errors import UserError, one_line
 from orpo_lab.masking import mask
+from orpo_lab.metrics import HELD_OUT_PREFIX, MARGINS, PREFERENCE, qualities_among
 from orpo_lab.run_folder import RunFolder
 from orpo_lab.stop import EXIT_CODE
 
@@ -127,12 +127,12 @@ def run_trial(trial: "optuna.Trial", folder: Path, overrides: list[str]) -> floa
         raise UserError(f"{folder} has no figures; its status.json says what is missing and why")
     for name, shortfall in _shortfalls(summary["before"], summary["after"]).items():
         trial.set_constraint(name, shortfall)
-    return summary["after"]["preference_accuracy"]
+    return summary["after"][PREFERENCE]
 
 
 def _evaluations(place: RunFolder) -> list[tuple[int, float]]:
     """Return step and held-out preference accuracy of the evaluations so far."""
-    key = "eval_preference_accuracy"
+    key = HELD_OUT_PREFIX + PREFERENCE
     try:
         return [(int(line["step"]), line[key]) for line in place.metrics() if key in line]
     except ValueError:
@@ -141,12 +141,10 @@ def _evaluations(place: RunFolder) -> list[tuple[int, float]]:
 
 def _shortfalls(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:
     """Return how far qualities are worse than the untrained model's, beyond the margin."""
-    if "exact_match" in after:
-        return {
-            "exact_match": before["exact_match"] - after["exact_match"] - MARGINS["exact_match"]
-        }
-    lower_is_better = [name for name in ("chosen_nll", "repetition") if name in after]
-    return {name: after[name] - before[name] - MARGINS[name] for name in lower_is_better}
+    return {
+        metric.name: metric.sign * (before[metric.name] - after[metric.name]) - MARGINS[metric.name]
+        for metric in qualities_among(after)
+    }
 
 
 def search(folder: Path, num_trials: int, overrides: Sequence[str]) -> "optuna.Study":

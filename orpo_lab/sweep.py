@@ -28,6 +28,7 @@ from orpo_lab import config
 from orpo_lab.config import Tracker
 from orpo_lab.errors import UserError, one_line
 from orpo_lab.identity import identity
+from orpo_lab.metrics import MARGINS, brief
 from orpo_lab.run_folder import RunFolder, code_hash, natural_order, now
 from orpo_lab.stop import PROCESS
 
@@ -201,7 +202,7 @@ class Sweep:
         if jobs:
             print(f"\n{_table(jobs)}")
         try:
-            compared = compare.compare(compare.find_runs([self.folder]), compare.MARGINS)
+            compared = compare.compare(compare.find_runs([self.folder]), MARGINS)
             compare.write(compared, self.folder)
             verdict = [*compare.verdict_text(compared), *compared.warnings]
             print("\n".join(["", *verdict]))
@@ -236,8 +237,7 @@ def _table(jobs: list[tuple[RunFolder, dict[str, Any]]]) -> str:
 
 def _figures(job: RunFolder) -> str:
     after = json.loads((job.path / "summary.json").read_text())["after"]
-    keys = ("preference_accuracy", "exact_match", "chosen_nll")
-    return "  ".join(f"{key} {after[key]:.3f}" for key in keys if key in after)
+    return "  ".join(f"{name} {value}" for name, value in brief(after).items())
 
 
 class Start(Callback):

@@ -10,16 +10,21 @@ import sys
 from collections.abc import Sequence
 
 from orpo_lab.errors import one_line
+from orpo_lab.metrics import HELD_OUT_PREFIX, MARGINS, PREFERENCE, TRAINING
 from orpo_lab.tracker import PROJECT
 
+# What a training metric says of how the run fares, and compares with other runs
+FREE_OF_BETA = [
+    metric.name
+    for metric in TRAINING
+    if metric.panel and metric.is_beta_free and not metric.is_setting
+]
 # Sections of line charts over the steps: metrics under the names that runs log
 CURVES = {
-    "Training, free of beta": ("preference_accuracy", "logp_margin", "nll_loss", "odds_ratio_loss"),
-    "Held out, free of beta": ("eval_preference_accuracy", "eval_logp_margin", "eval_nll_loss"),
-    "Settings": ("beta", "learning_rate", "grad_norm"),
+    "Training, free of beta": FREE_OF_BETA,
+    "Held out, free of beta": [HELD_OUT_PREFIX + name for name in FREE_OF_BETA],
+    "Settings": [metric.name for metric in TRAINING if metric.is_setting],
 }
-# Figures of finished runs, from their summary
-QUALITIES = ("after.exact_match", "after.chosen_nll", "after.repetition")
 
 
 def save(project: str, entity: str, name: str) -> str:
@@ -31,9 +36,10 @@ def save(project: str, entity: str, name: str) -> str:
     import wandb_workspaces.reports.v2 as panels
     import wandb_workspaces.workspaces as workspaces
 
-    accuracy = panels.SummaryMetric("after.preference_accuracy")
+    accuracy = panels.SummaryMetric(f"after.{PREFERENCE}")
     pareto = [
-        panels.ScatterPlot(x=panels.SummaryMetric(quality), y=accuracy) for quality in QUALITIES
+        panels.ScatterPlot(x=panels.SummaryMetric(f"after.{quality}"), y=accuracy)
+        for quality in MARGINS
     ]
     sections = [
         workspaces.Section(name="Preference against quality", panels=pareto, is_open=True),

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from orpo_lab import compare
+from orpo_lab import compare, metrics
 from orpo_lab.errors import UserError
 from orpo_lab.report import SCORES
 from orpo_lab.run_folder import RunFolder
@@ -113,7 +113,7 @@ def write(tmp_path: Path) -> Write:
 
 
 def compare_sweep(folder: Path) -> compare.Comparison:
-    return compare.compare(compare.find_runs([folder]), compare.MARGINS)
+    return compare.compare(compare.find_runs([folder]), metrics.MARGINS)
 
 
 def sweep(write: Write, accuracies: dict[float, float], seeds: int = 3, **rest: Any) -> Path:

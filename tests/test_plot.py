@@ -73,11 +73,10 @@ def test_the_curves_of_a_run_are_what_they_are_called(drawn: list[Any], tmp_path
         for axes in drawn[0].axes
         for line in axes.lines
     }
-    odds = "$-\\log\\,\\sigma$(log odds ratio)"
     assert found == {
         ("loss (nats)", "total"): [[1, 5.0]],
         ("loss (nats)", "SFT (NLL)"): [[1, 4.0]],
-        ("odds-ratio loss (nats)", odds): [[1, 0.9]],
+        ("odds-ratio loss (nats)", "training"): [[1, 0.9]],
         ("beta", "beta"): [[1, 0.2]],
         ("preference accuracy", "training"): [[1, 0.3]],
         ("preference accuracy", "held out"): [[3, 0.6]],
@@ -92,7 +91,8 @@ def scored(beta: float, seed: int, nll: float) -> Run:
     chosen = np.random.default_rng(seed).normal(-nll, 0.1, 40)
     none = np.full(40, np.nan)
     scores = {"chosen_logp": chosen, "rejected_logp": chosen - np.resize([0.1, -0.1, 0.2], 40)}
-    scores |= {"chosen_tokens": np.full(40, 3.0), "generated_tokens": none, "correct": none}
+    scores |= {"chosen_tokens": np.full(40, 3.0), "generated_tokens": none}
+    scores |= {"correct": none, "repetition": none}
     return Run(
         folder=Path(f"{beta}-{seed}"),
         values={"beta": beta, "beta_schedule": "constant", "seed": seed},

@@ -6,14 +6,15 @@ from typing import Any
 
 from tqdm import tqdm
 
+from orpo_lab.metrics import TRAINING
 from orpo_lab.run_folder import RunFolder
 from orpo_lab.tracker import Run
 
 log = logging.getLogger(__name__)
 
-SHOWN = ("loss", "preference_accuracy", "logp_margin", "beta")
+SAID = [metric.name for metric in TRAINING if metric.is_said]
 # Few, with short names: in 80 columns a bar is left beside them, however long the run
-IN_BAR = {"loss": "loss", "preference_accuracy": "accuracy", "logp_margin": "margin"}
+IN_BAR = {metric.name: metric.bar for metric in TRAINING if metric.bar}
 
 
 class Lines:
@@ -46,7 +47,7 @@ class Lines:
         metrics = _finite(step, metrics)
         self.place.append_metrics(step, metrics)
         self.log_to.log(step, metrics)
-        shown = {key: f"{metrics[key]:.3f}" for key in SHOWN if key in metrics}
+        shown = {key: f"{metrics[key]:.3f}" for key in SAID if key in metrics}
         if not shown:
             return
         in_bar = {name: f"{metrics[key]:.2f}" for key, name in IN_BAR.items() if key in shown}

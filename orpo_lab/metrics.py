@@ -1,0 +1,252 @@
+"""The table of metrics: name, unit, which way is better, how it is computed, who shows it.
+
+The terminal, plots, the comparison, the search, W&B's workspace and the page about curves read
+these rows, and list no metric of their own. A new metric of the held-out pairs is a row of
+`HELD_OUT`; a new one of training is a row of `TRAINING`, and the engine returns it.
+"""
+
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from orpo_lab.evaluate import Generation, Scores
+    from orpo_lab.verdict import Array
+
+# What runs are compared by
+PREFERENCE = "preference_accuracy"
+# Where there is such a figure, answers were checked, and no other quality is asked for
+CHECKED = "exact_match"
+# Before the name of a training metric that is measured on held-out pairs
+HELD_OUT_PREFIX = "eval_"
+
+Better = Literal["higher", "lower", ""]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingMetric:
+    """A figure of a line of `metrics.jsonl`."""
+
+    name: str
+    unit: str = ""
+    better: Better = ""
+    is_beta_free: bool = True
+    """Whether it compares across betas, and along an annealed run."""
+    is_setting: bool = False
+    """Whether it says how the run trains, not what has come of that."""
+    panel: str = ""
+    """The title over its curve in a run's plot; empty: it is not drawn."""
+    curve: str = ""
+    """What its curve is called where others share the panel."""
+    compared: str = ""
+    """The axis of its picture in a comparison; empty: it has none."""
+    bar: str = ""
+    """Its name in the progress bar; empty: it is not there."""
+    is_said: bool = False
+    """Whether it stands in the log's line of a step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutMetric:
+    """A figure of the held-out pairs, in `summary.json` before and after training."""
+
+    name: str
+    unit: str = ""
+    better: Better = ""
+    about: str = ""
+    """What a table says of it, where that is not its unit and the better direction."""
+    is_tabled: bool = True
+    """Whether a run's table and model card have it."""
+    is_brief: bool = False
+    """Whether tables with a row for each run have it."""
+    is_noted: bool = False
+    """Whether the comparison's table of settings has it, also where it is no quality there."""
+    margin: float | None = None
+    """How much worse than the best setting's still counts as not worse. None: it is no quality,
+    at whose cost preference accuracy may not rise."""
+    of_scores: "Callable[[Scores], Any] | None" = None
+    """Computes it from the log-probabilities of N pairs."""
+    of_answers: "Callable[[list[Generation]], Any] | None" = None
+    """Computes it from one or more greedy answers."""
+    of_pair: "Callable[[dict[str, Array]], Array] | None" = None
+    """Computes what each pair has of it, [N], from columns of `scores.parquet`; a quality needs
+    it."""
+    is_share: bool = False
+    """Whether a pair has 0 or 1 of it."""
+
+    @property
+    def said(self) -> str:
+        """What a table says of it."""
+        direction = f"{self.better} is better" if self.better else ""
+        return self.about or ", ".join(filter(None, (self.unit, direction)))
+
+    @property
+    def sign(self) -> int:
+        """1 where higher is better, -1 where lower is."""
+        return -1 if self.better == "lower" else 1
+
+
+TRAINING = (
+    TrainingMetric(
+        name="loss",
+        unit="nats",
+        better="lower",
+        is_beta_free=False,
+        panel="loss (nats)",
+        curve="total",
+        bar="loss",
+        is_said=True,
+    ),
+    TrainingMetric(
+        name="nll_loss",
+        unit="nats per token",
+        better="lower",
+        panel="loss (nats)",
+        curve="SFT (NLL)",
+        compared="SFT loss (nats)",
+    ),
+    TrainingMetric(
+        name="odds_ratio_loss", unit="nats", better="lower", panel="odds-ratio loss (nats)"
+    ),
+    TrainingMetric(
+        name=PREFERENCE,
+        unit="0 to 1",
+        better="higher",
+        panel="preference accuracy",
+        compared="training preference accuracy",
+        bar="accuracy",
+        is_said=True,
+    ),
+    TrainingMetric(
+        name="logp_margin",
+        unit="nats per token",
+        better="higher",
+        panel="logp margin (nats)",
+        compared="training logp margin (nats)",
+        bar="margin",
+        is_said=True,
+    ),
+    TrainingMetric(name="beta", is_setting=True, panel="beta", compared="beta", is_said=True),
+    TrainingMetric(name="learning_rate", is_setting=True, panel="learning rate"),
+    TrainingMetric(name="grad_norm", is_beta_free=False, is_setting=True),
+    # TRL's other names
+    TrainingMetric(name="log_odds_ratio", unit="nats", better="higher"),
+    TrainingMetric(name="log_odds_chosen", unit="nats", better="higher"),
+    TrainingMetric(name="logps/chosen", unit="nats per token"),
+    TrainingMetric(name="logps/rejected", unit="nats per token"),
+    TrainingMetric(name="logits/chosen"),
+    TrainingMetric(name="logits/rejected"),
+    TrainingMetric(name="rewards/chosen", is_beta_free=False),
+    TrainingMetric(name="rewards/rejected", is_beta_free=False),
+    TrainingMetric(name="rewards/margins", better="higher", is_beta_free=False),
+    TrainingMetric(name="rewards/accuracies", unit="0 to 1", better="higher"),
+)
+
+
+def _log_odds(scores: "Scores") -> Any:
+    from orpo_lab.loss import log_odds_ratio  # imports torch
+
+    return log_odds_ratio(scores.chosen_logps, scores.rejected_logps).mean()
+
+
+def _chosen_nll(scores: "Scores") -> Any:
+    sizes = scores.chosen_sizes
+    return -(scores.chosen_logps * sizes).sum() / sizes.sum()
+
+
+def _chosen_nll_of_pair(columns: "dict[str, Array]") -> "Array":
+    # The mean over pairs is the mean over all their tokens
+    sizes = columns["chosen_tokens"]
+    return -columns["chosen_logp"] * sizes / sizes.mean()
+
+
+def _share_right(answers: "list[Generation]") -> float | None:
+    if answers[0].correct is None:
+        return None
+    return _mean([bool(answer.correct) for answer in answers])
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+HELD_OUT = (
+    HeldOutMetric(name="num_pairs", is_tabled=False, of_scores=lambda s: len(s.chosen_logps)),
+    HeldOutMetric(
+        name=PREFERENCE,
+        better="higher",
+        is_brief=True,
+        of_scores=lambda s: (s.chosen_logps > s.rejected_logps).double().mean(),
+    ),
+    HeldOutMetric(
+        name="logp_margin",
+        unit="nats",
+        better="higher",
+        of_scores=lambda s: (s.chosen_logps - s.rejected_logps).mean(),
+    ),
+    HeldOutMetric(name="log_odds", better="higher", of_scores=_log_odds),
+    HeldOutMetric(name="chosen_logp", is_tabled=False, of_scores=lambda s: s.chosen_logps.mean()),
+    HeldOutMetric(
+        name="rejected_logp", is_tabled=False, of_scores=lambda s: s.rejected_logps.mean()
+    ),
+    HeldOutMetric(name="num_generations", is_tabled=False, of_answers=len),
+    HeldOutMetric(
+        name=CHECKED,
+        better="higher",
+        is_brief=True,
+        margin=0.03,
+        of_answers=_share_right,
+        of_pair=lambda columns: columns["correct"],
+        is_share=True,
+    ),
+    HeldOutMetric(
+        name="chosen_nll",
+        unit="nats",
+        better="lower",
+        is_brief=True,
+        is_noted=True,
+        margin=0.03,
+        of_scores=_chosen_nll,
+        of_pair=_chosen_nll_of_pair,
+    ),
+    HeldOutMetric(
+        name="chosen_perplexity",
+        better="lower",
+        of_scores=lambda s: math.exp(min(float(_chosen_nll(s)), 700.0)),
+    ),
+    HeldOutMetric(
+        name="generated_tokens",
+        about="mean length",
+        is_noted=True,
+        of_answers=lambda answers: _mean([answer.num_tokens for answer in answers]),
+    ),
+    HeldOutMetric(
+        name="repetition",
+        better="lower",
+        is_noted=True,
+        margin=0.05,
+        of_answers=lambda answers: _mean([answer.repetition for answer in answers]),
+        of_pair=lambda columns: columns["repetition"],
+    ),
+)
+
+# How much worse than the best setting's each quality may be
+MARGINS = {metric.name: metric.margin for metric in HELD_OUT if metric.margin is not None}
+
+
+def qualities_among(present: Collection[str]) -> list[HeldOutMetric]:
+    """Return the qualities that preference accuracy may not be bought with.
+
+    Args:
+        present: names of the figures there are. Where answers were checked, whether they are right
+            says more than how likely or how repetitive they are, and is the only one.
+    """
+    found = [metric for metric in HELD_OUT if metric.name in MARGINS and metric.name in present]
+    return [metric for metric in found if metric.name == CHECKED] or found
+
+
+def brief(after: dict[str, Any]) -> dict[str, str]:
+    """Return the few figures that a table with a row for each run has room for, as text."""
+    names = [metric.name for metric in HELD_OUT if metric.is_brief]
+    return {name: f"{after[name]:.3f}" for name in names if name in after}
