@@ -29,7 +29,7 @@ from transformers import (
 from orpo_lab.adapter import attach
 from orpo_lab.config import Qlora
 from orpo_lab.galore import GaLore
-from orpo_lab.loss import log_odds_ratio
+from orpo_lab.methods.orpo import log_odds_ratio
 from orpo_lab.model import projections
 from orpo_lab.quantization import prepare
 from orpo_lab.run_folder import versions

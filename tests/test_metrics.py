@@ -8,10 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from orpo_lab import config, metrics, report
-from orpo_lab.engine.shared_prefix import pair_metrics
+from orpo_lab import config, methods, metrics, report
 from orpo_lab.evaluate import Generation, Scores, generation_metrics, preference_metrics
-from orpo_lab.loss import Losses
 from orpo_lab.metrics import HELD_OUT, TRAINING, HeldOutMetric
 from tests.conftest import ROOT
 
@@ -51,11 +49,12 @@ def test_every_held_out_metric_is_documented_with_its_direction() -> None:
         assert not metric.better or rows[metric.name][2] == metric.better, metric.name
 
 
-def test_an_engines_metrics_are_in_the_table() -> None:
-    zero, pairs = torch.zeros(()), torch.zeros(2)
-    found = pair_metrics(Losses(zero, zero, pairs, pairs, pairs, pairs), 0.1, torch.tensor(2.0))
-    assert found.keys() <= {metric.name for metric in TRAINING}
-    assert [metric.name for metric in TRAINING if metric.is_beta_free] != []
+def test_a_methods_terms_are_in_the_table(load: Load) -> None:
+    num = torch.tensor(2.0)
+    losses = methods.build(load()).losses(
+        -torch.ones(2, 3), torch.ones(2, 3), beta=0.1, num_tokens=num, num_pairs=num
+    )
+    assert losses.terms.keys() <= {metric.name for metric in TRAINING}
 
 
 def test_where_answers_are_checked_their_being_right_is_the_only_quality() -> None:

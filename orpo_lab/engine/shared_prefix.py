@@ -1,7 +1,7 @@
-"""The fast ORPO step: every prompt once, packed rows, no logits, no synchronisation.
+"""The fast step: every prompt once, packed rows, no logits, no synchronisation.
 
 The pairs of an optimizer step are packed into micro-batches (`engine.packing`), whose losses are
-shares of the step's (`loss.orpo`): so the gradient does not depend on the packing.
+shares of the step's (`methods`): so the gradient does not depend on the packing.
 """
 
 import contextlib
@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from orpo_lab.config import Config, Objective, SharedPrefixEngine
+from orpo_lab import methods
+from orpo_lab.config import Config, SharedPrefixEngine
 from orpo_lab.engine import attention
 from orpo_lab.engine.base import MicroBatch, Pair, Score, Sums
 from orpo_lab.engine.head import add_scoring
 from orpo_lab.engine.packing import Collator, is_one_pair, tokens_of
 from orpo_lab.errors import NonFiniteError, UserError, one_line
-from orpo_lab.loss import Losses, orpo, supervised
+from orpo_lab.methods.base import Method
 from orpo_lab.training.devices import OneDevice
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class SharedPrefix:
     Args:
         model: on its device, with adapters if it has any.
         collator: lays pairs out in rows.
-        objective: what the loss is.
+        method: makes the loss and its terms of the sums of log-probabilities.
         attention_implementation: as `attention.choose` returns it.
         devices: where the model computes.
     """
@@ -50,11 +50,11 @@ class SharedPrefix:
         model: Any,
         collator: Collator,
         *,
-        objective: Objective,
+        method: Method,
         attention_implementation: str,
         devices: OneDevice,
     ) -> None:
-        self.model, self.collator, self.objective = model, collator, objective
+        self.model, self.collator, self.method = model, collator, method
         self.attention_implementation, self.devices = attention_implementation, devices
         self._token_budget: int | None = None
         self._base = causal_model(model)
@@ -78,7 +78,7 @@ class SharedPrefix:
         """
         laid_out = self.collator(pairs)
         counts = torch.cat([one["counts"] for one in laid_out])
-        num_tokens = supervised(counts, self.objective).float().sum()
+        num_tokens = self.method.num_supervised(counts).float().sum()
         totals = self.devices.average(torch.stack([num_tokens, torch.tensor(float(len(pairs)))]))
         return [
             self.devices.place(one | {"num_tokens": totals[0], "num_pairs": totals[1]})
@@ -96,20 +96,17 @@ class SharedPrefix:
                 self.model, micro_batch, self.attention_implementation, self._base.config
             )
         scored = scored.to(torch.promote_types(scored.dtype, torch.float32))
-        counts, num_pairs = micro_batch["counts"], micro_batch["num_pairs"]
-        losses = orpo(
-            scored.new_zeros(counts.numel())
-            .index_add(0, micro_batch["sums"], scored)
-            .view_as(counts),
+        counts = micro_batch["counts"]
+        logps = scored.new_zeros(counts.numel()).index_add(0, micro_batch["sums"], scored)
+        losses = self.method.losses(
+            logps.view_as(counts),
             counts,
             beta=beta,
-            objective=self.objective,
             num_tokens=micro_batch["num_tokens"],
-            num_pairs=num_pairs,
+            num_pairs=micro_batch["num_pairs"],
         )
-        metrics = pair_metrics(losses, beta, num_pairs)
-        sums = torch.stack(tuple(metrics.values())).detach().sum(1)
-        return Score(losses.loss, Sums(tuple(metrics), sums, len(losses.log_odds)))
+        sums = torch.stack(tuple(losses.terms.values())).detach().sum(1)
+        return Score(losses.loss, Sums(tuple(losses.terms), sums, len(counts)))
 
     def can_halve(self, micro_batches: Sequence[MicroBatch]) -> bool:
         """Return whether a micro-batch has more than one pair.
@@ -132,47 +129,22 @@ class SharedPrefix:
         )
 
 
-def pair_metrics(losses: Losses, beta: float, num_pairs: Tensor) -> dict[str, Tensor]:
-    """Return TRL's metrics and the beta-free ones of each of B pairs, [B], under their names.
-
-    Args:
-        losses: of the pairs.
-        beta: weight of the odds-ratio loss.
-        num_pairs: of the whole step, of whose NLL `losses.nll` is a share.
-    """
-    chosen, rejected = losses.chosen_logps, losses.rejected_logps
-    return {
-        "rewards/chosen": beta * chosen,
-        "rewards/rejected": beta * rejected,
-        "rewards/accuracies": (beta * chosen > beta * rejected).to(chosen),
-        "rewards/margins": beta * (chosen - rejected),
-        "logps/rejected": rejected,
-        "logps/chosen": chosen,
-        "nll_loss": (losses.nll * num_pairs / len(chosen)).expand_as(chosen),
-        "log_odds_ratio": logsigmoid(losses.log_odds),
-        "log_odds_chosen": losses.log_odds,
-        "preference_accuracy": (chosen > rejected).to(chosen),
-        "logp_margin": chosen - rejected,
-        "odds_ratio_loss": losses.odds_ratio,
-    }
-
-
 def build(
     config: Config, *, model: Any, tokenizer: PreTrainedTokenizerBase, devices: OneDevice
 ) -> SharedPrefix:
     """Return our own engine; the parts are those of `engine.build`."""
     assert isinstance(config.engine, SharedPrefixEngine)
-    implementation = attention.choose(causal_model(model))
+    method, implementation = methods.build(config), attention.choose(causal_model(model))
     collator = Collator(
         budget=config.engine.tokens_per_microbatch or default_budget(config.dataset.max_length),
         multiple=attention.BLOCK if implementation == attention.FLEX else 1,
-        prompt_is_scored=config.objective.nll_scope == "prompt_and_completion",
+        prompt_is_scored=method.scores_prompt,
         pad_token_id=int(tokenizer.pad_token_id),
     )
     return SharedPrefix(
         model,
         collator,
-        objective=config.objective,
+        method=method,
         attention_implementation=implementation,
         devices=devices,
     )

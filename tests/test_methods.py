@@ -1,3 +1,5 @@
+"""The methods: ORPO against its equations, and a method that no other room knows."""
+
 import math
 from typing import Any
 
@@ -7,10 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 from trl.experimental.orpo.orpo_trainer import log1mexp as trl_log1mexp
 
+from orpo_lab import engine, methods
 from orpo_lab.config import Objective
-from orpo_lab.loss import log1mexp, log_odds_ratio, orpo
+from orpo_lab.methods.base import Losses, mean_logps, preference_terms
+from orpo_lab.methods.orpo import Orpo, log1mexp, log_odds_ratio
+from orpo_lab.training.devices import OneDevice
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 OBJECTIVES = [
@@ -80,11 +86,12 @@ def test_the_loss_and_its_gradient_are_finite_for_every_pair_of_log_ps(
     logps = torch.tensor([[-3.0, chosen, rejected], [-2.0, -1.0, -1.5]], requires_grad=True)
     num = torch.tensor(2.0)
     counts = torch.ones(2, 3)
-    losses = orpo(logps, counts, beta=0.1, objective=objective, num_tokens=2 * num, num_pairs=num)
+    losses = Orpo(objective).losses(logps, counts, beta=0.1, num_tokens=2 * num, num_pairs=num)
     losses.loss.backward()
     assert logps.grad is not None
     assert torch.isfinite(logps.grad).all()
-    assert all(torch.isfinite(one).all() for one in vars(losses).values())
+    assert torch.isfinite(losses.loss)
+    assert all(torch.isfinite(term).all() for term in losses.terms.values())
 
 
 def test_log_odds_ratio_is_that_of_the_paper() -> None:
@@ -133,14 +140,15 @@ def test_the_shares_of_a_steps_parts_add_up_to_its_equations(
         counts[:, 0], logps[:, 0] = 0, 0
     num_tokens = counts[:, :2].sum()
     losses = [
-        orpo(
+        Orpo(objective)
+        .losses(
             logps[part],
             counts[part],
             beta=0.3,
-            objective=objective,
             num_tokens=num_tokens,
             num_pairs=torch.tensor(5),
-        ).loss
+        )
+        .loss
         for part in (slice(0, 1), slice(1, 4), slice(4, 5))
     ]
     pairs = [
@@ -148,3 +156,73 @@ def test_the_shares_of_a_steps_parts_add_up_to_its_equations(
     ]
     expected = by_equations(pairs, 0.3, scope, mean, penalty)
     assert float(sum(losses)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_pair_that_is_as_likely_either_way_is_not_preferred() -> None:
+    chosen, rejected = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.0, -2.5, -2.0])
+    assert preference_terms(chosen, rejected)["preference_accuracy"].tolist() == [0, 1, 0]
+    logps = torch.stack([torch.zeros(3), chosen, rejected], dim=1)
+    num = torch.tensor(3.0)
+    terms = (
+        Orpo(OBJECTIVES[0])
+        .losses(logps, torch.ones(3, 3), beta=0.1, num_tokens=num, num_pairs=num)
+        .terms
+    )
+    assert terms["rewards/accuracies"].tolist() == [0, 1, 0]
+
+
+class SimPo:
+    """A method of two terms: SimPO (Meng, Xia and Chen 2024, arXiv:2405.14734, Eq. 6)."""
+
+    scores_prompt = False
+    gamma = 0.5
+
+    def num_supervised(self, counts: Tensor) -> Tensor:
+        return torch.zeros(len(counts))
+
+    def losses(
+        self, logps: Tensor, counts: Tensor, *, beta: float, num_tokens: Tensor, num_pairs: Tensor
+    ) -> Losses:
+        chosen, rejected = mean_logps(logps, counts)
+        simpo = -logsigmoid(beta * (chosen - rejected) - self.gamma)
+        terms = {"simpo_loss": simpo} | preference_terms(chosen, rejected)
+        return Losses(simpo.sum() / num_pairs, terms)
+
+
+def test_an_engine_trains_by_a_method_that_it_does_not_know(
+    load: Any, build_model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss, every gradient and the terms, against the equation on plain sequences."""
+    loaded = load("optimizer=adamw")
+    monkeypatch.setattr(methods, "build", lambda config: SimPo())
+    ids = torch.randint(3, 90, (3, 12), generator=torch.Generator().manual_seed(0)).tolist()
+    pairs = [
+        {"prompt_ids": row[:4], "chosen_ids": row[4:7], "rejected_ids": row[7:]} for row in ids
+    ]
+    model = build_model(loaded)
+    margins = []
+    for pair in pairs:
+        means = []
+        for side in ("chosen_ids", "rejected_ids"):
+            sequence = torch.tensor([pair["prompt_ids"] + pair[side]])
+            logps = model(input_ids=sequence).logits[0, :-1].log_softmax(-1)
+            means.append(logps.gather(1, sequence[0, 1:, None])[3:].mean())
+        margins.append(means[0] - means[1])
+    expected = -logsigmoid(2.0 * torch.stack(margins) - 0.5).mean()
+    expected.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+
+    devices = OneDevice(torch.device("cpu"), torch.float32)
+    built = engine.build(loaded, model=model, tokenizer=tokenizer, devices=devices)
+    micro_batches = built.micro_batches(pairs)
+    assert len(micro_batches) == 1
+    with built.reading():
+        score = built.score(micro_batches[0], beta=2.0)
+    score.loss.backward()
+    assert score.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert score.sums.names[0] == "simpo_loss"
+    assert score.sums.values[0].item() == pytest.approx(3 * expected.item(), rel=1e-5)
+    largest = max(gradient.abs().max() for gradient in gradients.values())
+    for name, p in model.named_parameters():
+        assert (p.grad - gradients[name]).abs().max() < 1e-5 * largest, name

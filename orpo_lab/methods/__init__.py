@@ -1,0 +1,14 @@
+"""Methods of alignment: pure functions from the sums of a batch to its loss and named terms.
+
+No other room knows a method by its name: an engine sums log-probabilities, asks the method for the
+loss, and logs the terms that the method returns.
+"""
+
+from orpo_lab.config import Config
+from orpo_lab.methods.base import Method
+from orpo_lab.methods.orpo import Orpo
+
+
+def build(config: Config) -> Method:
+    """Return the method of a run."""
+    return Orpo(config.objective)
