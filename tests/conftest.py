@@ -21,7 +21,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 from faults import processes
 from orpo_lab import config
@@ -43,7 +43,12 @@ silence_upstream()
 
 
 def compose_config(*overrides: str) -> DictConfig:
-    """Compose as launch.py does.
+    """Compose our own part of a job's configuration."""
+    return ours(compose_job(*overrides))
+
+
+def compose_job(*overrides: str) -> DictConfig:
+    """Compose as launch.py does, Hydra's own part included.
 
     The same options of groups are composed once; Hydra, too, applies all other overrides to what
     the options came to.
@@ -53,6 +58,9 @@ def compose_config(*overrides: str) -> DictConfig:
     composed: DictConfig = pickle.loads(_composed(*options))
     others = OverridesParser.create().parse_overrides([o for o in typed if o not in options])
     ConfigLoaderImpl._apply_overrides_to_config(others, composed)
+    for one in others:
+        given = composed.hydra.overrides
+        (given.hydra if one.is_hydra_override() else given.task).append(one.input_line)
     return composed
 
 
@@ -65,7 +73,14 @@ def compose_anew(*typed: str) -> DictConfig:
     """Compose by Hydra alone."""
     config.register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("config", [*typed])
+        return compose("config", [*typed], return_hydra_config=True)
+
+
+def ours(composed: DictConfig) -> DictConfig:
+    """Take Hydra's own part out of a configuration."""
+    with open_dict(composed):
+        del composed["hydra"]
+    return composed
 
 
 def break_import_of_wandb(folder: Path) -> None:
