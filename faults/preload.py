@@ -1,5 +1,7 @@
 """What the server of `processes` imports once, for all the runs that are forked from it."""
 
+import gc
+
 from orpo_lab.quiet import silence_upstream
 
 silence_upstream()
@@ -15,3 +17,7 @@ from orpo_lab.engine import shared_prefix  # noqa: E402, F401
 
 # A thread that exists at a fork is lost in the child
 torch.set_num_threads(1)
+
+# A run asks for collections, which would look at every object that is imported, and copy its page
+gc.collect()
+gc.freeze()

@@ -9,8 +9,9 @@ os.environ["WANDB_SILENT"] = "true"
 # Runs in processes of their own: threads that wait for each other cost more than they save
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import copy
 import functools
+import gc
+import pickle
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,9 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, open_dict
 
 from faults import processes
 from orpo_lab import config
@@ -26,6 +29,7 @@ from orpo_lab.command_line import as_typed
 from orpo_lab.quiet import silence_upstream
 
 ROOT = Path(__file__).parents[1]
+GROUPS = {folder.name for folder in (ROOT / "conf").iterdir() if folder.is_dir()}
 # Those whose jobs are processes of this machine
 EACH_LAUNCHER = pytest.mark.parametrize(
     "launcher",
@@ -39,21 +43,67 @@ silence_upstream()
 
 
 def compose_config(*overrides: str) -> DictConfig:
-    """Compose as launch.py does; the same overrides are composed once."""
-    return copy.deepcopy(_composed(overrides))
+    """Compose our own part of a job's configuration."""
+    return ours(compose_job(*overrides))
 
 
-@functools.lru_cache
-def _composed(overrides: tuple[str, ...]) -> DictConfig:
+def compose_job(*overrides: str) -> DictConfig:
+    """Compose as launch.py does, Hydra's own part included.
+
+    The same options of groups are composed once; Hydra, too, applies all other overrides to what
+    the options came to.
+    """
+    typed = as_typed(overrides)
+    options = [one for one in typed if one.lstrip("+").partition("=")[0] in GROUPS]
+    composed: DictConfig = pickle.loads(_composed(*options))
+    others = OverridesParser.create().parse_overrides([o for o in typed if o not in options])
+    ConfigLoaderImpl._apply_overrides_to_config(others, composed)
+    for one in others:
+        given = composed.hydra.overrides
+        (given.hydra if one.is_hydra_override() else given.task).append(one.input_line)
+    return composed
+
+
+@functools.cache
+def _composed(*options: str) -> bytes:
+    return pickle.dumps(compose_anew(*options))
+
+
+def compose_anew(*typed: str) -> DictConfig:
+    """Compose by Hydra alone."""
     config.register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("config", as_typed(overrides))
+        return compose("config", [*typed], return_hydra_config=True)
+
+
+def ours(composed: DictConfig) -> DictConfig:
+    """Take Hydra's own part out of a configuration."""
+    with open_dict(composed):
+        del composed["hydra"]
+    return composed
+
+
+def break_import_of_wandb(folder: Path) -> None:
+    """Make a folder for Python's path in which W&B is a module that cannot be imported."""
+    folder.mkdir()
+    (folder / "wandb.py").write_text("raise RuntimeError('wandb was imported')\n")
 
 
 @pytest.fixture
 def load() -> Callable[..., config.Config]:
     """Compose and check overrides, as launch.py does before a run."""
     return lambda *overrides: config.load(compose_config(*overrides))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _lasting() -> None:
+    """Have garbage collections pass over what is imported: nothing of it is ever let go.
+
+    accelerate asks for a collection in every training; with two million objects to look at, the
+    collection takes ten times as long as the few steps that a test trains for.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -67,18 +117,19 @@ def _server() -> Iterator[None]:
 def launch(tmp_path: Path, _server: None) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run the real command line in a process of its own; runs land in the test's folder.
 
-    `fresh` starts a new interpreter, for what only shows there: imports, and what they print.
+    Options are those of `processes.start`. `fresh` starts a new interpreter, for what only shows
+    there: imports, and what they print.
     """
 
     def run(
         *arguments: str,
         expect: int = 0,
         env: dict[str, str] | None = None,
-        fresh: bool = False,
+        **options: Any,
     ) -> subprocess.CompletedProcess[str]:
         said = tmp_path.parent / f"{tmp_path.name}-said"
         done = processes.start(
-            said, [*arguments], at=tmp_path, fresh=fresh, environment={**(env or {})}
+            said, [*arguments], at=tmp_path, environment={**(env or {})}, **options
         ).wait()
         assert done.code == expect, done.stdout + done.stderr
         return subprocess.CompletedProcess(arguments, expect, done.stdout, done.stderr)

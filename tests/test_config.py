@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from orpo_lab import config
+from orpo_lab.command_line import as_typed
 from orpo_lab.errors import UserError
-from tests.conftest import ROOT
+from tests.conftest import ROOT, compose_anew, compose_job, ours
 
 CONF = ROOT / "conf"
 FILES = sorted(CONF.rglob("*.yaml"))
@@ -68,6 +69,26 @@ def test_every_optimizer_schedule_and_experiment_compose(
     loaded = load(*chosen, f"optimizer={optimizer}", f"beta_schedule={schedule}")
     assert config.kind(loaded.optimizer) == optimizer.removesuffix("_8bit")
     assert config.kind(loaded.beta_schedule) == schedule
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["beta=0.3", "optimizer=galore", "optimizer.rank=8", "beta=0.4"],
+        ["train.batch_size=9", "engine=trl", "train.num_epochs=2", "resume=run"],
+        ["experiment=phi2", "+dataset.faults.typo=drop", "name=1.10", "tracker.tags=[1.10,a]"],
+        ["dataset=file", "dataset.train_path=a b/c.jsonl", "quantization=int8", "hydra.run.dir=x"],
+    ],
+    ids=" ".join,
+)
+def test_what_tests_compose_is_what_hydra_composes(overrides: list[str]) -> None:
+    one, other = compose_job(*overrides), compose_anew(*as_typed(overrides))
+    assert one.hydra.run.dir == other.hydra.run.dir
+    assert one.hydra.runtime.choices == other.hydra.runtime.choices
+    assert sorted(one.hydra.overrides.task) == sorted(other.hydra.overrides.task)
+    assert one.hydra.overrides.hydra == other.hydra.overrides.hydra
+    assert ours(one) == ours(other)
 
 
 def test_a_galore_run_and_a_qlora_run_differ_by_one_override(

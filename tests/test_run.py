@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from faults import processes
+from faults.processes import Done
 from orpo_lab import config, data, plot, report, run, tracker, trainer
 from orpo_lab.checkpoint import Checkpoint, Made, Spent
 from orpo_lab.errors import NonFiniteError, UserError
 from orpo_lab.run_folder import RunFolder
 from orpo_lab.stop import EXIT_CODE, Stopped
 from orpo_lab.sweep import Sweep
-from tests.conftest import ROOT
+from tests.conftest import ROOT, break_import_of_wandb
 from tests.test_evaluate import by_argmax, one_by_one
 from tests.test_run_folder import TWO_STEPS, start, write_pairs
 
@@ -52,23 +55,47 @@ def all_finite(folder: Path) -> bool:
     return all(torch.isfinite(one).all() for one in load_file(file).values())
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        "qlora",
-        "galore_8bit",
-        *(pytest.param(one, marks=SLOW) for one in ("lora", "galore", "adamw")),
-    ],
-)
-def test_a_run_leaves_everything_and_a_clean_terminal(
-    launch: Launch, tmp_path: Path, optimizer: str
-) -> None:
-    is_default = optimizer == "qlora"
-    done = launch(f"optimizer={optimizer}", *QUICK, "hydra.run.dir=run", fresh=is_default)
-    assert done.stderr == "", "no upstream warning in a normal run"
-    assert "| preference_accuracy |" in done.stdout
-    assert "4 steps are 1 epochs of 64 pairs" in done.stdout
-    run = tmp_path / "run"
+TOKEN = "hf_" + "q" * 34
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that has finished, and what it said."""
+
+    folder: Path
+    said: Done
+
+
+@pytest.fixture(scope="module")
+def finished(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, _server: None
+) -> Finished:
+    """A finished run of an optimizer.
+
+    That of the default one is as it is typed: in a new interpreter, tracked by W&B. It has a token
+    among its settings.
+    """
+    folder, is_default = tmp_path_factory.mktemp(request.param), request.param == "qlora"
+    own = [f"name=run-{TOKEN}", f"tracker.tags=[{TOKEN}]"] if is_default else ["tracker=none"]
+    arguments = [f"optimizer={request.param}", *QUICK, *own, "hydra.run.dir=run"]
+    running = processes.start(folder / "said", arguments, at=folder, fresh=is_default)
+    said = running.wait()
+    assert said.code == 0, said.stdout + said.stderr
+    return Finished(folder / "run", said)
+
+
+def of_optimizers(*quick: str, slow: tuple[str, ...] = ()) -> pytest.MarkDecorator:
+    """Give a test the finished runs of these optimizers."""
+    params = [*quick, *(pytest.param(one, marks=SLOW) for one in slow)]
+    return pytest.mark.parametrize("finished", params, indirect=True)
+
+
+@of_optimizers("qlora", "galore_8bit", slow=("lora", "galore", "adamw"))
+def test_a_run_leaves_everything_and_a_clean_terminal(finished: Finished) -> None:
+    run, said = finished.folder, finished.said
+    assert said.stderr == "", "no upstream warning in a normal run"
+    assert "| preference_accuracy |" in said.stdout
+    assert "4 steps are 1 epochs of 64 pairs" in said.stdout
     summary = summary_of(run)
     for when in ("before", "after"):
         keys = {"preference_accuracy", "logp_margin", "chosen_nll", "num_pairs", "exact_match"}
@@ -89,25 +116,30 @@ def test_a_run_leaves_everything_and_a_clean_terminal(
     assert all_finite(run)
 
 
-def test_a_token_on_the_command_line_is_in_no_file(launch: Launch, tmp_path: Path) -> None:
-    token = "hf_" + "q" * 34
-    given = (f"name=run-{token}", f"tracker.tags=[{token}]")
-    launch(*QUICK, *given, "hydra.run.dir=run", fresh=True)
-    files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
+@of_optimizers("qlora")
+def test_a_token_on_the_command_line_is_in_no_file(finished: Finished) -> None:
+    files = [file for file in finished.folder.rglob("*") if file.is_file()]
     assert any(file.suffix == ".wandb" for file in files)
-    assert not [file for file in files if token.encode() in file.read_bytes()]
+    assert not [file for file in files if TOKEN.encode() in file.read_bytes()]
 
 
-def test_without_a_tracker_wandb_is_not_imported(launch: Launch, tmp_path: Path) -> None:
-    poisoned = tmp_path / "poisoned"
-    poisoned.mkdir()
-    (poisoned / "wandb.py").write_text("raise RuntimeError('wandb was imported')\n")
-    env = {"PYTHONPATH": str(poisoned)}
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    """The folder of a run to start in process."""
+    monkeypatch.chdir(tmp_path)
     write_pairs(tmp_path / "pairs.jsonl")
-    launch(*TWO_STEPS, "hydra.run.dir=run", env=env, fresh=True)
-    assert not (tmp_path / "run" / "wandb").exists()
-    done = launch(*TWO_STEPS, "tracker=wandb", "hydra.run.dir=run2", env=env, fresh=True)
-    assert "tracker is missing (RuntimeError: wandb was imported)" in done.stdout
+    return RunFolder(Path("run"))
+
+
+def test_a_tracker_that_cannot_be_imported_is_missing(
+    place: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_import_of_wandb(tmp_path / "broken")
+    monkeypatch.syspath_prepend(tmp_path / "broken")
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    start(*TWO_STEPS, "tracker=wandb", "hydra.run.dir=run")
+    assert place.status()["missing"] == {"tracker": "RuntimeError: wandb was imported"}
+    assert "tracker is missing (RuntimeError: wandb" in place.file("run.log").read_text()
 
 
 def test_faulty_rows_are_counted_and_never_reach_a_weight(launch: Launch, tmp_path: Path) -> None:
@@ -145,23 +177,22 @@ def test_faulty_rows_are_counted_and_never_reach_a_weight(launch: Launch, tmp_pa
     assert math.isfinite(summary_of(tmp_path / "run")["after"]["chosen_nll"])
 
 
-@pytest.mark.parametrize("optimizer", ["qlora", pytest.param("adamw", marks=SLOW)])
+@of_optimizers("qlora", slow=("adamw",))
 def test_the_model_card_shows_how_to_load_final_and_generate(
-    launch: Launch, tmp_path: Path, optimizer: str
+    finished: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launch(f"optimizer={optimizer}", *QUICK, "tracker=none", "hydra.run.dir=run")
-    card = (tmp_path / "run" / "final" / "README.md").read_text()
+    card = (finished.folder / "final" / "README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0]
-    code += (
-        "\nmessages = [{'role': 'user', 'content': 'add 20 and 3.'}]\n"
-        "inputs = tokenizer.apply_chat_template(\n"
-        "    messages, add_generation_prompt=True, return_tensors='pt', return_dict=True)\n"
-        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=12)[0]))\n"
+    monkeypatch.chdir(finished.folder)
+    loaded: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), loaded)
+    model, tokenizer = loaded["model"], loaded["tokenizer"]
+    messages = [{"role": "user", "content": "add 20 and 3."}]
+    inputs = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path / "run", capture_output=True, text=True
-    )
-    assert "<|user|>add 20 and 3.<|assistant|>" in done.stdout, done.stderr
+    said = tokenizer.decode(model.generate(**inputs, max_new_tokens=12)[0])
+    assert "<|user|>add 20 and 3.<|assistant|>" in said
 
 
 RECIPES = sorted(file.stem for file in (ROOT / "conf" / "experiment").glob("*.yaml"))
@@ -255,14 +286,6 @@ def test_beta_trades_preference_against_quality(launch: Launch, tmp_path: Path) 
 
 def fails(*_: Any, **__: Any) -> Any:
     raise ZeroDivisionError("it fails")
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
-    """The folder of a run to start in process."""
-    monkeypatch.chdir(tmp_path)
-    write_pairs(tmp_path / "pairs.jsonl")
-    return RunFolder(Path("run"))
 
 
 @pytest.mark.parametrize(

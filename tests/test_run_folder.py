@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import open_dict
 
 import launch
 from orpo_lab import config, data, model, run_folder, tracker
 from orpo_lab.errors import UserError
 from orpo_lab.run_folder import RunFolder, git_commit, versions
-from tests.conftest import ROOT
+from tests.conftest import compose_job, ours
 
 Load = Callable[..., config.Config]
 
@@ -62,15 +60,11 @@ TWO_STEPS = (
 
 def start(*overrides: str) -> None:
     """Start a run as launch.py does once Hydra has composed its configuration."""
-    config.register()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        composed = compose("config", list(overrides), return_hydra_config=True)
+    composed = compose_job(*overrides)
     HydraConfig.instance().set_config(composed)
     folder = Path(composed.hydra.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
-    with open_dict(composed):
-        del composed["hydra"]
-    launch.run_job(composed, folder, None)
+    launch.run_job(ours(composed), folder, None)
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Sweeps on the real command line: what runs, what does not run again, how failures are told."""
 
+import gc
 import hashlib
 import json
 import os
@@ -8,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -389,24 +392,20 @@ def test_jobs_in_processes_of_their_own_run_once_and_are_told_at_the_end(
     assert not list((tmp_path / "sweep").rglob("*.pkl"))
 
 
-COUNT = """
-import collections, gc, runpy, sys
-from orpo_lab import run
+def count_configurations() -> None:
+    """Have every job say how many configurations there are instead of running."""
+    from orpo_lab import run
 
-def count(*arguments, **more):
-    gc.collect()
-    kinds = collections.Counter(type(one).__name__ for one in gc.get_objects())
-    print("held", kinds["DictConfig"], kinds["JobReturn"])
+    def count(*arguments: Any, **named: Any) -> None:
+        gc.collect()
+        kinds = Counter(type(one).__name__ for one in gc.get_objects())
+        print("held", kinds["DictConfig"], kinds["JobReturn"])
 
-run.train = count
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+    setattr(run, "train", count)  # noqa: B010  (of another type)
 
 
-def test_configurations_of_jobs_that_are_done_are_let_go(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", COUNT, str(ROOT / "launch.py"), "-m", "seed=range(8)", SWEEP]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+def test_configurations_of_jobs_that_are_done_are_let_go(launch: Launch) -> None:
+    done = launch("-m", "seed=range(8)", SWEEP, prepare=count_configurations)
     held = re.findall(r"^held (\d+) (\d+)$", done.stdout, flags=re.MULTILINE)
     assert [int(jobs) for _, jobs in held] == list(range(1, 9)), done.stderr
     assert int(held[-1][0]) <= int(held[3][0]) + 10, "Hydra keeps 34 of each job"
