@@ -116,6 +116,12 @@ def _check(arguments: Sequence[str]) -> None:
             instead = f"write {group}=none" if group in NONE_IS_AN_OPTION else "leave it out"
             raise UserError(f"{group}=null names no option of the group; {instead}")
     for one in arguments:
+        key = one.lstrip("+~").partition("=")[0]
+        if key.partition(".")[0] == "objective":
+            raise UserError(
+                f"{one}: the group objective is called method now; objective=trl is method=orpo, "
+                "objective=paper is method=orpo_paper, and objective.penalty is method.penalty"
+            )
         key = one.removeprefix("~").partition("=")[0]
         if one.startswith("~") and key in config.all_fields():
             raise UserError(f"{one}: no key can be taken away; give it a value, {key}=...")

@@ -392,17 +392,22 @@ class OasstDataset(Dataset):
 
 
 @dataclass(kw_only=True)
-class Objective:
-    """Which reading of the ORPO objective is optimised (see docs/method.md)."""
+class Method:
+    """A method of alignment; alone it is never used."""
+
+
+@dataclass(kw_only=True)
+class OrpoMethod(Method):
+    """ORPO, and which reading of its equations is optimised (see docs/method.md)."""
 
     nll_scope: str = setting()
     nll_mean: str = setting()
     penalty: str = setting()
 
     def __post_init__(self) -> None:
-        _one_of(("prompt_and_completion", "completion"), objective__nll_scope=self.nll_scope)
-        _one_of(("tokens", "sequences"), objective__nll_mean=self.nll_mean)
-        _one_of(("log_sigmoid", "log_odds"), objective__penalty=self.penalty)
+        _one_of(("prompt_and_completion", "completion"), method__nll_scope=self.nll_scope)
+        _one_of(("tokens", "sequences"), method__nll_mean=self.nll_mean)
+        _one_of(("log_sigmoid", "log_odds"), method__penalty=self.penalty)
 
 
 @dataclass(kw_only=True)
@@ -524,7 +529,7 @@ class Config:
     optimizer: Optimizer = lasting()
     beta_schedule: BetaSchedule = setting()
     dataset: Dataset = setting()
-    objective: Objective = setting()
+    method: Method = setting()
     engine: Engine = setting()
     train: Train = setting()
     tracker: Tracker = free()
@@ -574,12 +579,12 @@ class Config:
                 size % micro == 0,
                 f"train.batch_size={size} must be a multiple of engine.micro_batch_size={micro}",
             )
-            trl = Objective(
+            trl = OrpoMethod(
                 nll_scope="prompt_and_completion", nll_mean="tokens", penalty="log_sigmoid"
             )
             _check(
-                self.objective == trl,
-                "engine=trl can only compute objective=trl: TRL's step has its objective built in; "
+                self.method == trl,
+                "engine=trl can only compute method=orpo: TRL's step has its objective built in; "
                 "use engine=shared_prefix",
             )
 
@@ -603,7 +608,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "file": FileDataset,
         "oasst": OasstDataset,
     },
-    "objective": {"objective": Objective},
+    "method": {"orpo": OrpoMethod},
     "engine": {"shared_prefix": SharedPrefixEngine, "trl": TrlEngine},
     "train": {"train": Train},
     "tracker": {"wandb": WandbTracker, "none": NoTracker},

@@ -112,3 +112,12 @@ def test_a_group_without_an_option_is_named() -> None:
 def test_bytes_that_are_no_text_are_refused_before_a_run() -> None:
     with pytest.raises(UserError, match=r"^hydra.run.dir=\udcfcber holds bytes that are no text"):
         as_typed(["hydra.run.dir=\udcfcber"])
+
+
+@pytest.mark.parametrize(
+    "argument", ["objective=paper", "objective.penalty=log_odds", "+objective=trl"]
+)
+def test_a_group_by_its_name_of_before_is_told_its_name_of_now(argument: str) -> None:
+    with pytest.raises(UserError, match="objective=paper is method=orpo_paper") as refused:
+        as_typed(["beta=0.2", argument])
+    assert str(refused.value).startswith(f"{argument}: ")

@@ -149,7 +149,7 @@ GALORE_TORCH = "optimizer.implementation=galore_torch"
         (["dataset.max_prompt_length=96"], "must be below"),
         (["train.max_steps=null"], "exactly one of"),
         (["train.num_epochs=1", "train.max_steps=3"], "exactly one of"),
-        (["engine=trl", "objective=paper"], "engine=trl can only compute objective=trl"),
+        (["engine=trl", "method=orpo_paper"], "engine=trl can only compute method=orpo"),
         (["engine=trl", "engine.micro_batch_size=5"], "multiple of engine.micro_batch_size"),
         (["engine.tokens_per_microbatch=191"], "tokens_per_microbatch=191 must be at least 192"),
         (["train.warmup_steps=1.5"], "train.warmup_steps"),

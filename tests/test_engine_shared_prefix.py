@@ -285,14 +285,14 @@ def reference_loss(model: Any, pairs: list[Pair], beta: float, objective: str) -
         odds += [torch.log(p.exp() / (1 - p.exp())) for p in means]
     log_odds = torch.stack(odds[::2]) - torch.stack(odds[1::2])
     sft, penalty = {
-        "objective=trl": (torch.cat(nll["prompt"]).mean(), -log_odds.sigmoid().log()),
-        "objective=paper": (torch.stack(nll["sequences"]).mean(), -log_odds.sigmoid().log()),
-        "objective=paper objective.penalty=log_odds": (
+        "method=orpo": (torch.cat(nll["prompt"]).mean(), -log_odds.sigmoid().log()),
+        "method=orpo_paper": (torch.stack(nll["sequences"]).mean(), -log_odds.sigmoid().log()),
+        "method=orpo_paper method.penalty=log_odds": (
             torch.stack(nll["sequences"]).mean(),
             -log_odds,
         ),
-        "objective=trl objective.penalty=log_odds": (torch.cat(nll["prompt"]).mean(), -log_odds),
-        "objective=paper objective.nll_mean=tokens": (
+        "method=orpo method.penalty=log_odds": (torch.cat(nll["prompt"]).mean(), -log_odds),
+        "method=orpo_paper method.nll_mean=tokens": (
             torch.cat(nll["tokens"]).mean(),
             -log_odds.sigmoid().log(),
         ),
@@ -303,11 +303,11 @@ def reference_loss(model: Any, pairs: list[Pair], beta: float, objective: str) -
 @pytest.mark.parametrize(
     "objective",
     [
-        "objective=trl",
-        "objective=paper",
-        "objective=trl objective.penalty=log_odds",
-        "objective=paper objective.penalty=log_odds",
-        "objective=paper objective.nll_mean=tokens",
+        "method=orpo",
+        "method=orpo_paper",
+        "method=orpo method.penalty=log_odds",
+        "method=orpo_paper method.penalty=log_odds",
+        "method=orpo_paper method.nll_mean=tokens",
     ],
 )
 def test_every_objective_is_its_formula(build: Build, objective: str) -> None:
@@ -321,14 +321,14 @@ def test_every_objective_is_its_formula(build: Build, objective: str) -> None:
     assert_same(ours, (loss.item(), gradients), 1e-6)
 
 
-@pytest.mark.parametrize("objective", ["trl", "paper"])
-def test_any_token_budget_gives_the_same_step(build: Build, objective: str) -> None:
+@pytest.mark.parametrize("method", ["orpo", "orpo_paper"])
+def test_any_token_budget_gives_the_same_step(build: Build, method: str) -> None:
     pairs = make_pairs(12)
     model = make_model("llama")
-    whole = step(build(copy.deepcopy(model), pairs, f"objective={objective}"))
+    whole = step(build(copy.deepcopy(model), pairs, f"method={method}"))
     seen = set()
     for budget in (1, 40, 60, 150, 4096):
-        built = build(copy.deepcopy(model), pairs, f"objective={objective}")
+        built = build(copy.deepcopy(model), pairs, f"method={method}")
         built.engine.collator.budget = budget
         seen.add(len(built.engine.micro_batches(pairs)))
         assert_same(step(built), whole, 1e-5)

@@ -13,15 +13,15 @@ from torch.nn.functional import logsigmoid
 from trl.experimental.orpo.orpo_trainer import log1mexp as trl_log1mexp
 
 from orpo_lab import engine, methods
-from orpo_lab.config import Objective
+from orpo_lab.config import OrpoMethod
 from orpo_lab.methods.base import Losses, mean_logps, preference_terms
 from orpo_lab.methods.orpo import Orpo, log1mexp, log_odds_ratio
 from orpo_lab.training.devices import OneDevice
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
-OBJECTIVES = [
-    Objective(nll_scope="prompt_and_completion", nll_mean="tokens", penalty="log_sigmoid"),
-    Objective(nll_scope="completion", nll_mean="sequences", penalty="log_odds"),
+READINGS = [
+    OrpoMethod(nll_scope="prompt_and_completion", nll_mean="tokens", penalty="log_sigmoid"),
+    OrpoMethod(nll_scope="completion", nll_mean="sequences", penalty="log_odds"),
 ]
 
 
@@ -75,18 +75,18 @@ def test_log1mexp_and_its_slope_are_finite_for_every_log_p(x: float, dtype: torc
     assert torch.isfinite(slopes).all()
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("method", READINGS)
 @given(
     st.floats(max_value=0, min_value=-1e4, width=32),
     st.floats(max_value=0, min_value=-1e4, width=32),
 )
 def test_the_loss_and_its_gradient_are_finite_for_every_pair_of_log_ps(
-    objective: Objective, chosen: float, rejected: float
+    method: OrpoMethod, chosen: float, rejected: float
 ) -> None:
     logps = torch.tensor([[-3.0, chosen, rejected], [-2.0, -1.0, -1.5]], requires_grad=True)
     num = torch.tensor(2.0)
     counts = torch.ones(2, 3)
-    losses = Orpo(objective).losses(logps, counts, beta=0.1, num_tokens=2 * num, num_pairs=num)
+    losses = Orpo(method).losses(logps, counts, beta=0.1, num_tokens=2 * num, num_pairs=num)
     losses.loss.backward()
     assert logps.grad is not None
     assert torch.isfinite(logps.grad).all()
@@ -132,7 +132,7 @@ def by_equations(pairs: list[Any], beta: float, scope: str, mean: str, penalty: 
 def test_the_shares_of_a_steps_parts_add_up_to_its_equations(
     scope: str, mean: str, penalty: str
 ) -> None:
-    objective = Objective(nll_scope=scope, nll_mean=mean, penalty=penalty)
+    method = OrpoMethod(nll_scope=scope, nll_mean=mean, penalty=penalty)
     counts = torch.tensor([[3, 5, 2], [0, 1, 4], [6, 2, 9], [2, 7, 3], [1, 3, 1]])
     draw = torch.Generator().manual_seed(0)
     logps = -counts * (0.2 + torch.rand(5, 3, generator=draw, dtype=torch.float64))
@@ -140,7 +140,7 @@ def test_the_shares_of_a_steps_parts_add_up_to_its_equations(
         counts[:, 0], logps[:, 0] = 0, 0
     num_tokens = counts[:, :2].sum()
     losses = [
-        Orpo(objective)
+        Orpo(method)
         .losses(
             logps[part],
             counts[part],
@@ -164,7 +164,7 @@ def test_a_pair_that_is_as_likely_either_way_is_not_preferred() -> None:
     logps = torch.stack([torch.zeros(3), chosen, rejected], dim=1)
     num = torch.tensor(3.0)
     terms = (
-        Orpo(OBJECTIVES[0])
+        Orpo(READINGS[0])
         .losses(logps, torch.ones(3, 3), beta=0.1, num_tokens=num, num_pairs=num)
         .terms
     )

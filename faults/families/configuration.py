@@ -50,7 +50,7 @@ WRONG = (
     ("optimizer=galore quantization=nf4", "quantized weights cannot be trained"),
     ("optimizer=qlora quantization=none", "optimizer=qlora trains adapters on a quantized base"),
     ("optimizer=galore optimizer.rank=128", "there is nothing to project"),
-    ("engine=trl objective=paper", "engine=trl can only compute objective=trl"),
+    ("engine=trl method=orpo_paper", "engine=trl can only compute method=orpo"),
     ("engine=trl engine.micro_batch_size=3", "must be a multiple of engine.micro_batch_size=3"),
     ("engine.tokens_per_microbatch=100", "engine.tokens_per_microbatch=100 must be at least 192"),
     ("model=hub", "model.path has no value"),

@@ -4,11 +4,14 @@ No other room knows a method by its name: an engine sums log-probabilities, asks
 loss, and logs the terms that the method returns.
 """
 
-from orpo_lab.config import Config
+from orpo_lab.config import Config, OrpoMethod
 from orpo_lab.methods.base import Method
 from orpo_lab.methods.orpo import Orpo
 
 
 def build(config: Config) -> Method:
     """Return the method of a run."""
-    return Orpo(config.objective)
+    match config.method:
+        case OrpoMethod() as orpo:
+            return Orpo(orpo)
+    raise TypeError(f"no method: {config.method!r}")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from orpo_lab.config import Objective
+from orpo_lab.config import OrpoMethod
 from orpo_lab.methods.base import Losses, mean_logps, preference_terms
 
 
@@ -15,17 +15,17 @@ from orpo_lab.methods.base import Losses, mean_logps, preference_terms
 class Orpo:
     """L = L_SFT + beta L_OR (Eq. 6); beta is the paper's lambda."""
 
-    objective: Objective
+    config: OrpoMethod
     """Which tokens L_SFT is over, how they are averaged, and the penalty."""
 
     @property
     def scores_prompt(self) -> bool:
         """Whether the prompt is part of L_SFT."""
-        return self.objective.nll_scope == "prompt_and_completion"
+        return self.config.nll_scope == "prompt_and_completion"
 
     def num_supervised(self, counts: Tensor) -> Tensor:
         """Return the tokens of each pair that L_SFT is over, [B]."""
-        return supervised(counts, self.objective)
+        return supervised(counts, self.config)
 
     def losses(
         self,
@@ -41,14 +41,14 @@ class Orpo:
         The terms have TRL's names; `odds_ratio_loss` is L_OR (Eq. 7) of each pair.
         """
         chosen, rejected = mean_logps(logps, counts)
-        sft_logps, sft_counts = (supervised(sums, self.objective) for sums in (logps, counts))
-        if self.objective.nll_mean == "tokens":
+        sft_logps, sft_counts = (supervised(sums, self.config) for sums in (logps, counts))
+        if self.config.nll_mean == "tokens":
             nll = -sft_logps.sum() / num_tokens
         else:
             nll = -(sft_logps / sft_counts).sum() / num_pairs
         log_odds = log_odds_ratio(chosen, rejected)
         log_sigmoid = logsigmoid(log_odds)
-        odds_ratio = -log_sigmoid if self.objective.penalty == "log_sigmoid" else -log_odds
+        odds_ratio = -log_sigmoid if self.config.penalty == "log_sigmoid" else -log_odds
         loss = nll + beta * odds_ratio.sum() / num_pairs
         terms = {
             "rewards/chosen": beta * chosen,
@@ -64,9 +64,9 @@ class Orpo:
         return Losses(loss, terms | preference_terms(chosen, rejected))
 
 
-def supervised(sums: Tensor, objective: Objective) -> Tensor:
+def supervised(sums: Tensor, config: OrpoMethod) -> Tensor:
     """Add up the columns of [B, 3] (prompt, chosen, rejected) that L_SFT is over, [B]."""
-    if objective.nll_scope == "prompt_and_completion":
+    if config.nll_scope == "prompt_and_completion":
         return sums[:, 0] + sums[:, 1]
     return sums[:, 1]
 
