@@ -45,7 +45,7 @@ audit: install
 tiny: install
 	$(BIN)/python -m orpo_lab.tiny.make
 
-# Needs root for its disks (20 to 50 minutes on two cores)
+# Needs root for its disks (an hour and more on two cores)
 faults: install
 	@$(BIN)/python -m faults $(FAULTS)
 

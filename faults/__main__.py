@@ -1,7 +1,7 @@
 """`python -m faults [--family NAME] [--only TEXT] [--jobs N] [--list]`.
 
 Prints every fault with its verdict, a table by family, and as the last line a JSON object. The
-exit code is 1 if any fault ended silently. All of it takes 20 to 50 minutes on two cores.
+exit code is 1 if any fault ended silently. All of it takes an hour and more on two cores.
 """
 
 import argparse
