@@ -17,11 +17,8 @@ from pathlib import Path
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from orpo_lab import command_line, config, environment, guard, stop
 from orpo_lab.errors import UserError, one_line
@@ -235,7 +232,7 @@ def _run() -> int:
         guard.install()
         launch()
         stop.PROCESS.check()
-    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+    except command_line.NOT_COMPOSED as error:
         if Start.sweep:
             Start.sweep.take_back()
         sys.exit(f"error: {command_line.explain(error)}")

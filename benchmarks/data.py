@@ -23,10 +23,9 @@ from datetime import date
 from pathlib import Path
 
 import datasets
-from hydra import compose, initialize_config_dir
 from transformers import AutoTokenizer
 
-from orpo_lab import config, data, model
+from orpo_lab import compose, config, data, model
 from orpo_lab.data.encode import tokenize
 from orpo_lab.data.pairs import to_pair
 from orpo_lab.data.render import find_unrendered, render
@@ -86,10 +85,7 @@ def write(file: Path) -> None:
 
 def measure(file: str, overrides: list[str]) -> None:
     """Load a file in this process and print what it took."""
-    config.register()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        composed = compose("config", ["dataset=file", f"dataset.train_path={file}", *overrides])
-    loaded = config.load(composed)
+    loaded = compose("dataset=file", f"dataset.train_path={file}", *overrides).config
     tokenizer = model.load_tokenizer(loaded.model, model.load_config(loaded.model))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.process_time()

@@ -16,10 +16,9 @@ from statistics import median
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from torch import Tensor
 
-from orpo_lab import config, data, galore, model, trainer
+from orpo_lab import compose, data, galore, model, trainer
 from orpo_lab.checkpoint import Made
 from orpo_lab.run_folder import RunFolder, versions
 from orpo_lab.stop import Stop
@@ -51,9 +50,7 @@ def gradients(folder: str, pairs: str) -> dict[str, dict[int, Tensor]]:
         f"train.max_steps={STEPS[-1] + 1}",
         "tracker=none",
     ]
-    config.register()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        loaded = config.load(compose("config", settings))
+    loaded = compose(*settings).config
     tokenizer = model.load_tokenizer(loaded.model, model.load_config(loaded.model))
     network = model.load(loaded, tokenizer, torch.float32)
     kept: dict[str, dict[int, Tensor]] = defaultdict(dict)

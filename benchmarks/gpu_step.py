@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 from gpu_galore import SMALL, make_qlora, peak_gb, seconds
-from hydra import compose, initialize_config_dir
-from step import CAP, ROOT, Case, num_slots, random_pairs, untrained
+from step import CAP, Case, num_slots, random_pairs, untrained
 from transformers import LlamaConfig, MistralConfig
 
-from orpo_lab import config, engine, model
+from orpo_lab import compose, config, engine, model
 from orpo_lab.quiet import silence_upstream
 from orpo_lab.run_folder import versions
 from orpo_lab.training.devices import OneDevice
@@ -59,9 +58,7 @@ def load_config(which: str, size: str, checkpointing: bool) -> config.Config:
         f"train.gradient_checkpointing={checkpointing}",
         "model.dtype=bf16",
     ]
-    config.register()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return config.load(compose("config", overrides))
+    return compose(*overrides).config
 
 
 def measure(network: Any, pairs: Any, loaded: config.Config, device: str) -> dict[str, Any] | None:

@@ -30,10 +30,9 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from hydra import compose, initialize_config_dir
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-from orpo_lab import config, data, engine, memory, model, optimizer
+from orpo_lab import compose, config, data, engine, memory, model, optimizer
 from orpo_lab.adapter import attach
 from orpo_lab.engine.base import Engine
 from orpo_lab.quiet import silence_upstream
@@ -106,9 +105,7 @@ def load_config(case: Case, which: str, options: argparse.Namespace) -> config.C
             "model=local",
             f"model.path={options.smollm2}",
         ]
-    config.register()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return config.load(compose("config", overrides))
+    return compose(*overrides).config
 
 
 def random_pairs(case: Case) -> datasets.Dataset:

@@ -19,6 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from orpo_lab import config
 from orpo_lab.errors import UserError, one_line
@@ -28,6 +29,8 @@ TEXTS: tuple[Any, ...] = (list[str], list[str] | None)
 # Folders that are no keys of ours, or no locations of what a run reads
 FOLDERS = ("resume", "hydra.run.dir", "hydra.sweep.dir")
 NONE_IS_AN_OPTION = ("quantization", "tracker")
+# What Hydra and what it stands on raise where a configuration cannot be composed; see `explain`
+NOT_COMPOSED = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
 # A quoted text, or what stands between Hydra's own signs
 TOKEN = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^,\[\]()'"]+""")
 

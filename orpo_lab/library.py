@@ -1,0 +1,88 @@
+"""The lab from Python: overrides in, `RunResult` out.
+
+    from orpo_lab import compose, train
+
+    result = train(compose("optimizer=galore", "beta=0.2"), "outputs/mine")
+    print(result.summary["after"]["preference_accuracy"])
+
+The overrides are those of the command line, and what is refused there is refused here.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import hydra
+from hydra import initialize_config_dir
+from omegaconf import open_dict
+
+from orpo_lab import config, environment
+from orpo_lab.command_line import NOT_COMPOSED, as_typed, explain
+from orpo_lab.errors import UserError
+from orpo_lab.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from orpo_lab.run import RunResult
+
+CONF = Path(__file__).parents[1] / "conf"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A run that is composed and checked, and has not begun."""
+
+    config: config.Config
+    choices: dict[str, str]
+    """The option chosen in every config group."""
+    overrides: list[str]
+    """As they were given."""
+
+
+def compose(*overrides: str) -> Experiment:
+    """Compose and check a run.
+
+    Args:
+        overrides: as on the command line, `group=option` or `key=value`; none of Hydra's own
+            (`hydra.run.dir` and the like: `train` is told the folder).
+
+    Raises:
+        UserError: a key, an option or a value that there is none of, or choices that do not go
+            together; the text names the key to change.
+    """
+    given = [one for one in overrides if one.lstrip("+~").startswith("hydra")]
+    if given:
+        raise UserError(f"{given[0]} is for the command line; the folder is an argument of train")
+    config.register()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = hydra.compose("config", as_typed(overrides), return_hydra_config=True)
+    except NOT_COMPOSED as error:
+        raise UserError(explain(error)) from error
+    with open_dict(composed):
+        own = composed.pop("hydra")
+    return Experiment(config.load(composed), dict(own.runtime.choices), list(overrides))
+
+
+def train(experiment: Experiment, folder: Path | str) -> "RunResult":
+    """Run an experiment in its folder, and return what it came to.
+
+    Args:
+        experiment: as `compose` returns it.
+        folder: the run folder. It may hold the run that `resume=auto` goes on with, and no other.
+
+    Raises:
+        UserError: something that the user can put right; where the run has begun, the folder's
+            `status.json` says so too.
+    """
+    environment.refuse_several_processes()
+    with RunFolder(Path(folder)).held() as is_free:
+        if not is_free:
+            raise UserError(f"another process is running in {folder}")
+        from orpo_lab import run  # seconds of imports, once the configuration is known to be good
+
+        return run.train(
+            experiment.config,
+            Path(folder),
+            choices=experiment.choices,
+            overrides=experiment.overrides,
+        )
