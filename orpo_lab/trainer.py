@@ -101,7 +101,7 @@ def fit(
         checkpoint.rotate(place, config.train.num_checkpoints)
 
     if config.train.gradient_checkpointing:
-        # Its name before transformers 5.23 was another
+        # Older versions of transformers know it by the second name only
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)()
     set_seed(config.seed)  # dropout's numbers do not depend on what was built before
@@ -115,9 +115,17 @@ def fit(
     reason = ""
     if state.step < num_steps:
         lines = Lines(place, log_to, state.step, num_steps)
-        guard = FiniteGuard(config.train, meter, is_scaled=dtype == torch.float16)
         loop = Loop(
-            config, state, computing, guard, lines, data.train, data.held_out, num_steps, save, stop
+            config=config,
+            state=state,
+            engine=computing,
+            guard=FiniteGuard(config.train, meter, is_scaled=dtype == torch.float16),
+            lines=lines,
+            train=data.train,
+            held_out=data.held_out,
+            num_steps=num_steps,
+            save=save,
+            stop=stop,
         )
         with contextlib.closing(lines):
             reason = loop.run()
