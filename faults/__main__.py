@@ -9,6 +9,7 @@ import importlib
 import json
 import pkgutil
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -93,6 +94,8 @@ def main() -> None:
     for name, settings in options.items():
         parser.add_argument(name, **settings)
     asked = parser.parse_args()
+    # Under nohup the suite's runs would inherit that SIGHUP is ignored, and rightly pass over it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     scratch = Path(tempfile.mkdtemp(prefix="faults-"))
     begun = time.monotonic()
     with processes.server():
