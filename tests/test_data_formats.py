@@ -407,7 +407,10 @@ def test_real_rows_load_and_the_report_adds_up(
     assert sum(one["num_kept"] for one in report.values()) >= 0.95 * num_rows
 
 
-@pytest.mark.parametrize("pairing", ["best_worst", "adjacent", "all"])
+@pytest.mark.parametrize(
+    "pairing",
+    ["best_worst", *(pytest.param(one, marks=pytest.mark.slow) for one in ("adjacent", "all"))],
+)
 def test_real_trees_load_and_the_report_adds_up(
     load: Load, tokenizer: Any, assets: Path, tmp_path: Path, pairing: str
 ) -> None:

@@ -147,7 +147,7 @@ def fit(
 
 @pytest.mark.parametrize(
     ("rows", "num_steps", "batch_size"),
-    [(PLAIN, 10, 4), (CONVERSATIONS, 10, 4), (IMPLICIT, 10, 4), (CONVERSATIONS, 2, 8)],
+    [(PLAIN, 3, 4), (CONVERSATIONS, 10, 4), (IMPLICIT, 3, 4), (CONVERSATIONS, 2, 8)],
     ids=["plain", "conversations", "implicit", "accumulated"],
 )
 def test_loss_and_every_gradient_equal_a_stock_trainer_bit_for_bit(

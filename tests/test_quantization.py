@@ -152,13 +152,13 @@ THRESHOLD = "quantization.outlier_threshold=3"
         ({"quant_method": "gptq", "bits": 4}, [], "is stored as gptq"),
     ],
 )
-@pytest.mark.parametrize("place", ["model", "its language model"])
+@pytest.mark.parametrize("place", ["model", "model that also sees", "its language model"])
 def test_a_folder_that_is_quantized_is_taken_where_it_is_so_as_asked(
     load: Load, found: dict[str, Any], asked: list[str], said: str | None, place: str
 ) -> None:
-    kind = "gemma3" if place == "its language model" else "llama"
-    own = AutoConfig.for_model(kind)
-    (own.get_text_config() if kind == "gemma3" else own).quantization_config = found
+    own = AutoConfig.for_model("llama" if place == "model" else "gemma3")
+    is_within = place == "its language model"
+    (own.get_text_config() if is_within else own).quantization_config = found
     with pytest.raises(UserError, match=said) if said else nullcontext():
         quantization.check(load(*asked), own)
 

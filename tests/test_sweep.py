@@ -405,7 +405,7 @@ def count_configurations() -> None:
 
 
 def test_configurations_of_jobs_that_are_done_are_let_go(launch: Launch) -> None:
-    done = launch("-m", "seed=range(8)", SWEEP, prepare=count_configurations)
+    done = launch("-m", "seed=range(8)", SWEEP, prepare=count_configurations, expect=1)
     held = re.findall(r"^held (\d+) (\d+)$", done.stdout, flags=re.MULTILINE)
     assert [int(jobs) for _, jobs in held] == list(range(1, 9)), done.stderr
     assert int(held[-1][0]) <= int(held[3][0]) + 10, "Hydra keeps 34 of each job"

@@ -64,15 +64,13 @@ def start(
 
 
 def inspect(folder: Path, *options: str) -> str:
-    """Read an offline run back with W&B's own command line."""
+    """Read an offline run back as `wandb leet inspect` does, without its seconds of imports."""
+    from wandb.util import get_core_path
+
     (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    return subprocess.run(
-        ["wandb", "leet", "inspect", *options, str(file)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "PATH": _path()},
-    ).stdout
+    command = [get_core_path(), "leet", "inspect", "--no-observability", *options]
+    command += ["--run-file", str(file), str(file.parents[1])]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.fixture(autouse=True)
@@ -300,8 +298,9 @@ def test_offline_segments_of_a_resumed_run_sync_into_one(
 
 @pytest.mark.parametrize("illness", ["errors", "waits", "dies"])
 def test_a_server_that_falls_ill_in_mid_run_does_not_stop_it(
-    server: WandbServer, tmp_path: Path, illness: str
+    server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, illness: str
 ) -> None:
+    monkeypatch.setattr(tracker, "FINISH_SECONDS", 1.0)
     run = start(tmp_path)
     run.log(1, {"loss": 1.0})
     if illness == "dies":
