@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import importlib
 import json
 import logging
 import math
@@ -15,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from faults import processes
 from faults.processes import Done
-from orpo_lab import config, data, plot, report, run, tracker, trainer
+from orpo_lab import config, data, evaluate, plot, report, run, tracker, trainer
 from orpo_lab.checkpoint import Checkpoint, Made, Spent
 from orpo_lab.errors import NonFiniteError, UserError
 from orpo_lab.run_folder import RunFolder
@@ -289,41 +289,44 @@ def fails(*_: Any, **__: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("where", "name", "missing"),
+    ("home", "names", "missing"),
     [
-        ("orpo_lab.report", "draw_training", {"plots/training.png"}),
-        ("orpo_lab.report", "model_card", {"final/README.md"}),
-        ("orpo_lab.report", "versions", {"versions"}),
         (
-            "orpo_lab.evaluate",
-            "generation_metrics",
+            report,
+            ("draw_training", "model_card", "versions"),
+            {"plots/training.png", "final/README.md", "versions"},
+        ),
+        (
+            evaluate,
+            ("generation_metrics",),
             {"evaluation after training", "scores.parquet", "samples.md"},
         ),
     ],
+    ids=["report", "evaluation"],
 )
 def test_what_fails_after_the_last_step_is_missing_and_made_up_for(
-    place: RunFolder, monkeypatch: pytest.MonkeyPatch, where: str, name: str, missing: set[str]
+    place: RunFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    home: ModuleType,
+    names: tuple[str, ...],
+    missing: set[str],
 ) -> None:
-    home = importlib.import_module(where)
+    fit = trainer.fit
     with monkeypatch.context() as patch:
-        if where == "orpo_lab.evaluate":
-            fit = trainer.fit
 
-            def fit_then_fail(*arguments: Any, **named: Any) -> Any:
-                result = fit(*arguments, **named)
+        def fit_then_fail(*arguments: Any, **named: Any) -> Any:
+            result = fit(*arguments, **named)
+            for name in names:
                 patch.setattr(home, name, fails)
-                return result
+            return result
 
-            patch.setattr(trainer, "fit", fit_then_fail)
-        else:
-            patch.setattr(home, name, fails)
+        patch.setattr(trainer, "fit", fit_then_fail)
         start(*TWO_STEPS, "hydra.run.dir=run")
     status = place.status()
     assert (status["state"], status["exit_code"]) == ("finished", 0)
     assert status["missing"].keys() == missing
-    assert (
-        f"has finished without {next(iter(status['missing']))}" in place.file("run.log").read_text()
-    )
+    first = next(iter(status["missing"]))
+    assert f"has finished without {first}" in place.file("run.log").read_text()
     assert all_finite(place.path)
     weights = (place.path / "final" / "adapter_model.safetensors").read_bytes()
     start(*TWO_STEPS, "hydra.run.dir=run", "resume=auto")

@@ -82,6 +82,16 @@ def test_another_configuration_of_the_same_name_gets_a_folder_of_its_own(
     assert (folder / "made.txt").read_text() == "10"
 
 
+def test_a_job_leaves_a_folder_with_a_users_files_alone(load: Load, sweep: Sweep) -> None:
+    folder = sweep.folder / "0-beta=0.1"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("a user's")
+    with sweep.claim(load(), folder) as place:
+        assert place is not None
+        assert place.path.name == "0-beta=0.1-2"
+    assert [one.name for one in folder.iterdir()] == ["thesis.tex"]
+
+
 def test_a_job_that_runs_elsewhere_is_not_run_beside_it(load: Load, sweep: Sweep) -> None:
     for number in (0, 1):
         (sweep.folder / str(number)).mkdir()

@@ -275,6 +275,20 @@ def test_quality_that_may_be_worse_wins_nothing_and_says_so() -> None:
     assert verdict.qualities[1].doubtful_in == ["chosen_nll"]
 
 
+def first_alone(measure: Measure) -> Measure:
+    """The same without all seeds of the first setting but one."""
+    first, *others = measure.scores
+    return Measure([first[:1], *others], is_share=measure.is_share)
+
+
+def test_a_setting_with_one_seed_does_not_win_where_all_others_are_out() -> None:
+    better = [quality([1.2, 1.0, 0.8]), quality([1.2, 0.8, 1.0])]
+    qualities = [replace(one, measure=first_alone(one.measure)) for one in better]
+    verdict = decide(first_alone(accuracies(0.9, 0.6, 0.5)), qualities)
+    assert [bool(one.worse_in) for one in verdict.qualities] == [False, True, True]
+    assert (verdict.winner, verdict.leader, verdict.one_seed) == (None, 0, [0])
+
+
 def first_sweep(situation: Situation) -> Measure:
     return Measure(next(sweeps(situation)), is_share=True)
 
@@ -318,5 +332,7 @@ def test_a_beta_that_buys_accuracy_with_quality_is_over_optimised() -> None:
     rising = accuracies(0.6, 0.7, 0.8, 0.9)
     assert overoptimised([0, 1, 2, 3], rising, quality([1.0, 1.0, 1.0, 0.9])) == 3
     assert overoptimised([0, 1, 2, 3], rising, quality([1.0, 1.0, 1.0, 1.0])) is None
+    # What a higher beta gains in quality, a lower one has not lost
+    assert overoptimised([0, 1, 2, 3], rising, quality([0.9, 0.9, 0.9, 1.0])) is None
     falling = accuracies(0.6, 0.7, 0.8, 0.7)
     assert overoptimised([0, 1, 2, 3], falling, quality([1.0, 1.0, 1.0, 0.9])) is None
