@@ -3,13 +3,13 @@
     from orpo_lab import compose, train
 
 Deliberately imports nothing by itself: `python launch.py --help` and the refusal of a typo must
-stay fast. See `orpo_lab.library`; a run starts in `orpo_lab.run.train`.
+stay fast. See `api.py`; a run starts in `orpo_lab.run.train`.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from orpo_lab.library import compose, train
+    from orpo_lab.api import compose, train
 
 __version__ = "0.1.0"
 __all__ = ["compose", "train"]
@@ -18,6 +18,6 @@ __all__ = ["compose", "train"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from orpo_lab import library
+    from orpo_lab import api
 
-    return getattr(library, name)
+    return getattr(api, name)

@@ -263,7 +263,7 @@ def test_in_bf16_it_is_as_close_to_fp32_as_trl_is(build: Build) -> None:
         return float((torch.stack(squares).sum() / torch.stack(norms).sum()).sqrt())
 
     assert 1e-3 < error(theirs) < 0.05
-    assert error(ours) < 1.2 * error(theirs)
+    assert 1e-4 < error(ours) < 1.2 * error(theirs)
 
 
 def reference_loss(model: Any, pairs: list[Pair], beta: float, objective: str) -> Tensor:

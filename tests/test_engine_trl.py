@@ -221,6 +221,67 @@ def test_dropout_is_drawn_as_a_stock_trainer_draws_it(
     assert all(torch.equal(mine[name], reference[name]) for name in mine)
 
 
+@pytest.mark.parametrize(
+    "engine_keys",
+    [
+        ["engine=trl", "engine.micro_batch_size=8"],
+        # Several micro-batches
+        ["engine=shared_prefix", "engine.tokens_per_microbatch=256"],
+    ],
+    ids=["trl", "shared_prefix"],
+)
+def test_an_evaluation_during_training_is_that_of_a_stock_trainer(
+    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path, engine_keys: list[str]
+) -> None:
+    for name, some in (("train", CONVERSATIONS[:16]), ("eval", CONVERSATIONS[16:32])):
+        text = "".join(json.dumps(row) + "\n" for row in some)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    loaded = load(
+        "dataset=jsonl",
+        f"dataset.train_path={tmp_path}/train.jsonl",
+        f"dataset.eval_path={tmp_path}/eval.jsonl",
+        "dataset.max_length=128",
+        "dataset.max_prompt_length=96",
+        "dataset.faults.leaked_prompt=keep",
+        "optimizer=adamw",
+        "train.max_steps=1",  # of a warm-up, which begins with a rate of 0
+        "train.eval_steps=1",
+        "train.batch_size=8",
+        "beta=0.3",
+        *engine_keys,
+    )
+    pairs = data.load(loaded.dataset, tokenizer)
+    assert len(pairs.held_out) == 16
+    network = build_model(loaded)
+    *_, ours = fit(loaded, network, tokenizer, pairs, tmp_path).metrics()
+
+    rows = datasets.Dataset.from_list(CONVERSATIONS[16:32])
+    theirs = ORPOTrainer(
+        model=build_model(loaded),
+        args=ORPOConfig(
+            output_dir=str(tmp_path / "trl"),
+            beta=0.3,
+            max_length=128,
+            per_device_eval_batch_size=8,
+            bf16=False,
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=tokenizer,
+    )
+    expected = theirs.evaluate() | theirs.state.log_history[-1]
+    ignored = ["runtime", "per_second", "epoch", "step", "preparation"]
+    if isinstance(loaded.engine, config.SharedPrefixEngine):
+        ignored.append("logits/")
+    names = {name for name in expected if not any(part in name for part in ignored)}
+    assert len(names) >= 10
+    for name in names:
+        assert ours[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
+
+
 def test_adapter_dropout_is_applied_in_training_and_not_in_evaluation(
     load: Load, build_model: Any, tokenizer: Any
 ) -> None:

@@ -293,16 +293,32 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_capped(
         assert (stats.steps, stats.skipped_steps) == (5, 2)
         lines = place.metrics()
         assert ["loss" in line for line in lines] == [True, False, False, True, True]
+        assert ["nll_loss" in line for line in lines] == [True, False, False, True, True]
         assert [line.get("skipped_steps") for line in lines] == [None, 1, 2, None, None]
         after = network.state_dict()
         assert all(torch.isfinite(one).all() for one in after.values() if one.is_floating_point())
         assert any(not torch.equal(after[key], before[key]) for key in before)
     assert "step 3: the loss is nan; skipped (2 of 10)" in caplog.text
+    assert "nll_loss is nan" not in caplog.text
     capped = load(*GALORE.split(), *SMALL, "train.on_nonfinite=skip", "train.max_skipped_steps=1")
     network = build_model(capped)
     poison("gradient", network)
     with pytest.raises(NonFiniteError, match=r"step 4: .* more than train.max_skipped_steps=1"):
         fit(capped, network, tokenizer, tmp_path / "capped")
+
+
+def test_a_step_that_is_skipped_for_its_gradient_has_no_share_in_a_mean_either(
+    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    keys = ("train.on_nonfinite=skip", "train.max_steps=4", "train.logging_steps=2")
+    loaded = load("optimizer=lora", *SMALL, *keys)
+    network = build_model(loaded)
+    poison("gradient", network)
+    _, place = fit(loaded, network, tokenizer, tmp_path)
+    first, second, third = place.metrics()
+    assert {"loss", "nll_loss"} <= first.keys() & second.keys()
+    assert not {"loss", "nll_loss"} & third.keys(), "although the losses were finite"
+    assert third["skipped_steps"] == 2
 
 
 @pytest.mark.parametrize("optimizer", ["optimizer=adamw", GALORE])
@@ -504,6 +520,7 @@ def test_a_resumed_run_has_settings_of_its_own_and_what_was_spent_before(
     # A line with every checkpoint, which does not hold the sums since the line before
     lines = place.metrics()[8:]
     assert [line["step"] for line in lines] == [6, 8]
+    assert not any("skipped_steps" in line for line in lines), "told before the resume"
     rates = [line["learning_rate"] for line in lines]
     assert rates == pytest.approx([2e-3 * shares[5], 2e-3 * shares[7]])
     assert [group["weight_decay"] for group in made[-1].param_groups] == [0.5, 0.0]

@@ -56,13 +56,13 @@ class Engine(Protocol):
             beta: weight of the odds-ratio loss.
         """
 
-    def can_halve(self, micro_batches: Sequence[MicroBatch]) -> bool:
-        """Return whether a step that found no memory could be laid out in smaller micro-batches."""
-
-    def halve_budget(self, micro_batches: Sequence[MicroBatch], step: int) -> None:
-        """Lay out every later step in micro-batches of half the tokens, and say so.
+    def halve_budget(self, micro_batches: Sequence[MicroBatch], step: int) -> bool:
+        """Lay out all that follows in micro-batches of half the tokens, and say so.
 
         Args:
             micro_batches: of the step that found no memory.
             step: its number, 1 for the first.
+
+        Returns:
+            False where micro-batches cannot be made smaller.
         """

@@ -108,16 +108,14 @@ class SharedPrefix:
         sums = torch.stack(tuple(losses.terms.values())).detach().sum(1)
         return Score(losses.loss, Sums(tuple(losses.terms), sums, len(counts)))
 
-    def can_halve(self, micro_batches: Sequence[MicroBatch]) -> bool:
-        """Return whether a micro-batch has more than one pair.
+    def halve_budget(self, micro_batches: Sequence[MicroBatch], step: int) -> bool:
+        """Lower the budget to half of the step's widest micro-batch, or of what it was.
 
         The gradient does not depend on the packing, but for adapters' dropout, whose random numbers
         fall on other tokens then.
         """
-        return not all(map(is_one_pair, micro_batches))
-
-    def halve_budget(self, micro_batches: Sequence[MicroBatch], step: int) -> None:
-        """Lower the budget to half of the step's widest micro-batch, or of what it was."""
+        if all(map(is_one_pair, micro_batches)):
+            return False
         before = self.collator.budget
         self.token_budget = min(max(map(tokens_of, micro_batches)), before) // 2
         log.warning(
@@ -127,6 +125,7 @@ class SharedPrefix:
             self.token_budget,
             before,
         )
+        return True
 
 
 def build(

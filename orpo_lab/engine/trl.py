@@ -92,13 +92,9 @@ class Trl:
         sums = torch.tensor(list(metrics.values()), device=loss.device) * num_pairs
         return Score(loss / micro_batch["num_shares"], Sums(tuple(metrics), sums, num_pairs))
 
-    def can_halve(self, micro_batches: Sequence[MicroBatch]) -> bool:
+    def halve_budget(self, micro_batches: Sequence[MicroBatch], step: int) -> bool:
         """Return False: the mean of two smaller micro-batches is not TRL's loss of both."""
         return False
-
-    def halve_budget(self, micro_batches: Sequence[MicroBatch], step: int) -> None:
-        """Never called, since `can_halve` is False."""
-        raise NotImplementedError
 
 
 def build(

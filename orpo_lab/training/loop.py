@@ -119,13 +119,13 @@ class Loop:
         figures = torch.stack([self.total_loss, norm.to(self.total_loss)])
         figures = torch.cat([figures, state.devices.average(self.means.take())])
         loss, grad_norm, *means = figures.tolist()  # device-to-host sync
-        line = {"loss": loss / self.num_since, "grad_norm": grad_norm, "learning_rate": rate}
-        line |= dict(zip(names, means, strict=True))
-        line |= {"epoch": self.epoch(), "beta": self.beta_at(state.step - 1)}
+        line = {"grad_norm": grad_norm, "learning_rate": rate}
         if skipped > self.num_skipped:
             # Of an interval with a skipped step there are no means over all its pairs
-            del line["loss"]
             self.num_skipped = line["skipped_steps"] = skipped
+        else:
+            line = {"loss": loss / self.num_since} | line | dict(zip(names, means, strict=True))
+        line |= {"epoch": self.epoch(), "beta": self.beta_at(state.step - 1)}
         self.lines.write(state.step, line)
         self.total_loss, self.num_since = 0.0, 0
 
@@ -189,13 +189,13 @@ def add_gradients(
         try:
             return _add_up(engine, state, micro_batches, beta)
         except (RuntimeError, MemoryError) as error:
-            if not memory.ran_out(error) or not engine.can_halve(micro_batches):
+            step = state.step + 1
+            if not memory.ran_out(error) or not engine.halve_budget(micro_batches, step):
                 raise
         # Not before the error is gone: its traceback holds all activations
         state.updater.drop_gradients()
         memory.give_back()
         random.restore()
-        engine.halve_budget(micro_batches, state.step + 1)
 
 
 def _add_up(

@@ -80,4 +80,4 @@ def test_a_folder_that_another_process_runs_in_is_refused(tmp_path: Path) -> Non
 def test_the_package_imports_nothing_by_itself() -> None:
     code = "import sys, orpo_lab; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not {"torch", "hydra", "orpo_lab.library"} & set(done.stdout.split())
+    assert not {"torch", "hydra", "orpo_lab.api"} & set(done.stdout.split())
