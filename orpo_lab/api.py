@@ -16,7 +16,7 @@ import hydra
 from hydra import initialize_config_dir
 from omegaconf import open_dict
 
-from orpo_lab import config, environment
+from orpo_lab import config, environment, guard
 from orpo_lab.command_line import NOT_COMPOSED, as_typed, explain
 from orpo_lab.errors import UserError
 from orpo_lab.run_folder import RunFolder
@@ -53,6 +53,7 @@ def compose(*overrides: str) -> Experiment:
     if given:
         raise UserError(f"{given[0]} is for the command line; the folder is an argument of train")
     config.register()
+    guard.check_what_is_composed()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             composed = hydra.compose("config", as_typed(overrides), return_hydra_config=True)

@@ -59,13 +59,18 @@ def install() -> None:
     # Hydra takes no flag between two overrides
     others = [one for one in sys.argv[1:] if one not in flags.overrides]
     sys.argv[1:] = [*others, *flags.overrides]
-    setattr(hydra_internals, "ConfigLoaderImpl", CheckedLoader)  # noqa: B010  (not its type)
+    check_what_is_composed()
     (sweeper,) = KNOWN["hydra.sweeper"]
     # Hydra imports its plugins once more: the module of that name is not the one it uses
     module: Any = Plugins.instance().class_name_to_class[sweeper].sweep.__globals__  # type: ignore[attr-defined]
     module["OmegaConf"] = MaskingOmegaConf
     sweeper_class: Any = Plugins.instance().class_name_to_class[sweeper]
     sweeper_class.validate_batch_is_legal = leave_out_what_cannot_be
+
+
+def check_what_is_composed() -> None:
+    """Let Hydra compose through `CheckedLoader` from now on."""
+    setattr(hydra_internals, "ConfigLoaderImpl", CheckedLoader)  # noqa: B010  (not its type)
 
 
 # One line for each combination of a sweep that cannot be composed
@@ -124,7 +129,8 @@ class CheckedLoader(ConfigLoaderImpl):
         """Refuse a number in a file where a key holds text: which digits stood there is lost."""
         loaded = super()._load_single_config(default, repo)
         if not loaded.is_schema_source:
-            _check_texts(loaded.path, loaded.config)
+            folder = loaded.path.removeprefix("file://")
+            _check_texts(f"{folder}/{default.config_path}.yaml", loaded.config)
         return loaded
 
     def _process_config_searchpath(

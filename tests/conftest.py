@@ -99,8 +99,8 @@ def load() -> Callable[..., config.Config]:
 def _lasting() -> None:
     """Have garbage collections pass over what is imported: nothing of it is ever let go.
 
-    accelerate asks for a collection in every training; with two million objects to look at, the
-    collection takes ten times as long as the few steps that a test trains for.
+    Every run asks for a collection at its end, and TRL's trainer as it is made; with two million
+    objects to look at, a collection takes longer than the few steps that a test trains for.
     """
     gc.collect()
     gc.freeze()

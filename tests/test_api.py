@@ -1,13 +1,14 @@
 """The lab from Python, as a notebook uses it."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from orpo_lab import compose, train
+from orpo_lab import api, compose, train
 from orpo_lab.errors import UserError
 from orpo_lab.run_folder import RunFolder
 
@@ -53,6 +54,17 @@ def test_what_the_command_line_refuses_is_refused(override: str, said: str) -> N
         compose(override)
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_file_that_the_command_line_refuses_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(api.CONF, tmp_path / "conf")
+    text = "# @package _global_\nmodel:\n  revision: 1.10\n"
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(text)
+    monkeypatch.setattr(api, "CONF", tmp_path / "conf")
+    with pytest.raises(UserError, match=r"/experiment/mine\.yaml: model\.revision is text, and 1"):
+        compose("experiment=mine")
 
 
 def test_a_run_gives_its_result_and_leaves_its_folder(tmp_path: Path) -> None:

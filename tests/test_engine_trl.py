@@ -333,6 +333,19 @@ def test_preference_accuracy_does_not_vanish_at_beta_zero(
         assert line["odds_ratio_loss"] == -line["log_odds_ratio"] > 0
 
 
+def test_a_pair_that_is_as_likely_either_way_is_not_preferred(
+    load: Load, build_model: Any, tokenizer: Any
+) -> None:
+    loaded = load("engine=trl", "optimizer=adamw")
+    devices = OneDevice(torch.device("cpu"), torch.float32)
+    built = engine.build(loaded, model=build_model(loaded), tokenizer=tokenizer, devices=devices)
+    pair = {"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9], "rejected_ids": [8, 9]}
+    (micro_batch,) = built.micro_batches([pair])
+    sums = built.score(micro_batch, beta=0.1).sums
+    found = dict(zip(sums.names, sums.values.tolist(), strict=True))
+    assert found["logp_margin"] == found["preference_accuracy"] == 0
+
+
 def test_trl_is_imported_for_its_trainer_and_its_kernel_only() -> None:
     root = Path(model.__file__).parent
     using = {
