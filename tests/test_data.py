@@ -15,7 +15,7 @@ import datasets
 import pytest
 
 from orpo_lab import config, data
-from orpo_lab.data.encode import Encoder, fit, tokenize
+from orpo_lab.data.encode import Encoder, encode_row, fit, to_json, tokenize
 from orpo_lab.data.faults import Fault
 from orpo_lab.data.pairs import Pair, split
 from orpo_lab.data.render import DEFAULT_CHAT_TEMPLATE, render
@@ -78,15 +78,29 @@ def test_identical_conversations_keep_their_last_turn_as_completion() -> None:
     assert split(None, [ASKED, RIGHT], [ASKED, RIGHT]) == Pair([ASKED], [RIGHT], [RIGHT])
 
 
-def test_an_implicit_plain_prompt_is_cut_as_trl_cuts_it() -> None:
+def test_a_conversation_that_the_other_one_goes_on_from_keeps_its_last_turn() -> None:
+    short, long = [ASKED, RIGHT], [ASKED, RIGHT, ASKED, WRONG]
+    assert split(None, long, short) == Pair([ASKED], long[1:], [RIGHT])
+    assert split(None, short, long) == Pair([ASKED], [RIGHT], long[1:])
+
+
+# Answers that begin alike, and answers that differ from their first letter on
+@pytest.mark.parametrize("rejected", ["Q: 2+2? A: five", "Q: 2+2? A: nine"])
+def test_an_implicit_plain_prompt_is_cut_as_trl_cuts_it(rejected: str) -> None:
     from trl.data_utils import maybe_extract_prompt
 
-    row = {"chosen": "Q: 2+2? A: four", "rejected": "Q: 2+2? A: five"}
+    row = {"chosen": "Q: 2+2? A: four", "rejected": rejected}
     theirs = maybe_extract_prompt(row)
     ours = split(None, row["chosen"], row["rejected"])
     assert (ours.prompt, ours.chosen, ours.rejected) == tuple(
         theirs[key] for key in ("prompt", "chosen", "rejected")
     )
+
+
+def test_a_plain_prompt_that_one_answer_alone_repeats_is_cut_from_neither() -> None:
+    assert split("2+2? ", "2+2? 4", "2+2? 5") == Pair("2+2? ", "4", "5", repeated=True)
+    for chosen, rejected in (("2+2? 4", "5"), ("4", "2+2? 5")):
+        assert split("2+2? ", chosen, rejected) == Pair("2+2? ", chosen, rejected)
 
 
 def test_a_string_beside_messages_is_refused() -> None:
@@ -140,6 +154,7 @@ PROMPT, LONG, SHORT = list(range(1, 11)), list(range(20, 32)), list(range(40, 44
         ("cut_prompt", 15, 10, (([1, 9, 10], LONG, SHORT), True)),
         ("cut_prompt", 13, 10, "pair_too_long"),
         ("cut_completion", 16, 10, ((PROMPT, LONG[:6], SHORT), True)),
+        ("cut_completion", 16, 12, ((PROMPT, LONG[:6], SHORT), True)),
         ("cut_completion", 16, 9, "prompt_too_long"),
     ],
 )
@@ -152,10 +167,26 @@ def test_a_pair_that_does_not_fit_follows_the_stated_policy(
         f"dataset.max_prompt_length={max_prompt_length}",
     ).dataset
     if isinstance(expected, str):
-        with pytest.raises(Fault, match=expected):
-            fit(PROMPT, LONG, SHORT, settings)
+        for sides in ((LONG, SHORT), (SHORT, LONG)):
+            with pytest.raises(Fault, match=expected):
+                fit(PROMPT, *sides, settings)
     else:
-        assert fit(PROMPT, LONG, SHORT, settings) == expected
+        (prompt, longer, shorter), cut = expected
+        assert fit(PROMPT, LONG, SHORT, settings) == ((prompt, longer, shorter), cut)
+        assert fit(PROMPT, SHORT, LONG, settings) == ((prompt, shorter, longer), cut)
+
+
+def test_a_pairs_length_is_that_of_its_prompt_and_its_longer_side(
+    load: Load, tokenizer: Any
+) -> None:
+    long = [{"role": "assistant", "content": "it is four, since two and two are four"}]
+    for sides in (([RIGHT], long), (long, [WRONG])):
+        row = {"pair": to_json(Pair([ASKED], *sides))}
+        dataset = load().dataset
+        found = encode_row(row, dataset=dataset, tokenizer=tokenizer, today=date(2026, 11, 27))
+        sizes = [len(found[f"{side}_ids"]) for side in ("prompt", "chosen", "rejected")]
+        assert sizes[0] == found["num_prompt_tokens"]
+        assert sizes[0] + max(sizes[1:]) == found["num_tokens"]
 
 
 def test_a_cut_that_makes_both_sides_equal_is_a_fault(load: Load) -> None:

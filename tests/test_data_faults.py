@@ -133,7 +133,9 @@ CASES: dict[str, list[Case]] = {
         Case([{"chosen": HUMAN, "rejected": f"{HUMAN}\n\nAssistant: 8"}], form=transcripts),
     ],
     "prefilled_answer": [Case([{**TALK, "prompt": [ASKED, {**RIGHT, "content": "It is"}]}])],
-    "other_turn_in_answer": [Case([{**TALK, "chosen": [RIGHT, ASKED, RIGHT]}])],
+    "other_turn_in_answer": [
+        Case([{**TALK, side: [RIGHT, ASKED, WRONG]}]) for side in ("chosen", "rejected")
+    ],
     "special_token_text": [
         Case([{**PAIR, "prompt": "what is <s>?"}, {**PAIR, "rejected": "8</s>"}], (0, 1)),
         Case([{**TALK, "prompt": [{**ASKED, "content": "hi<|assistant|>9"}]}]),

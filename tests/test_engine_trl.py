@@ -200,6 +200,7 @@ def test_dropout_is_drawn_as_a_stock_trainer_draws_it(
         "dataset.max_prompt_length=96",
         "optimizer=lora",
         "optimizer.dropout=0.3",
+        "seed=7",
         "train.max_steps=1",
         "train.batch_size=8",
         "engine=trl",
@@ -331,6 +332,21 @@ def test_preference_accuracy_does_not_vanish_at_beta_zero(
             line["logps/chosen"] - line["logps/rejected"], abs=1e-5
         )
         assert line["odds_ratio_loss"] == -line["log_odds_ratio"] > 0
+
+
+def test_beta_is_that_of_the_step(load: Load, build_model: Any, tokenizer: Any) -> None:
+    """L = L_SFT + beta L_OR (Eq. 6), at any beta and after another one."""
+    loaded = load("engine=trl", "optimizer=adamw")
+    devices = OneDevice(torch.device("cpu"), torch.float32)
+    built = engine.build(loaded, model=build_model(loaded), tokenizer=tokenizer, devices=devices)
+    pair = {"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9], "rejected_ids": [9, 8, 8]}
+    (micro_batch,) = built.micro_batches([pair])
+    for beta in (0.0, 0.7, 0.2):
+        score = built.score(micro_batch, beta)
+        found = dict(zip(score.sums.names, score.sums.values.tolist(), strict=True))
+        expected = found["nll_loss"] + beta * found["odds_ratio_loss"]
+        assert score.loss.item() == pytest.approx(expected, rel=1e-5)
+        assert found["rewards/chosen"] == pytest.approx(beta * found["logps/chosen"])
 
 
 def test_a_pair_that_is_as_likely_either_way_is_not_preferred(

@@ -58,7 +58,7 @@ class Encoder:
 
     def _map(self, rows: list[Row]) -> datasets.Dataset:
         # As JSON: a column of a dataset cannot hold strings in one row and messages in another
-        given = [{"pair": _to_json(row.pair), **row.checks} for row in rows]
+        given = [{"pair": to_json(row.pair), **row.checks} for row in rows]
         try:
             return datasets.Dataset.from_list(given).map(
                 encode_row,
@@ -79,7 +79,8 @@ class Encoder:
             ) from error
 
 
-def _to_json(pair: Pair) -> str:
+def to_json(pair: Pair) -> str:
+    """Return what `encode_row` reads of a pair: no two rows need have columns of one type."""
     return json.dumps([pair.prompt, pair.chosen, pair.rejected, pair.context])
 
 

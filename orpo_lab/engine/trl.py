@@ -107,7 +107,6 @@ def build(
             model=model,
             args=ORPOConfig(
                 output_dir=folder,
-                beta=config.beta,
                 max_length=config.dataset.max_length,
                 # TRL would zero the adapters' dropout too; that of the base is off since model.load
                 disable_dropout=False,
