@@ -11,10 +11,13 @@ from typing import Any
 
 import datasets
 import huggingface_hub
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from orpo_lab import config, data
 from orpo_lab.data.faults import Fault
+from orpo_lab.data.files import ROWS_PER_BATCH
 from orpo_lab.data.pairs import Pair
 from orpo_lab.data.trees import Trees
 from tests.conftest import ROOT
@@ -101,6 +104,17 @@ def test_a_faulty_row_has_the_number_a_person_finds_it_by(
     assert report["dropped"]["empty_completion"]["rows"] == [FOUND_AT[kind.removesuffix(".gz")]]
     is_by_line = FOUND_AT[kind.removesuffix(".gz")] > 3
     assert report["numbered"] == ("lines from 1" if is_by_line else "rows from 0")
+
+
+def test_a_row_of_a_table_is_counted_from_the_files_beginning(
+    read: Callable[..., data.Data], tmp_path: Path
+) -> None:
+    good = {"prompt": "Say ", "chosen": "yes", "rejected": "no"}
+    rows = [{**good, "prompt": f"Say {number}: "} for number in range(ROWS_PER_BATCH + 10)]
+    rows[ROWS_PER_BATCH + 3]["chosen"] = ""
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    report = read(tmp_path / "rows.parquet").report["train"]
+    assert report["dropped"]["empty_completion"]["rows"] == [ROWS_PER_BATCH + 3]
 
 
 def test_a_csv_row_over_several_lines_is_found_at_its_first(

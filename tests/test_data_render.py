@@ -22,7 +22,7 @@ import pytest
 from orpo_lab import config
 from orpo_lab.data.encode import encode_row, special_tokens
 from orpo_lab.data.faults import Fault
-from orpo_lab.data.pairs import Pair, find_faults
+from orpo_lab.data.pairs import Pair, find_faults, text_of
 from orpo_lab.data.render import Rendered, find_unrendered, render
 from tests.conftest import compose_config
 
@@ -323,6 +323,13 @@ def test_what_a_generation_prompt_opens_the_row_may_go_on(tokenizer: Any) -> Non
     assert not list(find_unrendered(KINDS["thinking in the answer"].pair, rendered, asked))
     # And where the row holds none, what is asked with is not all trained behind
     assert render(KINDS["plain"].pair, asked, TODAY).unused_ending == "<think>\n"
+    # Nor where one answer alone holds a thought: the prompt is what both begin with
+    thinking, plain = KINDS["thinking in the answer"].pair, KINDS["plain"].pair
+    for sides in ((thinking.chosen, plain.rejected), (plain.chosen, thinking.rejected)):
+        rendered = render(Pair(plain.prompt, *sides), asked, TODAY)
+        assert rendered.prompt.endswith("<|assistant|>")
+        for said, side in zip((rendered.chosen, rendered.rejected), sides, strict=True):
+            assert said == text_of(side) + "</s>"
 
 
 def test_a_text_counts_as_rendered_as_itself_trimmed_and_inside_json(tokenizer: Any) -> None:
