@@ -11,7 +11,6 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from datetime import timedelta
 from pathlib import Path
 
 import hydra
@@ -20,17 +19,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from orpo_lab import command_line, config, environment, guard, stop
+from orpo_lab import config, environment, stop
+from orpo_lab.config import command_line, guard
+from orpo_lab.config.resolvers import AUTO
 from orpo_lab.errors import UserError, one_line
 from orpo_lab.masking import mask
-from orpo_lab.run_folder import RunFolder
+from orpo_lab.records.run_folder import RunFolder
 from orpo_lab.stop import BUDGET, Stopped
-from orpo_lab.sweep import Start, Sweep
-
-# One line per failed job: Hydra's basic launcher would go on and exit 0
-failures: list[str] = []
-# What the jobs of a sweep took, one after the other
-seconds: list[float] = []
+from orpo_lab.sweep.folder import Sweep
+from orpo_lab.sweep.jobs import JOBS
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -47,13 +44,13 @@ def launch(composed: DictConfig) -> None:
     stop.PROCESS.check()
     number = hydra_config.job.num + 1 if is_sweep else 0
     begun = time.monotonic()
-    if is_sweep and guard.num_jobs:
-        print(f"\njob {number} of {guard.num_jobs}: {folder}", flush=True)
+    if is_sweep and JOBS.num:
+        print(f"\njob {number} of {JOBS.num}: {folder}", flush=True)
     try:
         run_job(composed, folder, Sweep(folder.parent) if is_sweep else None)
     except UserError as error:
         _remember(f"error: {error}", folder, is_sweep)
-        print(failures[-1], file=sys.stderr)
+        print(JOBS.failures[-1], file=sys.stderr)
     except Stopped as error:
         # A job's budget is its own; a signal ends the sweep, which a launcher's process leaves to
         # the one that has passed the signal on
@@ -68,21 +65,14 @@ def launch(composed: DictConfig) -> None:
         if not is_sweep:
             raise
         _remember(f"error: the job called sys.exit({error.code!r})", folder, is_sweep)
-        print(failures[-1], file=sys.stderr)
+        print(JOBS.failures[-1], file=sys.stderr)
     except Exception as error:
         line = f"error: {type(error).__name__}: {one_line(error)} (in {folder})"
         _remember(line, folder, is_sweep)
         print(mask(traceback.format_exc()), file=sys.stderr, end="")
-    if is_sweep and guard.num_jobs:
-        seconds.append(time.monotonic() - begun)
-        print(_progress(number, guard.num_jobs), flush=True)
-
-
-def _progress(number: int, num_jobs: int) -> str:
-    """Return a line on how long a sweep has taken, and will take at the pace of its jobs so far."""
-    left = sum(seconds) / len(seconds) * (num_jobs - number)
-    spent, more = (timedelta(seconds=round(one)) for one in (sum(seconds), left))
-    return f"{number} of {num_jobs} jobs ended after {spent}, about {more} left"
+    if is_sweep and JOBS.num:
+        JOBS.seconds.append(time.monotonic() - begun)
+        print(JOBS.progress(number), flush=True)
 
 
 def run_job(composed: DictConfig, folder: Path, sweep: Sweep | None) -> None:
@@ -91,7 +81,7 @@ def run_job(composed: DictConfig, folder: Path, sweep: Sweep | None) -> None:
     environment.refuse_several_processes()
     loaded = config.load(composed)
     hydra_config = HydraConfig.get()
-    if sweep and loaded.resume not in (None, config.AUTO):
+    if sweep and loaded.resume not in (None, AUTO):
         raise UserError(
             f"resume={loaded.resume} names one run, and a sweep has many; it goes on by "
             "hydra.sweep.dir=..., without resume"
@@ -140,11 +130,11 @@ def _check_folder(loaded: config.Config, folder: Path, given: str | None) -> Non
     """Refuse folders that are named twice, or not at all."""
     if given == "":
         raise UserError("hydra.run.dir is empty (is a variable unset?); give a folder")
-    if loaded.resume == config.AUTO and given is None:
+    if loaded.resume == AUTO and given is None:
         raise UserError(
             "resume=auto goes on with the run in a folder of your choice: give hydra.run.dir=..."
         )
-    if loaded.resume in (None, config.AUTO) or given is None:
+    if loaded.resume in (None, AUTO) or given is None:
         return
     if Path(loaded.resume).resolve() != folder.resolve():
         raise UserError(
@@ -167,7 +157,7 @@ def _places(folder: Path, *, is_fixed: bool) -> Iterator[RunFolder]:
 
 def _remember(failure: str, folder: Path, is_sweep: bool) -> None:
     """Remember a failure; a sweep also keeps that of a job that never began a run."""
-    failures.append(mask(failure))
+    JOBS.fail(failure)
     if is_sweep and folder.is_dir() and RunFolder(folder).is_empty():
         RunFolder(folder).set_status("failed", failure.removeprefix("error: "), exit_code=1)
     _remove_if_empty(folder)
@@ -217,7 +207,7 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     codes = []
     with stop.PROCESS.listening():
-        for part in (_run, _close):
+        for part in (_run, JOBS.close):
             try:
                 codes.append(part())
             except Stopped as error:
@@ -229,23 +219,17 @@ def main() -> None:
 def _run() -> int:
     try:
         sys.argv[1:] = command_line.as_typed(sys.argv[1:])
-        guard.install()
+        guard.install(JOBS.count)
         launch()
         stop.PROCESS.check()
     except command_line.NOT_COMPOSED as error:
-        if Start.sweep:
-            Start.sweep.take_back()
+        if JOBS.sweep:
+            JOBS.sweep.take_back()
         sys.exit(f"error: {command_line.explain(error)}")
     except OSError as error:
         # The run folder cannot be made
         sys.exit(f"error: {one_line(error)}; choose another folder with hydra.run.dir=...")
     return 0
-
-
-def _close() -> int:
-    failed = Start.sweep.close(Start.tracker) if Start.sweep else failures
-    failed = [*failed, *guard.left_out]
-    return int(bool(failed))
 
 
 if __name__ == "__main__":

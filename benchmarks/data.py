@@ -25,12 +25,15 @@ from pathlib import Path
 import datasets
 from transformers import AutoTokenizer
 
-from orpo_lab import compose, config, data, model
+from orpo_lab import compose, data
+from orpo_lab.config.dataset import Columns
 from orpo_lab.data.encode import tokenize
 from orpo_lab.data.pairs import to_pair
 from orpo_lab.data.render import find_unrendered, render
 from orpo_lab.errors import UserError
-from orpo_lab.quiet import silence_upstream
+from orpo_lab.model.source import load_config
+from orpo_lab.model.tokenizer import load_tokenizer
+from orpo_lab.upstream import silence
 
 ROOT = Path(__file__).parents[1]
 WORDS = ("so", "well", "now", "right", "okay", "sure", "yes", "look", "see", "fine", "add", "minus")
@@ -86,7 +89,7 @@ def write(file: Path) -> None:
 def measure(file: str, overrides: list[str]) -> None:
     """Load a file in this process and print what it took."""
     loaded = compose("dataset=file", f"dataset.train_path={file}", *overrides).config
-    tokenizer = model.load_tokenizer(loaded.model, model.load_config(loaded.model))
+    tokenizer = load_tokenizer(loaded.model, load_config(loaded.model))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.process_time()
     try:
@@ -109,7 +112,7 @@ def measure(file: str, overrides: list[str]) -> None:
 
 def measure_rendering(folders: list[str]) -> None:
     """Print what rendering, checking and tokenizing take, with the tokenizer of each folder."""
-    columns = config.Columns(prompt="prompt", chosen="chosen", rejected="rejected")
+    columns = Columns(prompt="prompt", chosen="chosen", rejected="rejected")
     pairs = [to_pair(row, columns) for row in conversations(2000)]
     for folder in folders:
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -144,7 +147,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    silence_upstream()
+    silence()
     match sys.argv[1:]:
         case ["write", file]:
             write(Path(file))

@@ -11,8 +11,11 @@ from typing import Any
 
 import torch
 
-from orpo_lab import config, data, memory, model
+from orpo_lab import config, data, memory
 from orpo_lab.evaluate import preference_metrics, score
+from orpo_lab.model.source import load_config
+from orpo_lab.model.tokenizer import load_tokenizer
+from orpo_lab.model.weights import load_model
 from tests.conftest import compose_config
 
 NUM_PAIRS = 32
@@ -35,9 +38,9 @@ def main() -> None:
             "dataset.max_prompt_length=512",
         )
     )
-    tokenizer = model.load_tokenizer(loaded.model, model.load_config(loaded.model))
+    tokenizer = load_tokenizer(loaded.model, load_config(loaded.model))
     held_out = data.load(loaded.dataset, tokenizer).held_out
-    network: Any = model.load(loaded, tokenizer, torch.float32).eval()
+    network: Any = load_model(loaded, tokenizer, torch.float32).eval()
     memory.reset_peak()
     before, start = memory.peak_bytes(), time.perf_counter()
     with torch.no_grad():

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from orpo_lab.galore import GaLore
 from orpo_lab.memory import peak_bytes
-from orpo_lab.model import projections
-from orpo_lab.run_folder import versions
+from orpo_lab.model.projections import projections
+from orpo_lab.optimizer.galore import GaLore
+from orpo_lab.records.run_folder import versions
 
 RANK = 128
 SCALE = 0.25

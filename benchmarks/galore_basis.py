@@ -18,11 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orpo_lab import compose, data, galore, model, trainer
-from orpo_lab.checkpoint import Made
-from orpo_lab.run_folder import RunFolder, versions
+from orpo_lab import compose, data
+from orpo_lab.model.projections import projections
+from orpo_lab.model.source import load_config
+from orpo_lab.model.tokenizer import load_tokenizer
+from orpo_lab.model.weights import load_model
+from orpo_lab.optimizer import galore
+from orpo_lab.records.run_folder import RunFolder, versions
 from orpo_lab.stop import Stop
-from orpo_lab.tracker import Untracked
+from orpo_lab.tracker.base import Untracked
+from orpo_lab.training import trainer
+from orpo_lab.training.checkpoint import Made
 
 ROOT = Path(__file__).parents[1]
 STEPS = (0, 1, 20)
@@ -51,11 +57,11 @@ def gradients(folder: str, pairs: str) -> dict[str, dict[int, Tensor]]:
         "tracker=none",
     ]
     loaded = compose(*settings).config
-    tokenizer = model.load_tokenizer(loaded.model, model.load_config(loaded.model))
-    network = model.load(loaded, tokenizer, torch.float32)
+    tokenizer = load_tokenizer(loaded.model, load_config(loaded.model))
+    network = load_model(loaded, tokenizer, torch.float32)
     kept: dict[str, dict[int, Tensor]] = defaultdict(dict)
     calls: dict[str, int] = defaultdict(int)
-    for name, layer in model.projections(network).items():
+    for name, layer in projections(network).items():
 
         def keep(weight: Tensor, name: str = name) -> None:
             assert weight.grad is not None

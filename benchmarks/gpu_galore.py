@@ -26,13 +26,13 @@ from transformers import (
     PreTrainedModel,
 )
 
-from orpo_lab.adapter import attach
-from orpo_lab.config import Qlora
-from orpo_lab.galore import GaLore
+from orpo_lab.config.optimizer import Qlora
 from orpo_lab.methods.orpo import log_odds_ratio
-from orpo_lab.model import projections
-from orpo_lab.quantization import prepare
-from orpo_lab.run_folder import versions
+from orpo_lab.model.adapter import attach
+from orpo_lab.model.projections import projections
+from orpo_lab.model.quantization import prepare
+from orpo_lab.optimizer.galore import GaLore
+from orpo_lab.records.run_folder import versions
 
 LENGTH = 1024
 PROMPT = 256

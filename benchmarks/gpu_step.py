@@ -18,11 +18,13 @@ from gpu_galore import SMALL, make_qlora, peak_gb, seconds
 from step import CAP, Case, num_slots, random_pairs, untrained
 from transformers import LlamaConfig, MistralConfig
 
-from orpo_lab import compose, config, engine, model
-from orpo_lab.quiet import silence_upstream
-from orpo_lab.run_folder import versions
+from orpo_lab import compose, config, engine
+from orpo_lab.model.source import load_config
+from orpo_lab.model.tokenizer import load_tokenizer
+from orpo_lab.records.run_folder import versions
 from orpo_lab.training.devices import OneDevice
 from orpo_lab.training.loop import add_gradients, batches
+from orpo_lab.upstream import silence
 
 NUM_PAIRS = 8
 NUM_STEPS = 6
@@ -46,7 +48,7 @@ ARCHITECTURES: dict[str, Any] = {
 }
 
 
-def load_config(which: str, size: str, checkpointing: bool) -> config.Config:
+def compose_case(which: str, size: str, checkpointing: bool) -> config.Config:
     """Compose the run that the step is taken from."""
     overrides = [
         f"engine={which}",
@@ -63,7 +65,7 @@ def load_config(which: str, size: str, checkpointing: bool) -> config.Config:
 
 def measure(network: Any, pairs: Any, loaded: config.Config, device: str) -> dict[str, Any] | None:
     """Return time and memory of a step; None: it does not fit."""
-    tokenizer = model.load_tokenizer(loaded.model, model.load_config(loaded.model))
+    tokenizer = load_tokenizer(loaded.model, load_config(loaded.model))
     which = config.kind(loaded.engine)
     devices = OneDevice(torch.device(device), torch.bfloat16)
     built = engine.build(loaded, model=network, tokenizer=tokenizer, devices=devices)
@@ -102,7 +104,7 @@ def compare(network: Any, pairs: Any, checkpointing: bool, device: str) -> dict[
     for which, sizes in SIZES.items():
         report[which] = {
             size.split(".")[1]: measure(
-                network, pairs, load_config(which, size, checkpointing), device
+                network, pairs, compose_case(which, size, checkpointing), device
             )
             for size in sizes
         }
@@ -122,7 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Our step against TRL's on a GPU.")
     parser.add_argument("--small", action="store_true", help="small models, on any device")
     small = parser.parse_args().small
-    silence_upstream()
+    silence()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not small:
         parser.error("no GPU here; --small checks the script without one")

@@ -12,7 +12,7 @@ import sys
 from soak import SHORT, sweep
 
 from orpo_lab import run
-from orpo_lab.run_folder import versions
+from orpo_lab.records.run_folder import versions
 
 NUM_JOBS = 8
 MAX_APART = 0.02

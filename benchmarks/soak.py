@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from orpo_lab import run
-from orpo_lab.run_folder import versions
+from orpo_lab.records.run_folder import versions
 
 T = TypeVar("T")
 

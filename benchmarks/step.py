@@ -32,14 +32,19 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-from orpo_lab import compose, config, data, engine, memory, model, optimizer
-from orpo_lab.adapter import attach
+from orpo_lab import compose, config, data, engine, memory
+from orpo_lab.config.optimizer import Lora
 from orpo_lab.engine.base import Engine
-from orpo_lab.quiet import silence_upstream
-from orpo_lab.run_folder import versions
+from orpo_lab.model.adapter import attach
+from orpo_lab.model.source import load_config
+from orpo_lab.model.tokenizer import load_tokenizer
+from orpo_lab.model.weights import load_model
+from orpo_lab.optimizer.updater import Updater
+from orpo_lab.records.run_folder import versions
 from orpo_lab.training.devices import OneDevice
 from orpo_lab.training.loop import add_gradients, batches
 from orpo_lab.training.state import State
+from orpo_lab.upstream import silence
 
 ROOT = Path(__file__).parents[1]
 ENGINES = ("trl", "shared_prefix")
@@ -83,7 +88,7 @@ CASES = {
 }
 
 
-def load_config(case: Case, which: str, options: argparse.Namespace) -> config.Config:
+def compose_case(case: Case, which: str, options: argparse.Namespace) -> config.Config:
     """Compose the run that the step is taken from."""
     overrides = [
         f"engine={which}",
@@ -128,11 +133,11 @@ def random_pairs(case: Case) -> datasets.Dataset:
 
 def load_parts(case: Case, options: argparse.Namespace) -> tuple[Any, Any, datasets.Dataset]:
     """Return the model, its tokenizer and enough pairs."""
-    loaded = load_config(case, "trl", options)
-    tokenizer = model.load_tokenizer(loaded.model, model.load_config(loaded.model))
+    loaded = compose_case(case, "trl", options)
+    tokenizer = load_tokenizer(loaded.model, load_config(loaded.model))
     set_seed(0)
     if case.pairs:
-        network: Any = model.load(loaded, tokenizer, torch.float32)
+        network: Any = load_model(loaded, tokenizer, torch.float32)
         pairs = data.load(loaded.dataset, tokenizer).train.shuffle(seed=0)
         pairs = pairs.select(range(NUM_PAIRS * case.batches))
     else:
@@ -146,7 +151,7 @@ def load_parts(case: Case, options: argparse.Namespace) -> tuple[Any, Any, datas
             attn_implementation="sdpa",
         )
         network, pairs = LlamaForCausalLM(architecture), random_pairs(case)
-    if isinstance(loaded.optimizer, config.Lora):
+    if isinstance(loaded.optimizer, Lora):
         network = attach(network, loaded.optimizer, gradient_checkpointing=case.checkpointing)
     if case.checkpointing:
         network.activation_checkpointing_enable({"use_reentrant": False})
@@ -157,7 +162,7 @@ def make_engine(
     case: Case, which: str, parts: tuple[Any, Any, datasets.Dataset], options: argparse.Namespace
 ) -> tuple[Engine, State]:
     """Return an engine and the state whose weights get its gradients."""
-    loaded = load_config(case, which, options)
+    loaded = compose_case(case, which, options)
     network, tokenizer, _ = parts
     devices = OneDevice(torch.device("cpu"), torch.float32)
     built = engine.build(loaded, model=network, tokenizer=tokenizer, devices=devices)
@@ -167,7 +172,7 @@ def make_engine(
 def untrained(network: Any, devices: OneDevice) -> State:
     """Return the state of a model that is never updated."""
     sgd = torch.optim.SGD([p for p in network.parameters() if p.requires_grad])
-    return State(network, optimizer.updater(sgd, network), devices, lambda num_updates: 1.0)
+    return State(network, Updater(sgd, network), devices, lambda num_updates: 1.0)
 
 
 def num_slots(which: str, micro_batches: list[dict[str, Any]]) -> int:
@@ -248,7 +253,7 @@ def main() -> None:
     parser.add_argument("--pairs", default="", help="folder of math_pairs and chat_pairs")
     parser.add_argument("--memory-of", choices=ENGINES, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    silence_upstream()
+    silence()
     torch.set_num_threads(1)  # threads that wait for each other would count as work
     unknown = set(options.cases) - set(CASES)
     if unknown:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
-from orpo_lab.run_folder import versions
+from orpo_lab.records.run_folder import versions
 
 ROOT = Path(__file__).parents[1]
 NUM_REPEATS = 3

@@ -30,7 +30,7 @@ from numpy.random import Generator
 from numpy.typing import ArrayLike
 from scipy import special, stats
 
-from orpo_lab.verdict import POWER, Array, Measure, Quality, decide
+from orpo_lab.compare.verdict import POWER, Array, Measure, Quality, decide
 
 NUM_SETTINGS = 8
 NUM_SWEEPS = 1000

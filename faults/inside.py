@@ -106,9 +106,9 @@ def exit_where(seed: int) -> None:
 
 def short_patience() -> None:
     """Give up on a W&B server after seconds at the run's end."""
-    from orpo_lab import tracker
+    from orpo_lab.tracker import wandb
 
-    tracker.FINISH_SECONDS = 4.0
+    wandb.FINISH_SECONDS = 4.0
 
 
 def limit_file_size(num_bytes: int) -> None:

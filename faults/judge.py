@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from faults.processes import Done
-from orpo_lab.run_folder import LOCK
+from orpo_lab.records.run_folder import LOCK
 
 
 class Verdict(StrEnum):

@@ -2,9 +2,9 @@
 
 import gc
 
-from orpo_lab.quiet import silence_upstream
+from orpo_lab.upstream import silence
 
-silence_upstream()
+silence()
 
 import bitsandbytes  # noqa: E402, F401
 import matplotlib.backends.backend_agg  # noqa: E402
@@ -12,8 +12,11 @@ import matplotlib.pyplot  # noqa: E402, F401
 import peft.tuners.lora.bnb  # noqa: E402, F401
 import torch  # noqa: E402
 
-from orpo_lab import adapter, data, engine, evaluate, model, report, tracker, trainer  # noqa: E402, F401
+from orpo_lab import data, engine, evaluate, tracker  # noqa: E402, F401
 from orpo_lab.engine import shared_prefix  # noqa: E402, F401
+from orpo_lab.model import adapter, weights  # noqa: E402, F401
+from orpo_lab.records import results  # noqa: E402, F401
+from orpo_lab.training import trainer  # noqa: E402, F401
 
 # A thread that exists at a fork is lost in the child
 torch.set_num_threads(1)

@@ -16,10 +16,11 @@ import hydra
 from hydra import initialize_config_dir
 from omegaconf import open_dict
 
-from orpo_lab import config, environment, guard
-from orpo_lab.command_line import NOT_COMPOSED, as_typed, explain
+from orpo_lab import config, environment
+from orpo_lab.config import guard
+from orpo_lab.config.command_line import NOT_COMPOSED, as_typed, explain
 from orpo_lab.errors import UserError
-from orpo_lab.run_folder import RunFolder
+from orpo_lab.records.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from orpo_lab.run import RunResult

@@ -7,7 +7,14 @@ it is the same after a resume and the same for every engine.
 import math
 from bisect import bisect_right
 
-from orpo_lab.config import BetaSchedule, Constant, Cosine, HoldThenAnneal, Linear, Step
+from orpo_lab.config.beta_schedule import (
+    BetaSchedule,
+    Constant,
+    Cosine,
+    HoldThenAnneal,
+    Linear,
+    Step,
+)
 
 
 def progress(step: int, num_steps: int) -> float:

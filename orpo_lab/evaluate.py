@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from orpo_lab import metrics
-from orpo_lab.config import Dataset
+from orpo_lab.config.dataset import Dataset
 from orpo_lab.data import Data, embedded
 from orpo_lab.data.encode import special_tokens
 from orpo_lab.engine import head

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
-from orpo_lab.config import Config, Lora, TrlEngine
+from orpo_lab.config import Config
+from orpo_lab.config.engine import TrlEngine
+from orpo_lab.config.optimizer import Lora
 from orpo_lab.errors import UserError, one_line
 
 # How libraries say it that raise a plain RuntimeError: CUDA's own calls, cuBLAS, torch on a CPU

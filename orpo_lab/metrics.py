@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from orpo_lab.compare.verdict import Array
     from orpo_lab.evaluate import Generation, Scores
-    from orpo_lab.verdict import Array
 
 # What runs are compared by
 PREFERENCE = "preference_accuracy"

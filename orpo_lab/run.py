@@ -10,21 +10,25 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orpo_lab import checkpoint, environment
-from orpo_lab.config import AUTO, Config, Lora, kind
+from orpo_lab import environment
+from orpo_lab.config import Config, kind
+from orpo_lab.config.identity import identity, name_of
+from orpo_lab.config.optimizer import Lora
+from orpo_lab.config.resolvers import AUTO
 from orpo_lab.errors import NonFiniteError, UserError, one_line
-from orpo_lab.identity import identity, name_of
 from orpo_lab.masking import MaskingFormatter, mask
-from orpo_lab.quiet import silence_upstream
-from orpo_lab.run_folder import DISK_TROUBLE, RunFolder, groups
+from orpo_lab.records.run_folder import DISK_TROUBLE, RunFolder, groups
 from orpo_lab.stop import Stop, Stopped
-from orpo_lab.sweep import CACHE, Sweep
+from orpo_lab.sweep.folder import CACHE, Sweep
+from orpo_lab.tracker.base import Untracked
+from orpo_lab.training import checkpoint
+from orpo_lab.upstream import silence
 
 if TYPE_CHECKING:
     from orpo_lab.data import Data
     from orpo_lab.evaluate import Evaluation
-    from orpo_lab.report import Missing
-    from orpo_lab.tracker import Run
+    from orpo_lab.records.results import Missing
+    from orpo_lab.tracker.base import Run
 
 log = logging.getLogger("orpo_lab")
 
@@ -63,7 +67,7 @@ def train(
     """
     unread = environment.settle()
     environment.use_one_device(sweep.folder / CACHE if sweep else None)
-    silence_upstream()
+    silence()
     place, stop = RunFolder(folder), Stop(config.train.max_hours)
     with _said_in(place), _disk_trouble_said(place), stop.listening():
         with _status_kept(place):
@@ -100,33 +104,40 @@ def _train(
     # Seconds of imports, once the configuration is known to be good and the folder is ours
     from transformers import set_seed
 
-    from orpo_lab import engine, model, quantization, report, tracker, trainer
-    from orpo_lab.adapter import attach
+    from orpo_lab import engine, tracker
     from orpo_lab.evaluate import evaluate
+    from orpo_lab.model import quantization
+    from orpo_lab.model.adapter import attach
+    from orpo_lab.model.precision import resolve_device, resolve_dtype
+    from orpo_lab.model.source import load_config
+    from orpo_lab.model.tokenizer import check_context, check_ids, load_tokenizer
+    from orpo_lab.model.weights import fingerprint, load_model
+    from orpo_lab.records import results
+    from orpo_lab.training import trainer
 
     # What can be refused is refused before anything heavy is loaded
     sweep_name = sweep.folder.name if sweep else None
     tracker.check(config.tracker, folder=place.path, sweep=sweep_name)
     start = _find_start(config, place, segment["config_hash"])
-    model_config = model.load_config(config.model)
-    model.check_context(model_config, config.dataset)
+    model_config = load_config(config.model)
+    check_context(model_config, config.dataset)
     quantization.check(config, model_config)
 
     # Rows -> pairs -> token ids
-    tokenizer = model.load_tokenizer(config.model, model_config)
+    tokenizer = load_tokenizer(config.model, model_config)
     started = date.fromisoformat(segment["started"][:10])
     pairs = _load_data(config, tokenizer, sweep, today=started)
-    model.check_ids(tokenizer, model_config, pairs)
+    check_ids(tokenizer, model_config, pairs)
     trainer.say_length(config, len(pairs.train))
 
     # Weights, quantization, adapter
     set_seed(config.seed)
-    dtype = model.resolve_dtype(config.model.dtype, model.device())
-    network: Any = model.load(config, tokenizer, dtype)
+    dtype = resolve_dtype(config.model.dtype, resolve_device())
+    network: Any = load_model(config, tokenizer, dtype)
     made = checkpoint.Made(
         config_hash=segment["config_hash"],
         data="-".join(pairs.report[split]["fingerprint"] for split in ("train", "held_out")),
-        model=model.fingerprint(network),
+        model=fingerprint(network),
     )
     _check_made(start, made, accept_changes=config.accept_changes)
     if isinstance(config.optimizer, Lora):
@@ -140,7 +151,7 @@ def _train(
     before = _measure_before(config, measure, sweep)
     stop.check()
     metrics = start.path / checkpoint.METRICS if start else None
-    missing = report.Missing(place)
+    missing = results.Missing(place)
     with _tracked(config, place, choices, metrics, sweep_name, missing) as run:
         if not place.has_begun:
             place.begin(config, choices, segment, metrics=metrics)
@@ -159,7 +170,7 @@ def _train(
                 stop=stop,
             )
             # The model first: what follows may fail or be stopped
-            save = partial(report.save_model, network, tokenizer, dtype=model_config.dtype)
+            save = partial(results.save_model, network, tokenizer, dtype=model_config.dtype)
             trained = checkpoint.keep_trained(place, start, save, made, stats)
         finally:
             stop.waits = False
@@ -169,7 +180,7 @@ def _train(
         stop.waits = True
 
         # What the run leaves, in its folder and in the tracker
-        summary = report.leave(
+        summary = results.leave(
             config,
             place,
             run,
@@ -207,7 +218,7 @@ def _tracked(
     """
     from orpo_lab import tracker
 
-    run: Run = tracker.Untracked()
+    run: Run = Untracked()
     with missing.noted("tracker", let_through=UserError):
         run = tracker.start(
             config.tracker,

@@ -25,8 +25,9 @@ from omegaconf import DictConfig, open_dict
 
 from faults import processes
 from orpo_lab import config
-from orpo_lab.command_line import as_typed
-from orpo_lab.quiet import silence_upstream
+from orpo_lab.config.command_line import as_typed
+from orpo_lab.config.optimizer import Lora
+from orpo_lab.upstream import silence
 
 ROOT = Path(__file__).parents[1]
 GROUPS = {folder.name for folder in (ROOT / "conf").iterdir() if folder.is_dir()}
@@ -39,7 +40,7 @@ EACH_LAUNCHER = pytest.mark.parametrize(
     ],
     ids=["joblib", "submitit"],
 )
-silence_upstream()
+silence()
 
 
 def compose_config(*overrides: str) -> DictConfig:
@@ -149,10 +150,11 @@ def assets() -> Path:
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     """The embedded model's tokenizer."""
-    from orpo_lab import model
+    from orpo_lab.model.source import load_config
+    from orpo_lab.model.tokenizer import load_tokenizer
 
     tiny = config.load(compose_config()).model
-    return model.load_tokenizer(tiny, model.load_config(tiny))
+    return load_tokenizer(tiny, load_config(tiny))
 
 
 @pytest.fixture
@@ -160,14 +162,15 @@ def build_model(tokenizer: Any) -> Callable[..., Any]:
     """Build the model of a configuration, with its adapter, as `run.train` does."""
     from transformers import set_seed
 
-    from orpo_lab import model
-    from orpo_lab.adapter import attach
+    from orpo_lab.model.adapter import attach
+    from orpo_lab.model.precision import resolve_device, resolve_dtype
+    from orpo_lab.model.weights import load_model
 
     def build(loaded: config.Config) -> Any:
         set_seed(loaded.seed)
-        dtype = model.resolve_dtype(loaded.model.dtype, model.device())
-        network = model.load(loaded, tokenizer, dtype)
-        if isinstance(loaded.optimizer, config.Lora):
+        dtype = resolve_dtype(loaded.model.dtype, resolve_device())
+        network = load_model(loaded, tokenizer, dtype)
+        if isinstance(loaded.optimizer, Lora):
             return attach(network, loaded.optimizer, gradient_checkpointing=False)
         return network
 

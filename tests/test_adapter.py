@@ -5,9 +5,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from orpo_lab import config, model
-from orpo_lab.adapter import attach
+from orpo_lab import config
+from orpo_lab.config.optimizer import Lora
 from orpo_lab.errors import UserError
+from orpo_lab.model.adapter import attach
+from orpo_lab.model.weights import load_model
 
 Load = Callable[..., config.Config]
 
@@ -27,8 +29,8 @@ def test_adapters_sit_on_every_projection_and_nothing_else_is_trained(
 def test_what_a_4_bit_base_does_not_quantize_is_in_fp32(load: Load, tokenizer: Any) -> None:
     """As QLoRA has it: norms are computed in fp32, whatever the layers compute in."""
     loaded = load("optimizer=qlora")
-    assert isinstance(loaded.optimizer, config.Lora)
-    base = model.load(loaded, tokenizer, torch.bfloat16)
+    assert isinstance(loaded.optimizer, Lora)
+    base = load_model(loaded, tokenizer, torch.bfloat16)
     network = attach(base, loaded.optimizer, gradient_checkpointing=False)
     norms = [p for name, p in network.named_parameters() if "norm" in name]
     assert norms
@@ -57,7 +59,7 @@ def attached(load: Load, kind: str, **settings: Any) -> Any:
     """Put adapters on a model with random weights."""
     own = AutoConfig.for_model(kind, **{**SIZES, **settings})
     lora = load("optimizer=lora").optimizer
-    assert isinstance(lora, config.Lora)
+    assert isinstance(lora, Lora)
     return attach(AutoModelForCausalLM.from_config(own), lora, gradient_checkpointing=False)
 
 

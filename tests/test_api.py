@@ -10,7 +10,7 @@ import pytest
 
 from orpo_lab import api, compose, train
 from orpo_lab.errors import UserError
-from orpo_lab.run_folder import RunFolder
+from orpo_lab.records.run_folder import RunFolder
 
 SMALL = (
     "tracker=none",

@@ -3,7 +3,14 @@ import math
 import pytest
 
 from orpo_lab.beta_schedule import beta_at, progress
-from orpo_lab.config import BetaSchedule, Constant, Cosine, HoldThenAnneal, Linear, Step
+from orpo_lab.config.beta_schedule import (
+    BetaSchedule,
+    Constant,
+    Cosine,
+    HoldThenAnneal,
+    Linear,
+    Step,
+)
 
 ANNEALING = [Linear(), Cosine(), Step(milestones=[0.5, 0.75]), HoldThenAnneal(anneal_fraction=0.4)]
 

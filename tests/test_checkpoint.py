@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 
 from faults import inside, processes
 from faults.processes import Done
-from orpo_lab import checkpoint
-from orpo_lab.checkpoint import Made, Spent
 from orpo_lab.errors import UserError
-from orpo_lab.run_folder import RunFolder
-from orpo_lab.trainer import TrainStats
+from orpo_lab.records.run_folder import RunFolder
+from orpo_lab.training import checkpoint
+from orpo_lab.training.checkpoint import Made, Spent
+from orpo_lab.training.trainer import TrainStats
 from tests.conftest import ROOT
 from tests.test_run_folder import start
 

@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from orpo_lab import config
-from orpo_lab.command_line import ALSO_CALLED, FOLDERS, as_typed, did_you_mean
+from orpo_lab.config.command_line import ALSO_CALLED, FOLDERS, as_typed, did_you_mean
 from orpo_lab.errors import UserError
 from tests.conftest import compose_config
 

@@ -15,10 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from orpo_lab import compare, metrics
+from orpo_lab import metrics
+from orpo_lab.__main__ import main
+from orpo_lab.compare.evidence import Comparison, compare
+from orpo_lab.compare.page import _run_rows, setting_rows
+from orpo_lab.compare.read import find_runs, read_run
+from orpo_lab.compare.words import verdict_text
 from orpo_lab.errors import UserError
-from orpo_lab.report import SCORES
-from orpo_lab.run_folder import RunFolder
+from orpo_lab.records.results import SCORES
+from orpo_lab.records.run_folder import RunFolder
 
 Write = Callable[..., Path]
 
@@ -112,8 +117,8 @@ def write(tmp_path: Path) -> Write:
     return run
 
 
-def compare_sweep(folder: Path) -> compare.Comparison:
-    return compare.compare(compare.find_runs([folder]), metrics.MARGINS)
+def compare_sweep(folder: Path) -> Comparison:
+    return compare(find_runs([folder]), metrics.MARGINS)
 
 
 def sweep(write: Write, accuracies: dict[float, float], seeds: int = 3, **rest: Any) -> Path:
@@ -129,7 +134,7 @@ def test_seeds_are_one_setting_and_settings_are_named_by_what_differs(write: Wri
     assert [one.name for one in compared.settings] == ["beta=0.1", "beta=0.2"]
     assert [one.seeds for one in compared.settings] == [[1, 2, 3]] * 2
     assert compared.verdict.winner == 1
-    assert "The winner is beta=0.2" in compare.verdict_text(compared)[0]
+    assert "The winner is beta=0.2" in verdict_text(compared)[0]
 
 
 def test_a_constant_schedule_does_not_read_beta_end_and_the_same_seed_counts_once(
@@ -204,14 +209,14 @@ def test_settings_stand_in_the_order_of_their_numbers(write: Write) -> None:
 def test_with_one_seed_nothing_is_separated(write: Write) -> None:
     compared = compare_sweep(sweep(write, {0.1: 0.5, 0.2: 0.9}, seeds=1))
     assert compared.verdict.winner is None
-    assert "One seed cannot separate these" in compare.verdict_text(compared)[0]
+    assert "One seed cannot separate these" in verdict_text(compared)[0]
 
 
 @pytest.mark.parametrize(("accuracy", "leads"), [(0.5, "beta=0.2 leads"), (0.99, "on one seed.")])
 def test_a_setting_with_one_seed_is_named(write: Write, accuracy: float, leads: str) -> None:
     sweep(write, {0.1: 0.6, 0.2: 0.9})
     folder = write("one", beta=0.3, seed=1, accuracy=accuracy).parent
-    lines = compare.verdict_text(compare_sweep(folder))
+    lines = verdict_text(compare_sweep(folder))
     assert leads in lines[0]
     assert lines[1].startswith("With one seed a setting can neither win nor be beaten")
     assert lines[1].endswith(": beta=0.3.")
@@ -221,7 +226,7 @@ def test_what_is_not_separated_says_what_it_would_take(write: Write) -> None:
     sweep(write, {0.1: 0.85})
     for seed, accuracy in enumerate((0.84, 0.86, 0.9), start=1):
         folder = write(f"0.2-{seed}", beta=0.2, seed=seed, accuracy=accuracy).parent
-    text = " ".join(compare.verdict_text(compare_sweep(folder)))
+    text = " ".join(verdict_text(compare_sweep(folder)))
     assert "does not separate beta=0.2" in text
     assert re.search(r"about \d+ seeds a setting|take them as equal", text)
 
@@ -230,7 +235,7 @@ def test_accuracy_bought_with_quality_does_not_win_and_is_warned_of(write: Write
     sweep(write, {0.1: 0.7, 0.2: 0.8}, exact_match=0.9)
     folder = sweep(write, {1.0: 0.95}, exact_match=0.4)
     compared = compare_sweep(folder)
-    text = " ".join(compare.verdict_text(compared))
+    text = " ".join(verdict_text(compared))
     assert "The winner is beta=0.2" in text
     assert "Out for their quality: beta=1 (exact_match)" in text
     assert "beta=1 looks over-optimised" in compared.warnings[0]
@@ -248,7 +253,7 @@ def test_where_answers_cannot_be_checked_quality_is_nll_and_repetition(write: Wr
         write(str(number), beta=number, repetition=0.1 * number, **told) for number in (1, 2)
     ]
     margins = {"exact_match": 0.1, "chosen_nll": 0.2, "repetition": 0.3}
-    compared = compare.compare(compare.find_runs(folders), margins)
+    compared = compare(find_runs(folders), margins)
     nll, repetition = compared.qualities
     assert (nll.name, nll.margin, nll.sign) == ("chosen_nll", 0.2, -1)
     assert (repetition.name, repetition.margin, repetition.sign) == ("repetition", 0.3, -1)
@@ -285,12 +290,12 @@ def test_the_tables_hold_the_means_of_unequal_numbers_of_seeds_and_every_runs_co
     sweep(write, {10.0: 0.8}, seeds=3)
     folder = sweep(write, {2.0: 0.7}, seeds=2)
     compared = compare_sweep(folder)
-    rows = compare.setting_rows(compared)
+    rows = setting_rows(compared)
     assert [(row["setting"], row["seeds"]) for row in rows] == [("beta=2", "2"), ("beta=10", "3")]
     assert [row["preference_accuracy"].split()[0] for row in rows] == ["0.708", "0.810"]
     assert [row["generated_tokens"] for row in rows] == ["6.500", "7.000"]
     assert [row["chosen_nll"] for row in rows] == ["1.150", "1.200"]
-    for run in compare._run_rows(compared.runs):
+    for run in _run_rows(compared.runs):
         assert (run["wall time (s)"], run["tokens"], run["GPU-hours"]) == ("13.5", "1000", "0")
 
 
@@ -299,7 +304,7 @@ def test_a_run_is_what_it_was_at_its_last_start(write: Write) -> None:
     place = RunFolder(folder)
     last = {"kinds": {"beta_schedule": "cosine"}, "contents": {"model.path": "last"}}
     place.write_json("segments.json", [*place.segments(), last])
-    run = compare.read_run(folder)
+    run = read_run(folder)
     assert run.contents == {"model.path": "last"}
     assert run.values["beta_schedule"] == "cosine"
 
@@ -307,7 +312,7 @@ def test_a_run_is_what_it_was_at_its_last_start(write: Write) -> None:
 def test_a_folder_that_is_given_twice_is_read_once(write: Write, tmp_path: Path) -> None:
     folder = write("0").parent
     (tmp_path / "link").symlink_to(folder)
-    assert len(compare.find_runs([folder, tmp_path / "link", folder / "0"])) == 1
+    assert len(find_runs([folder, tmp_path / "link", folder / "0"])) == 1
 
 
 def test_the_report_lands_in_the_first_folder_and_lists_what_did_not_finish(
@@ -317,11 +322,11 @@ def test_the_report_lands_in_the_first_folder_and_lists_what_did_not_finish(
     write("half", beta=7.0, state="stopped")
     (tmp_path / "other").mkdir()
     shutil.copytree(folder / "0", tmp_path / "other" / "1")
-    compare.main([str(folder), str(tmp_path / "other")])
+    main(["compare", str(folder), str(tmp_path / "other")])
     text = (folder / "report.md").read_text()
     assert "**Not in the comparison:** half (stopped: diverged <at> step 3)." in text
     assert not (tmp_path / "other" / "report.md").exists()
-    compare.main([str(folder), "--out", str(tmp_path / "other"), "--exact-match-margin", "0.5"])
+    main(["compare", str(folder), "--out", str(tmp_path / "other"), "--exact-match-margin", "0.5"])
     assert "at most 0.5 of exact_match below" in (tmp_path / "other" / "report.md").read_text()
 
 
@@ -335,7 +340,7 @@ def test_without_answers_quality_is_nll_alone(write: Write) -> None:
 def test_reports_hold_everything_and_ask_for_nothing(write: Write) -> None:
     folder = sweep(write, {0.1: 0.8, 0.2: 0.9})
     write("failed", beta=7.0, state="failed")
-    compare.main([str(folder)])
+    main(["compare", str(folder)])
     page, text = (folder / "report.html").read_text(), (folder / "report.md").read_text()
     for words in ("The winner is beta=0.2", "failed is not in the comparison", "0.2-3"):
         assert words in page
@@ -355,7 +360,7 @@ def test_reports_hold_everything_and_ask_for_nothing(write: Write) -> None:
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
 def test_the_report_opens_in_a_browser_without_a_request(write: Write, tmp_path: Path) -> None:
     folder = sweep(write, {0.1: 0.8, 0.2: 0.9})
-    compare.main([str(folder)])
+    main(["compare", str(folder)])
     log = tmp_path / "net.json"
     command = [
         "chromium",
@@ -418,7 +423,9 @@ def test_the_command_line_refuses_in_one_line(tmp_path: Path, write: Write) -> N
         ([str(folder)], "no run has finished"),
     ):
         done = subprocess.run(
-            [sys.executable, "-m", "orpo_lab.compare", *arguments], capture_output=True, text=True
+            [sys.executable, "-m", "orpo_lab", "compare", *arguments],
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 1
         assert len(done.stderr.splitlines()) == 1
@@ -433,7 +440,7 @@ def test_it_imports_no_torch() -> None:
 def test_numbers_in_names_are_in_their_order(write: Write) -> None:
     for name in ("10-a", "9-a", "1-b"):
         folder = write(name, seed=int(name.split("-")[0])).parent
-    names = [run.folder.name for run in compare.find_runs([folder])]
+    names = [run.folder.name for run in find_runs([folder])]
     assert names == ["1-b", "9-a", "10-a"]
     assert json.loads((folder / "9-a" / "status.json").read_text())["config_hash"] == "9-a"
 
@@ -442,14 +449,14 @@ def test_a_tie_is_called_one(write: Write) -> None:
     for beta in (0.1, 0.2):
         folder = write(str(beta), beta=beta).parent
     compared = compare_sweep(folder)
-    said = " ".join(compare.verdict_text(compared))
+    said = " ".join(verdict_text(compared))
     assert "beta=0.1 and beta=0.2 tie for the highest preference accuracy (0.800)" in said
-    rows = compare.setting_rows(compared)
+    rows = setting_rows(compared)
     assert [row["verdict"] for row in rows] == ["tied for the highest, not separated"] * 2
 
 
 def test_a_schedule_of_ones_own_is_drawn(write: Write) -> None:
     for name in ("exponential", "constant"):
         folder = write(name, schedule=name).parent
-    compare.main([str(folder)])
+    main(["compare", str(folder)])
     assert (folder / "report" / "pareto.png").is_file()

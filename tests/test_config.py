@@ -9,7 +9,11 @@ import yaml
 from omegaconf import OmegaConf
 
 from orpo_lab import config
-from orpo_lab.command_line import as_typed
+from orpo_lab.config.command_line import as_typed
+from orpo_lab.config.dataset import Faults
+from orpo_lab.config.model import local_path
+from orpo_lab.config.quantization import Nf4, Unquantized
+from orpo_lab.config.resolvers import AUTO, fresh_or_resumed, slug
 from orpo_lab.errors import UserError
 from tests.conftest import ROOT, compose_anew, compose_job, ours
 
@@ -97,8 +101,8 @@ def test_what_tests_compose_is_what_hydra_composes(overrides: list[str]) -> None
 def test_a_galore_run_and_a_qlora_run_differ_by_one_override(
     load: Callable[..., config.Config],
 ) -> None:
-    assert isinstance(load().quantization, config.Nf4)
-    assert isinstance(load("optimizer=galore").quantization, config.Unquantized)
+    assert isinstance(load().quantization, Nf4)
+    assert isinstance(load("optimizer=galore").quantization, Unquantized)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONF)))
@@ -116,9 +120,7 @@ def test_every_yaml_key_has_a_comment(file: Path) -> None:
 
 def test_every_dataclass_field_has_a_value_in_yaml(load: Callable[..., config.Config]) -> None:
     written = {key for file in FILES for key in _keys(yaml.safe_load(file.read_text()))}
-    named = {
-        one.name for schema in (config.Config, config.Faults, *_schemas()) for one in fields(schema)
-    }
+    named = {one.name for schema in (config.Config, Faults, *_schemas()) for one in fields(schema)}
     assert named - set(GROUPS) - {"train", "faults"} <= written
 
 
@@ -263,11 +265,11 @@ def test_an_optimizer_of_adapters_is_told_from_the_other(
 
 
 def test_paths_and_folders_are_where_they_are_said_to_be() -> None:
-    assert config.local_path("~/x") == Path.home() / "x"
-    assert config.local_path("here/x") == Path("here/x")
-    for resume in (None, config.AUTO):
-        assert config.run_folder(resume, "outputs/a b") == "outputs/a-b"
-    assert config.run_folder("my run", "outputs/a") == "my run"
+    assert local_path("~/x") == Path.home() / "x"
+    assert local_path("here/x") == Path("here/x")
+    for resume in (None, AUTO):
+        assert fresh_or_resumed(resume, "outputs/a b") == "outputs/a-b"
+    assert fresh_or_resumed("my run", "outputs/a") == "my run"
 
 
 def test_annealing_keys_are_ignored_by_constant(load: Callable[..., config.Config]) -> None:
@@ -275,12 +277,12 @@ def test_annealing_keys_are_ignored_by_constant(load: Callable[..., config.Confi
 
 
 def test_slugs_are_safe_and_stay_apart() -> None:
-    assert config.slug("0-dataset.path=org/name,beta=0.1") == "0-dataset.path=org-name,beta=0.1"
-    assert config.slug("../..") == "run"
-    long = [config.slug("x" * 300 + end) for end in "ab"]
+    assert slug("0-dataset.path=org/name,beta=0.1") == "0-dataset.path=org-name,beta=0.1"
+    assert slug("../..") == "run"
+    long = [slug("x" * 300 + end) for end in "ab"]
     assert long[0] != long[1]
     assert max(map(len, long)) <= 120
-    assert config.slug("name=hf_" + "aB3" * 11) == "name="
+    assert slug("name=hf_" + "aB3" * 11) == "name="
 
 
 @pytest.mark.parametrize(

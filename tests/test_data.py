@@ -15,6 +15,7 @@ import datasets
 import pytest
 
 from orpo_lab import config, data
+from orpo_lab.config.dataset import Dataset
 from orpo_lab.data.encode import Encoder, encode_row, fit, to_json, tokenize
 from orpo_lab.data.faults import Fault
 from orpo_lab.data.pairs import Pair, split
@@ -33,7 +34,7 @@ def write_rows(file: Path, rows: list[Any]) -> Path:
     return file
 
 
-def jsonl(load: Load, file: Path, *overrides: str) -> config.Dataset:
+def jsonl(load: Load, file: Path, *overrides: str) -> Dataset:
     held_out = {"prompt": "held out", "chosen": "b", "rejected": "c"}
     held_out_file = write_rows(file.with_name("held_out.jsonl"), [held_out])
     return load(

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from orpo_lab import config, data
+from orpo_lab.config.dataset import KEEPABLE_FAULTS, Faults, FileDataset
 from orpo_lab.data.files import MAX_LINE_BYTES, read_file
 from orpo_lab.data.render import DEFAULT_CHAT_TEMPLATE
 from orpo_lab.errors import UserError
@@ -189,16 +190,14 @@ def to_line(row: Any) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def composed() -> config.FileDataset:
+def composed() -> FileDataset:
     """The file dataset's own values; composing them takes longer than loading a few rows."""
     found = config.load(compose_config("dataset=file", "dataset.train_path=given")).dataset
-    assert isinstance(found, config.FileDataset)
+    assert isinstance(found, FileDataset)
     return found
 
 
-def settings_for(
-    composed: config.FileDataset, folder: Path, case: Case, **policies: str
-) -> config.FileDataset:
+def settings_for(composed: FileDataset, folder: Path, case: Case, **policies: str) -> FileDataset:
     """Write three good rows and the case's behind them, and a held-out file."""
     good = [case.form(f"add {number} and 2.") for number in range(NUM_GOOD)]
     (folder / "train.jsonl").write_bytes(b"\n".join(map(to_line, [*good, *case.rows])) + b"\n")
@@ -229,12 +228,12 @@ def lines_of(case: Case) -> list[int]:
 
 
 def test_every_fault_has_a_case() -> None:
-    assert list(CASES) == [one.name for one in fields(config.Faults)]
+    assert list(CASES) == [one.name for one in fields(Faults)]
 
 
 @each
 def test_a_fault_is_dropped_and_counted_with_its_lines(
-    composed: config.FileDataset, tokenizer: Any, tmp_path: Path, fault: str, case: Case
+    composed: FileDataset, tokenizer: Any, tmp_path: Path, fault: str, case: Case
 ) -> None:
     settings = settings_for(composed, tmp_path, case, **{fault: "drop"})
     loaded = data.load(settings, tokenizer_for(case, tokenizer))
@@ -250,7 +249,7 @@ def test_a_fault_is_dropped_and_counted_with_its_lines(
 
 @each
 def test_a_fault_is_refused_by_name(
-    composed: config.FileDataset, tokenizer: Any, tmp_path: Path, fault: str, case: Case
+    composed: FileDataset, tokenizer: Any, tmp_path: Path, fault: str, case: Case
 ) -> None:
     settings = settings_for(composed, tmp_path, case, **{fault: "refuse"})
     with pytest.raises(UserError) as refusal:
@@ -263,9 +262,9 @@ def test_a_fault_is_refused_by_name(
     message.encode()
 
 
-@pytest.mark.parametrize("fault", config.KEEPABLE_FAULTS)
+@pytest.mark.parametrize("fault", KEEPABLE_FAULTS)
 def test_a_fault_is_kept_and_counted(
-    composed: config.FileDataset, tokenizer: Any, tmp_path: Path, fault: str
+    composed: FileDataset, tokenizer: Any, tmp_path: Path, fault: str
 ) -> None:
     for case in CASES[fault]:
         settings = settings_for(composed, tmp_path, case, **{fault: "keep"})
@@ -278,7 +277,7 @@ def test_a_fault_is_kept_and_counted(
 
 
 def test_a_row_counts_once_however_many_faults_it_has(
-    composed: config.FileDataset, tokenizer: Any, tmp_path: Path
+    composed: FileDataset, tokenizer: Any, tmp_path: Path
 ) -> None:
     rows = [{**PAIR, "chosen": "<s>\0"}, {**PAIR, "chosen": "<s>\0"}, {**PAIR, "rejected": "\0"}]
     case = Case([*rows, {**PAIR, "prompt": "count " * 200}])
@@ -294,7 +293,7 @@ def test_a_row_counts_once_however_many_faults_it_has(
 
 
 def test_control_tokens_of_a_template_are_no_fault_and_those_in_a_text_are(
-    composed: config.FileDataset, tokenizer: Any, tmp_path: Path
+    composed: FileDataset, tokenizer: Any, tmp_path: Path
 ) -> None:
     faked = {**TALK, "chosen": [{**RIGHT, "content": "9</s><|user|>thanks"}]}
     case = Case([TALK, faked])
@@ -344,7 +343,7 @@ def test_nothing_left_is_refused_with_what_was_dropped(
     ],
 )
 def test_a_file_that_cannot_be_read_is_refused_in_one_line(
-    composed: config.FileDataset,
+    composed: FileDataset,
     tokenizer: Any,
     tmp_path: Path,
     name: str,
@@ -370,7 +369,7 @@ def test_a_file_that_cannot_be_read_is_refused_in_one_line(
     ],
 )
 def test_a_file_that_is_not_there_is_refused(
-    composed: config.FileDataset, tokenizer: Any, path: str, message: str
+    composed: FileDataset, tokenizer: Any, path: str, message: str
 ) -> None:
     with pytest.raises(UserError) as refusal:
         data.load(replace(composed, train_path=path), tokenizer)

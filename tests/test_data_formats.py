@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from orpo_lab import config, data
+from orpo_lab.config.dataset import OasstDataset
 from orpo_lab.data.faults import Fault
 from orpo_lab.data.files import ROWS_PER_BATCH
 from orpo_lab.data.pairs import Pair
@@ -361,7 +362,7 @@ def test_ranked_replies_become_pairs_and_the_others_are_counted(
     load: Load, overrides: list[str], expected: list[Any], left_out: dict[str, int]
 ) -> None:
     settings = load("dataset=oasst", *overrides).dataset
-    assert isinstance(settings, config.OasstDataset)
+    assert isinstance(settings, OasstDataset)
     trees = Trees(settings)
     pairs = trees.pairs(TREE, 7)
     assert pairs == [one if isinstance(one, Pair) else pair(*one) for one in expected]
@@ -389,7 +390,7 @@ def test_what_is_no_tree_is_a_fault_and_none_of_it_is_counted(
     load: Load, tree: Any, fault: str
 ) -> None:
     settings = load("dataset=oasst").dataset
-    assert isinstance(settings, config.OasstDataset)
+    assert isinstance(settings, OasstDataset)
     trees = Trees(settings)
     with pytest.raises(Fault) as raised:
         trees.pairs(tree, 1)

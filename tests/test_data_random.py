@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orpo_lab import config, data
+from orpo_lab.config.dataset import KEEPABLE_FAULTS, Columns, Faults, FileDataset
 from orpo_lab.data.splits import normalize
 from orpo_lab.errors import UserError
 
@@ -90,16 +91,16 @@ files = st.lists(lines(), min_size=10, max_size=40)
 policies = st.sampled_from(["default", "drop", "drop", "keep", "keep"])
 
 
-def with_policies(settings: config.FileDataset, policy: str) -> config.FileDataset:
+def with_policies(settings: FileDataset, policy: str) -> FileDataset:
     if policy == "default":
         return settings
-    names = [one.name for one in fields(config.Faults)]
-    kept = config.KEEPABLE_FAULTS if policy == "keep" else ()
+    names = [one.name for one in fields(Faults)]
+    kept = KEEPABLE_FAULTS if policy == "keep" else ()
     chosen = {name: "keep" if name in kept else "drop" for name in names}
-    return replace(settings, faults=config.Faults(**chosen))
+    return replace(settings, faults=Faults(**chosen))
 
 
-def check(loaded: data.Data, settings: config.FileDataset, policy: str) -> None:
+def check(loaded: data.Data, settings: FileDataset, policy: str) -> None:
     for name, split in (("train", loaded.train), ("held_out", loaded.held_out)):
         report = loaded.report[name]
         dropped = sum(one["num"] for one in report["dropped"].values())
@@ -124,7 +125,7 @@ def check(loaded: data.Data, settings: config.FileDataset, policy: str) -> None:
 def run_examples(load: Load, tokenizer: Any, num_examples: int) -> dict[str, int]:
     """Load generated files; return how many rows there were and what became of them."""
     composed = load("dataset=file", "dataset.train_path=x.jsonl", "tracker=none").dataset
-    assert isinstance(composed, config.FileDataset)
+    assert isinstance(composed, FileDataset)
     counts = {"rows": 0, "files": 0, "refused": 0, "kept": 0, "dropped": 0}
 
     @settings(max_examples=num_examples, deadline=None, derandomize=True, database=None)
@@ -157,7 +158,7 @@ def run_examples(load: Load, tokenizer: Any, num_examples: int) -> dict[str, int
                 overlong=overlong,
                 max_length=sizes[0],
                 max_prompt_length=sizes[1],
-                columns=config.Columns(prompt=prompt, chosen="chosen", rejected="rejected"),
+                columns=Columns(prompt=prompt, chosen="chosen", rejected="rejected"),
             )
             num_rows = sum(bool(line.strip()) for line in [*train, *(held_out or [])])
             counts["files"] += 1

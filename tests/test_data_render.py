@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from orpo_lab import config
+from orpo_lab.config.dataset import Faults
 from orpo_lab.data.encode import encode_row, special_tokens
 from orpo_lab.data.faults import Fault
 from orpo_lab.data.pairs import Pair, find_faults, text_of
@@ -183,7 +184,7 @@ def come_to(kind: Kind, tokenizer: Any) -> str:
 
 
 @cache
-def default_policies() -> config.Faults:
+def default_policies() -> Faults:
     return config.load(compose_config()).dataset.faults
 
 

@@ -89,13 +89,17 @@ def test_the_worked_example_of_extending_is_all_that_it_takes(tmp_path: Path) ->
         assert file.read_text().count(before) == 1
         file.write_text(file.read_text().replace(before, f"{text}{before}"))
 
-    insert("orpo_lab/config.py", f"{schema}\n\n", "SCHEMAS: dict")
-    insert("orpo_lab/config.py", '"exponential": Exponential, ', '"constant": Constant,')
+    last = "@dataclass(kw_only=True)\nclass HoldThenAnneal"
+    insert("orpo_lab/config/beta_schedule.py", f"{schema}\n\n", last)
+    insert("orpo_lab/config/__init__.py", "    Exponential,\n", "    HoldThenAnneal,\n    Linear")
+    insert("orpo_lab/config/__init__.py", '"exponential": Exponential, ', '"constant": Constant,')
     insert("orpo_lab/beta_schedule.py", share, "    raise TypeError(f")
-    insert("orpo_lab/beta_schedule.py", "Exponential, ", "HoldThenAnneal, Linear, Step\n")
+    insert("orpo_lab/beta_schedule.py", "    Exponential,\n", "    HoldThenAnneal,\n    Linear")
     (tmp_path / "conf" / "beta_schedule" / "exponential.yaml").write_text(option)
     insert(
-        "tests/test_beta_schedule.py", "from orpo_lab.config import Exponential\n", "ANNEALING ="
+        "tests/test_beta_schedule.py",
+        "from orpo_lab.config.beta_schedule import Exponential\n",
+        "ANNEALING =",
     )
     with (tmp_path / "tests" / "test_beta_schedule.py").open("a") as file:
         file.write(test)

@@ -18,14 +18,16 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from orpo_lab import config, engine, optimizer
-from orpo_lab.adapter import attach
-from orpo_lab.checkpoint import Spent
+from orpo_lab import config, engine
+from orpo_lab.config.optimizer import Lora
 from orpo_lab.engine import attention, head, packing, shared_prefix
 from orpo_lab.errors import UserError
-from orpo_lab.run_folder import RunFolder
+from orpo_lab.model.adapter import attach
+from orpo_lab.optimizer.updater import Updater
+from orpo_lab.records.run_folder import RunFolder
 from orpo_lab.stop import Stop
-from orpo_lab.tracker import Untracked
+from orpo_lab.tracker.base import Untracked
+from orpo_lab.training.checkpoint import Spent
 from orpo_lab.training.devices import OneDevice
 from orpo_lab.training.finite import FiniteGuard
 from orpo_lab.training.lines import Lines
@@ -150,7 +152,7 @@ def make_loop(
         model.activation_checkpointing_enable()
     return Loop(
         config=loaded,
-        state=State(model, optimizer.updater(sgd, model), devices, lambda num_updates: 1.0),
+        state=State(model, Updater(sgd, model), devices, lambda num_updates: 1.0),
         engine=engine.build(loaded, model=model, tokenizer=tokenizer, devices=devices),
         guard=FiniteGuard(loaded.train, Meter(Spent()), is_scaled=False),
         lines=Lines(RunFolder(folder), Untracked(), 0, 1),
@@ -220,7 +222,7 @@ def test_gradient_checkpointing_and_adapters_are_trls(
     model = make_model(name)
     if adapted:
         lora = load("optimizer=lora", "optimizer.dropout=0").optimizer
-        assert isinstance(lora, config.Lora)
+        assert isinstance(lora, Lora)
         model = attach(model, lora, gradient_checkpointing=True)
         for parameter_name, p in model.named_parameters():
             if "lora_B" in parameter_name:
@@ -595,7 +597,9 @@ def test_attention_sinks_are_refused(build: Build) -> None:
 PROCESSES = """
 import sys, torch, torch.distributed as dist
 from pathlib import Path
-from orpo_lab import config, model
+from orpo_lab import config
+from orpo_lab.model.source import load_config
+from orpo_lab.model.tokenizer import load_tokenizer
 from orpo_lab.training.devices import OneDevice
 from tests import test_engine_shared_prefix as tests
 from tests.conftest import compose_config
@@ -614,7 +618,7 @@ rank = dist.get_rank()
 load = lambda *overrides: config.load(compose_config(*overrides))
 tiny = load().model
 built = tests.make_loop(
-    load, folder / str(rank), model.load_tokenizer(tiny, model.load_config(tiny)),
+    load, folder / str(rank), load_tokenizer(tiny, load_config(tiny)),
     tests.make_model("llama"), tests.make_pairs(8)[rank::num],
     devices=Processes(torch.device("cpu"), torch.float32),
 )

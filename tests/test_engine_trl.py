@@ -11,13 +11,15 @@ import torch
 from transformers import TrainerCallback
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-from orpo_lab import config, data, engine, model, trainer
-from orpo_lab.checkpoint import Made
+from orpo_lab import config, data, engine, model
+from orpo_lab.config.dataset import FileDataset
+from orpo_lab.config.engine import SharedPrefixEngine
 from orpo_lab.data import embedded
-from orpo_lab.run_folder import RunFolder
+from orpo_lab.records.run_folder import RunFolder
 from orpo_lab.stop import Stop
-from orpo_lab.tracker import Untracked
-from orpo_lab.training import loop
+from orpo_lab.tracker.base import Untracked
+from orpo_lab.training import loop, trainer
+from orpo_lab.training.checkpoint import Made
 from orpo_lab.training.devices import OneDevice
 from orpo_lab.training.state import State
 
@@ -105,7 +107,7 @@ def ours(
     """Train through `data.load` and `trainer.fit`, as `run.train` does."""
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert isinstance(loaded.dataset, config.FileDataset)
+    assert isinstance(loaded.dataset, FileDataset)
     # What is held out does not matter here
     loaded.dataset.train_path = loaded.dataset.eval_path = str(file)
     loaded.dataset.faults.leaked_prompt = "keep"
@@ -275,7 +277,7 @@ def test_an_evaluation_during_training_is_that_of_a_stock_trainer(
     )
     expected = theirs.evaluate() | theirs.state.log_history[-1]
     ignored = ["runtime", "per_second", "epoch", "step", "preparation"]
-    if isinstance(loaded.engine, config.SharedPrefixEngine):
+    if isinstance(loaded.engine, SharedPrefixEngine):
         ignored.append("logits/")
     names = {name for name in expected if not any(part in name for part in ignored)}
     assert len(names) >= 10

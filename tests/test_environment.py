@@ -11,7 +11,7 @@ import pytest
 
 from orpo_lab import config, environment, run
 from orpo_lab.errors import UserError
-from orpo_lab.run_folder import RunFolder
+from orpo_lab.records.run_folder import RunFolder
 
 Load = Callable[..., config.Config]
 Launch = Callable[..., subprocess.CompletedProcess[str]]

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 
-from orpo_lab import config, data, model
+from orpo_lab import config, data
 from orpo_lab.engine import head
 from orpo_lab.errors import NonFiniteError
 from orpo_lab.evaluate import (
@@ -29,6 +29,9 @@ from orpo_lab.evaluate import (
     score,
     turn_ends,
 )
+from orpo_lab.model.source import load_config
+from orpo_lab.model.tokenizer import load_tokenizer
+from orpo_lab.model.weights import load_model
 from tests.test_engine_shared_prefix import ARCHITECTURES, make_model, make_pairs
 
 Load = Callable[..., config.Config]
@@ -209,8 +212,8 @@ def test_smollm2_answers_as_a_plain_argmax_loop_does(
     if not SMOLLM2.is_dir():
         pytest.skip("SmolLM2 is not on this machine: python ../shared/assets/get_smollm2.py")
     loaded = load("model=local", f"model.path={SMOLLM2}", "model.dtype=fp32", "optimizer=lora")
-    tokenizer = model.load_tokenizer(loaded.model, model.load_config(loaded.model))
-    network = model.load(loaded, tokenizer, torch.float32).eval()
+    tokenizer = load_tokenizer(loaded.model, load_config(loaded.model))
+    network = load_model(loaded, tokenizer, torch.float32).eval()
     (full_stop,) = tokenizer(".", add_special_tokens=False)["input_ids"]
     network.generation_config = GenerationConfig(
         repetition_penalty=1.3, eos_token_id=[tokenizer.eos_token_id, full_stop]

@@ -104,12 +104,12 @@ def _lost_work(bench: Bench) -> Outcome:
 
 
 def _traceback(bench: Bench) -> Outcome:
-    done = bench.run(*UNTRACKED, RUN, prepare=partial(inside.at_call, MODEL, "load", 1, _raise))
+    done = bench.run(*UNTRACKED, RUN, prepare=partial(inside.at_call, *LOADING, _raise))
     return refused(done, bench.path("run"), "a defect")
 
 
 def _hung(bench: Bench) -> Outcome:
-    prepare = partial(inside.at_call, MODEL, "load", 1, _hang)
+    prepare = partial(inside.at_call, *LOADING, _hang)
     done = bench.start(*UNTRACKED, RUN, prepare=prepare).wait(patience=4)
     return refused(done, bench.path("run"), "")
 
@@ -129,7 +129,7 @@ def _broken_suite(bench: Bench) -> Outcome:
     raise KeyError("a defect of the suite")
 
 
-MODEL = "orpo_lab.model"
+LOADING = ("orpo_lab.model.weights", "load_model", 1)
 # What a defect of the lab would look like, and what the suite has to say of it
 DEFECTS: list[tuple[Callable[[Bench], Outcome], str]] = [
     (_other_weights, "not as the unharmed run: weights, metrics.jsonl, held-out figures"),

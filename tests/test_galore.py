@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from orpo_lab import galore
-from orpo_lab.galore import GaLore
+from orpo_lab.optimizer import galore
+from orpo_lab.optimizer.galore import GaLore
 
 SHAPES = {"tall": (48, 32), "wide": (32, 80), "square": (40, 40)}
 BETAS = (0.8, 0.95)
@@ -684,7 +684,7 @@ def test_unknown_settings_and_unfit_weights_are_refused() -> None:
 PROCESSES = """
 import sys, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from orpo_lab.galore import GaLore
+from orpo_lab.optimizer.galore import GaLore
 from tests.test_galore import Network
 folder, num = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(1)

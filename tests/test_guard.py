@@ -15,9 +15,10 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from orpo_lab import config, guard
+from orpo_lab import config
+from orpo_lab.config import guard
+from orpo_lab.config.guard import SUBDIR, CheckedLoader
 from orpo_lab.errors import UserError
-from orpo_lab.guard import SUBDIR, CheckedLoader
 from tests.conftest import ROOT
 from tests.test_launch import refused
 
@@ -108,7 +109,7 @@ def compose(*overrides: str) -> None:
         ("hydra.job.chdir=true", "hydra.job.chdir=true would look for every path"),
         ("dataset=faults/../embedded", "leads out of the folder of options"),
         ("+hydra.callbacks.x=[{_target_: subprocess.run}]", "hydra.callbacks names subprocess.run"),
-        ("hydra.launcher._target_=orpo_lab.sweep.Start", "hydra.launcher names orpo_lab.sweep"),
+        ("hydra.launcher._target_=orpo_lab.sweep.start.Start", "hydra.launcher names orpo_lab"),
         ("hydra.sweep.subdir=../x", "may lead out of the sweep's folder"),
         ("hydra.sweep.subdir=job-1/../../x", "may lead out of the sweep's folder"),
         ("hydra.sweep.subdir=${model.path}", "may lead out of the sweep's folder"),
@@ -189,10 +190,8 @@ def test_a_sweep_saves_no_secret(tmp_path: Path) -> None:
 
 
 def test_combinations_that_cannot_be_are_left_out_and_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(guard, "left_out", [])
-    monkeypatch.setattr(guard, "num_jobs", None)
     config.register()
     setup_globals()
     loader = CheckedLoader(create_config_search_path(str(ROOT / "conf")))
@@ -202,11 +201,11 @@ def test_combinations_that_cannot_be_are_left_out_and_named(
     # What all jobs have does not tell one from another
     not_this = ["optimizer=galore", f"name={TOKEN}", "optimizer.r=8", "beta=0.1"]
     batch = [[*fits], [*not_this]]
-    guard.leave_out_what_cannot_be(sweeper, batch)
-    assert (batch, guard.num_jobs) == ([fits], 1)
+    num_jobs, left_out = guard.leave_out_what_cannot_be(sweeper, batch)
+    assert (batch, num_jobs) == ([fits], 1)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: optimizer=galore name=***: ")
-    assert len(guard.left_out) == 1
+    assert left_out == [line]
     with pytest.raises(HydraException):
         guard.leave_out_what_cannot_be(sweeper, [not_this])
     with pytest.raises(UserError, match="this sweep has no job"):

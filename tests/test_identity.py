@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from safetensors.numpy import save_file
 
-from orpo_lab import config, identity
+from orpo_lab import config
+from orpo_lab.config import identity
+from orpo_lab.config.policy import Policy
 from orpo_lab.errors import UserError
-from orpo_lab.policy import Policy
-from orpo_lab.run_folder import RunFolder
+from orpo_lab.records.run_folder import RunFolder
 from tests.conftest import ROOT
 
 Load = Callable[..., config.Config]

@@ -15,9 +15,10 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 
 import launch as command
-from orpo_lab import config, guard, sweep
+from orpo_lab import config
 from orpo_lab.errors import UserError
-from orpo_lab.run_folder import RunFolder
+from orpo_lab.records.run_folder import RunFolder
+from orpo_lab.sweep.jobs import Jobs
 from tests.conftest import ROOT, break_import_of_wandb
 from tests.test_run_folder import start
 
@@ -314,20 +315,17 @@ def test_a_number_in_a_recipe_where_text_belongs_is_refused(launch: Launch, tmp_
     assert "model.revision is text, and 1.1 without quotes" in line
 
 
-def test_a_sweep_that_left_jobs_out_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep.Start, "sweep", None)
-    monkeypatch.setattr(command, "failures", [])
-    for left_out, code in (([], 0), (["optimizer=galore optimizer.r=8"], 1)):
-        monkeypatch.setattr(guard, "left_out", left_out)
-        assert command._close() == code
+def test_a_sweep_that_left_jobs_out_has_failed() -> None:
+    jobs = Jobs()
+    jobs.count(1, [])
+    assert jobs.close() == 0
+    jobs.count(1, ["optimizer=galore optimizer.r=8"])
+    assert jobs.close() == 1
 
 
-def test_what_is_left_of_a_sweep_is_told_by_the_jobs_that_have_not_begun(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(command, "seconds", [10.0, 20.0])
-    said = "2 of 5 jobs ended after 0:00:30, about 0:00:45 left"
-    assert command._progress(2, 5) == said
+def test_what_is_left_of_a_sweep_is_told_by_the_jobs_that_have_not_begun() -> None:
+    jobs = Jobs(num=5, seconds=[10.0, 20.0])
+    assert jobs.progress(2) == "2 of 5 jobs ended after 0:00:30, about 0:00:45 left"
 
 
 @pytest.mark.parametrize(("given", "name"), [(None, "now-2"), ("now", None)])

@@ -12,7 +12,8 @@ import torch
 from orpo_lab import config, memory, run
 from orpo_lab import optimizer as optimizers
 from orpo_lab.errors import UserError
-from orpo_lab.run_folder import RunFolder
+from orpo_lab.optimizer.updater import Updater
+from orpo_lab.records.run_folder import RunFolder
 from orpo_lab.training import loop
 
 Load = Callable[..., config.Config]
@@ -35,9 +36,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
     found: list[weakref.ref[Any]] = []
     build = optimizers.build
 
-    def watched(loaded: config.Config, model: Any, **others: Any) -> torch.optim.Optimizer:
+    def watched(loaded: config.Config, model: Any, **others: Any) -> Updater:
         made = build(loaded, model, **others)
-        found.extend(map(weakref.ref, (made, model, *model.parameters())))
+        found.extend(map(weakref.ref, (made.optimizer, model, *model.parameters())))
         return made
 
     monkeypatch.setattr(optimizers, "build", watched)

@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid
 from trl.experimental.orpo.orpo_trainer import log1mexp as trl_log1mexp
 
 from orpo_lab import engine, methods
-from orpo_lab.config import OrpoMethod
+from orpo_lab.config.method import OrpoMethod
 from orpo_lab.methods.base import Losses, mean_logps, preference_terms
 from orpo_lab.methods.orpo import Orpo, log1mexp, log_odds_ratio
 from orpo_lab.training.devices import OneDevice

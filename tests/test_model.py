@@ -13,9 +13,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from faults.families import numbers, weights
-from orpo_lab import config, model, quantization
+from orpo_lab import config
+from orpo_lab.config.model import Model
 from orpo_lab.data import Data
 from orpo_lab.errors import UserError
+from orpo_lab.model import quantization
+from orpo_lab.model.precision import DTYPES, resolve_attention, resolve_dtype, weight_dtype
+from orpo_lab.model.projections import num_weights, projections
+from orpo_lab.model.source import load_config
+from orpo_lab.model.tokenizer import check_context, check_ids, load_tokenizer
+from orpo_lab.model.weights import fingerprint, load_model
 from tests.conftest import ROOT
 
 Load = Callable[..., config.Config]
@@ -87,12 +94,12 @@ def test_the_switch_that_keeps_4bit_exact_still_exists() -> None:
 
 def test_nf4_really_stores_four_bits(load: Load, build_model: Any) -> None:
     network = qlora_without_dropout(load, build_model)
-    layers = [m for m in model.projections(network).values() if hasattr(m.weight, "quant_state")]
+    layers = [m for m in projections(network).values() if hasattr(m.weight, "quant_state")]
     assert len(layers) == 7 * network.config.num_hidden_layers
     for layer in layers:
         assert layer.weight.dtype == torch.uint8
         assert layer.weight.numel() == layer.in_features * layer.out_features // 2
-        assert model._num_weights(layer) == layer.in_features * layer.out_features
+        assert num_weights(layer) == layer.in_features * layer.out_features
         assert getattr(layer.weight, "quant_state").nested  # noqa: B009  (not in its type)
 
 
@@ -116,14 +123,14 @@ def test_trained_weights_are_fp32_unless_the_optimizer_keeps_small_updates(
     load: Load, overrides: list[str], dtype: torch.dtype
 ) -> None:
     optimizer = load(*overrides).optimizer
-    assert model.weight_dtype(optimizer, torch.bfloat16) == dtype
-    assert model.weight_dtype(optimizer, torch.float16) == torch.float32
-    assert model.weight_dtype(optimizer, torch.float32) == torch.float32
+    assert weight_dtype(optimizer, torch.bfloat16) == dtype
+    assert weight_dtype(optimizer, torch.float16) == torch.float32
+    assert weight_dtype(optimizer, torch.float32) == torch.float32
 
 
 def test_frozen_weights_are_kept_in_the_precision_of_the_arithmetic(load: Load) -> None:
-    for dtype in model.DTYPES.values():
-        assert model.weight_dtype(load("optimizer=lora").optimizer, dtype) == dtype
+    for dtype in DTYPES.values():
+        assert weight_dtype(load("optimizer=lora").optimizer, dtype) == dtype
 
 
 def test_the_cache_is_off_in_training(load: Load, build_model: Any) -> None:
@@ -144,7 +151,7 @@ def test_projections_leave_out_the_head_tied_or_not() -> None:
                 tie_word_embeddings=tied,
             )
         )
-        found = model.projections(network)
+        found = projections(network)
         assert len(found) == 14
         assert "lm_head" not in found
 
@@ -160,23 +167,23 @@ def test_a_precision_that_the_device_lacks_falls_back_and_says_so(
 ) -> None:
     caplog.set_level("INFO")
     old = cuda(bf16=False, monkeypatch=monkeypatch)
-    assert model.resolve_dtype("bf16", old) == torch.float16
+    assert resolve_dtype("bf16", old) == torch.float16
     assert "has no bf16, using fp16" in caplog.text
-    assert model.resolve_dtype("fp16", torch.device("cpu")) == torch.float32
+    assert resolve_dtype("fp16", torch.device("cpu")) == torch.float32
     assert "this cpu has no fp16, using fp32" in caplog.text
     caplog.clear()
-    assert model.resolve_dtype("fp32", old) == torch.float32
+    assert resolve_dtype("fp32", old) == torch.float32
     assert not caplog.text
 
 
 def test_no_flash_attention_means_sdpa(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     cpu = torch.device("cpu")
-    assert model.resolve_attention("auto", cpu, torch.bfloat16) is None  # transformers' choice
+    assert resolve_attention("auto", cpu, torch.bfloat16) is None  # transformers' choice
     assert not caplog.text
-    assert model.resolve_attention("flash_attention_2", cpu, torch.bfloat16) is None
+    assert resolve_attention("flash_attention_2", cpu, torch.bfloat16) is None
     assert "using sdpa" in caplog.text
-    assert model.resolve_attention("eager", cpu, torch.bfloat16) == "eager"
+    assert resolve_attention("eager", cpu, torch.bfloat16) == "eager"
 
 
 def test_flash_attention_is_for_gpus_half_precision_and_models_that_know_it(
@@ -185,11 +192,11 @@ def test_flash_attention_is_for_gpus_half_precision_and_models_that_know_it(
     """As where its package is installed: here it is not."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     on, half = torch.device("cuda"), torch.bfloat16
-    assert model.resolve_attention("auto", on, half) == "flash_attention_2"
-    assert model.resolve_attention("sdpa", on, half) is None
-    assert model.resolve_attention("auto", on, torch.float32) is None
-    assert model.resolve_attention("auto", torch.device("cpu"), half) is None
-    assert model.resolve_attention("auto", on, half, has_flash=False) is None
+    assert resolve_attention("auto", on, half) == "flash_attention_2"
+    assert resolve_attention("sdpa", on, half) is None
+    assert resolve_attention("auto", on, torch.float32) is None
+    assert resolve_attention("auto", torch.device("cpu"), half) is None
+    assert resolve_attention("auto", on, half, has_flash=False) is None
 
 
 @pytest.fixture
@@ -218,7 +225,7 @@ def test_a_fingerprint_is_of_every_weight_from_its_first_number_to_its_last() ->
         network = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 48))
         with torch.no_grad():
             change(network)
-        return model.fingerprint(network)
+        return fingerprint(network)
 
     changes: dict[str, Callable[[Any], object]] = {
         "none": lambda network: None,
@@ -235,10 +242,10 @@ def test_a_fingerprint_is_of_every_weight_from_its_first_number_to_its_last() ->
 def load_base(load: Load, folder: Path, *overrides: str) -> Any:
     """Load a folder as a run does: its configuration, its tokenizer, its weights."""
     loaded = load("model=local", f"model.path={folder}", "model.dtype=fp32", *overrides)
-    settings = model.load_config(loaded.model)
+    settings = load_config(loaded.model)
     quantization.check(loaded, settings)
-    tokenizer = model.load_tokenizer(loaded.model, settings)
-    return model.load(loaded, tokenizer, torch.float32)
+    tokenizer = load_tokenizer(loaded.model, settings)
+    return load_model(loaded, tokenizer, torch.float32)
 
 
 ONE_EACH = [
@@ -275,7 +282,7 @@ def test_weights_that_nothing_needs_are_no_fault(load: Load, base: Path) -> None
         ),
     )
     network = load_base(load, base, "optimizer=lora")
-    assert model.fingerprint(network) == model.fingerprint(load_base(load, TINY, "optimizer=lora"))
+    assert fingerprint(network) == fingerprint(load_base(load, TINY, "optimizer=lora"))
 
 
 def test_a_head_that_differs_from_embeddings_is_kept(load: Load, base: Path) -> None:
@@ -298,7 +305,7 @@ def test_a_folder_quantized_as_asked_for_is_loaded_as_it_is(
     fresh = load_base(load, base, asked)
     damage(base)
     stored = load_base(load, base, asked)
-    assert model.fingerprint(stored) == model.fingerprint(fresh)
+    assert fingerprint(stored) == fingerprint(fresh)
     layer = stored.model.layers[0].self_attn.q_proj
     assert layer.weight.dtype == kind
     ids = torch.arange(3, 20)[None]
@@ -438,7 +445,7 @@ def test_experts_in_one_parameter_are_refused_with_their_share(load: Load, tmp_p
     attention = sum(p.numel() for p in layer.self_attn.parameters())
     share = f"{experts / (experts + attention):.0%}"
     with pytest.raises(UserError, match=f"MixtralForCausalLM has {share} of its layers' weights"):
-        model.projections(network)
+        projections(network)
 
 
 def test_of_a_model_that_also_sees_the_language_model_is_meant(load: Load, tmp_path: Path) -> None:
@@ -460,12 +467,12 @@ def test_of_a_model_that_also_sees_the_language_model_is_meant(load: Load, tmp_p
         mm_tokens_per_image=4,
         image_token_index=695,
     )
-    found = model.projections(load_base(load, folder, "optimizer=lora"))
+    found = projections(load_base(load, folder, "optimizer=lora"))
     assert len(found) == 2 * 7
     assert all(".language_model.layers." in name for name in found)
     loaded = load("model=local", f"model.path={folder}", "dataset.max_length=129")
     with pytest.raises(UserError, match=r"dataset.max_length=129 is above the model's context"):
-        model.check_context(model.load_config(loaded.model), loaded.dataset)
+        check_context(load_config(loaded.model), loaded.dataset)
 
 
 def test_longrope_is_refused_where_a_row_would_change_the_rows_beside_it(load: Load) -> None:
@@ -481,17 +488,17 @@ def test_longrope_is_refused_where_a_row_would_change_the_rows_beside_it(load: L
     )
     own.rope_parameters = rope
     shorter = ("dataset.max_prompt_length=32", "dataset.max_new_tokens=8")
-    model.check_context(own, load("dataset.max_length=64", *shorter).dataset)
+    check_context(own, load("dataset.max_length=64", *shorter).dataset)
     with pytest.raises(UserError, match=r"dataset.max_length=65 is above .*longrope.* 64 tokens"):
-        model.check_context(own, load("dataset.max_length=65", *shorter).dataset)
+        check_context(own, load("dataset.max_length=65", *shorter).dataset)
     # Where kinds of layers have one each, the shorter one counts
     own.rope_parameters = {
         "full_attention": rope,
         "sliding_attention": rope | {"original_max_position_embeddings": 48},
     }
-    model.check_context(own, load("dataset.max_length=48", *shorter).dataset)
+    check_context(own, load("dataset.max_length=48", *shorter).dataset)
     with pytest.raises(UserError, match=r"dataset.max_length=49 is above .*longrope.* 48 tokens"):
-        model.check_context(own, load("dataset.max_length=49", *shorter).dataset)
+        check_context(own, load("dataset.max_length=49", *shorter).dataset)
 
 
 def test_a_spare_token_is_warned_of_and_refused_in_a_text(
@@ -502,29 +509,29 @@ def test_a_spare_token_is_warned_of_and_refused_in_a_text(
     words["added_tokens"].append(spare)
     (base / "tokenizer.json").write_text(json.dumps(words))
     settings = local(load, base)
-    own = model.load_config(settings)
-    tokenizer = model.load_tokenizer(settings, own)
+    own = load_config(settings)
+    tokenizer = load_tokenizer(settings, own)
     assert "<image_soft_token> of its tokenizer have no row" in caplog.text
     ids = {"prompt_ids": [1, 7], "chosen_ids": [9, 2]}
     fine, spare_one = (
         datasets.Dataset.from_list([ids | {"rejected_ids": [last]}]) for last in (695, 696)
     )
-    model.check_ids(tokenizer, own, Data(fine, fine, {}, checkable=False))
+    check_ids(tokenizer, own, Data(fine, fine, {}, checkable=False))
     for train, held_out in ((spare_one, fine), (fine, spare_one)):
         with pytest.raises(UserError, match="<image_soft_token>"):
-            model.check_ids(tokenizer, own, Data(train, held_out, {}, checkable=False))
+            check_ids(tokenizer, own, Data(train, held_out, {}, checkable=False))
     # Of all tokens the end may not be the spare one
     file = base / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": "<image_soft_token>"}))
     with pytest.raises(UserError, match="they do not belong together"):
-        model.load_tokenizer(settings, own)
+        load_tokenizer(settings, own)
 
 
 def test_a_tokenizer_of_another_model_is_refused(load: Load, base: Path) -> None:
     weights.set_config(base, vocab_size=300)
     settings = local(load, base)
     with pytest.raises(UserError, match="they do not belong together"):
-        model.load_tokenizer(settings, model.load_config(settings))
+        load_tokenizer(settings, load_config(settings))
 
 
 @pytest.mark.parametrize(("optimizer", "warned"), [("lora", True), ("adamw", False)])
@@ -544,7 +551,7 @@ def test_adapters_on_special_tokens_that_were_never_trained_are_warned_of(
     assert ("the embeddings of </s> are (nearly) zero" in caplog.text) == warned
 
 
-def local(load: Load, folder: Path) -> config.Model:
+def local(load: Load, folder: Path) -> Model:
     return load("model=local", f"model.path={folder}").model
 
 
@@ -553,7 +560,7 @@ def test_missing_template_and_pad_token_are_filled_in_and_said(
 ) -> None:
     caplog.set_level("INFO")
     settings = local(load, bare)
-    tokenizer = model.load_tokenizer(settings, model.load_config(settings))
+    tokenizer = load_tokenizer(settings, load_config(settings))
     assert "no chat template" in caplog.text
     assert "no pad token" in caplog.text
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
@@ -567,7 +574,7 @@ def test_a_models_own_template_and_padding_are_kept(load: Load, base: Path) -> N
     (base / "chat_template.jinja").write_text("{{ messages[0]['content'] }}{{ eos_token }}")
     weights.set_config(base, pad_token_id=5)
     settings = local(load, base)
-    tokenizer = model.load_tokenizer(settings, model.load_config(settings))
+    tokenizer = load_tokenizer(settings, load_config(settings))
     messages = [{"role": "user", "content": "hi"}]
     assert tokenizer.apply_chat_template(messages, tokenize=False) == "hi</s>"
     # Where tokenizer and weights name another, the tokenizer pads
@@ -582,7 +589,7 @@ def test_eos_stays_in_the_loss_where_it_is_the_pad_token(load: Load, bare: Path)
     from orpo_lab.engine.trl import TrlTrainer
 
     settings = local(load, bare)
-    tokenizer = model.load_tokenizer(settings, model.load_config(settings))
+    tokenizer = load_tokenizer(settings, load_config(settings))
     eos = tokenizer.eos_token_id
     rows = [
         {"prompt_ids": [1, 7], "chosen_ids": [9, eos], "rejected_ids": [9, 9, 9, eos]},
@@ -598,14 +605,14 @@ def test_eos_stays_in_the_loss_where_it_is_the_pad_token(load: Load, bare: Path)
 
 def test_a_folder_that_holds_no_model_is_refused(load: Load, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"not a model folder: no config\.json"):
-        model.load_config(local(load, tmp_path))
+        load_config(local(load, tmp_path))
     with pytest.raises(UserError, match="neither a folder nor a hub name"):
-        model.load_config(local(load, tmp_path / "nowhere"))
+        load_config(local(load, tmp_path / "nowhere"))
 
 
 def test_an_unreachable_hub_model_is_refused_in_one_line(load: Load) -> None:
     with pytest.raises(UserError, match=r"mistralai/Mistral-7B-v0.1 cannot be loaded") as refusal:
-        model.load_config(load("model=mistral_7b").model)
+        load_config(load("model=mistral_7b").model)
     assert "\n" not in str(refusal.value)
 
 
@@ -625,14 +632,14 @@ def test_the_revision_that_is_asked_for_is_loaded(
         (place / "refs" / revision).write_text(commit)
     for asked, found in (("null", 100), ("main", 100), ("v2", 101)):
         loaded = load("model=hub", "model.path=org/name", f"model.revision={asked}")
-        assert model.load_config(loaded.model).max_position_embeddings == found
+        assert load_config(loaded.model).max_position_embeddings == found
 
 
 def test_sequences_above_the_context_are_refused(load: Load) -> None:
     loaded = load("dataset.max_length=512")
     with pytest.raises(UserError, match="above the model's context of 256"):
-        model.check_context(model.load_config(loaded.model), loaded.dataset)
-    model.check_context(model.load_config(loaded.model), load("dataset.max_length=256").dataset)
+        check_context(load_config(loaded.model), loaded.dataset)
+    check_context(load_config(loaded.model), load("dataset.max_length=256").dataset)
     loaded = load("dataset.max_new_tokens=200")
     with pytest.raises(UserError, match=r"dataset\.max_new_tokens=200 are above"):
-        model.check_context(model.load_config(loaded.model), loaded.dataset)
+        check_context(load_config(loaded.model), loaded.dataset)

@@ -9,9 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from orpo_lab import config, galore, optimizer
+from orpo_lab import config, optimizer
+from orpo_lab.config.optimizer import Galore, Optimizer
 from orpo_lab.errors import UserError
-from orpo_lab.model import projections
+from orpo_lab.model.projections import projections
+from orpo_lab.optimizer import galore
 
 Load = Callable[..., config.Config]
 SETTINGS = (
@@ -24,7 +26,8 @@ SETTINGS = (
 
 
 def build(loaded: config.Config, network: Any, num_steps: int = 10) -> Any:
-    return optimizer.build(loaded, network, num_steps=num_steps, dtype=torch.float32)
+    updater = optimizer.build(loaded, network, num_steps=num_steps, dtype=torch.float32)
+    return updater.optimizer
 
 
 def steps(network: Any, made: torch.optim.Optimizer, num: int = 3) -> dict[str, torch.Tensor]:
@@ -38,7 +41,7 @@ def steps(network: Any, made: torch.optim.Optimizer, num: int = 3) -> dict[str, 
     return {name: p.detach().clone() for name, p in network.named_parameters()}
 
 
-def torch_adamw(network: Any, config: config.Optimizer) -> torch.optim.Optimizer:
+def torch_adamw(network: Any, config: Optimizer) -> torch.optim.Optimizer:
     """An independent reference: decay on matrices alone."""
     trained = [p for p in network.parameters() if p.requires_grad]
     return torch.optim.AdamW(
@@ -75,7 +78,7 @@ def test_lora_takes_8bit_adamw_with_every_setting(load: Load, build_model: Any) 
             assert torch.allclose(one[name], other[name], atol=2e-3), name
 
 
-def galore_torch(network: Any, config: config.Galore, rank: int, gap: int) -> torch.optim.Optimizer:
+def galore_torch(network: Any, config: Galore, rank: int, gap: int) -> torch.optim.Optimizer:
     """galore-torch as its own README sets it up, with every setting given."""
     from galore_torch import GaLoreAdamW
 
@@ -112,7 +115,7 @@ def test_galore_torch_gets_every_setting(load: Load, build_model: Any) -> None:
         "optimizer.update_proj_gap=2",
         "optimizer.scale=0.5",
     )
-    assert isinstance(loaded.optimizer, config.Galore)
+    assert isinstance(loaded.optimizer, Galore)
     ours, theirs = build_model(loaded), build_model(loaded)
     one = steps(ours, build(loaded, ours))
     other = steps(theirs, galore_torch(theirs, loaded.optimizer, rank=8, gap=2))
@@ -296,7 +299,8 @@ def test_galore_clips_only_where_nothing_else_can(load: Load, build_model: Any) 
 def test_fp16_takes_its_bases_where_gradients_are_unscaled(load: Load, build_model: Any) -> None:
     loaded = load("optimizer=galore")
     network = build_model(loaded)
-    made: Any = optimizer.build(loaded, network, num_steps=10, dtype=torch.float16)
+    updater = optimizer.build(loaded, network, num_steps=10, dtype=torch.float16)
+    made: Any = updater.optimizer
     bases = [state["basis"] for state in made.state.values()]
     before = [one.clone() for one in bases]
     ids = torch.arange(3, 20)[None]

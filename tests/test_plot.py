@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from orpo_lab import plot
-from orpo_lab.compare import Run, Setting, compare
+from orpo_lab.compare import pictures
+from orpo_lab.compare.evidence import Setting, compare
+from orpo_lab.compare.read import Run
+from orpo_lab.records import plot
 
 # Two seeds that logged at other steps, as one does that was resumed
 SEEDS = {1: {1: 0.5, 5: 0.7, 9: 0.9}, 2: {1: 0.1, 4: 0.3, 9: 0.2}, 3: {1: 0.6, 9: 0.7}}
@@ -51,7 +53,7 @@ def test_a_settings_curve_is_the_mean_of_its_seeds_and_the_band_their_range(
     drawn: list[Any],
 ) -> None:
     settings = [setting("one", 0.1, SEEDS), setting("other", 0.2, {1: {2: 0.4, 6: 0.8}})]
-    plot._curves(settings, "nll_loss", "SFT loss (nats)")
+    pictures._curves(settings, "nll_loss", "SFT loss (nats)")
     (axes,) = drawn[0].axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
     assert lines["one"] == [pytest.approx([1, 0.4]), pytest.approx([9, 0.6])]
@@ -109,7 +111,7 @@ def scored(beta: float, seed: int, nll: float) -> Run:
 def test_to_the_right_nll_is_lower_and_the_dotted_line_leaves_the_margin(drawn: list[Any]) -> None:
     runs = [scored(beta, seed, nll) for beta, nll in ((0.1, 1.0), (0.2, 2.0)) for seed in (1, 2)]
     compared = compare(runs, {"exact_match": 0.1, "chosen_nll": 0.2, "repetition": 0.3})
-    plot._pareto(compared)
+    pictures._pareto(compared)
     (axes,) = drawn[0].axes
     nll = [-quality.intervals[0].estimate for quality in compared.verdict.qualities]
     assert nll == pytest.approx([1, 2], abs=0.05)

@@ -11,8 +11,12 @@ from bitsandbytes import functional
 from torch import Tensor
 from transformers import AutoConfig
 
-from orpo_lab import config, model, quantization
+from orpo_lab import config, upstream
 from orpo_lab.errors import UserError
+from orpo_lab.model import quantization
+from orpo_lab.model.source import load_config
+from orpo_lab.model.tokenizer import load_tokenizer
+from orpo_lab.model.weights import load_model
 
 Load = Callable[..., config.Config]
 
@@ -60,7 +64,7 @@ def with_avx512(
 @pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_4_bits_stand_for_codes_times_absmax(width: int, dtype: torch.dtype, nested: bool) -> None:
-    quantization.mend_cpu_kernel()
+    upstream.mend_4bit_kernel()
     # 9 rows of any of these widths end in a block that is not full
     for num_rows in (64, 9):
         weight = torch.randn(num_rows, width, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -83,7 +87,7 @@ def test_rows_of_blocks_mend_the_kernel_with_avx512(width: int) -> None:
     arguments = (codes, state.absmax, 64, "nf4", tuple(weight.shape), torch.float32)
     faulty = width % 64 != 0 and width % 16 == 0
     assert torch.allclose(with_avx512(*arguments), right, rtol=1e-6) != faulty
-    mended = quantization.dequantize_by_block(with_avx512)
+    mended = upstream.dequantize_by_block(with_avx512)
     assert torch.allclose(mended(*arguments), right, rtol=1e-6)
 
 
@@ -93,9 +97,9 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     if request.param == "this CPU":
         yield request.param
         return
-    mend = quantization.dequantize_by_block
-    monkeypatch.setattr(quantization, "dequantize_by_block", lambda kernel: mend(with_avx512))
-    library = quantization.mend_cpu_kernel.__wrapped__()
+    mend = upstream.dequantize_by_block
+    monkeypatch.setattr(upstream, "dequantize_by_block", lambda kernel: mend(with_avx512))
+    library = upstream.mend_4bit_kernel.__wrapped__()
     yield request.param
     library._destroy()
 
@@ -176,9 +180,9 @@ def test_settings_reach_bitsandbytes(load: Load) -> None:
 
 
 def test_a_base_in_4_bits_has_the_kernel_mended() -> None:
-    quantization.mend_cpu_kernel.cache_clear()
+    upstream.mend_4bit_kernel.cache_clear()
     quantization.prepare(torch.nn.Linear(2, 2), torch.float32)
-    assert quantization.mend_cpu_kernel.cache_info().currsize == 1
+    assert upstream.mend_4bit_kernel.cache_info().currsize == 1
 
 
 def assert_near(found: Tensor, right: Tensor) -> None:
@@ -197,8 +201,8 @@ def test_a_4_bit_base_of_width_288_starts_where_the_unquantized_one_does(
     for optimizer in ("lora", "qlora"):
         path = assets / "models" / "stories15M"
         loaded = load(f"optimizer={optimizer}", "model=local", f"model.path={path}")
-        tokenizer = model.load_tokenizer(loaded.model, model.load_config(loaded.model))
-        network = model.load(loaded, tokenizer, torch.float32)
+        tokenizer = load_tokenizer(loaded.model, load_config(loaded.model))
+        network = load_model(loaded, tokenizer, torch.float32)
         ids = [torch.tensor([tokenizer(text).input_ids]) for text in texts]
         with torch.no_grad():
             losses = [network(input_ids=one, labels=one).loss.item() for one in ids]

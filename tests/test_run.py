@@ -25,12 +25,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from faults import processes
 from faults.processes import Done
-from orpo_lab import config, data, evaluate, plot, report, run, tracker, trainer
-from orpo_lab.checkpoint import Checkpoint, Made, Spent
+from orpo_lab import config, data, evaluate, run, tracker
 from orpo_lab.errors import NonFiniteError, UserError
-from orpo_lab.run_folder import RunFolder
+from orpo_lab.records import plot, results
+from orpo_lab.records.run_folder import RunFolder
 from orpo_lab.stop import EXIT_CODE, Stopped
-from orpo_lab.sweep import Sweep
+from orpo_lab.sweep.folder import Sweep
+from orpo_lab.tracker.base import Untracked
+from orpo_lab.training import trainer
+from orpo_lab.training.checkpoint import Checkpoint, Made, Spent
 from tests.conftest import ROOT, break_import_of_wandb
 from tests.test_evaluate import by_argmax, one_by_one
 from tests.test_run_folder import TWO_STEPS, start, write_pairs
@@ -292,7 +295,7 @@ def fails(*_: Any, **__: Any) -> Any:
     ("home", "names", "missing"),
     [
         (
-            report,
+            results,
             ("draw_training", "model_card", "versions"),
             {"plots/training.png", "final/README.md", "versions"},
         ),
@@ -302,7 +305,7 @@ def fails(*_: Any, **__: Any) -> Any:
             {"evaluation after training", "scores.parquet", "samples.md"},
         ),
     ],
-    ids=["report", "evaluation"],
+    ids=["results", "evaluation"],
 )
 def test_what_fails_after_the_last_step_is_missing_and_made_up_for(
     place: RunFolder,
@@ -465,7 +468,7 @@ def test_results_are_written_to_their_end_once_they_are_begun(
         os.kill(os.getpid(), signal.SIGTERM)
         draw(*arguments)
 
-    monkeypatch.setattr(report, "draw_training", draw_in_a_hurry)
+    monkeypatch.setattr(results, "draw_training", draw_in_a_hurry)
     start(*TWO_STEPS, "hydra.run.dir=run")
     assert place.is_complete()
 
@@ -504,7 +507,7 @@ def test_a_run_goes_on_with_what_it_was_made_of(
         run._check_made(start, now, accept_changes=accept_changes)
 
 
-class Recorder(tracker.Untracked):
+class Recorder(Untracked):
     """Keeps what a run's tracker is told."""
 
     def __init__(self) -> None:
@@ -538,7 +541,7 @@ def test_the_tracker_is_told_of_the_sweep_of_what_was_before_and_of_the_end(
         folder.path.mkdir()
     before.append_metrics(3, {"loss": 0.5})
     monkeypatch.setattr(tracker, "start", recorder.start)
-    missing = report.Missing(place)
+    missing = results.Missing(place)
     metrics = before.file("metrics.jsonl")
     with (
         pytest.raises(type(error)) if error else contextlib.nullcontext(),
@@ -555,7 +558,7 @@ def test_the_tracker_is_told_of_the_sweep_of_what_was_before_and_of_the_end(
 def test_a_model_that_could_not_be_measured_is_kept_if_its_weights_are_finite(
     tmp_path: Path, weight: float
 ) -> None:
-    trained, missing = tmp_path / "checkpoints" / "trained-2", report.Missing(RunFolder(tmp_path))
+    trained, missing = tmp_path / "checkpoints" / "trained-2", results.Missing(RunFolder(tmp_path))
     trained.mkdir(parents=True)
     network = torch.nn.Linear(2, 2)
     torch.nn.init.constant_(network.weight, weight)
@@ -660,7 +663,7 @@ def test_a_plot_is_drawn_whatever_a_notebook_or_a_matplotlibrc_says(tmp_path: Pa
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
     code = (
         "from pathlib import Path\n"
-        "from orpo_lab import plot\n"
+        "from orpo_lab.records import plot\n"
         "lines = [{'step': 1, 'loss': 0.5}]\n"
         "plot.draw_training(lines, 'costs $5_$ and {x$', Path('plot.png'))\n"
     )

@@ -11,9 +11,11 @@ import pytest
 from hydra.core.hydra_config import HydraConfig
 
 import launch
-from orpo_lab import config, data, model, run_folder, tracker
+from orpo_lab import config, data, tracker
 from orpo_lab.errors import UserError
-from orpo_lab.run_folder import RunFolder, git_commit, versions
+from orpo_lab.model import tokenizer, weights
+from orpo_lab.records import run_folder
+from orpo_lab.records.run_folder import RunFolder, git_commit, versions
 from tests.conftest import compose_job, ours
 
 Load = Callable[..., config.Config]
@@ -152,10 +154,10 @@ REFUSED: list[tuple[tuple[str, ...], Callable[[Patch], object] | None, str]] = [
 GOING = ("hydra.run.dir=run", "resume=auto", "beta=0.5", "accept_changes=true")
 FAILING: list[tuple[tuple[str, ...], Callable[[Patch], object], str]] = [
     (GOING, lambda p: p.setattr(data, "load", raising(UserError("no rows"))), "no rows"),
-    (GOING, lambda p: p.setattr(model, "load", raising(MemoryError("no room"))), "no room"),
+    (GOING, lambda p: p.setattr(weights, "load_model", raising(MemoryError("no room"))), "no room"),
     (
         GOING,
-        lambda p: p.setattr(model, "load", raising(RuntimeError("CUDA out of memory"))),
+        lambda p: p.setattr(weights, "load_model", raising(RuntimeError("CUDA out of memory"))),
         "CUDA out of memory",
     ),
     (
@@ -166,12 +168,20 @@ FAILING: list[tuple[tuple[str, ...], Callable[[Patch], object], str]] = [
     (
         GOING,
         lambda p: p.setattr(
-            model, "load_tokenizer", raising(OSError(28, "No space left", "/dev/shm/cache"))
+            tokenizer, "load_tokenizer", raising(OSError(28, "No space left", "/dev/shm/cache"))
         ),
         "/dev/shm/cache cannot be",
     ),
-    (GOING, lambda p: p.setattr(model, "check_context", raising(UserError("too long"))), "long"),
-    (GOING, lambda p: p.setattr(model, "check_ids", raising(UserError("no such id"))), "such id"),
+    (
+        GOING,
+        lambda p: p.setattr(tokenizer, "check_context", raising(UserError("too long"))),
+        "long",
+    ),
+    (
+        GOING,
+        lambda p: p.setattr(tokenizer, "check_ids", raising(UserError("no such id"))),
+        "such id",
+    ),
 ]
 
 
@@ -202,7 +212,8 @@ def test_a_start_that_fails_before_its_first_step_leaves_a_finished_run_as_it_wa
 ) -> None:
     happen(monkeypatch)
     # A model of the last step, to go on from
-    from orpo_lab import checkpoint, run
+    from orpo_lab import run
+    from orpo_lab.training import checkpoint
 
     found = checkpoint.Checkpoint(here / "run", checkpoint.Made("", "", ""), checkpoint.Spent(), {})
     monkeypatch.setattr(run, "_find_start", lambda *_: found)
@@ -275,7 +286,7 @@ def test_a_commit_is_of_the_repository_that_holds_the_lab(
         subprocess.run([*git, *command], check=True)
     monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
     assert git_commit() == ours
-    lab = tmp_path / "lab" / "orpo_lab" / "run_folder.py"
+    lab = tmp_path / "lab" / "orpo_lab" / "records" / "run_folder.py"
     lab.parent.mkdir(parents=True)
     lab.touch()
     monkeypatch.setattr(run_folder, "__file__", str(lab))

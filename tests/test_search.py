@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from orpo_lab import search
-from orpo_lab.compare import find_runs
+from orpo_lab.compare.read import find_runs
 from orpo_lab.errors import UserError
-from orpo_lab.run_folder import RunFolder
+from orpo_lab.records.run_folder import RunFolder
+from orpo_lab.sweep import search
 from tests.conftest import ROOT
 
 SHORT = ("dataset.num_eval=16", "dataset.num_generations=4", "tracker=none")
@@ -17,7 +17,7 @@ SHORT = ("dataset.num_eval=16", "dataset.num_generations=4", "tracker=none")
 
 def run(folder: Path, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [sys.executable, "-m", "orpo_lab.search", *arguments],
+        [sys.executable, "-m", "orpo_lab", "search", *arguments],
         cwd=folder,
         capture_output=True,
         text=True,

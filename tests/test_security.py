@@ -19,9 +19,13 @@ from typing import Any
 import pytest
 import torch
 
-from orpo_lab import checkpoint, config, model
+from orpo_lab import config
 from orpo_lab.data import sources
 from orpo_lab.errors import UserError
+from orpo_lab.model.source import load_config
+from orpo_lab.model.tokenizer import load_tokenizer
+from orpo_lab.model.weights import load_model
+from orpo_lab.training import checkpoint
 from tests.conftest import ROOT
 from tests.test_guard import Bomb
 from tests.test_launch import _path, refused
@@ -80,7 +84,7 @@ def test_weights_in_a_pickle_are_not_read(
         (folder / name).write_text(json.dumps(index))
     loaded = load("model=local", f"model.path={folder}")
     with pytest.raises(UserError, match=r"no weights in safetensors; a \.bin file is a pickle"):
-        model.load_config(loaded.model)
+        load_config(loaded.model)
     # Nor where the first look is passed, as it is by a model of the hub
     (folder / "other.safetensors").touch()
     with pytest.raises(UserError, match="cannot be loaded"):
@@ -89,8 +93,8 @@ def test_weights_in_a_pickle_are_not_read(
 
 
 def load_weights(loaded: config.Config) -> Any:
-    tokenizer = model.load_tokenizer(loaded.model, model.load_config(loaded.model))
-    return model.load(loaded, tokenizer, torch.float32)
+    tokenizer = load_tokenizer(loaded.model, load_config(loaded.model))
+    return load_model(loaded, tokenizer, torch.float32)
 
 
 def test_an_adapter_in_a_pickle_is_not_read(load: Load, folder: Path, marker: Path) -> None:
@@ -176,7 +180,7 @@ def test_code_that_comes_with_a_model_is_refused_by_the_keys_name(
     load: Load, with_code: Path, marker: Path
 ) -> None:
     with pytest.raises(UserError, match=r"code of its own.*model\.trust_remote_code=true"):
-        model.load_config(load("model=local", f"model.path={with_code}").model)
+        load_config(load("model=local", f"model.path={with_code}").model)
     assert not marker.exists()
 
 
@@ -191,7 +195,7 @@ def test_code_that_comes_with_a_tokenizer_is_refused_by_the_keys_name(
     (folder / "own.py").write_text(f"open({str(marker)!r}, 'w')\n")
     loaded = load("model=local", f"model.path={folder}").model
     with pytest.raises(UserError, match=r"code of its own.*model\.trust_remote_code=true"):
-        model.load_tokenizer(loaded, model.load_config(loaded))
+        load_tokenizer(loaded, load_config(loaded))
     assert not marker.exists()
 
 

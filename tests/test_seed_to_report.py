@@ -19,8 +19,8 @@ import yaml
 
 from faults import processes
 from orpo_lab import tracker
-from orpo_lab.config import NoTracker
-from orpo_lab.sweep import Sweep
+from orpo_lab.config.tracker import NoTracker
+from orpo_lab.sweep.folder import Sweep
 
 BETAS, SEEDS = (0.05, 1.0), (3, 8)
 NUM_EVAL, NUM_ANSWERED = 37, 23

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from orpo_lab.run_folder import RunFolder
+from orpo_lab.records.run_folder import RunFolder
 from orpo_lab.stop import BUDGET, SIGNALS, Stop, Stopped
-from orpo_lab.sweep import Sweep
+from orpo_lab.sweep.folder import Sweep
 from tests.conftest import EACH_LAUNCHER, ROOT
 
 

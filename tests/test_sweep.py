@@ -18,9 +18,10 @@ import pytest
 import yaml
 
 from orpo_lab import config
+from orpo_lab.config.tracker import NoTracker
 from orpo_lab.errors import UserError
-from orpo_lab.run_folder import LOCK, RunFolder
-from orpo_lab.sweep import CACHE, Sweep, fresh_folder
+from orpo_lab.records.run_folder import LOCK, RunFolder
+from orpo_lab.sweep.folder import CACHE, Sweep, fresh_folder
 from tests.conftest import EACH_LAUNCHER, ROOT
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
@@ -166,7 +167,7 @@ def test_every_job_that_has_not_finished_fails_the_sweep(
     before = dict.fromkeys(figures, 0.0)
     summary = {"before": before, "after": figures}
     RunFolder(sweep.folder / "finished").write_json("summary.json", summary)
-    assert sorted(sweep.close(config.NoTracker())) == ["failed", "running", "stopped"]
+    assert sorted(sweep.close(NoTracker())) == ["failed", "running", "stopped"]
     said = capsys.readouterr().out
     assert "finished  finished  preference_accuracy 0.750  chosen_nll 1.500\n" in said
     assert "stopped   stopped   why it has stopped\n" in said

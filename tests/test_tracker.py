@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 
 from orpo_lab import tracker
-from orpo_lab.config import NoTracker, WandbTracker
+from orpo_lab.config.tracker import NoTracker, WandbTracker
 from orpo_lab.errors import UserError
+from orpo_lab.tracker.base import Run, Untracked
+from orpo_lab.tracker.wandb import _answers
 from tests.test_launch import _path
 from tests.wandb_server import WandbServer
 
@@ -52,7 +54,7 @@ def start(
     name: str | None = "a-run",
     sweep: str | None = "a-sweep",
     **changes: Any,
-) -> tracker.Run:
+) -> Run:
     return tracker.start(
         settings(mode, **changes),
         folder=folder,
@@ -96,7 +98,7 @@ def test_without_a_key_a_run_is_offline_and_says_how_to_sync(
     run.log(1, {"loss": 2.0, "beta": 0.3})
     run.log(5, {"loss": 1.0, "beta": 0.1})
     plot = tmp_path / "plot.png"
-    from orpo_lab.plot import draw_training
+    from orpo_lab.records.plot import draw_training
 
     draw_training([{"step": 1, "loss": 2.0}], "a run", plot)
     sample = {"prompt": "p", "chosen": "c", "before": "b", "after": "a"}
@@ -115,7 +117,7 @@ def test_a_comparison_is_a_run_of_its_own_where_it_is_asked_for(tmp_path: Path) 
     (folder / "report").mkdir(parents=True)
     for name in ("report.html", "report.md"):
         (folder / name).write_text("the report")
-    from orpo_lab.plot import draw_training
+    from orpo_lab.records.plot import draw_training
 
     draw_training([{"step": 1, "loss": 2.0}], "a run", folder / "report" / "pareto.png")
     rows = [{"setting": "beta=0.1", "verdict": "winner"}]
@@ -198,7 +200,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
     running = WandbServer()
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", running.url)
-    monkeypatch.setattr(tracker, "FINISH_SECONDS", 4.0)
+    monkeypatch.setattr(tracker.wandb, "FINISH_SECONDS", 4.0)
     yield running
     running.die()
 
@@ -300,7 +302,7 @@ def test_offline_segments_of_a_resumed_run_sync_into_one(
 def test_a_server_that_falls_ill_in_mid_run_does_not_stop_it(
     server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, illness: str
 ) -> None:
-    monkeypatch.setattr(tracker, "FINISH_SECONDS", 1.0)
+    monkeypatch.setattr(tracker.wandb, "FINISH_SECONDS", 1.0)
     run = start(tmp_path)
     run.log(1, {"loss": 1.0})
     if illness == "dies":
@@ -340,7 +342,7 @@ def test_none_and_disabled_track_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     run.log(1, {"loss": 1.0})
     run.finish(0)
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert isinstance(start(tmp_path), tracker.Untracked)
+    assert isinstance(start(tmp_path), Untracked)
     assert not (tmp_path / "wandb").exists()
 
 
@@ -373,7 +375,7 @@ def test_wandbs_own_mode_decides(
     run.log(1, {"loss": 1.0})
     run.finish(0)
     assert not server.runs
-    assert isinstance(run, tracker.Untracked) == (OFFLINE[said] == "disabled")
+    assert isinstance(run, Untracked) == (OFFLINE[said] == "disabled")
     assert f"W&B: {OFFLINE[said]}, by its own settings" in caplog.text
 
 
@@ -499,7 +501,7 @@ def test_a_server_that_signed_its_own_certificate_is_asked_as_wandb_asks_it(
     running = WandbServer(context)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", running.url)
-    assert not tracker._answers(running.url, insecure=False)
+    assert not _answers(running.url, insecure=False)
     monkeypatch.setenv("WANDB_INSECURE_DISABLE_SSL", "true")
     run = start(tmp_path)
     run.log(1, {"loss": 1.0})

@@ -22,13 +22,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from orpo_lab import checkpoint, config, data, optimizer, trainer
-from orpo_lab.checkpoint import Made, Spent
+from orpo_lab import config, data, optimizer
 from orpo_lab.errors import NonFiniteError, UserError
-from orpo_lab.galore import GaLore
-from orpo_lab.run_folder import RunFolder
+from orpo_lab.optimizer.galore import GaLore
+from orpo_lab.optimizer.updater import Updater
+from orpo_lab.records.run_folder import RunFolder
 from orpo_lab.stop import Stop, Stopped
-from orpo_lab.tracker import Run, Untracked
+from orpo_lab.tracker.base import Run, Untracked
+from orpo_lab.training import checkpoint, trainer
+from orpo_lab.training.checkpoint import Made, Spent
 from orpo_lab.training.devices import OneDevice
 from orpo_lab.training.finite import FiniteGuard
 from orpo_lab.training.lines import Lines
@@ -361,10 +363,10 @@ def test_weights_that_an_update_ruined_are_never_saved(
     network = build_model(loaded)
     build = optimizer.build
 
-    def build_ruinous(*args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+    def build_ruinous(*args: Any, **kwargs: Any) -> Updater:
         built = build(*args, **kwargs)
-        weight = built.param_groups[0]["params"][0]
-        built.register_step_post_hook(lambda *_: weight.data[0, 0].fill_(math.inf))
+        weight = built.optimizer.param_groups[0]["params"][0]
+        built.optimizer.register_step_post_hook(lambda *_: weight.data[0, 0].fill_(math.inf))
         return built
 
     monkeypatch.setattr(optimizer, "build", build_ruinous)
@@ -486,10 +488,11 @@ def test_a_resumed_run_has_settings_of_its_own_and_what_was_spent_before(
     taken: list[float] = []
     build = optimizer.build
 
-    def kept_build(*args: Any, **named: Any) -> torch.optim.Optimizer:
-        made.append(build(*args, **named))
+    def kept_build(*args: Any, **named: Any) -> Updater:
+        built = build(*args, **named)
+        made.append(built.optimizer)
         made[-1].register_step_pre_hook(lambda one, *_: taken.append(one.param_groups[0]["lr"]))
-        return made[-1]
+        return built
 
     monkeypatch.setattr(optimizer, "build", kept_build)
     common = [
@@ -790,7 +793,7 @@ def test_a_step_that_fp16s_scaling_skips_moves_neither_weights_nor_the_rate() ->
         model.weight.data.zero_()
         sgd = torch.optim.SGD(model.parameters(), lr=1.0)
         devices = OneDevice(torch.device("cpu"), torch.float16)
-        updater = optimizer.Updater(sgd, model)
+        updater = Updater(sgd, model)
         return State(model, updater, devices, lambda num_updates: 0.5**num_updates), model.weight
 
     state, weight = make()
@@ -821,7 +824,7 @@ def test_a_step_that_fp16s_scaling_skips_moves_neither_weights_nor_the_rate() ->
 
 def test_a_gradient_is_left_as_long_as_it_is_without_a_limit() -> None:
     model = torch.nn.Linear(2, 1, bias=False)
-    updater = optimizer.Updater(torch.optim.SGD(model.parameters()), model)
+    updater = Updater(torch.optim.SGD(model.parameters()), model)
     for limit, found in ((0.0, [3.0, 4.0]), (10.0, [3.0, 4.0]), (1.0, [0.6, 0.8])):
         model.weight.grad = torch.tensor([[3.0, 4.0]])
         assert updater.clip(limit).item() == 5.0

@@ -20,7 +20,7 @@ from benchmarks.verdict import (
     situations,
     sweeps,
 )
-from orpo_lab.verdict import LEVEL, POWER, Array, Measure, Quality, decide, overoptimised
+from orpo_lab.compare.verdict import LEVEL, POWER, Array, Measure, Quality, decide, overoptimised
 
 NUM_SWEEPS = 200
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from orpo_lab import config, workspace
+from orpo_lab import config
+from orpo_lab.tracker import workspace
 from tests.conftest import ROOT, compose_config
 from tests.wandb_server import WandbServer
 
@@ -18,7 +19,7 @@ KEY = "local" + "0" * 35
 
 
 def run(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "orpo_lab.workspace", *arguments]
+    command = [sys.executable, "-m", "orpo_lab", "workspace", *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), **environment}
     )

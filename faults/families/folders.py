@@ -36,7 +36,7 @@ def faults(bench: Bench) -> Iterator[Fault]:
     for name, (arguments, says) in OVER_A_FINISHED_RUN.items():
         yield Fault(f"over a finished run: {name}", _refused_over_finished(arguments, says))
     for name, function in {"plot": "draw_training", "card": "model_card"}.items():
-        yield Fault(f"no {name}: it fails", _fails_at_the_end("orpo_lab.report", function))
+        yield Fault(f"no {name}: it fails", _fails_at_the_end("orpo_lab.records.results", function))
     yield Fault("the trained model's answers fail", _no_evaluation)
     yield Fault("an environment with a notebook's MPLBACKEND", _notebook)
     yield Fault("SIGKILL while the trained model is scored", _killed_in_evaluation)

@@ -45,7 +45,7 @@ def faults(bench: Bench) -> Iterator[Fault]:
     for number in SIGNALS:
         for where, module, function, calls in (
             ("data are read", "orpo_lab.data", "load", 1),
-            ("the model is loaded", "orpo_lab.model", "load", 1),
+            ("the model is loaded", "orpo_lab.model.weights", "load_model", 1),
             ("the base is scored", "orpo_lab.evaluate", "score", 1),
             ("the base answers", "orpo_lab.evaluate", "generate", 1),
             ("the trained model is scored", "orpo_lab.evaluate", "score", 2),
@@ -59,7 +59,7 @@ def faults(bench: Bench) -> Iterator[Fault]:
             ("the plot is drawn", "draw_training"),
         ):
             act = partial(inside.send, number)
-            prepare = partial(inside.at_call, "orpo_lab.report", function, 1, act)
+            prepare = partial(inside.at_call, "orpo_lab.records.results", function, 1, act)
             yield Fault(f"{number.name} while {where}", _while_results_are_written(prepare))
     for delay in DELAYS:
         number = SIGNALS[int(delay) % 2]

@@ -37,7 +37,7 @@ POLL_SECONDS = 0.05
 def preload() -> None:
     """Import what tests take seconds to import, and nothing of this repository."""
     os.environ.update(ENVIRONMENT)
-    runpy.run_path(str(ROOT / "orpo_lab" / "quiet.py"))["silence_upstream"]()
+    runpy.run_path(str(ROOT / "orpo_lab" / "upstream.py"))["silence"]()
     import bitsandbytes  # noqa: F401
     import datasets  # noqa: F401
     import hydra  # noqa: F401

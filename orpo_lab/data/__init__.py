@@ -18,7 +18,7 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from orpo_lab.config import Dataset, EmbeddedDataset, OasstDataset, TableDataset
+from orpo_lab.config.dataset import Dataset, EmbeddedDataset, OasstDataset, TableDataset
 from orpo_lab.data import sources
 from orpo_lab.data.encode import FOUND, Encoder, special_tokens
 from orpo_lab.data.files import Source

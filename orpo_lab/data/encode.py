@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from orpo_lab.config import Dataset
+from orpo_lab.config.dataset import Dataset
 from orpo_lab.data.faults import Fault
 from orpo_lab.data.pairs import Pair, num_shared
 from orpo_lab.data.render import Rendered, find_unrendered, render

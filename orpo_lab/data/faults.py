@@ -3,7 +3,7 @@
 from collections import defaultdict
 from typing import Any
 
-from orpo_lab.config import Faults
+from orpo_lab.config.dataset import Faults
 from orpo_lab.errors import UserError
 
 # Row numbers listed per fault in the report; the count beside them is of all

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from orpo_lab.config import Columns
+from orpo_lab.config.dataset import Columns
 from orpo_lab.data.faults import Fault, quote
 
 # With a `role`, mostly a `content`, and what else the chat template may read (tool_calls, ...)

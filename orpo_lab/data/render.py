@@ -8,16 +8,16 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import date, datetime, time
+from datetime import date
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from orpo_lab.data.faults import Fault, quote
 from orpo_lab.data.pairs import Message, Pair, num_shared
 from orpo_lab.errors import one_line
+from orpo_lab.upstream import fix_clock
 
 # Zephyr's layout, which the ORPO authors give to models without a template of their own. It needs
 # no new tokens: untrained embeddings would be frozen under LoRA. The BOS in front is ours: it is
@@ -87,7 +87,7 @@ def _apply(
     ask: bool,
 ) -> str:
     try:
-        _fix_date(tokenizer.get_chat_template(tools=context.get("tools")), today)
+        fix_clock(tokenizer.get_chat_template(tools=context.get("tools")), today)
         text = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=ask, **context
         )
@@ -96,17 +96,6 @@ def _apply(
         detail = f"the model's chat template refuses it: {one_line(error)[:200]}"
         raise Fault("template_error", detail) from error
     return str(text)
-
-
-def _fix_date(template: str, today: date) -> None:
-    """Let a template's clock stand at one day, whenever the run goes on.
-
-    transformers 5.23 gives templates the clock as a global of its own and takes no other (callables
-    among the arguments become text). The compiled template, which it keeps, takes one.
-    """
-    if "strftime_now" in template:
-        noon = datetime.combine(today, time(12))
-        _compile_jinja_template(template).globals["strftime_now"] = noon.strftime
 
 
 def _divide(

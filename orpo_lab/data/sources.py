@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from orpo_lab.config import (
+from orpo_lab.config.dataset import (
     Columns,
     Dataset,
     EmbeddedDataset,

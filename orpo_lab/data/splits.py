@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from orpo_lab.config import Faults
+from orpo_lab.config.dataset import Faults
 from orpo_lab.data.faults import Fault, Tally, keeps
 from orpo_lab.data.files import Source
 from orpo_lab.data.pairs import Content, Pair, text_of

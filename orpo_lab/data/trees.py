@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from orpo_lab.config import OasstDataset
+from orpo_lab.config.dataset import OasstDataset
 from orpo_lab.data.faults import Fault, Tally, quote
 from orpo_lab.data.pairs import Message, Pair
 

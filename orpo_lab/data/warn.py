@@ -6,7 +6,7 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from orpo_lab.config import Dataset
+from orpo_lab.config.dataset import Dataset
 from orpo_lab.data.render import DEFAULT_CHAT_TEMPLATE
 from orpo_lab.data.splits import Split
 

@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from orpo_lab.config import Config, SharedPrefixEngine, TrlEngine
+from orpo_lab.config import Config
+from orpo_lab.config.engine import SharedPrefixEngine, TrlEngine
 from orpo_lab.engine.base import Engine
-from orpo_lab.quiet import hidden
 from orpo_lab.training.devices import OneDevice
+from orpo_lab.upstream import hidden
 
 
 def check(config: Config, model: Any, dtype: torch.dtype) -> None:

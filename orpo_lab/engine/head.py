@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from orpo_lab.quiet import hidden
+from orpo_lab.upstream import hidden
 
 # Rows of logits that exist at once on a CPU
 CHUNK = 256

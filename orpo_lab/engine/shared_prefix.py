@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from orpo_lab import methods
-from orpo_lab.config import Config, SharedPrefixEngine
+from orpo_lab.config import Config
+from orpo_lab.config.engine import SharedPrefixEngine
 from orpo_lab.engine import attention
 from orpo_lab.engine.base import MicroBatch, Pair, Score, Sums
 from orpo_lab.engine.head import add_scoring

@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-from orpo_lab.config import Config, TrlEngine
+from orpo_lab.config import Config
+from orpo_lab.config.engine import TrlEngine
 from orpo_lab.engine.base import COLUMNS, MicroBatch, Pair, Score, Sums
 from orpo_lab.training.devices import OneDevice
 

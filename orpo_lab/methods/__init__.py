@@ -4,7 +4,8 @@ No other room knows a method by its name: an engine sums log-probabilities, asks
 loss, and logs the terms that the method returns.
 """
 
-from orpo_lab.config import Config, OrpoMethod
+from orpo_lab.config import Config
+from orpo_lab.config.method import OrpoMethod
 from orpo_lab.methods.base import Method
 from orpo_lab.methods.orpo import Orpo
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from orpo_lab.config import OrpoMethod
+from orpo_lab.config.method import OrpoMethod
 from orpo_lab.methods.base import Losses, mean_logps, preference_terms
 
 

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from orpo_lab.config import Train
+from orpo_lab.config.train import Train
 from orpo_lab.errors import LIKELY_CAUSES, NonFiniteError
 from orpo_lab.training.meter import Meter
 

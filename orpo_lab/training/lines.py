@@ -7,8 +7,8 @@ from typing import Any
 from tqdm import tqdm
 
 from orpo_lab.metrics import TRAINING
-from orpo_lab.run_folder import RunFolder
-from orpo_lab.tracker import Run
+from orpo_lab.records.run_folder import RunFolder
+from orpo_lab.tracker.base import Run
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from orpo_lab import memory
-from orpo_lab.checkpoint import Spent
 from orpo_lab.engine.base import Sums
+from orpo_lab.training.checkpoint import Spent
 
 
 class Meter:

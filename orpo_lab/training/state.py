@@ -11,9 +11,9 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from orpo_lab.checkpoint import STATE
 from orpo_lab.errors import UserError, one_line
-from orpo_lab.optimizer import Updater
+from orpo_lab.optimizer.updater import Updater
+from orpo_lab.training.checkpoint import STATE
 from orpo_lab.training.devices import OneDevice
 
 # What peft calls an adapter's weights

@@ -1,0 +1,53 @@
+"""`python -m orpo_lab COMMAND ...`: what there is beside running, which is `launch.py`'s."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from orpo_lab.errors import UserError, one_line
+
+# Commands: the module that has `add_arguments` and `run`, and what the command does. A module is
+# imported when its command is asked for.
+COMMANDS = {
+    "compare": ("orpo_lab.compare.command", "compare runs, over held-out pairs and seeds"),
+    "search": ("orpo_lab.sweep.search", "search beta and other keys with Optuna"),
+    "workspace": ("orpo_lab.tracker.workspace", "save a W&B workspace that compares runs"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose refusals are one line, as everywhere else."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong with the command line, and exit with 2."""
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: what the user can put right ends in one line and exit code 1."""
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-h", "--help"):
+        print("usage: python -m orpo_lab COMMAND ...\n")
+        print("\n".join(f"  {command:10} {about}" for command, (_, about) in COMMANDS.items()))
+        return
+    if name not in COMMANDS:
+        sys.exit(f"error: {name} is no command; there are: {', '.join(COMMANDS)}")
+    module, about = COMMANDS[name]
+    command = importlib.import_module(module)
+    parser = Parser(prog=f"python -m orpo_lab {name}", description=f"{about.capitalize()}.")
+    command.add_arguments(parser)
+    options = parser.parse_intermixed_args(rest)
+    try:
+        command.run(options)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: {one_line(error)}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

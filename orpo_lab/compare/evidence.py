@@ -1,0 +1,247 @@
+"""From runs to settings, and what the evidence says about them."""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from orpo_lab.compare.read import Run
+from orpo_lab.compare.verdict import (
+    Array,
+    Measure,
+    Quality,
+    Verdict,
+    decide,
+    overoptimised,
+)
+from orpo_lab.config import identity
+from orpo_lab.errors import UserError
+from orpo_lab.metrics import HELD_OUT, HeldOutMetric, qualities_among
+
+# Answers that are so many times as long, or as short, as the best setting's are warned of
+MAX_LENGTH_RATIO = 1.25
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Runs that differ in their seed alone."""
+
+    name: str
+    values: dict[str, Any]
+    runs: list[Run]
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds it was trained with."""
+        return [run.values["seed"] for run in self.runs]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Settings and what the evidence says about them."""
+
+    runs: list[Run]
+    settings: list[Setting]
+    accuracy: Measure
+    qualities: list[Quality]
+    verdict: Verdict
+    warnings: list[str]
+
+
+def group(runs: Sequence[Run]) -> list[Setting]:
+    """Group runs by everything but the seed, named by what differs; betas in rising order.
+
+    Of two runs with the same seed and values (two sweeps that overlap) the first one counts.
+    """
+    read = [_told_apart_by(run) for run in runs]
+    keys = sorted({key for values in read for key in values})
+    # A key that only some have, all with one value, comes with another that tells them apart
+    differing = [key for key in keys if len({json.dumps(v[key]) for v in read if key in v}) > 1]
+    named = {key: _names(runs, read, key) for key in ("model", "dataset") if key in differing}
+    found: dict[str, Setting] = {}
+    ranks: dict[str, Any] = {}
+    for number, (run, values) in enumerate(zip(runs, read, strict=True)):
+        mine = {key: values[key] for key in differing if key in values}
+        shown = mine | {key: names[number] for key, names in named.items()}
+        name = " ".join(_label(key, value) for key, value in shown.items()) or "all runs"
+        # By exact values: names are rounded
+        exact = json.dumps(mine)
+        setting = found.setdefault(exact, Setting(name, run.values, []))
+        ranks[exact] = (run.values["beta_schedule"], run.values["beta"], _rank(mine))
+        if run.values["seed"] not in setting.seeds:
+            setting.runs.append(run)
+    return [found[exact] for exact in sorted(found, key=ranks.__getitem__)]
+
+
+def _rank(values: dict[str, Any]) -> list[tuple[str, bool, float, str]]:
+    """Return what orders settings by what differs: numbers by their size, the rest as text."""
+    return [
+        (key, False, value, "")
+        if isinstance(value, int | float)
+        else (key, True, 0.0, json.dumps(value))
+        for key, value in values.items()
+    ]
+
+
+def _told_apart_by(run: Run) -> dict[str, Any]:
+    """Return what tells settings apart: all that identifies a run but its seed.
+
+    Models are told apart by what lies at their place, data by the fingerprint of their pairs.
+    """
+    told = identity.settings(run.values)
+    told.pop("seed")
+    data = run.summary["dataset_fingerprint"] if run.summary else None
+    model = [one for key, one in sorted(run.contents.items()) if key.startswith("model.")]
+    return told | {"model": model, "dataset": data}
+
+
+def _names(runs: Sequence[Run], read: Sequence[dict[str, Any]], group: str) -> list[str]:
+    """Return what to call every run's model or data: the option, its place, or place and hash."""
+    hashes = [hashlib.sha256(json.dumps(values[group]).encode()).hexdigest()[:6] for values in read]
+    choices = [run.choices.get(group, "") for run in runs]
+    places = [_place(run, group) for run in runs]
+    for names in (choices, places):
+        if len(set(zip(names, hashes, strict=True))) == len(set(names)) == len(set(hashes)):
+            return names
+    return [f"{place} ({one})" for place, one in zip(places, hashes, strict=True)]
+
+
+def _place(run: Run, group: str) -> str:
+    keys = [f"{group}.{name}" for name in ("path", "train_path", "revision")]
+    return "@".join(str(run.values[key]) for key in keys if run.values.get(key))
+
+
+def _label(key: str, value: Any) -> str:
+    """Return `beta=0.2`, `cosine`: a schedule's name says what it is."""
+    if key == "beta_schedule":
+        return str(value)
+    return f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
+
+
+def compare(runs: Sequence[Run], margins: dict[str, float]) -> Comparison:
+    """Compare the complete runs among `runs`.
+
+    Raises:
+        UserError: none is complete, or they were not scored on the same held-out pairs.
+    """
+    complete = [run for run in runs if run.is_complete]
+    if not complete:
+        states = ", ".join(f"{run.folder.name}: {run.state}" for run in runs)
+        raise UserError(f"no run has finished with scores to compare ({states})")
+    _check_same_pairs(complete)
+    settings = group(complete)
+    accuracy = Measure(
+        [
+            _stack(one, lambda s: (s["chosen_logp"] > s["rejected_logp"]).astype(float))
+            for one in settings
+        ],
+        is_share=True,
+    )
+    qualities = _qualities(settings, margins)
+    return Comparison(
+        runs=list(runs),
+        settings=settings,
+        accuracy=accuracy,
+        qualities=qualities,
+        verdict=decide(accuracy, qualities),
+        warnings=[*_changed(complete), *_warnings(settings, accuracy, qualities)],
+    )
+
+
+def _check_same_pairs(runs: Sequence[Run]) -> None:
+    by_pairs: dict[tuple[str, int], Run] = {}
+    for run in runs:
+        assert run.summary is not None
+        num_answered = run.summary["after"].get("num_generations", 0)
+        by_pairs.setdefault((run.summary["dataset_fingerprint"]["held_out"], num_answered), run)
+    if len(by_pairs) > 1:
+        one, other = [str(run.folder) for run in by_pairs.values()][:2]
+        raise UserError(
+            f"{one} and {other} were scored on different held-out pairs, or answered different "
+            "numbers of them, so their figures cannot be compared; compare runs of one dataset, "
+            "max_length, num_eval, num_generations and tokenizer"
+        )
+
+
+def _stack(setting: Setting, column: Any) -> Array:
+    """Return a setting's per-pair values, [K, N]."""
+    return np.stack([column(run.scores) for run in setting.runs])
+
+
+def _qualities(settings: Sequence[Setting], margins: dict[str, float]) -> list[Quality]:
+    """Return what preference accuracy may not be bought with, measured at every pair."""
+
+    def values(metric: HeldOutMetric, scores: dict[str, Array]) -> Array:
+        assert metric.of_pair is not None
+        found = metric.of_pair(scores)
+        return found[~np.isnan(scores["generated_tokens"])] if metric.of_answers else found
+
+    all_scores = [run.scores for setting in settings for run in setting.runs if run.scores]
+    present = [
+        metric.name
+        for metric in HELD_OUT
+        if metric.of_pair and all(not np.isnan(values(metric, one)).all() for one in all_scores)
+    ]
+    found = []
+    for metric in qualities_among(present):
+        of_settings = [
+            metric.sign * _stack(setting, partial(values, metric)) for setting in settings
+        ]
+        measure = Measure(of_settings, is_share=metric.is_share)
+        margin = margins[metric.name]
+        found.append(Quality(metric.name, metric.unit, measure, margin, sign=metric.sign))
+    return found
+
+
+def _warnings(
+    settings: Sequence[Setting], accuracy: Measure, qualities: Sequence[Quality]
+) -> list[str]:
+    """Say where a higher beta still raises accuracy and costs quality, and where length changes."""
+    families: dict[str, list[int]] = {}
+    for number, setting in enumerate(settings):
+        rest = {k: v for k, v in _told_apart_by(setting.runs[0]).items() if k != "beta"}
+        families.setdefault(json.dumps(rest, sort_keys=True), []).append(number)
+    said = []
+    for family in families.values():
+        family.sort(key=lambda number: settings[number].values["beta"])
+        for quality in qualities:
+            first = overoptimised(family, accuracy, quality)
+            if first is not None:
+                said.append(
+                    f"{settings[first].name} looks over-optimised: preference accuracy still "
+                    f"rises there, while {quality.name} goes to "
+                    f"{quality.sign * quality.measure.value(first):.3f}, beyond interval and margin"
+                )
+    best = settings[int(qualities[0].measure.means.argmax())]
+    for setting in settings:
+        # Where no answer has a token there is nothing to compare
+        ratio = _length(setting) / (_length(best) or math.nan)
+        if ratio > MAX_LENGTH_RATIO or ratio < 1 / MAX_LENGTH_RATIO:
+            said.append(
+                f"greedy answers of {setting.name} are {ratio:.2f} times as long as those of "
+                f"{best.name}, the best in {qualities[0].name}"
+            )
+    return said
+
+
+def _changed(runs: Sequence[Run]) -> list[str]:
+    """Say which runs were not trained throughout by the configuration they are listed under."""
+    changed = []
+    for run in runs:
+        assert run.summary is not None
+        keys = sorted({key for start in run.summary.get("changes", []) for key in start})
+        if keys:
+            changed.append(f"{run.folder.name} was resumed with changes of {', '.join(keys)}")
+    return changed
+
+
+def _length(setting: Setting) -> float:
+    """Return the mean tokens of a setting's greedy answers; NaN where there are none."""
+    answers = np.concatenate([run.scores["generated_tokens"] for run in setting.runs if run.scores])
+    given = answers[~np.isnan(answers)]
+    return float(given.mean()) if len(given) else math.nan

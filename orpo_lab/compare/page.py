@@ -1,0 +1,113 @@
+"""The report: `report.html`, one file that opens offline, and `report.md` with its pictures."""
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+import numpy as np
+
+from orpo_lab.compare import pictures
+from orpo_lab.compare.evidence import Comparison
+from orpo_lab.compare.read import Run
+from orpo_lab.compare.verdict import (
+    CONFIDENCE,
+    Interval,
+    Verdict,
+)
+from orpo_lab.compare.words import interval_text, tied, verdict_text
+from orpo_lab.metrics import HELD_OUT, PREFERENCE, brief
+from orpo_lab.records.run_folder import RunFolder
+
+
+def write(comparison: Comparison, folder: Path) -> None:
+    """Write `report.html`, `report.md` and the pictures of the latter, `report/*.png`."""
+    drawn = pictures.draw(comparison)
+    (folder / "report").mkdir(parents=True, exist_ok=True)
+    for name, (_, png) in drawn.items():
+        (folder / "report" / f"{name}.png").write_bytes(png)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("orpo_lab"),
+        autoescape=jinja2.select_autoescape(("html.jinja",)),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    context = {
+        "verdict": verdict_text(comparison),
+        "warnings": comparison.warnings,
+        "margins": _margins(comparison),
+        "confidence": round(100 * CONFIDENCE),
+        "num_pairs": comparison.accuracy.num_pairs,
+        "settings": setting_rows(comparison),
+        "runs": _run_rows(comparison.runs),
+        "failed": [run for run in comparison.runs if not run.is_complete],
+        "pictures": {
+            name: {"caption": caption, "data": base64.b64encode(png).decode()}
+            for name, (caption, png) in drawn.items()
+        },
+    }
+    place = RunFolder(folder)
+    for name in ("report.html", "report.md"):
+        place.write(name, environment.get_template(f"{name}.jinja").render(context))
+
+
+def _margins(comparison: Comparison) -> str:
+    return " and ".join(
+        f"{one.margin:g}{one.unit and ' ' + one.unit} of {one.name}" for one in comparison.qualities
+    )
+
+
+def setting_rows(comparison: Comparison) -> list[dict[str, str]]:
+    """Return the table of settings."""
+    verdict = comparison.verdict
+    rows = []
+    for number, (setting, standing) in enumerate(
+        zip(comparison.settings, verdict.qualities, strict=True)
+    ):
+        row = {"setting": setting.name, "seeds": str(len(setting.runs))}
+        row[PREFERENCE] = interval_text(verdict.accuracies[number])
+        for quality, interval in zip(comparison.qualities, standing.intervals, strict=True):
+            ends = sorted((quality.sign * interval.low, quality.sign * interval.high))
+            row[quality.name] = interval_text(Interval(quality.sign * interval.estimate, *ends))
+        for key in (metric.name for metric in HELD_OUT if metric.is_noted):
+            values = [
+                run.summary["after"][key]
+                for run in setting.runs
+                if run.summary and key in run.summary["after"]
+            ]
+            if values and key not in row:
+                row[key] = f"{np.mean(values):.3f}"
+        row["verdict"] = _standing_text(verdict, number)
+        rows.append(row)
+    return rows
+
+
+def _standing_text(verdict: Verdict, number: int) -> str:
+    standing = verdict.qualities[number]
+    if number == verdict.winner:
+        return "winner"
+    if standing.worse_in:
+        return f"worse {' and '.join(standing.worse_in)}"
+    text = "not separated" if number in (*verdict.unbeaten, verdict.leader) else "beaten"
+    if number in (ties := tied(verdict)):
+        text = ("highest, " if len(ties) == 1 else "tied for the highest, ") + text
+    return text + "".join(f", {name} in doubt" for name in standing.doubtful_in)
+
+
+def _run_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """Return the table of runs: figures and cost."""
+    rows = []
+    for run in runs:
+        row = {"run": run.folder.name, "seed": str(run.values["seed"]), "state": run.state}
+        if run.summary:
+            after, train = run.summary["after"], run.summary["train"]
+            row |= brief(after)
+            seconds = train["wall_seconds"] + sum(run.summary["evaluation_seconds"].values())
+            row["wall time (s)"] = f"{seconds:.1f}"
+            row["tokens"] = f"{train['tokens_per_second'] * train['wall_seconds']:.0f}"
+            row["peak memory (GB)"] = f"{train['peak_memory_bytes'] / 1e9:.2f}"
+            row["GPU-hours"] = "0" if train["device"] == "cpu" else f"{seconds / 3600:.3f}"
+        rows.append(row)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    return [{key: row.get(key, "") for key in columns} for row in rows]

@@ -1,0 +1,109 @@
+"""From run folders to what a comparison reads of them; nothing is written."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import yaml
+
+from orpo_lab.compare.verdict import (
+    Array,
+)
+from orpo_lab.config import identity
+from orpo_lab.errors import UserError, one_line
+from orpo_lab.records.run_folder import RunFolder, natural_order
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder, as read."""
+
+    folder: Path
+    values: dict[str, Any]
+    """The configuration, flat, and the kind of what was chosen in every group."""
+    contents: dict[str, str]
+    """What lay at its locations when it was started last; see `identity.contents`."""
+    choices: dict[str, str]
+    """The options chosen, under the names that people gave."""
+    state: str
+    reason: str
+    summary: dict[str, Any] | None
+    metrics: list[dict[str, float]]
+    scores: dict[str, Array] | None
+    """Columns of `scores.parquet` after training; NaN where there is none."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it finished and left what a comparison needs."""
+        return self.state == "finished" and self.summary is not None and self.scores is not None
+
+
+def find_runs(folders: Iterable[Path]) -> list[Run]:
+    """Read the run folders among `folders` and directly in them.
+
+    Raises:
+        UserError: a folder is no run folder and holds none, or a file in one cannot be read.
+    """
+    found: dict[Path, Run] = {}
+    for folder in folders:
+        inside = (
+            [folder]
+            if _is_run(folder)
+            else sorted(filter(_is_run, _children(folder)), key=natural_order)
+        )
+        if not inside:
+            raise UserError(f"{folder} is not a run folder, and no run folder is in it")
+        for one in inside:
+            found.setdefault(one.resolve(), read_run(one))
+    return list(found.values())
+
+
+def _children(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file()
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        UserError: a file in it cannot be read.
+    """
+    place = RunFolder(folder)
+    try:
+        choices = place.read_yaml("choices.yaml")["choices"]
+        started = (place.segments() or [{}])[-1]
+        values = identity.flat(place.read_yaml("config.yaml")) | started.get("kinds", choices)
+        status = place.status()
+        has_summary = (folder / "summary.json").is_file()
+        return Run(
+            folder=folder,
+            values=values,
+            # An earlier version kept no contents
+            contents=started.get("contents") or {"model.path": str(values.get("model.path"))},
+            choices=choices,
+            state=status["state"],
+            reason=status["reason"],
+            summary=json.loads((folder / "summary.json").read_text()) if has_summary else None,
+            metrics=place.metrics(),
+            scores=_read_scores(folder / "scores.parquet"),
+        )
+    except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
+        raise UserError(
+            f"{folder} cannot be read as a run folder: {type(error).__name__}: {one_line(error)}"
+        ) from error
+
+
+def _read_scores(file: Path) -> dict[str, Array] | None:
+    if not file.is_file():
+        return None
+    table = pq.read_table(file, filters=[("when", "=", "after")]).drop_columns(["pair", "when"])
+    columns = {name: table[name].to_pylist() for name in table.column_names}
+    return {name: np.array(column, dtype=np.float64) for name, column in columns.items()}

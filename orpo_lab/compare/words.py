@@ -1,0 +1,114 @@
+"""The verdict in sentences."""
+
+import math
+
+from orpo_lab.compare.evidence import Comparison
+from orpo_lab.compare.verdict import (
+    Interval,
+    Verdict,
+)
+
+
+def verdict_text(comparison: Comparison) -> list[str]:
+    """Return the verdict as sentences."""
+    verdict, settings = comparison.verdict, comparison.settings
+    leader = settings[verdict.leader].name
+    reached = f"preference accuracy {interval_text(verdict.accuracies[verdict.leader])}"
+    out = [
+        f"{setting.name} ({', '.join(one.worse_in)})"
+        for setting, one in zip(settings, verdict.qualities, strict=True)
+        if one.worse_in
+    ]
+    lines = []
+    if len(settings) == 1:
+        lines.append(f"One setting, nothing to compare: {reached}.")
+    elif all(len(settings[number].runs) == 1 for number in (verdict.leader, *verdict.unbeaten)):
+        lines.append(
+            f"One seed cannot separate these: {_highest(comparison)} the highest preference "
+            f"accuracy ({verdict.accuracies[verdict.leader].estimate:.3f}), and another seed might "
+            "tell otherwise. "
+            "Train every setting with at least two seeds, better three (seed=1,2,3)."
+        )
+    elif verdict.winner is not None:
+        lines.append(f"The winner is {leader}: {reached}.")
+        if verdict.nearest is not None and verdict.lead is not None:
+            lines.append(
+                "It is shown to be above every other setting of good quality; the nearest, "
+                f"{settings[verdict.nearest].name}, by {_points(verdict.lead)}."
+            )
+    else:
+        lines += _undecided(comparison, leader, reached)
+    if out:
+        lines.append(f"Out for their quality: {'; '.join(out)}.")
+    return lines
+
+
+def tied(verdict: Verdict) -> list[int]:
+    """Return the settings of good quality with the leader's very preference accuracy."""
+    highest = verdict.accuracies[verdict.leader].estimate
+    standings = zip(verdict.accuracies, verdict.qualities, strict=True)
+    return [
+        number
+        for number, (one, quality) in enumerate(standings)
+        if one.estimate == highest and not quality.worse_in
+    ]
+
+
+def _highest(comparison: Comparison) -> str:
+    names = [comparison.settings[number].name for number in tied(comparison.verdict)]
+    if len(names) == 1:
+        return f"{names[0]} has"
+    return f"{', '.join(names[:-1])} and {names[-1]} tie for"
+
+
+def _undecided(comparison: Comparison, leader: str, reached: str) -> list[str]:
+    verdict = comparison.verdict
+    lines = []
+    doubtful = verdict.qualities[verdict.leader].doubtful_in
+    if doubtful:
+        lines.append(
+            f"The evidence names no winner: {leader} leads with {reached}, but its "
+            f"{' and '.join(doubtful)} may be worse than the margin allows."
+        )
+    one_seed = [comparison.settings[number].name for number in verdict.one_seed]
+    names = [comparison.settings[number].name for number in verdict.unbeaten]
+    rest = ", ".join(name for name in names if name not in one_seed)
+    if leader in one_seed:
+        lines.append(f"The evidence names no winner: {leader} leads with {reached}, on one seed.")
+    elif rest and verdict.lead is not None and verdict.lead.estimate == 0:
+        lines.append(
+            f"The evidence separates nothing: {_highest(comparison)} the highest {reached}. More "
+            "held-out pairs or seeds may tell them apart."
+        )
+    elif rest and verdict.lead is not None:
+        lines.append(
+            f"The evidence does not separate {leader} ({reached}) from {rest}. The smallest "
+            f"gap is {_points(verdict.lead)}. {_needed(verdict)}"
+        )
+    elif not doubtful:
+        lines.append(f"The evidence names no winner: {leader} leads with {reached}.")
+    if one_seed:
+        lines.append(
+            "With one seed a setting can neither win nor be beaten; train with more, or leave out: "
+            f"{', '.join(one_seed)}."
+        )
+    return lines
+
+
+def _needed(verdict: Verdict) -> str:
+    if verdict.seeds_needed is None:
+        return "If it is real, it is too small to show with 50 seeds: take them as equal."
+    text = f"If it is real, about {verdict.seeds_needed} seeds a setting would show it"
+    if verdict.pairs_needed is None:
+        return f"{text}; more held-out pairs alone would not."
+    return f"{text}, or about {verdict.pairs_needed} held-out pairs with as many seeds as now."
+
+
+def interval_text(one: Interval) -> str:
+    if math.isnan(one.low):
+        return f"{one.estimate:.3f}"
+    return f"{one.estimate:.3f} [{one.low:.3f}, {one.high:.3f}]"
+
+
+def _points(one: Interval) -> str:
+    return f"{100 * one.estimate:.1f} points [{100 * one.low:.1f}, {100 * one.high:.1f}]"

@@ -1,0 +1,220 @@
+"""Names, types and ranges of every configuration key; the values stand in `conf/`.
+
+Each config group has a module of the same name here; `Config` puts them together.
+
+`register` makes the dataclasses known to Hydra, so that a misspelt key or a value of the wrong type
+is refused while the configuration is composed. `load` turns the composed configuration into plain
+dataclasses, once; everything after it sees dataclasses only.
+
+A dataclass checks its own ranges in `__post_init__`; `Config.__post_init__` checks what must fit
+together. Both raise a `ValueError` that names the key to change.
+
+Beside each key stands its policy: what it means to a run's identity (`policy`, `identity`).
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, fields, is_dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from orpo_lab.config.beta_schedule import (
+    BetaSchedule,
+    Constant,
+    Cosine,
+    HoldThenAnneal,
+    Linear,
+    Step,
+)
+from orpo_lab.config.checks import at_least, check
+from orpo_lab.config.dataset import Dataset, EmbeddedDataset, FileDataset, HubDataset, OasstDataset
+from orpo_lab.config.engine import Engine, SharedPrefixEngine, TrlEngine
+from orpo_lab.config.method import Method, OrpoMethod
+from orpo_lab.config.model import Model
+from orpo_lab.config.optimizer import AdamW, Galore, Lora, Optimizer, Qlora
+from orpo_lab.config.policy import free, lasting, setting
+from orpo_lab.config.quantization import Int8, Nf4, Quantization, Unquantized
+from orpo_lab.config.resolvers import RESOLVERS
+from orpo_lab.config.tracker import NoTracker, Tracker, WandbTracker
+from orpo_lab.config.train import Train
+from orpo_lab.errors import UserError, one_line
+
+
+@dataclass(kw_only=True)
+class Config:
+    """A whole run."""
+
+    name: str | None = free()
+    seed: int = setting()
+    beta: float = setting()
+    beta_end: float = setting(unread_under=("beta_schedule", "constant"))
+    resume: str | None = free()
+    accept_changes: bool = free()
+    model: Model = lasting()
+    quantization: Quantization = lasting()
+    optimizer: Optimizer = lasting()
+    beta_schedule: BetaSchedule = setting()
+    dataset: Dataset = setting()
+    method: Method = setting()
+    engine: Engine = setting()
+    train: Train = setting()
+    tracker: Tracker = free()
+
+    def __post_init__(self) -> None:
+        at_least(0, seed=self.seed)
+        check(self.seed < 2**32, f"seed={self.seed} must be below 2**32 = {2**32}")
+        for key in ("beta", "beta_end"):
+            value = getattr(self, key)
+            check(0 <= value < math.inf, f"{key}={value} must be a number of at least 0")
+        self._check_quantization()
+        self._check_engine()
+
+    def _check_quantization(self) -> None:
+        quantized = not isinstance(self.quantization, Unquantized)
+        match self.optimizer:
+            case Qlora():
+                check(
+                    quantized,
+                    "optimizer=qlora trains adapters on a quantized base; "
+                    "use quantization=nf4 or int8, or optimizer=lora for an unquantized one",
+                )
+            case Lora():
+                check(
+                    not quantized,
+                    "optimizer=lora keeps the base unquantized; "
+                    "use quantization=none, or optimizer=qlora for a quantized base",
+                )
+            case _:
+                check(
+                    not quantized,
+                    f"optimizer={kind(self.optimizer)} trains every weight, and quantized weights "
+                    "cannot be trained; use quantization=none, or optimizer=qlora",
+                )
+
+    def _check_engine(self) -> None:
+        if isinstance(self.engine, SharedPrefixEngine):
+            budget, longest = self.engine.tokens_per_microbatch, 2 * self.dataset.max_length
+            check(
+                budget is None or budget >= longest,
+                f"engine.tokens_per_microbatch={budget} must be at least {longest}: a pair may "
+                f"hold two completions of nearly dataset.max_length={self.dataset.max_length}",
+            )
+        if isinstance(self.engine, TrlEngine):
+            size, micro = self.train.batch_size, self.engine.micro_batch_size
+            check(
+                size % micro == 0,
+                f"train.batch_size={size} must be a multiple of engine.micro_batch_size={micro}",
+            )
+            trl = OrpoMethod(
+                nll_scope="prompt_and_completion", nll_mean="tokens", penalty="log_sigmoid"
+            )
+            check(
+                self.method == trl,
+                "engine=trl can only compute method=orpo: TRL's step has its objective built in; "
+                "use engine=shared_prefix",
+            )
+
+
+# Each option of a group and the dataclass that types it. Options that share a dataclass (the named
+# models, the hub datasets) share a schema, under the name that stands here.
+SCHEMAS: dict[str, dict[str, type]] = {
+    "model": {"model": Model},
+    "quantization": {"nf4": Nf4, "int8": Int8, "none": Unquantized},
+    "optimizer": {"qlora": Qlora, "lora": Lora, "galore": Galore, "adamw": AdamW},
+    "beta_schedule": {
+        "constant": Constant,
+        "linear": Linear,
+        "cosine": Cosine,
+        "step": Step,
+        "hold_then_anneal": HoldThenAnneal,
+    },
+    "dataset": {
+        "embedded": EmbeddedDataset,
+        "hub": HubDataset,
+        "file": FileDataset,
+        "oasst": OasstDataset,
+    },
+    "method": {"orpo": OrpoMethod},
+    "engine": {"shared_prefix": SharedPrefixEngine, "trl": TrlEngine},
+    "train": {"train": Train},
+    "tracker": {"wandb": WandbTracker, "none": NoTracker},
+}
+
+
+@functools.cache
+def all_fields() -> dict[str, Field[Any]]:
+    """Return the field of every key, e.g. of `train.max_steps`; of a group: of what is chosen."""
+    found = dict(_fields_in(Config, ""))
+    for group, options in SCHEMAS.items():
+        for schema in options.values():
+            found |= dict(_fields_in(schema, f"{group}."))
+    return found
+
+
+def _fields_in(schema: type[Any], prefix: str) -> Iterator[tuple[str, Field[Any]]]:
+    for one in fields(schema):
+        yield f"{prefix}{one.name}", one
+        if isinstance(one.type, type) and is_dataclass(one.type):
+            yield from _fields_in(one.type, f"{prefix}{one.name}.")
+
+
+def kind(section: Any) -> str:
+    """Return the option's name that a typed section came from, e.g. `galore`.
+
+    Raises:
+        KeyError: the section is of a type that no group offers.
+    """
+    for options in SCHEMAS.values():
+        for name, schema in options.items():
+            if type(section) is schema:
+                return name
+    raise KeyError(type(section).__name__)
+
+
+def register() -> None:
+    """Make the schemas and our resolvers known to Hydra. Calling it twice does no harm."""
+    store = ConfigStore.instance()
+    store.store(group="schema", name="config", node=Config, package="_global_")
+    for group, options in SCHEMAS.items():
+        for name, schema in options.items():
+            store.store(group=f"schema/{group}", name=name, node=schema)
+    for name, function in RESOLVERS.items():
+        OmegaConf.register_new_resolver(name, function, replace=True)
+
+
+def load(composed: DictConfig) -> Config:
+    """Check a composed configuration and return it as dataclasses.
+
+    Raises:
+        UserError: a key that no dataclass has, a value out of its range, a missing value, or
+            choices that do not fit together; the message names the key to change.
+    """
+    try:
+        unknown = sorted(_unknown_keys(composed, ""))
+        check(not unknown, f"unknown key{'s' * (len(unknown) > 1)}: {', '.join(unknown)}")
+        loaded = OmegaConf.to_object(composed)
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key} has no value here; set it") from error
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    except ValueError as error:
+        raise UserError(one_line(error)) from error
+    assert isinstance(loaded, Config), "conf/config.yaml no longer starts from /schema/config"
+    return loaded
+
+
+def _unknown_keys(node: DictConfig, prefix: str) -> Iterator[str]:
+    """Yield the keys that `+key=value` added beside a node's dataclass fields."""
+    schema = OmegaConf.get_type(node)
+    if schema is None or not is_dataclass(schema):
+        return
+    known = {one.name for one in fields(schema)}
+    for key in map(str, node):
+        if key not in known:
+            yield f"{prefix}{key}"
+        elif not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(node[key]):
+            yield from _unknown_keys(node[key], f"{prefix}{key}.")

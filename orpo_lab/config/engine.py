@@ -1,0 +1,31 @@
+"""Keys of `engine`: what computes a step."""
+
+from dataclasses import dataclass
+
+from orpo_lab.config.checks import at_least
+from orpo_lab.config.policy import setting
+
+
+@dataclass(kw_only=True)
+class Engine:
+    """What computes one optimizer step; alone it is never used."""
+
+
+@dataclass(kw_only=True)
+class SharedPrefixEngine(Engine):
+    """Our own step: prompts once, packed rows, no logits."""
+
+    tokens_per_microbatch: int | None = setting()
+
+    def __post_init__(self) -> None:
+        at_least(1, engine__tokens_per_microbatch=self.tokens_per_microbatch)
+
+
+@dataclass(kw_only=True)
+class TrlEngine(Engine):
+    """TRL's own ORPO step."""
+
+    micro_batch_size: int = setting()
+
+    def __post_init__(self) -> None:
+        at_least(1, engine__micro_batch_size=self.micro_batch_size)

@@ -1,0 +1,245 @@
+"""What Hydra may be told: names of known parts, and nothing to call.
+
+Our own groups name no callable, but Hydra has settings that do: launchers, sweepers, callbacks and
+logging handlers are called by the name that a command line or a config file gives, before a job
+sees its configuration. Hydra 1.3 keeps a list of what it refuses; here is a list of what it takes.
+"""
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import get_args_parser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from orpo_lab import upstream
+from orpo_lab.config import Config
+from orpo_lab.config.command_line import explain, text_keys
+from orpo_lab.config.identity import flat
+from orpo_lab.errors import UserError
+from orpo_lab.masking import mask
+
+KNOWN = {
+    "hydra.callbacks": ("orpo_lab.sweep.start.Start",),
+    "hydra.sweeper": ("hydra._internal.core_plugins.basic_sweeper.BasicSweeper",),
+    "hydra.launcher": (
+        "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
+        "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher",
+        "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher",
+        "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",
+    ),
+}
+# Told of a sweep: the number of its jobs, and a line for each that cannot be composed
+Count = Callable[[int, list[str]], None]
+# One name: made safe by `slug`, or of safe characters and the job's number
+SUBDIR = re.compile(
+    r"\$\{slug:([^/{}]|\$\{[\w.]+\})*\}|(\$\{hydra\.job\.num\}|[\w=+,-]|(?<=\w)\.(?=\w))+"
+)
+
+
+def install(count: Count) -> None:
+    """Let Hydra compose and save through this module, once the flags are known to be harmless.
+
+    Args:
+        count: is told how many jobs a sweep has, and a line for each that cannot be composed.
+
+    Raises:
+        UserError: a flag is unknown, or would have a pickle or a Python package loaded.
+    """
+    flags, unknown = get_args_parser().parse_known_intermixed_args()
+    if unknown:
+        raise UserError(f"{unknown[0]} is no flag; --hydra-help lists those there are")
+    if flags.experimental_rerun:
+        raise UserError(
+            "--experimental-rerun loads a pickle, which may run anything; give the overrides that "
+            "stand in the run's choices.yaml"
+        )
+    _check_place("--config-path", flags.config_path)
+    # Hydra takes no flag between two overrides
+    others = [one for one in sys.argv[1:] if one not in flags.overrides]
+    sys.argv[1:] = [*others, *flags.overrides]
+    check_what_is_composed()
+    (sweeper,) = KNOWN["hydra.sweeper"]
+    upstream.sweep_through(
+        sweeper,
+        saves=MaskingOmegaConf,
+        checks=lambda self, batch: count(*leave_out_what_cannot_be(self, batch)),
+    )
+
+
+def check_what_is_composed() -> None:
+    """Let Hydra compose through `CheckedLoader` from now on."""
+    upstream.compose_through(CheckedLoader)
+
+
+def leave_out_what_cannot_be(sweeper: Any, batch: list[list[str]]) -> tuple[int, list[str]]:
+    """Take the combinations that cannot be composed out of a sweep, and say so; the others run.
+
+    Returns:
+        The number of jobs that are left, and a line for each combination that is not among them.
+
+    Raises:
+        UserError: the sweep has no job.
+        HydraException: none of its jobs can be composed.
+    """
+    if not batch:
+        raise UserError("this sweep has no job: a list, a range or a glob in it is empty")
+    loader = sweeper.hydra_context.config_loader
+    refused: list[tuple[list[str], HydraException]] = []
+    for overrides in batch:
+        try:
+            loader.load_sweep_config(master_config=sweeper.config, sweep_overrides=overrides)
+        except HydraException as error:
+            refused.append((overrides, error))
+    if len(refused) == len(batch):
+        raise refused[0][1]
+    swept = {one for overrides in batch for one in overrides} - set[str].intersection(
+        *map(set, batch)
+    )
+    left_out = []
+    for overrides, reason in refused:
+        batch.remove(overrides)
+        which = " ".join(one for one in overrides if one in swept)
+        left_out.append(mask(f"error: {which}: {explain(reason)}"))
+        print(left_out[-1], file=sys.stderr)
+    return len(batch), left_out
+
+
+class CheckedLoader(ConfigLoaderImpl):
+    """Hydra's way to a configuration, for runs, sweeps and each of their jobs."""
+
+    def load_configuration(self, *args: Any, **kwargs: Any) -> DictConfig:
+        """Compose as Hydra does, and check the result before anything in it is called.
+
+        Raises:
+            UserError: it names what is not known.
+        """
+        composed = super().load_configuration(*args, **kwargs)
+        given = inspect.signature(super().load_configuration).bind(*args, **kwargs).arguments
+        # Without a name Hydra shows its own settings (--hydra-help), and calls nothing in them
+        if given["config_name"]:
+            check(composed)
+        return composed
+
+    def _load_single_config(self, default: Any, repo: Any) -> Any:
+        """Refuse a number in a file where a key holds text: which digits stood there is lost."""
+        loaded = super()._load_single_config(default, repo)
+        if not loaded.is_schema_source:
+            folder = loaded.path.removeprefix("file://")
+            _check_texts(f"{folder}/{default.config_path}.yaml", loaded.config)
+        return loaded
+
+    def _process_config_searchpath(
+        self, config_name: str | None, parsed_overrides: Any, repo: Any
+    ) -> None:
+        """Check the places that Hydra is about to add: looking for a package imports it."""
+        primary = repo.load_config(config_path=config_name) if config_name else None
+        places = [OmegaConf.select(primary.config, "hydra.searchpath") if primary else None]
+        places += [
+            one.value() for one in parsed_overrides if one.get_key_element() == "hydra.searchpath"
+        ]
+        for place in places:
+            _check_place("hydra.searchpath", str(place))
+        super()._process_config_searchpath(config_name, parsed_overrides, repo)
+
+
+class MaskingOmegaConf(OmegaConf):
+    """What Hydra's sweeper writes `multirun.yaml` with: every override stands in it as typed."""
+
+    @staticmethod
+    def save(config: Any, f: Any, resolve: bool = False) -> None:
+        """Write a configuration to a file, secrets masked."""
+        plain = mask(OmegaConf.to_container(config, resolve=resolve))
+        OmegaConf.save(OmegaConf.create(plain), f)
+
+
+def _check_texts(file: str, loaded: Any) -> None:
+    tree: Any = OmegaConf.to_container(loaded, resolve=False)
+    values = flat(tree)
+    for key in text_keys().keys() & values.keys():
+        for value in values[key] if isinstance(values[key], list) else [values[key]]:
+            if isinstance(value, bool | int | float):
+                raise UserError(
+                    f"{file}: {key} is text, and {value} without quotes is none to YAML; write it "
+                    "in quotes"
+                )
+
+
+def check(composed: DictConfig) -> None:
+    """Refuse a configuration that is not ours, and what Hydra would call, write or change unasked.
+
+    Raises:
+        UserError: which, and what to do instead.
+    """
+    if OmegaConf.get_type(composed) is not Config:
+        raise UserError(
+            "--config-name names a configuration that does not begin with the lab's; begin it with "
+            "`defaults: [config, _self_]`"
+        )
+
+    for section, known in KNOWN.items():
+        for target in _targets(OmegaConf.select(composed, section)):
+            if target not in known:
+                raise UserError(
+                    f"{section} names {target}, and only these are called: {', '.join(known)}"
+                )
+    settings: Any = OmegaConf.to_container(composed.hydra, resolve=False)
+    for section in ("job_logging", "hydra_logging"):
+        if not isinstance(settings[section], dict) or settings[section].get("root") is not None:
+            raise UserError(
+                f"hydra.{section} may name classes to call and is not used here; leave it out: "
+                "the log goes to the terminal and to run.log"
+            )
+    job = settings["job"]
+    if set(job["env_set"]) - set(job["env_copy"]):
+        raise UserError(
+            "hydra.job.env_set may name programs to run; set environment variables in the shell"
+        )
+    if job["chdir"]:
+        raise UserError(
+            "hydra.job.chdir=true would look for every path in the run folder; leave it out: paths "
+            "are from where the command is given"
+        )
+    if settings["output_subdir"] is not None:
+        raise UserError(
+            "hydra.output_subdir would write the configuration with its secrets; leave it out: "
+            "config.yaml and choices.yaml of the run folder have it, masked"
+        )
+    subdir = settings["sweep"]["subdir"]
+    if not SUBDIR.fullmatch(str(subdir)):
+        raise UserError(
+            f"hydra.sweep.subdir={subdir} may lead out of the sweep's folder, or deeper into it "
+            "than the sweep looks for its jobs; use one name of letters, digits and "
+            "${hydra.job.num}, without a slash, or ${slug:...}"
+        )
+    for group, option in settings["runtime"]["choices"].items():
+        if option and ".." in Path(option).parts:  # an absolute path is looked for in the folder
+            raise UserError(
+                f"{group}={option} leads out of the folder of options; name one in it, or add a "
+                "folder of your own with --config-dir"
+            )
+
+
+def _targets(node: Any) -> Iterator[str]:
+    """Yield every `_target_` below a node, interpolations resolved as Hydra will."""
+    plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    if isinstance(plain, dict):
+        for key, value in plain.items():
+            if key == "_target_":
+                yield str(value)
+            else:
+                yield from _targets(value)
+    elif isinstance(plain, list):
+        for value in plain:
+            yield from _targets(value)
+
+
+def _check_place(key: str, place: str | None) -> None:
+    """Refuse to look for options in a Python package, which would be imported."""
+    if place and "pkg:" in place:
+        raise UserError(f"{key}={place} imports a Python package; give a folder")

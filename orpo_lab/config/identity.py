@@ -1,0 +1,146 @@
+"""What identifies a run: its settings, and what its data and model hold, wherever they lie.
+
+The policies beside the keys in `config` say which keys these are. Nothing here imports torch.
+"""
+
+import functools
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from orpo_lab.config import SCHEMAS, Config, all_fields, kind
+from orpo_lab.config.model import local_path
+from orpo_lab.config.policy import Policy
+
+# Of a file of weights so many evenly spaced blocks are read: whole, a model of 70B takes minutes
+NUM_BLOCKS, BLOCK_BYTES = 1024, 4096
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested dictionaries as one, with keys like `train.max_steps`."""
+    pairs: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            pairs |= flat(value, f"{prefix}{key}.")
+        else:
+            pairs[prefix + key] = value
+    return pairs
+
+
+@functools.cache
+def policies() -> dict[str, Policy]:
+    """Return the policy of every key; see `config.all_fields`."""
+    return {key: one.metadata["policy"] for key, one in all_fields().items()}
+
+
+def kinds(config: Config) -> dict[str, str]:
+    """Return what was chosen in each group that a run's result depends on."""
+    return {
+        group: kind(getattr(config, group)) for group in SCHEMAS if policies()[group].kind != "free"
+    }
+
+
+def values(config: Config) -> dict[str, Any]:
+    """Return a configuration flat, with what was chosen in each group."""
+    return flat(asdict(config)) | kinds(config)
+
+
+def settings(values: dict[str, Any]) -> dict[str, Any]:
+    """Return those of a run's flat values that its result depends on, locations left out.
+
+    Args:
+        values: as `values` returns them, also of a run that an earlier version made: a key that is
+            not known now counts.
+    """
+    return {key: value for key, value in values.items() if _is_setting(key, values)}
+
+
+def _is_setting(key: str, values: dict[str, Any]) -> bool:
+    policy = policies().get(key, Policy("setting"))
+    if policy.unread_under is not None:
+        other, value = policy.unread_under
+        if values.get(other) == value:
+            return False
+    return policy.kind in ("setting", "lasting")
+
+
+def locations(config: Config) -> dict[str, str]:
+    """Return the locations of a run, a local one as its absolute path."""
+    given = {
+        key: value
+        for key, value in flat(asdict(config)).items()
+        if policies()[key].kind == "location" and value is not None
+    }
+    return {key: _absolute(value, policies()[key]) for key, value in given.items()}
+
+
+def _absolute(value: str, policy: Policy) -> str:
+    path = local_path(value)
+    return str(path.resolve()) if policy.files and path.exists() else value
+
+
+def contents(config: Config) -> dict[str, str]:
+    """Return what lies at the locations of a run: a hash, or the name of what is not here."""
+    return {key: _content(place, policies()[key].files) for key, place in locations(config).items()}
+
+
+def _content(place: str, patterns: tuple[str, ...]) -> str:
+    path = Path(place)
+    if not (patterns and path.is_absolute() and path.exists()):
+        return place
+    digest = hashlib.sha256()
+    try:
+        for name, file in _files(path, patterns):
+            digest.update(f"{name}\0{_digest_now(file)}\0".encode())
+    except OSError:
+        return place  # what cannot be read is said where it is needed
+    return digest.hexdigest()
+
+
+def _files(path: Path, patterns: tuple[str, ...]) -> list[tuple[str, Path]]:
+    """Return what is read at a path, with its name there; of a single file the suffix is read."""
+    if path.is_file():
+        return [(path.suffix, path)]
+    found = {one for pattern in patterns for one in path.glob(pattern) if one.is_file()}
+    named = sorted((str(one.relative_to(path)), one) for one in found)
+    return [(name, one) for name, one in named if "/." not in f"/{name}"]
+
+
+def _digest_now(file: Path) -> str:
+    """Return the hash of a file as it is now; an unchanged file is read once."""
+    now = file.stat()
+    return _digest(file, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
+
+
+@functools.lru_cache(maxsize=1024)
+def _digest(file: Path, size: int, mtime_ns: int, ctime_ns: int) -> str:
+    with file.open("rb") as content:
+        if file.suffix != ".safetensors" or size <= NUM_BLOCKS * BLOCK_BYTES:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+        digest = hashlib.sha256(str(size).encode())
+        for block in range(NUM_BLOCKS):
+            content.seek(block * (size - BLOCK_BYTES) // (NUM_BLOCKS - 1))
+            digest.update(content.read(BLOCK_BYTES))
+        return digest.hexdigest()
+
+
+def identity(config: Config, *groups: str) -> str:
+    """Return a hash of all that a run's result depends on, or of what stands in some groups."""
+    return _hash([_of(settings(values(config)), groups), _of(contents(config), groups)])
+
+
+def name_of(config: Config, *groups: str) -> str:
+    """Return a hash of what was asked for in some groups: settings and places, not contents."""
+    return _hash([_of(settings(values(config)), groups), _of(locations(config), groups)])
+
+
+def _of(pairs: dict[str, Any], groups: tuple[str, ...]) -> dict[str, Any]:
+    if not groups:
+        return pairs
+    return {key: value for key, value in pairs.items() if key.split(".")[0] in groups}
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,25 @@
+"""Keys of `method`: what is optimised."""
+
+from dataclasses import dataclass
+
+from orpo_lab.config.checks import one_of
+from orpo_lab.config.policy import setting
+
+
+@dataclass(kw_only=True)
+class Method:
+    """A method of alignment; alone it is never used."""
+
+
+@dataclass(kw_only=True)
+class OrpoMethod(Method):
+    """ORPO, and which reading of its equations is optimised (see docs/method.md)."""
+
+    nll_scope: str = setting()
+    nll_mean: str = setting()
+    penalty: str = setting()
+
+    def __post_init__(self) -> None:
+        one_of(("prompt_and_completion", "completion"), method__nll_scope=self.nll_scope)
+        one_of(("tokens", "sequences"), method__nll_mean=self.nll_mean)
+        one_of(("log_sigmoid", "log_odds"), method__penalty=self.penalty)

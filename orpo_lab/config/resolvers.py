@@ -1,0 +1,50 @@
+"""Functions that the files in `conf/` call, as in `${slug:...}`."""
+
+import hashlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+from orpo_lab.masking import mask
+
+# `resume=auto`: go on with the run in hydra.run.dir, or begin it
+AUTO = "auto"
+
+
+def slug(text: str) -> str:
+    """Return `text` as one safe folder name of at most 120 characters.
+
+    A cut name ends in a hash of the whole, so that two long names stay apart. Secrets are left out.
+    """
+    plain = re.sub("[\"']", "", mask(text))
+    safe = re.sub(r"[^A-Za-z0-9=.,+_-]+", "-", plain).strip("-.") or "run"
+    if len(safe) <= 120:
+        return safe
+    return f"{safe[:107]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def fresh_or_resumed(resume: str | None, fresh: str) -> str:
+    """Return the folder a run writes to: the one it resumes, or a fresh one."""
+    if resume is not None and resume != AUTO:
+        return resume
+    return "/".join(slug(part) for part in fresh.split("/"))
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """Return the largest divisor of `number` up to `limit`; at least 1."""
+    return max((one for one in range(1, limit + 1) if number % one == 0), default=1)
+
+
+def prompt_limit(usual: int, max_length: int) -> int:
+    """Return the longest prompt's length: the usual one, or half of a `max_length` not above it."""
+    return usual if usual < max_length else max_length // 2
+
+
+# Under the names that `conf/` calls them by
+RESOLVERS: dict[str, Callable[..., Any]] = {
+    "slug": slug,
+    "half": lambda length: length // 2,
+    "prompt_limit": prompt_limit,
+    "divisor": largest_divisor,
+    "fresh_or_resumed": fresh_or_resumed,
+}

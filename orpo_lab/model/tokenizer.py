@@ -1,0 +1,153 @@
+"""The tokenizer, and whether it, the texts and the model's context fit together."""
+
+import logging
+
+from transformers import (
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from orpo_lab.config.dataset import Dataset
+from orpo_lab.config.model import Model
+from orpo_lab.data import Data
+from orpo_lab.data.render import DEFAULT_CHAT_TEMPLATE
+from orpo_lab.errors import UserError
+from orpo_lab.model.source import fetch
+
+log = logging.getLogger(__name__)
+
+# Of the median length of an embedding: below it one was never trained
+UNTRAINED = 0.01
+
+
+def check_context(config: PretrainedConfig, dataset: Dataset) -> None:
+    """Refuse sequences longer than the model's context.
+
+    Raises:
+        UserError: `dataset.max_length`, or a prompt with its generated answer, does not fit.
+    """
+    text = config.get_text_config()
+    context = getattr(text, "max_position_embeddings", None)
+    about = "the model's context"
+    turn = _context_of_short_rope(text)
+    if turn is not None and (context is None or turn < context):
+        context = turn
+        about = "the length above which its longrope reads a row otherwise, all rows beside it too,"
+    if context is None:
+        return
+    if dataset.max_length > context:
+        raise UserError(
+            f"dataset.max_length={dataset.max_length} is above {about} of {context} tokens; lower "
+            "it"
+        )
+    if dataset.max_prompt_length + dataset.max_new_tokens > context:
+        raise UserError(
+            f"dataset.max_prompt_length={dataset.max_prompt_length} plus dataset.max_new_tokens="
+            f"{dataset.max_new_tokens} are above {about} of {context} tokens; lower one"
+        )
+
+
+def _context_of_short_rope(config: PretrainedConfig) -> int | None:
+    """Return the length up to which longrope turns positions in one way; None: it is not longrope.
+
+    Above it transformers takes other frequencies for the whole batch, so that a pair's
+    log-probabilities would depend on the pairs beside it.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(one for one in rope.values() if isinstance(one, dict))]
+    lengths = [
+        one["original_max_position_embeddings"]
+        for one in kinds
+        if one.get("rope_type") == "longrope"
+    ]
+    return min(lengths, default=None)
+
+
+def load_tokenizer(model: Model, config: PretrainedConfig) -> PreTrainedTokenizerBase:
+    """Return the tokenizer with a chat template and a pad token.
+
+    The pad token may be the end-of-sequence token: what is padding is told by the attention mask
+    everywhere, so real end-of-sequence tokens stay in the loss.
+
+    Raises:
+        UserError: there is no such tokenizer, or it has no end-of-sequence token.
+    """
+    tokenizer: PreTrainedTokenizerBase = fetch(AutoTokenizer.from_pretrained, model)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model.path={model.path}: its tokenizer has no end-of-sequence token")
+    if tokenizer.chat_template is None:
+        log.info("%s has no chat template, using the default one (docs/method.md)", model.path)
+        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+    if tokenizer.pad_token_id is None:
+        log.info("%s has no pad token, padding with %s", model.path, tokenizer.eos_token)
+        tokenizer.pad_token = tokenizer.eos_token
+    _check_vocabulary(model, tokenizer, config.get_text_config().vocab_size)
+    return tokenizer
+
+
+def _check_vocabulary(model: Model, tokenizer: PreTrainedTokenizerBase, num_rows: int) -> None:
+    """Refuse a tokenizer of another model; tokens added for other uses may be over (Gemma 3 1B).
+
+    Raises:
+        UserError: its vocabulary, its end or its padding is beyond the model's embeddings.
+    """
+    ends = [int(tokenizer.eos_token_id), int(tokenizer.pad_token_id)]
+    if tokenizer.vocab_size > num_rows or max(ends) >= num_rows:
+        raise UserError(
+            f"model.path={model.path}: its tokenizer has {len(tokenizer)} tokens and its weights "
+            f"{num_rows}; they do not belong together"
+        )
+    if len(tokenizer) > num_rows:
+        spare = [str(tokenizer.decode([i])) for i in range(num_rows, len(tokenizer))]
+        log.warning(
+            "%s: %s of its tokenizer have no row in its embeddings; a text with one of them would "
+            "be refused",
+            model.path,
+            ", ".join(spare[:3]) + (" and others" if len(spare) > 3 else ""),
+        )
+
+
+def check_ids(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, data: Data) -> None:
+    """Refuse texts with a token that has no embedding.
+
+    Raises:
+        UserError: a pair has one.
+    """
+    num_rows = config.get_text_config().vocab_size
+    if len(tokenizer) <= num_rows:
+        return
+    for rows in (data.train, data.held_out):
+        for row in rows.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]):
+            beyond = [i for ids in row.values() for i in ids if i >= num_rows]
+            if beyond:
+                token = tokenizer.convert_ids_to_tokens(beyond[0])
+                raise UserError(
+                    f"a pair holds the token {token}, which has no row in the model's embeddings; "
+                    "take it out of the data"
+                )
+
+
+def warn_of_untrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Warn of special tokens that every text holds and whose embeddings were never trained.
+
+    Adapters leave embeddings as they are, so such a token stays without a meaning.
+    """
+    template = str(tokenizer.chat_template)
+    ids = {
+        index
+        for index, token in tokenizer.added_tokens_decoder.items()
+        if token.content in template or index == tokenizer.eos_token_id
+    }
+    rows = model.get_input_embeddings().weight
+    lengths = rows.detach().float().norm(dim=1)
+    limit = UNTRAINED * lengths.median()
+    untrained = [i for i in sorted(ids) if i < len(lengths) and lengths[i] <= limit]
+    if untrained:
+        log.warning(
+            "the embeddings of %s are (nearly) zero: this base was never trained on them, and "
+            "adapters cannot change that; take a model trained on its chat template, or train all "
+            "weights (optimizer=galore, adamw)",
+            ", ".join(str(tokenizer.convert_ids_to_tokens(i)) for i in untrained),
+        )

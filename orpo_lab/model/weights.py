@@ -1,0 +1,232 @@
+"""The weights: all that a folder says, and nothing drawn at random."""
+
+import contextlib
+import hashlib
+import logging
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from orpo_lab.config import Config
+from orpo_lab.config.model import Model
+from orpo_lab.config.optimizer import Lora
+from orpo_lab.errors import UserError, one_line
+from orpo_lab.model import quantization
+from orpo_lab.model.precision import resolve_attention, resolve_device, weight_dtype
+from orpo_lab.model.source import fetch
+from orpo_lab.model.tokenizer import warn_of_untrained
+
+log = logging.getLogger(__name__)
+
+# Of transformers' table of weights that are missing or over, and of tied ones that are all missing
+SAID_IN_A_LINE = ("LOAD REPORT", "absent from the checkpoint")
+# Numbers of each weight that a fingerprint is of
+NUM_SAMPLED = 256
+
+
+def load_model(
+    config: Config, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+) -> PreTrainedModel:
+    """Return the base model on its device, quantized as asked, ready to be trained.
+
+    Its weights are those of its folder, all of them, in `weight_dtype`; they compute in `dtype`,
+    under autocast where the two differ.
+
+    Raises:
+        UserError: the weights cannot be loaded, are not those that the model's configuration tells
+            of, are stored in another quantization, or the base draws at random in training.
+    """
+    on = resolve_device()
+    own: PretrainedConfig = fetch(AutoConfig.from_pretrained, config.model)
+    quantization.check(config, own)
+    _switch_off_dropout(own)
+    options: dict[str, Any] = {}
+    asked = quantization.settings(config.quantization, dtype)
+    if asked is not None and quantization.stored(own) is None:
+        # None, given by name, would switch off transformers' own reading of quantized weights
+        options["quantization_config"] = asked
+    architecture = AutoModelForCausalLM._model_mapping.get(type(own), None)
+    has_flash = getattr(architecture, "_supports_flash_attn", True)
+    with _tables_hidden():
+        model, found = fetch(
+            AutoModelForCausalLM.from_pretrained,
+            config.model,
+            config=own,
+            dtype=weight_dtype(config.optimizer, dtype),
+            attn_implementation=resolve_attention(
+                config.model.attention, on, dtype, has_flash=has_flash
+            ),
+            device_map={"": on},
+            # All else is a pickle
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
+        )
+    _check_complete(config.model, found)
+    if config.model.attention != "eager" and model.config._attn_implementation == "eager":
+        log.info("model.attention: %s has no sdpa, using eager", type(model).__name__)
+    if asked is not None:
+        quantization.prepare(model, dtype)
+    # Dropout of the base is off, as in TRL; that of adapters is added later and stays
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model.config.get_text_config().use_cache = False
+    model.config.pad_token_id = tokenizer.pad_token_id
+    _check_steady(model)
+    _make_savable(model)
+    if isinstance(config.optimizer, Lora):
+        warn_of_untrained(model, tokenizer)
+    return model
+
+
+@contextlib.contextmanager
+def _tables_hidden() -> Iterator[None]:
+    """Keep what transformers says of missing weights from the terminal: one line refuses them."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return not any(words in record.getMessage() for words in SAID_IN_A_LINE)
+
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
+def _check_complete(model: Model, found: dict[str, Any]) -> None:
+    """Check that a folder held every weight of its model and no other.
+
+    transformers draws those that are missing at random and drops those that nothing takes; what is
+    tied or known to be of no use is in neither list.
+
+    Args:
+        model: where the weights are.
+        found: what `from_pretrained` tells of loading.
+
+    Raises:
+        UserError: weights are missing, over or of another size.
+    """
+    sizes = [
+        f"{name} is {list(there)} there and {list(expected)} by its config.json"
+        for name, there, expected in sorted(found["mismatched_keys"])
+    ]
+    lists = {
+        "of other sizes": sizes,
+        "missing": sorted(found["missing_keys"]),
+        "not of this model": sorted(found["unexpected_keys"]),
+    }
+    faults = [
+        f"{len(names)} weights are {fault} ({names[0]}{', ...' if len(names) > 1 else ''})"
+        for fault, names in lists.items()
+        if names
+    ]
+    if faults:
+        raise UserError(
+            f"model.path={model.path}: its weights are not those that its config.json describes: "
+            f"{'; '.join(faults)}; give the whole folder of one causal language model"
+        )
+
+
+def _switch_off_dropout(config: PretrainedConfig) -> None:
+    """Set every probability of dropout and every jitter of a configuration to 0.
+
+    Many models read theirs in functions, where no `nn.Dropout` shows (OPT, Phi MoE).
+    """
+    for name, value in vars(config).items():
+        if isinstance(value, PretrainedConfig):
+            _switch_off_dropout(value)
+        elif isinstance(value, float) and any(word in name for word in ("drop", "jitter")):
+            setattr(config, name, 0.0)
+
+
+def _check_steady(model: PreTrainedModel) -> None:
+    """Read a few tokens in training mode, under two seeds, and refuse a base that tells them apart.
+
+    Raises:
+        UserError: its results depend on chance, as where a dropout stayed on, or it reads nothing.
+    """
+    ids = (
+        torch.arange(3, 19, device=model.device)[None]
+        % model.get_input_embeddings().weight.shape[0]
+    )
+
+    def read(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return model(input_ids=ids, use_cache=False).logits.float().nan_to_num()
+
+    name, was_training = type(model).__name__, model.training
+    devices = [model.device] if model.device.type == "cuda" else []
+    try:
+        model.train()
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            first, again, other = read(1), read(1), read(2)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{name} cannot read a text as it was loaded ({one_line(error)[:200]}); take a causal "
+            "language model, or for one whose layers cannot be quantized another optimizer"
+        ) from error
+    finally:
+        model.train(was_training)
+    # On a GPU some sums are added in any order
+    if (first - other).abs().max() > 10 * (first - again).abs().max():
+        raise UserError(
+            f"{name} draws at random in training what its configuration cannot switch off, so that "
+            "a pair's loss would be another each time; take another model"
+        )
+
+
+def _make_savable(model: PreTrainedModel) -> None:
+    """Unset what transformers took from generation_config.json and would refuse to write.
+
+    Settings of sampling beside `do_sample: false` have no effect, and stop `save_pretrained`.
+    """
+    own = model.generation_config
+    if own is None:
+        return
+    try:
+        own.validate(strict=True)
+    except ValueError as error:
+        idle = re.findall(r"^- `(\w+)`:", str(error), flags=re.MULTILINE)
+        for name in idle:
+            setattr(own, name, None)
+        if not idle:  # it contradicts itself in another way; the tokens are what matters
+            model.generation_config = GenerationConfig(
+                bos_token_id=own.bos_token_id,
+                eos_token_id=own.eos_token_id,
+                pad_token_id=own.pad_token_id,
+            )
+        log.info(
+            "generation_config.json contradicts itself, which cannot be saved; left out: %s",
+            ", ".join(idle) or "all but the special tokens",
+        )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a hash of a model's weights as they are stored: names, shapes, and a sample of each.
+
+    A file that was replaced or damaged shows in it; a single changed number need not.
+    """
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        flat = weight.detach().flatten()
+        stride = max(1, len(flat) // NUM_SAMPLED)
+        sample = flat[::stride][:NUM_SAMPLED].contiguous().cpu()
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}\0".encode())
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

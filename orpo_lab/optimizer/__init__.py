@@ -1,0 +1,226 @@
+"""From a typed config to an optimizer, and to what a training loop needs to know of it."""
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, get_scheduler
+
+from orpo_lab.config import Config
+from orpo_lab.config.optimizer import AdamW, Galore, Lora, Optimizer
+from orpo_lab.config.train import Train
+from orpo_lab.errors import UserError
+from orpo_lab.model.projections import projections
+from orpo_lab.optimizer.galore import GaLore
+from orpo_lab.optimizer.updater import GaLoreUpdater, Updater
+
+log = logging.getLogger(__name__)
+
+# GaLore's published values (its README), which a small model or a short run has no room for
+MAX_RANK = 128
+MAX_GAP = 200
+# With fewer refreshes the subspace hardly moves, and the run tells nothing about GaLore
+MIN_REFRESHES = 3
+
+
+def build(config: Config, model: Any, *, num_steps: int, dtype: torch.dtype) -> Updater:
+    """Return what updates the model's trainable parameters.
+
+    Args:
+        config: the run, whose optimizer settings are all honoured.
+        model: on its device, with adapters if it has any.
+        num_steps: optimizer steps of the whole run; GaLore's refreshes are counted against it.
+        dtype: precision of the arithmetic.
+
+    Raises:
+        UserError: a setting that does not fit this model or this precision.
+    """
+    match config.optimizer:
+        case Lora() as lora:
+            return Updater(_paged_adamw_8bit(lora, model), model)
+        case Galore(implementation="galore_torch") as galore:
+            return Updater(_galore_torch(galore, model, num_steps), model)
+        case Galore() as galore:
+            return GaLoreUpdater(_galore(galore, model, num_steps, dtype, config), model)
+        case AdamW() as adamw:
+            groups = decay_groups(adamw, dict(model.named_parameters()))
+            return Updater(torch.optim.AdamW(groups, **adam_arguments(adamw)), model)
+    raise TypeError(f"no optimizer: {config.optimizer!r}")
+
+
+def share_of_peak(train: Train, num_steps: int) -> Callable[[int], float]:
+    """Return the schedule of the learning rate: updates taken so far -> share of its peak, 0 to 1.
+
+    The schedules are those of transformers. A warm-up below 1 is a share of the run.
+    """
+    warmup = train.warmup_steps
+    unused = torch.optim.SGD([torch.zeros(1)])  # the schedules' formulas come with an optimizer
+    schedule = get_scheduler(
+        train.lr_scheduler_type,
+        unused,
+        num_warmup_steps=int(warmup) if warmup >= 1 else math.ceil(num_steps * warmup),
+        num_training_steps=num_steps,
+    )
+    return schedule.lr_lambdas[0]
+
+
+def adam_arguments(config: Optimizer) -> dict[str, Any]:
+    """Return Adam's settings under torch's names."""
+    return {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+    }
+
+
+def decay_groups(config: Optimizer, parameters: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """Return parameter groups: matrices with weight decay, norms and biases without."""
+    trained = [one for one in parameters.values() if one.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _paged_adamw_8bit(config: Lora, model: nn.Module) -> torch.optim.Optimizer:
+    import bitsandbytes as bnb
+
+    optimizer = bnb.optim.PagedAdamW8bit
+    if not torch.cuda.is_available():
+        log.info("no GPU to page from: 8-bit AdamW instead of its paged form, the same updates")
+        optimizer = bnb.optim.AdamW8bit
+    groups = decay_groups(config, dict(model.named_parameters()))
+    return optimizer(groups, **adam_arguments(config))
+
+
+def _galore(
+    config: Galore, model: PreTrainedModel, num_steps: int, dtype: torch.dtype, run: Config
+) -> GaLore:
+    """Return our GaLore, and say what memory it takes."""
+    scaled = dtype == torch.float16
+    if config.layerwise and scaled:
+        raise UserError(
+            "optimizer.layerwise=true needs model.dtype=bf16 or fp32: fp16's loss scaling has to "
+            "see all gradients at once"
+        )
+    optimizer = GaLore(
+        _galore_groups(config, model, num_steps),
+        **adam_arguments(config),
+        bits=config.bits,
+        refresh=config.refresh or "warm",
+        stagger_refresh=config.stagger_refresh is not False,
+        rotate_moments=config.rotate_moments,
+        layerwise=config.layerwise,
+        max_grad_norm=run.train.max_grad_norm if config.layerwise else 0.0,
+        refresh_in_backward=not scaled,
+        seed=run.seed,
+    )
+    for name, row in optimizer.memory().items():
+        sizes = ", ".join(f"{kind} {size / 1e6:,.1f}" for kind, size in row.items())
+        log.info("galore: memory of %s weights in MB: %s", name, sizes)
+    return optimizer
+
+
+def _galore_torch(config: Galore, model: PreTrainedModel, num_steps: int) -> torch.optim.Optimizer:
+    """Return the authors' optimizer; exact bases, all taken at once."""
+    from galore_torch import GaLoreAdamW
+    from galore_torch.galore_projector import GaLoreProjector
+
+    # A checkpoint holds the projector object, which torch refuses to load otherwise
+    torch.serialization.add_safe_globals([GaLoreProjector])
+    return GaLoreAdamW(
+        _galore_groups(config, model, num_steps),
+        no_deprecation_warning=True,
+        **adam_arguments(config),
+    )
+
+
+def _galore_groups(config: Galore, model: PreTrainedModel, num_steps: int) -> list[dict[str, Any]]:
+    """Return parameter groups: the linear layers of attention and MLP projected, the rest not.
+
+    Not projected are biases, norms, the output head, embeddings and what is tied to them, and
+    matrices with a side that the rank is not below.
+
+    Raises:
+        UserError: nothing is left to project.
+    """
+    rank = config.rank or default_rank(model.config.get_text_config().hidden_size)
+    gap = config.update_proj_gap or default_gap(num_steps)
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    linear = {id(layer.weight): layer.weight for layer in projections(model).values()}
+    trained = [p for key, p in linear.items() if key not in embeddings and p.requires_grad]
+    projected = [p for p in trained if rank < min(p.shape)]
+    if not projected:
+        raise UserError(
+            f"optimizer.rank={rank} is not below the smaller side of any weight of attention and "
+            "MLP: there is nothing to project; lower it, or use optimizer=adamw"
+        )
+    if len(projected) < len(trained):
+        log.info(
+            "galore: %d weights have a side that rank %d is not below: plain Adam for them",
+            len(trained) - len(projected),
+            rank,
+        )
+    _say(projected, rank, gap, num_steps, model)
+    names = {id(p) for p in projected}
+    others = {name: p for name, p in model.named_parameters() if id(p) not in names}
+    low_rank = {
+        "params": projected,
+        "weight_decay": config.weight_decay,
+        "rank": rank,
+        "update_proj_gap": gap,
+        "scale": config.scale,
+        "proj_type": config.proj_type,
+    }
+    return [low_rank, *decay_groups(config, others)]
+
+
+def default_rank(hidden_size: int) -> int:
+    """Return a quarter of the hidden size, at most 128."""
+    return max(1, min(MAX_RANK, hidden_size // 4))
+
+
+def default_gap(num_steps: int) -> int:
+    """Return a fifth of the run, at most 200."""
+    return max(1, min(MAX_GAP, num_steps // 5))
+
+
+def num_refreshes(num_steps: int, gap: int) -> int:
+    """Return how often a run takes a new basis, the first one included."""
+    return -(-num_steps // gap)
+
+
+def _say(
+    projected: list[torch.Tensor], rank: int, gap: int, num_steps: int, model: nn.Module
+) -> None:
+    log.info(
+        "galore: %d weights (%s of %s parameters) are projected to rank %d, anew every %d steps",
+        len(projected),
+        f"{sum(weight.numel() for weight in projected):,}",
+        f"{sum(p.numel() for p in model.parameters()):,}",
+        rank,
+        gap,
+    )
+    full = sum(2 * rank >= min(weight.shape) for weight in projected)
+    if full:
+        log.warning(
+            "galore: rank %d is not below half the smaller side of %d of %d weights, where it "
+            "saves little and is nearly plain Adam; lower optimizer.rank",
+            rank,
+            full,
+            len(projected),
+        )
+    refreshes = num_refreshes(num_steps, gap)
+    if refreshes < MIN_REFRESHES:
+        log.warning(
+            "galore: %d steps take a basis %d times, fewer than %d: this is nearly plain Adam in a "
+            "fixed subspace; lower optimizer.update_proj_gap=%d or train longer",
+            num_steps,
+            refreshes,
+            MIN_REFRESHES,
+            gap,
+        )

@@ -1,0 +1,92 @@
+"""The picture of a run, from its `metrics.jsonl` alone."""
+
+import itertools
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orpo_lab.metrics import HELD_OUT_PREFIX, TRAINING, TrainingMetric
+from orpo_lab.upstream import matplotlib_as_shipped
+
+if TYPE_CHECKING:
+    pass
+
+# Okabe and Ito's colours, which colour-blind readers tell apart
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
+# Panels of a run's plot side by side
+NUM_COLUMNS = 3
+# Curves that share a panel
+COLOURS_OF_A_PANEL = (BLUE, GREEN, ORANGE)
+
+
+def plain(text: str) -> str:
+    """Return a text as matplotlib shows it letter by letter: between two $ it reads formulas."""
+    return text.replace("$", r"\$")
+
+
+@matplotlib_as_shipped()
+def draw_training(metrics: list[dict[str, float]], title: str, file: Path) -> None:
+    """Draw the loss and its parts, beta, accuracy, margin and learning rate over the steps.
+
+    Args:
+        metrics: the lines of `metrics.jsonl`.
+        title: stands above the picture.
+        file: the PNG to write.
+    """
+    # Not pyplot: it keeps every figure of a long sweep, and wants a display in some settings
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 5.6), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = list(dict.fromkeys(metric.panel for metric in TRAINING if metric.panel))
+    grid = figure.subplots(math.ceil(len(panels) / NUM_COLUMNS), NUM_COLUMNS, squeeze=False).flat
+    for axes, panel in itertools.zip_longest(grid, panels):
+        if panel is None:
+            axes.remove()
+        else:
+            _draw_panel(axes, metrics, panel)
+    figure.suptitle(plain(title), fontsize=11)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file)
+
+
+def _draw_panel(axes: Any, lines: list[dict[str, float]], panel: str) -> None:
+    members = [metric for metric in TRAINING if metric.panel == panel]
+    drawn = 0
+    for key, name, colour in _panel_curves(members):
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        if points:
+            marker = "o" if len(points) < 12 else None
+            axes.plot(
+                *zip(*points, strict=True), color=colour, label=name, marker=marker, markersize=3
+            )
+            drawn += 1
+    axes.set_title(panel, fontsize=9, loc="left")
+    axes.set_xlabel("optimizer step", fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.ticklabel_format(axis="y", useOffset=False)
+    if members[0].unit == "0 to 1":
+        axes.set_ylim(0, 1.02)
+    if members[0].is_setting:
+        axes.set_ylim(bottom=0)
+    if drawn > 1:
+        axes.legend(fontsize=8, frameon=False)
+
+
+def _panel_curves(members: list[TrainingMetric]) -> list[tuple[str, str, str]]:
+    """Return key, name and colour of a panel's curves: one metric also on the held-out pairs."""
+    if len(members) > 1:
+        return [
+            (metric.name, metric.curve, colour)
+            for metric, colour in zip(members, COLOURS_OF_A_PANEL, strict=False)
+        ]
+    (metric,) = members
+    if metric.is_setting:
+        return [(metric.name, metric.panel, GREY)]
+    return [
+        (metric.name, "training", BLUE),
+        (HELD_OUT_PREFIX + metric.name, "held out", ORANGE),
+    ]

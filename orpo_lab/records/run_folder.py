@@ -1,0 +1,517 @@
+"""The files of a run folder: what a run leaves is here (docs/configuration.md lists them).
+
+Only what this lab wrote is ever removed or replaced. A folder that holds other files and no run is
+refused before anything is written; a start that is refused or fails before its first step leaves a
+run that is there as it was; the results of a finished run stay until others are complete.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from orpo_lab.config import Config
+from orpo_lab.config.identity import contents, flat, identity, kinds, policies, settings
+from orpo_lab.config.resolvers import AUTO
+from orpo_lab.errors import UserError, one_line
+from orpo_lab.masking import mask
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "bitsandbytes",
+    "galore-torch",
+    "datasets",
+    "hydra-core",
+    "wandb",
+)
+
+
+# Where a process that works in a folder says so
+LOCK = ".orpo_lab.lock"
+# What a process that was killed may leave of a folder's first record
+FIRST_RECORD = "status.json.part"
+# What there is only where a step was taken, or a run has come to its end
+LEFT_BY_TRAINING = ("metrics.jsonl", "checkpoints", "summary.json", "scores.parquet", "final")
+# What a finished run came to
+RESULTS = ("summary.json", "scores.parquet", "final")
+# What `status.json` says until something else is said: see `RunFolder.set_status`
+LASTING_STATUS = ("config_hash", "sweep_start", "results")
+
+# Full, over its quota, above a size limit, read-only, not ours
+DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+
+STATES = ("running", "finished", "failed", "stopped")
+
+
+class RunFolder:
+    """A run's folder; every file is written whole and renamed into place, or appended to."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.has_begun = False
+        """Whether the run of this process has begun to write here; before that, nothing may."""
+
+    def is_empty(self) -> bool:
+        """Return whether nothing is here but what a killed process left of its first record."""
+        if not self.path.exists():
+            return True
+        return {one.name for one in self.path.iterdir()} <= {LOCK, FIRST_RECORD}
+
+    def is_ours(self) -> bool:
+        """Return whether a run has left a record here, of whatever state."""
+        if self.status()["state"] in STATES:
+            return True
+        try:
+            starts = self.segments()
+        except UserError:
+            return False
+        return bool(starts) and all("config_hash" in one for one in starts)
+
+    def refuse_foreign(self) -> None:
+        """Leave a folder alone that holds files and no run of ours.
+
+        Raises:
+            UserError: it does.
+        """
+        if not self.is_empty() and not self.is_ours():
+            raise UserError(
+                f"{self.path} is not empty and holds no run of this lab, so nothing is written to "
+                "it; choose a new or an empty folder with hydra.run.dir"
+            )
+
+    def is_untrained(self) -> bool:
+        """Return whether no start here has come to its first step: a new run may begin."""
+        found = [self.file(name) for name in LEFT_BY_TRAINING]
+        return not any(one.is_file() or (one.is_dir() and any(one.iterdir())) for one in found)
+
+    def check(
+        self,
+        config: Config,
+        overrides: list[str],
+        *,
+        resume: str | None,
+        started: str | None = None,
+    ) -> dict[str, Any]:
+        """Return what `begin` puts on record of this start, the changes since the last one too.
+
+        Nothing is written. A folder in which no start has come to a step is as good as a new one.
+
+        Args:
+            config: the run's.
+            overrides: the command line's.
+            resume: null, `auto` or the folder, as in the configuration; a sweep's jobs are `auto`.
+            started: when the sweep that a new run belongs to was started; None: it is now.
+
+        Raises:
+            UserError: the folder holds another run, or files that are no run's; or the run to
+                resume had another configuration or other code.
+        """
+        self.refuse_foreign()
+        return {
+            # When the run was started first: the same for all of its starts
+            "started": self.started() or started or now(),
+            # What lies at the locations may be written to later
+            "config_hash": identity(config),
+            "code": code_hash(),
+            "kinds": kinds(config),
+            "contents": contents(config),
+            "changes": self._changes(config, resume),
+            "overrides": mask(overrides),
+        }
+
+    def _changes(self, config: Config, resume: str | None) -> dict[str, list[Any]]:
+        """Return the values before and now of what a run to be continued has changed."""
+        is_named = resume not in (None, AUTO)
+        if is_named and not self.file("config.yaml").is_file():
+            raise UserError(f"resume={self.path} is not a run folder: no config.yaml in it")
+        self._check_results()
+        if self.is_untrained():
+            if is_named:
+                raise UserError(
+                    f"resume={self.path}: no valid checkpoint in it, for no start of it has come "
+                    "to a step; begin it anew with resume=auto hydra.run.dir=..."
+                )
+            return {}
+        if resume is None:
+            raise UserError(
+                f"{self.path} holds a run already; choose another with hydra.run.dir, or go on "
+                "with it by resume=auto"
+            )
+        if not self.segments():
+            raise UserError(
+                f"{self.file('segments.json')} is missing, and with it what this run was; put it "
+                "back, or start a new run"
+            )
+        return self._changed(config)
+
+    def _check_results(self) -> None:
+        """Refuse a folder in which results lie that no run here has written.
+
+        Raises:
+            UserError: they would have to be replaced.
+        """
+        status = self.status()
+        if status["state"] not in STATES or status["state"] == "finished" or status["results"]:
+            return
+        # Where the status was lost, the results say themselves whose they are
+        summary = self.read_json("summary.json")
+        if isinstance(summary, dict) and summary.get("config_hash") in self.config_hashes():
+            return
+        for name in RESULTS:
+            if self.file(name).exists():
+                raise UserError(
+                    f"{self.file(name)} is not of the run in {self.path}, which has not come to "
+                    "results; move it elsewhere, or choose another folder with hydra.run.dir"
+                )
+
+    def _changed(self, config: Config) -> dict[str, list[Any]]:
+        last = self.segments()[-1]
+        resolved = mask(dataclasses.asdict(config))
+        # Where config.yaml is lost the run goes on, and its like is written again
+        before = flat(self.read_yaml("config.yaml")) or flat(resolved)
+        before |= last["kinds"]
+        now = flat(resolved) | kinds(config)
+        read = settings(before).keys() | settings(now).keys()
+        changes = {
+            key: [before.get(key), now.get(key)]
+            for key in sorted(read)
+            if before.get(key) != now.get(key)
+        }
+        said = "; ".join(f"{key}: {old} -> {new}" for key, (old, new) in changes.items())
+        lasting = [key for key in changes if policies()[key].kind == "lasting"]
+        if lasting:
+            raise UserError(
+                f"{self.path} holds another run ({said}); no checkpoint fits another "
+                f"{', '.join(lasting)}: start a new run"
+            )
+        made_of, now_of = self.segments()[-1].get("contents", {}), contents(config)
+        other = [key for key, content in now_of.items() if made_of.get(key) != content]
+        if self.status()["state"] == "finished" and other and not config.accept_changes:
+            raise UserError(
+                f"{self.path} holds a run that has finished on something else ({', '.join(other)} "
+                "has other contents now); start a new run, or say accept_changes=true"
+            )
+        if changes and not config.accept_changes:
+            raise UserError(
+                f"{self.path} holds another run ({said}); give the overrides it was started with "
+                "(choices.yaml), or accept_changes=true to go on differently and have it recorded"
+            )
+        code = [last.get("code"), code_hash()]
+        if code[0] != code[1]:
+            if not config.accept_changes:
+                raise UserError(
+                    f"the run in {self.path} was made by other code than this (orpo_lab has "
+                    "changed since); put back the code it was made by, start a new run, or say "
+                    "accept_changes=true to go on with this one and have it recorded"
+                )
+            changes["code"] = code
+        return changes
+
+    def begin(
+        self,
+        config: Config,
+        choices: dict[str, str],
+        start: dict[str, Any],
+        *,
+        metrics: Path | None = None,
+    ) -> None:
+        """Write what the run is, and that it runs.
+
+        Args:
+            config: the run's.
+            choices: the option chosen in every group.
+            start: what `check` has returned.
+            metrics: `metrics.jsonl` as it was at the checkpoint to go on from; later lines are
+                written again. None: the run begins with its first step.
+        """
+        before = [] if self.is_untrained() else self.segments()
+        if not before:
+            # The first file of all: from now on the folder is known as a run's
+            self.set_status("running", config_hash=start["config_hash"])
+            self.has_begun = True
+        # What changes is on record before anything has changed
+        self.write_json("segments.json", [*before, start])
+        self.has_begun = True
+        resolved = mask(dataclasses.asdict(config))
+        chosen = {"choices": choices, "overrides": start["overrides"]}
+        self.write("config.yaml", yaml.safe_dump(resolved, sort_keys=False))
+        self.write("choices.yaml", yaml.safe_dump(chosen, sort_keys=False))
+        self.set_status("running", config_hash=start["config_hash"])
+        if metrics:
+            self.write("metrics.jsonl", metrics.read_text(encoding="utf-8"))
+        else:
+            self.file("metrics.jsonl").unlink(missing_ok=True)
+
+    def started(self) -> str | None:
+        """Return when the run here was started first; None: none has come to a step."""
+        if self.is_untrained():
+            return None
+        return next((one.get("started") for one in self.segments()), None)
+
+    def segments(self) -> list[dict[str, Any]]:
+        """Return what `segments.json` says: the starts of this run, the first one included."""
+        starts = self.read_json("segments.json")
+        return starts if isinstance(starts, list) else []
+
+    def has_finished(self, config: Config) -> bool:
+        """Return whether this very run ended well: there is nothing to go on with."""
+        return self.is_complete() and self.status()["config_hash"] == identity(config)
+
+    def has_results(self) -> bool:
+        """Return whether results lie here, of this run as it is or as it was configured before."""
+        return any(self.file(name).exists() for name in ("summary.json", "final"))
+
+    def is_complete(self) -> bool:
+        """Return whether a run has finished here, and nothing is missing of its results."""
+        status = self.status()
+        return status["state"] == "finished" and not status["missing"]
+
+    def config_hashes(self) -> set[str]:
+        """Return the hashes of the configurations that this run has had."""
+        return {one["config_hash"] for one in self.segments()}
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[bool]:
+        """Keep other processes out of this folder; False: one is in it.
+
+        A process that is killed gives it up.
+
+        Raises:
+            UserError: the folder holds files and no run, or it cannot be written to.
+        """
+        self.refuse_foreign()
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.file(LOCK))
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            if not self.file(LOCK).exists():
+                raise UserError(f"{self.path} cannot be written to") from None
+            yield False
+            return
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written to: {one_line(error)}") from error
+        try:
+            yield True
+        finally:
+            with contextlib.suppress(OSError):  # it has become read-only
+                self.file(LOCK).unlink(missing_ok=True)
+            lock.release()
+
+    def file(self, name: str) -> Path:
+        """Return the path of one of the run's files or folders."""
+        return self.path / name
+
+    def is_in_trouble(self, error: OSError) -> bool:
+        """Return whether an error is one of this folder's disk."""
+        if error.errno not in DISK_TROUBLE or error.filename is None:
+            return False
+        return Path(error.filename).absolute().is_relative_to(self.path.absolute())
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file whole: a reader sees the old one or the new one."""
+        part = self.file(name + ".part")
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with naming(self.file(name)):
+            try:
+                part.write_text(text, encoding="utf-8")
+                put_in_place(part, self.file(name))
+            except OSError:
+                with contextlib.suppress(OSError):
+                    part.unlink(missing_ok=True)
+                raise
+
+    def read_yaml(self, name: str) -> dict[str, Any]:
+        """Return what `config.yaml` or `choices.yaml` says.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        return self._parse(name, yaml.safe_load) or {}
+
+    def read_json(self, name: str) -> Any:
+        """Return what a JSON file holds; None: there is no such file.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        return self._parse(name, json.loads)
+
+    def _parse(self, name: str, parse: Callable[[str], Any]) -> Any:
+        """Return what a file holds; None: there is no such file."""
+        if not self.file(name).is_file():
+            return None
+        try:
+            return parse(self.file(name).read_text(encoding="utf-8"))
+        except (ValueError, yaml.YAMLError) as error:
+            raise UserError(
+                f"{self.file(name)} is damaged ({one_line(error)[:100]}); put back what it was, "
+                "or start a new run"
+            ) from error
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a value as JSON, secrets masked; JSON has no NaN and no infinity."""
+        self.write(name, json.dumps(mask(value), indent=2, allow_nan=False) + "\n")
+
+    def set_status(
+        self,
+        state: str,
+        reason: str = "",
+        exit_code: int | None = None,
+        missing: dict[str, str] | None = None,
+        **lasting: Any,
+    ) -> None:
+        """Write `status.json`: running, finished, failed or stopped, why, and the exit code.
+
+        Args:
+            state: what the run has come to.
+            reason: one line, for people.
+            exit_code: the process's.
+            missing: of a finished run's results, what could not be made, and why.
+            lasting: stays as it was until it is given: `config_hash` (see `identity.identity`),
+                `sweep_start` (which start of its sweep has tried it last) and `results` (the
+                `config_hash` of the results that lie here, or are being written).
+        """
+        before = self.status()
+        status = {
+            "state": state,
+            "reason": reason,
+            "exit_code": exit_code,
+            "missing": missing or {},
+            **{key: lasting.get(key, before[key]) for key in LASTING_STATUS},
+        }
+        self.write_json("status.json", status)
+
+    def status(self) -> dict[str, Any]:
+        """Return `status.json`; the state is missing before there is one, or damaged."""
+        none: dict[str, Any] = {"state": "missing", "reason": "", "exit_code": None, "missing": {}}
+        none |= dict.fromkeys(LASTING_STATUS)
+        try:
+            found = self.read_json("status.json")
+        except UserError as error:
+            return none | {"state": "damaged", "reason": str(error)}
+        if not isinstance(found, dict) or not {"state", "reason", "exit_code"} <= found.keys():
+            return none  # another program's
+        return none | found
+
+    def append_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Append a line to `metrics.jsonl`; its figures are finite."""
+        file = self.file("metrics.jsonl")
+        with naming(file), file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
+
+    def metrics(self) -> list[dict[str, float]]:
+        """Return the lines of `metrics.jsonl`."""
+        file = self.file("metrics.jsonl")
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or a folder's names, on the disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def put_in_place(part: Path, path: Path) -> None:
+    """Rename a whole file or folder to its name: a reader sees nothing half, also after a crash.
+
+    A folder that is there is put aside first, since no rename replaces one; it is deleted last.
+    """
+    for one in [part, *part.rglob("*")]:
+        sync(one)
+    aside = path.with_name(f".orpo_lab.{path.name}.old")
+    if path.is_dir():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(path, aside)
+    os.replace(part, path)
+    sync(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Have the file named in what the operating system says: of a write it does not say which."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(file)) from error
+        raise
+
+
+def natural_order(path: Path) -> list[tuple[int, str]]:
+    """Sort key: numbers in a name by their value, so that job 10 comes after job 9."""
+    parts = re.findall(r"\d+|\D+", path.name)
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+
+
+def groups(choices: dict[str, str]) -> dict[str, str]:
+    """Return the option chosen in each of our groups; Hydra's own have a slash in their names."""
+    return {group: one for group, one in choices.items() if "/" not in group}
+
+
+def now() -> str:
+    """Return the local time, as ISO 8601 writes it, to the second and with its offset."""
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of the packages a result depends on; None: none is installed."""
+    return {name: _version(name) for name in PACKAGES}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def code_hash() -> str:
+    """Return a hash of this package's code."""
+    root = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def git_commit() -> str | None:
+    """Return the commit that holds this code, marked where files differ from it; None: none does.
+
+    A repository that the lab lies in without being tracked (an ignored folder, a virtual
+    environment) says nothing about it, nor does one that the environment names (GIT_DIR).
+    """
+    file = Path(__file__)
+    environment = {key: one for key, one in os.environ.items() if not key.startswith("GIT_")}
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(file.parent), *arguments]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", file.name)
+        is_modified = git("status", "--porcelain", "--", str(file.parents[2]))
+        return git("rev-parse", "HEAD") + (" (modified)" if is_modified else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,1 @@
+"""Many runs: a folder of run folders, in which every effective configuration runs once."""

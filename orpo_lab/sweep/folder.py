@@ -1,0 +1,248 @@
+"""A sweep: a folder of run folders, in which every effective configuration runs once.
+
+`launch.py -m` gives Hydra's launcher one job after the other, or several at a time. Each asks
+`Sweep.claim` which folder is its own: jobs whose configurations come to the same share one, and
+what has finished is not run again. So the same command with the same `hydra.sweep.dir` goes on with
+a sweep that was stopped, every job from its newest checkpoint. All state is in the run folders;
+`sweep.json` says by what code and on what data they were made, and how often the sweep was started.
+A folder of files without one is refused. `.orpo_lab_cache/` holds what jobs share and goes when the
+sweep ends.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from filelock import FileLock
+
+from orpo_lab import config
+from orpo_lab.config.identity import identity
+from orpo_lab.config.tracker import Tracker
+from orpo_lab.errors import UserError, one_line
+from orpo_lab.metrics import MARGINS, brief
+from orpo_lab.records.run_folder import RunFolder, code_hash, natural_order, now
+
+T = TypeVar("T")
+# What jobs share
+CACHE = ".orpo_lab_cache"
+# What is in a sweep's folder before its first job: our record, and Hydra's
+BEFORE_JOBS = ("sweep.json", "multirun.yaml")
+
+
+class Sweep:
+    """A sweep's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def _record(self) -> RunFolder:
+        return RunFolder(self.folder)
+
+    def begin(self, *, accept_changes: bool) -> None:
+        """Write `sweep.json`, or check that what is here was made by the same code.
+
+        Raises:
+            UserError: the folder holds files and no sweep; or other code made the sweep, and
+                `accept_changes` is false.
+        """
+        made_by = self._read()
+        if not made_by and {one.name for one in self.folder.glob("*")} - {"sweep.json.part"}:
+            raise UserError(
+                f"{self.folder} is not empty and holds no sweep of this lab, so nothing is written "
+                "to it; choose a new or an empty folder with hydra.sweep.dir"
+            )
+        code = code_hash()
+        if made_by and made_by["code"] != code and not accept_changes:
+            raise UserError(
+                f"{self.folder} was made by other code than this (orpo_lab has changed since), and "
+                "its runs would not compare; start a new sweep, or say accept_changes=true"
+            )
+        starts = made_by.get("starts", 0) + 1
+        new = {"data": {}, "started": now()}
+        self._record.write_json("sweep.json", {**new, **made_by, "code": code, "starts": starts})
+        shutil.rmtree(self.folder / CACHE, ignore_errors=True)
+
+    def take_back(self) -> None:
+        """Take back the folder of a sweep that has come to no job; that of an earlier one stays."""
+        if self._starts() > 1 or {one.name for one in self.folder.iterdir()} - {*BEFORE_JOBS}:
+            return
+        for name in BEFORE_JOBS:
+            (self.folder / name).unlink(missing_ok=True)
+        self.folder.rmdir()
+
+    def _read(self) -> dict[str, Any]:
+        """Return `sweep.json`; empty: there is none, or another program's."""
+        record = self._record.read_json("sweep.json")
+        is_ours = isinstance(record, dict) and {"code", "data"} <= record.keys()
+        return record if is_ours else {}
+
+    def started(self) -> str:
+        """Return when the sweep was started first, as ISO 8601 writes it."""
+        return self._read().get("started") or now()
+
+    @contextlib.contextmanager
+    def claim(self, loaded: config.Config, folder: Path) -> Iterator[RunFolder | None]:
+        """Give a job its run folder for as long as it runs; None: there is nothing to run.
+
+        Args:
+            loaded: the job's configuration.
+            folder: the one that Hydra has made for it.
+        """
+        config_hash = identity(loaded)
+        with contextlib.ExitStack() as stack:
+            with FileLock(self.folder / CACHE / "claims.lock"):
+                place = self._folder_of(config_hash) or _without_another_run(folder)
+                is_free = self._wants_running(place) and stack.enter_context(place.held())
+                if is_free:
+                    place.set_status("running", config_hash=config_hash, sweep_start=self._starts())
+            if place.path != folder:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+            if not is_free:
+                print(f"{place.path}: {place.status()['state']} already, not run again")
+                yield None
+                return
+            try:
+                yield place
+            except BaseException as error:
+                if place.status()["state"] == "running":  # it had not come to keep its own status
+                    reason = one_line(f"{type(error).__name__}: {error}")
+                    place.set_status("failed", reason, exit_code=1)
+                raise
+
+    def _folder_of(self, config_hash: str) -> RunFolder | None:
+        """Return the run folder in this sweep of a configuration."""
+        same = (one for one in self.jobs() if one.status().get("config_hash") == config_hash)
+        return next(same, None)
+
+    def _wants_running(self, place: RunFolder) -> bool:
+        """Whether a run has not finished, and was not tried since the sweep was started.
+
+        Starts are counted: the clocks of two machines differ, and files are copied and touched.
+        """
+        status = place.status()
+        if status["state"] in ("missing", "running"):
+            return True  # the lock says whether it still does
+        return not place.is_complete() and status["sweep_start"] != self._starts()
+
+    def _starts(self) -> int:
+        """Return how often the sweep was started."""
+        return self._read().get("starts", 0)
+
+    def check_data(self, key: str, fingerprint: Any, *, accept_changes: bool) -> None:
+        """Check that data are what earlier jobs of the sweep were trained and scored on.
+
+        Args:
+            key: says which data.
+            fingerprint: what they are now.
+            accept_changes: take them as they are.
+
+        Raises:
+            UserError: it is not, and `accept_changes` is false.
+        """
+        with FileLock(self.folder / CACHE / "data.lock"):
+            record = self._read()
+            before = record["data"].get(key)
+            if before not in (None, fingerprint) and not accept_changes:
+                raise UserError(
+                    f"the data are not those that {self.folder} was made with (its files or the "
+                    "tokenizer have changed), and its runs would not compare; start a new sweep, "
+                    "or say accept_changes=true"
+                )
+            if before != fingerprint:
+                record["data"][key] = fingerprint
+                self._record.write_json("sweep.json", record)
+
+    def once(
+        self,
+        name: str,
+        make: Callable[[], T],
+        save: Callable[[T, Path], None],
+        load: Callable[[Path], T],
+    ) -> T:
+        """Return what the first job to ask for it has made; jobs beside it wait for that one."""
+        path = self.folder / CACHE / name
+        with FileLock(f"{path}.lock"):
+            if path.exists():
+                return load(path)
+            made = make()
+            part = path.with_name(f"{name}.part")
+            save(made, part)
+            os.replace(part, path)
+            return made
+
+    def jobs(self) -> list[RunFolder]:
+        """Return the folders of the sweep's jobs, those that never began a run included."""
+        folders = (one.parent for one in self.folder.glob("*/status.json"))
+        return [RunFolder(one) for one in sorted(folders, key=natural_order)]
+
+    def close(self, tracked_by: Tracker) -> list[str]:
+        """Print a table of all jobs, write the comparison, and return the names of failed jobs."""
+        from orpo_lab import tracker
+        from orpo_lab.compare.evidence import compare
+        from orpo_lab.compare.page import setting_rows, write
+        from orpo_lab.compare.read import find_runs
+        from orpo_lab.compare.words import verdict_text
+
+        shutil.rmtree(self.folder / CACHE, ignore_errors=True)
+        # What submitit has handed to its processes and back: the overrides as they were typed
+        for pickled in self.folder.glob(".submitit/*/*.pkl"):
+            pickled.unlink()
+        jobs = [(job, job.status()) for job in self.jobs()]
+        if jobs:
+            print(f"\n{_table(jobs)}")
+        try:
+            compared = compare(find_runs([self.folder]), MARGINS)
+            write(compared, self.folder)
+            verdict = [*verdict_text(compared), *compared.warnings]
+            print("\n".join(["", *verdict]))
+            rows = setting_rows(compared)
+            tracker.publish_comparison(tracked_by, self.folder, verdict, rows)
+            print(f"\nreport  {self.folder / 'report.html'}")
+        except UserError as error:
+            print(f"\nno comparison: {error}")
+        return [job.path.name for job, status in jobs if status["state"] != "finished"]
+
+
+def _without_another_run(folder: Path) -> RunFolder:
+    """Return a new job's folder; one beside it where an earlier start left another run there.
+
+    Names tell what is swept, and the same sweep may be given again with another fixed value.
+    """
+    place = RunFolder(folder)
+    holds_another = place.status()["config_hash"] is not None
+    is_foreign = not place.is_empty() and not place.is_ours()
+    return RunFolder(fresh_folder(folder) if holds_another or is_foreign else folder)
+
+
+def _table(jobs: list[tuple[RunFolder, dict[str, Any]]]) -> str:
+    width = max(len(job.path.name) for job, _ in jobs)
+    lines = []
+    for job, status in jobs:
+        is_complete = status["state"] == "finished" and not status["missing"]
+        figures = _figures(job) if is_complete else status["reason"]
+        lines.append(f"{job.path.name:{width}}  {status['state']:8}  {figures}")
+    return "\n".join(lines)
+
+
+def _figures(job: RunFolder) -> str:
+    after = json.loads((job.path / "summary.json").read_text())["after"]
+    return "  ".join(f"{name} {value}" for name, value in brief(after).items())
+
+
+def fresh_folder(folder: Path) -> Path:
+    """Make a folder that nobody has, `-2` and so on added where two start in the same second."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        fresh = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        try:
+            fresh.mkdir()
+            return fresh
+        except FileExistsError:
+            number += 1

@@ -1,0 +1,62 @@
+"""What Hydra calls before a sweep's first job, and after each."""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from orpo_lab.config.tracker import Tracker
+from orpo_lab.errors import UserError
+from orpo_lab.stop import PROCESS
+from orpo_lab.sweep.folder import Sweep, fresh_folder
+from orpo_lab.sweep.jobs import JOBS
+
+# Launchers whose jobs are processes of this machine
+HERE = ("joblib", "submitit_local")
+
+
+class Start(Callback):
+    """What Hydra calls before the first job; `JOBS.close` comes after the last."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Give the sweep a folder of its own, unless it was told one, and its jobs short names."""
+        launcher = config.hydra.runtime.choices["hydra/launcher"]
+        if launcher == "submitit_slurm" and shutil.which("srun") is None:
+            sys.exit(
+                "error: hydra/launcher=submitit_slurm needs Slurm's srun, which is not in PATH; "
+                "start the sweep on the cluster, or use hydra/launcher=submitit_local"
+            )
+        if not config.hydra.sweep.dir.strip():
+            sys.exit("error: hydra.sweep.dir is empty (is a variable unset?); give a folder")
+        folder = Path(config.hydra.sweep.dir)
+        if not any(one.startswith("hydra.sweep.dir=") for one in config.hydra.overrides.hydra):
+            folder = fresh_folder(folder)
+            with open_dict(config):
+                config.hydra.sweep.dir = str(folder)
+                # Jobs are composed anew, from the overrides
+                config.hydra.overrides.hydra.append(f"hydra.sweep.dir={folder}")
+        # Jobs are told apart by what is swept; what all have in common would only be long
+        parsed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+        swept = {one.key_or_group for one in parsed if one.is_sweep_override()}
+        common = [one.key_or_group for one in parsed if one.key_or_group not in swept]
+        excluded = f"hydra.job.config.override_dirname.exclude_keys=[{','.join(common)}]"
+        config.hydra.overrides.hydra.append(excluded)
+        folder.mkdir(parents=True, exist_ok=True)
+        JOBS.tracker = cast(Tracker, OmegaConf.to_object(config.tracker))
+        JOBS.sweep = Sweep(folder)
+        try:
+            JOBS.sweep.begin(accept_changes=config.accept_changes)
+        except UserError as error:
+            # Hydra would make a warning of it and go on
+            sys.exit(f"error: {error}")
+        if launcher in HERE:
+            PROCESS.pass_on()
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Let go of a job's configurations: Hydra keeps them all until the sweep ends."""
+        job_return.cfg = job_return.hydra_cfg = None

@@ -1,0 +1,88 @@
+"""A W&B workspace for comparing runs: `python -m orpo_lab workspace [--project P] [--entity E]`.
+
+Saves a view of the project with runs grouped by beta and its schedule, and charts that are free of
+beta: preference accuracy against quality, and the curves that compare along an annealed run. Needs
+a key (`wandb login`) and `pip install -e ".[workspace]"`.
+"""
+
+import argparse
+
+from orpo_lab.errors import UserError, one_line
+from orpo_lab.metrics import HELD_OUT_PREFIX, MARGINS, PREFERENCE, TRAINING
+from orpo_lab.tracker.wandb import PROJECT
+
+# What a training metric says of how the run fares, and compares with other runs
+FREE_OF_BETA = [
+    metric.name
+    for metric in TRAINING
+    if metric.panel and metric.is_beta_free and not metric.is_setting
+]
+# Sections of line charts over the steps: metrics under the names that runs log
+CURVES = {
+    "Training, free of beta": FREE_OF_BETA,
+    "Held out, free of beta": [HELD_OUT_PREFIX + name for name in FREE_OF_BETA],
+    "Settings": [metric.name for metric in TRAINING if metric.is_setting],
+}
+
+
+def save(project: str, entity: str, name: str) -> str:
+    """Save the workspace and return its address.
+
+    Raises:
+        Exception: whatever W&B's client raises where there is no key, no server or no such project.
+    """
+    import wandb_workspaces.reports.v2 as panels
+    import wandb_workspaces.workspaces as workspaces
+
+    accuracy = panels.SummaryMetric(f"after.{PREFERENCE}")
+    pareto = [
+        panels.ScatterPlot(x=panels.SummaryMetric(f"after.{quality}"), y=accuracy)
+        for quality in MARGINS
+    ]
+    sections = [
+        workspaces.Section(name="Preference against quality", panels=pareto, is_open=True),
+        *(
+            workspaces.Section(
+                name=title,
+                panels=[panels.LinePlot(x="Step", y=[metric], title=metric) for metric in metrics],
+                is_open=True,
+            )
+            for title, metrics in CURVES.items()
+        ),
+    ]
+    groups = [workspaces.Config("beta"), workspaces.Config("choices.beta_schedule")]
+    workspace = workspaces.Workspace(
+        entity=entity,
+        project=project,
+        name=name,
+        sections=sections,
+        runset_settings=workspaces.RunsetSettings(groupby=groups),
+    )
+    return workspace.save().url
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Say what the command takes."""
+    parser.add_argument("--project", default="", help=f"as tracker.project (default: {PROJECT})")
+    parser.add_argument("--entity", default="", help="as tracker.entity (default: the key's)")
+    parser.add_argument("--name", default="orpo_lab: which beta?", help="what the view is called")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Save the workspace and print its address.
+
+    Raises:
+        UserError: wandb-workspaces is not installed, or W&B does not take the workspace.
+    """
+    try:
+        import wandb
+
+        entity = options.entity or wandb.Api().default_entity
+        project = options.project or wandb.setup().settings.project or PROJECT
+        print(save(project, entity, options.name))
+    except ImportError as error:
+        raise UserError(
+            'wandb-workspaces is not installed: pip install -e ".[workspace]"'
+        ) from error
+    except Exception as error:
+        raise UserError(f"W&B does not take the workspace: {one_line(error)[:300]}") from error

@@ -1,0 +1,205 @@
+"""One training run: from its configuration to the parts of the loop, and to what training cost."""
+
+import contextlib
+import logging
+import math
+from dataclasses import dataclass, replace
+
+import datasets
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from orpo_lab import engine
+from orpo_lab import optimizer as optimizers
+from orpo_lab.config import Config
+from orpo_lab.data import Data
+from orpo_lab.errors import UserError
+from orpo_lab.records.run_folder import RunFolder
+from orpo_lab.stop import Stop, Stopped
+from orpo_lab.tracker.base import Run
+from orpo_lab.training import checkpoint
+from orpo_lab.training.checkpoint import Checkpoint, Made, Spent
+from orpo_lab.training.devices import OneDevice
+from orpo_lab.training.finite import FiniteGuard
+from orpo_lab.training.lines import Lines
+from orpo_lab.training.loop import Loop
+from orpo_lab.training.meter import Meter
+from orpo_lab.training.state import State
+
+log = logging.getLogger(__name__)
+
+# The most that the published recipes in conf/experiment/ take
+MAX_EPOCHS = 10
+
+
+@dataclass(frozen=True)
+class TrainStats:
+    """What training cost, over all starts of the run; design: `summary.json`, key `train`."""
+
+    steps: int
+    wall_seconds: float
+    tokens_per_second: float
+    pairs_per_second: float
+    peak_memory_bytes: int
+    skipped_steps: int
+    """Steps that took no gradient, since it or the loss was not finite."""
+    device: str
+    """The GPU's name, or cpu."""
+    galore_memory_bytes: dict[str, dict[str, int]] | None
+    """What GaLore's weights, gradients and states take; None with another optimizer."""
+
+
+def fit(
+    config: Config,
+    *,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Data,
+    dtype: torch.dtype,
+    place: RunFolder,
+    log_to: Run,
+    made: Made,
+    start: Checkpoint | None,
+    stop: Stop,
+) -> TrainStats:
+    """Train the model in place.
+
+    Args:
+        config: the run.
+        model: on its device, with adapters if it has any.
+        tokenizer: with a pad token.
+        data: tokenized pairs that fit.
+        dtype: precision of the arithmetic.
+        place: the run folder; checkpoints go to `checkpoints/` in it, metrics to its file.
+        log_to: the tracked run, which gets the same metrics.
+        made: what the run is made from, for its checkpoints.
+        start: the checkpoint to continue from; None: from the beginning.
+        stop: whether the run should end early; it still waits when this returns, so that the
+            caller can save the trained model first.
+
+    Raises:
+        NonFiniteError: a loss, a gradient or a weight is not finite; nothing of it is kept.
+        OutOfMemoryError, RuntimeError: memory ran out, and nothing is left to make smaller.
+        UserError: a checkpoint cannot be written, or the one to continue from does not fit.
+        Stopped: the run was asked to end; its last step is in a checkpoint.
+    """
+    num_steps = count_steps(config, len(data.train))
+    data = replace(data, train=_whole_batches(data.train, config.train.batch_size))
+    devices = OneDevice(next(model.parameters()).device, dtype)
+    updater = optimizers.build(config, model, num_steps=num_steps, dtype=dtype)
+    state = State(model, updater, devices, optimizers.share_of_peak(config.train, num_steps))
+    meter = Meter(start.spent if start else Spent())
+    computing = engine.build(config, model=model, tokenizer=tokenizer, devices=devices)
+    computing.token_budget = meter.before.token_budget
+
+    def save() -> None:
+        path = place.path / "checkpoints" / f"checkpoint-{state.step}"
+        with checkpoint.written(path):
+            state.save(path)
+            tokenizer.save_pretrained(path)
+            checkpoint.seal(path, place, made, meter.spent(computing.token_budget))
+        checkpoint.rotate(place, config.train.num_checkpoints)
+
+    if config.train.gradient_checkpointing:
+        # Older versions of transformers know it by the second name only
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)()
+    set_seed(config.seed)  # dropout's numbers do not depend on what was built before
+    stop.waits = True
+    if start is not None and start.step >= num_steps:
+        state.load_weights(start.path)
+        state.step = start.step
+    elif start is not None:
+        state.load(start.path)
+    meter.start()
+    reason = ""
+    if state.step < num_steps:
+        lines = Lines(place, log_to, state.step, num_steps)
+        loop = Loop(
+            config=config,
+            state=state,
+            engine=computing,
+            guard=FiniteGuard(config.train, meter, is_scaled=dtype == torch.float16),
+            lines=lines,
+            train=data.train,
+            held_out=data.held_out,
+            num_steps=num_steps,
+            save=save,
+            stop=stop,
+        )
+        with contextlib.closing(lines):
+            reason = loop.run()
+    spent = meter.spent()
+    if reason:
+        raise Stopped(reason)
+    pairs = state.step * config.train.batch_size
+    return TrainStats(
+        steps=state.step,
+        wall_seconds=spent.wall_seconds,
+        tokens_per_second=pairs * _mean_tokens(data) / spent.wall_seconds,
+        pairs_per_second=pairs / spent.wall_seconds,
+        peak_memory_bytes=spent.peak_memory_bytes,
+        skipped_steps=spent.num_skipped,
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        galore_memory_bytes=updater.memory(),
+    )
+
+
+def _whole_batches(pairs: datasets.Dataset, batch_size: int) -> datasets.Dataset:
+    """Leave out what is over: transformers would end every epoch in a smaller step, whose pairs
+    weigh more."""
+    left_over = len(pairs) % batch_size
+    if left_over:
+        log.info("%d training pairs are left over from whole batches and not used", left_over)
+    return pairs.select(range(len(pairs) - left_over))
+
+
+def count_steps(config: Config, num_pairs: int) -> int:
+    """Return the run's optimizer steps; an epoch is as many whole batches as there are.
+
+    Raises:
+        UserError: one batch needs more pairs than there are.
+    """
+    per_epoch = num_pairs // config.train.batch_size
+    if per_epoch == 0:
+        raise UserError(
+            f"train.batch_size={config.train.batch_size} is above the {num_pairs} training pairs; "
+            "lower it"
+        )
+    if config.train.max_steps is not None:
+        return config.train.max_steps
+    assert config.train.num_epochs is not None
+    return math.ceil(per_epoch * config.train.num_epochs)
+
+
+def say_length(config: Config, num_pairs: int) -> None:
+    """Say how often a run sees its pairs, and warn where that, or its warm-up, is too long."""
+    num_steps, train = count_steps(config, num_pairs), config.train
+    num_epochs = num_steps / (num_pairs // train.batch_size)
+    is_often = num_epochs > MAX_EPOCHS
+    log.log(
+        logging.WARNING if is_often else logging.INFO,
+        "%d steps are %.3g epochs of %d pairs%s",
+        num_steps,
+        num_epochs,
+        num_pairs,
+        f", more than the {MAX_EPOCHS} of any published recipe here: see train.max_steps"
+        if is_often
+        else "",
+    )
+    warms_up = train.lr_scheduler_type != "constant"
+    if warms_up and num_steps < train.warmup_steps:
+        log.warning(
+            "train.warmup_steps=%d is above the %d steps of this run: the learning rate ends at "
+            "%.3g of its peak; lower it, or give a fraction of the run (0.1)",
+            train.warmup_steps,
+            num_steps,
+            (num_steps - 1) / train.warmup_steps,
+        )
+
+
+def _mean_tokens(data: Data) -> float:
+    """Return the mean tokens of a training pair: its prompt once, and both completions."""
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+    total = sum(len(ids) for column in columns for ids in data.train[column])
+    return total / len(data.train)
