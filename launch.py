@@ -23,8 +23,8 @@ from orpo_lab import config, environment, stop
 from orpo_lab.config import command_line, guard
 from orpo_lab.config.resolvers import AUTO
 from orpo_lab.errors import UserError, one_line
-from orpo_lab.masking import mask
 from orpo_lab.records.run_folder import RunFolder
+from orpo_lab.redaction import redact
 from orpo_lab.stop import BUDGET, Stopped
 from orpo_lab.sweep.folder import Sweep
 from orpo_lab.sweep.jobs import JOBS
@@ -69,7 +69,7 @@ def launch(composed: DictConfig) -> None:
     except Exception as error:
         line = f"error: {type(error).__name__}: {one_line(error)} (in {folder})"
         _remember(line, folder, is_sweep)
-        print(mask(traceback.format_exc()), file=sys.stderr, end="")
+        print(redact(traceback.format_exc()), file=sys.stderr, end="")
     if is_sweep and JOBS.num:
         JOBS.seconds.append(time.monotonic() - begun)
         print(JOBS.progress(number), flush=True)
@@ -122,7 +122,7 @@ def _alone(loaded: config.Config, folder: Path) -> Iterator[RunFolder | None]:
 def _given_folder() -> str | None:
     """Return what the command line says of the run's folder; None: nothing."""
     given = HydraConfig.get().overrides.hydra
-    found = [one.partition("=")[2] for one in given if "hydra.run.dir=" in one]
+    found = [override.partition("=")[2] for override in given if "hydra.run.dir=" in override]
     return found[-1].strip("'\" ") if found else None
 
 

@@ -1,6 +1,6 @@
 """`python -m faults [--family NAME] [--only TEXT] [--jobs N] [--list]`.
 
-Prints every fault with its verdict, a table by family, and as the last line a JSON object. The
+Prints every fault with its ending, a table by family, and as the last line a JSON object. The
 exit code is 1 if any fault ended silently. All of it takes an hour and more on two cores.
 """
 
@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from faults import families, processes
-from faults.bench import Bench, Fault, References
-from faults.judge import Outcome, Verdict, silent
+from faults.bench import Bench, Injection, References
+from faults.judge import Ending, Outcome, silent
 
 FAMILIES = sorted(module.name for module in pkgutil.iter_modules(families.__path__))
 
 
-def collect(names: list[str], bench: Bench) -> list[tuple[str, Fault]]:
+def collect(names: list[str], bench: Bench) -> list[tuple[str, Injection]]:
     """Return the faults of these families; some need a run of their own to know theirs."""
     modules = [importlib.import_module(f"{families.__name__}.{name}") for name in names]
     return [
@@ -35,49 +35,51 @@ def collect(names: list[str], bench: Bench) -> list[tuple[str, Fault]]:
     ]
 
 
-def happen(fault: Fault, bench: Bench) -> Outcome:
+def happen(fault: Injection, bench: Bench) -> Outcome:
     """Make a fault happen; what goes wrong with that counts as silent too."""
     try:
         outcome = fault.happen(bench)
     except Exception as error:
         return silent(f"{type(error).__name__}: {error}")
-    if outcome.verdict != Verdict.SILENT:
+    if outcome.ending != Ending.SILENT:
         shutil.rmtree(bench.folder)
     return outcome
 
 
-def run(chosen: list[tuple[str, Fault]], scratch: Path, jobs: int) -> dict[str, Counter[Verdict]]:
-    """Make faults happen, some at a time; print each, and return the verdicts by family."""
+def run(
+    chosen: list[tuple[str, Injection]], scratch: Path, jobs: int
+) -> dict[str, Counter[Ending]]:
+    """Make faults happen, some at a time; print each, and return the endings by family."""
     references = References(scratch / "references")
-    counts: dict[str, Counter[Verdict]] = {}
+    counts: dict[str, Counter[Ending]] = {}
 
     def one(number: int) -> Outcome:
         family, fault = chosen[number]
         begun = time.monotonic()
         outcome = happen(fault, Bench(scratch / str(number), references))
         seconds = time.monotonic() - begun
-        print(f"{outcome.verdict:8}  {family}: {fault.name}  ({seconds:.1f} s)", flush=True)
+        print(f"{outcome.ending:8}  {family}: {fault.name}  ({seconds:.1f} s)", flush=True)
         if outcome.detail:
             print(f"          {outcome.detail}\n          see {scratch / str(number)}", flush=True)
         return outcome
 
     with ThreadPoolExecutor(jobs) as busy, ThreadPoolExecutor(2 * jobs) as waiting:
-        verdicts = [
+        endings = [
             (family, (waiting if fault.waits else busy).submit(one, number))
             for number, (family, fault) in enumerate(chosen)
         ]
-        for family, outcome in verdicts:
-            counts.setdefault(family, Counter())[outcome.result().verdict] += 1
+        for family, outcome in endings:
+            counts.setdefault(family, Counter())[outcome.result().ending] += 1
     return counts
 
 
-def table(counts: dict[str, Counter[Verdict]]) -> str:
+def table(counts: dict[str, Counter[Ending]]) -> str:
     """Return the table that docs/reliability.md shows."""
     head = "| family | tried | survived | refused clearly | failed silently |"
     rows = [head, "|---|---:|---:|---:|---:|"]
     whole = sum(counts.values(), Counter())
     for name, one in [*counts.items(), ("**all**", whole)]:
-        figures = " | ".join(str(one[verdict]) for verdict in Verdict)
+        figures = " | ".join(str(one[ending]) for ending in Ending)
         rows.append(f"| {name} | {one.total()} | {figures} |")
     return "\n".join(rows)
 
@@ -106,10 +108,10 @@ def main() -> None:
             print("\n".join(f"{family}: {fault.name}" for family, fault in chosen))
             return
         counts = run(chosen, scratch, asked.jobs)
-    whole = sum(counts.values(), Counter[Verdict]())
+    whole = sum(counts.values(), Counter[Ending]())
     print(f"\n{table(counts)}\n\n{time.monotonic() - begun:.0f} seconds\n")
-    print(json.dumps({"tried": whole.total()} | {one.value: whole[one] for one in Verdict}))
-    if whole[Verdict.SILENT]:
+    print(json.dumps({"tried": whole.total()} | {one.value: whole[one] for one in Ending}))
+    if whole[Ending.SILENT]:
         sys.exit(1)
     shutil.rmtree(scratch)
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from faults import inside, processes
 from faults.judge import (
+    Ending,
     Outcome,
-    Verdict,
     newest_sealed,
     resumed_from,
     silent,
@@ -80,7 +80,7 @@ class Bench:
         """
         done = self.run(*arguments, "resume=auto", "hydra.run.dir=run", fresh=fresh)
         outcome = survived(done, self.path("run"), self.reference(*arguments))
-        if outcome.verdict == Verdict.SURVIVED and resumed_from(done) != step:
+        if outcome.ending == Ending.SURVIVED and resumed_from(done) != step:
             return silent(f"it goes on from step {resumed_from(done)} instead of {step}")
         return outcome
 
@@ -116,7 +116,7 @@ class References:
 
 
 @dataclass(frozen=True)
-class Fault:
+class Injection:
     """One thing that goes wrong: makes it happen in a bench, and judges what comes of it."""
 
     name: str

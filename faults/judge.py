@@ -1,4 +1,4 @@
-"""What a fault came to. What is not one of the first two verdicts is the third.
+"""What a fault came to. What is not one of the first two endings is the third.
 
 survived
     The run ended as finished, exit code 0, and its weights, its metrics and its held-out figures
@@ -24,8 +24,8 @@ from faults.processes import Done
 from orpo_lab.records.run_folder import LOCK
 
 
-class Verdict(StrEnum):
-    """What counts."""
+class Ending(StrEnum):
+    """How an injection may end."""
 
     SURVIVED = "survived"
     REFUSED = "refused"
@@ -34,15 +34,15 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """A verdict, and for a silent failure what was seen."""
+    """How an injection ended, and for a silent failure what was seen."""
 
-    verdict: Verdict
+    ending: Ending
     detail: str = ""
 
 
 def silent(detail: str) -> Outcome:
     """Return a failure."""
-    return Outcome(Verdict.SILENT, detail)
+    return Outcome(Ending.SILENT, detail)
 
 
 def survived(
@@ -64,7 +64,7 @@ def survived(
     different = [name for name, one in came_to.items() if one != expected[name]]
     if different:
         return silent(f"not as the unharmed run: {', '.join(different)}")
-    return Outcome(Verdict.SURVIVED)
+    return Outcome(Ending.SURVIVED)
 
 
 def told(done: Done, says: str, code: int = 1) -> Outcome:
@@ -82,7 +82,7 @@ def told(done: Done, says: str, code: int = 1) -> Outcome:
         return silent(f"stderr is not one line of the lab's: {_end(done.stderr)}")
     if not re.search(says, lines[0]):
         return silent(f"it says something else than /{says}/: {lines[0]}")
-    return Outcome(Verdict.REFUSED)
+    return Outcome(Ending.REFUSED)
 
 
 def refused(
@@ -105,7 +105,7 @@ def refused(
         states: what `status.json` may say.
     """
     outcome = told(done, says, code)
-    if outcome.verdict != Verdict.REFUSED:
+    if outcome.ending != Ending.REFUSED:
         return outcome
     if untouched is not None:
         now = contents(run)

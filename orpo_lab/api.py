@@ -50,7 +50,7 @@ def compose(*overrides: str) -> Experiment:
         UserError: a key, an option or a value that there is none of, or choices that do not go
             together; the text names the key to change.
     """
-    given = [one for one in overrides if one.lstrip("+~").startswith("hydra")]
+    given = [override for override in overrides if override.lstrip("+~").startswith("hydra")]
     if given:
         raise UserError(f"{given[0]} is for the command line; the folder is an argument of train")
     config.register()

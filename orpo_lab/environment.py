@@ -66,7 +66,9 @@ def settle() -> list[str]:
         UserError: the run was started under torchrun or the like.
     """
     refuse_several_processes()
-    found = [name for name in sorted(os.environ) if any(fnmatch(name, one) for one in UNREAD)]
+    found = [
+        name for name in sorted(os.environ) if any(fnmatch(name, pattern) for pattern in UNREAD)
+    ]
     before = {name: os.environ.pop(name) for name in found}
     os.environ.update(FIXED)
     if _must_make_room():

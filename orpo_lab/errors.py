@@ -1,6 +1,6 @@
 """What ends a run early against the user's wish."""
 
-from orpo_lab.masking import mask
+from orpo_lab.redaction import redact
 
 
 class UserError(ValueError):
@@ -28,4 +28,4 @@ def one_line(error: BaseException | str) -> str:
 
     Secrets are masked, since the message may be cut, and half a secret has no shape.
     """
-    return mask(" ".join(str(error).split()))
+    return redact(" ".join(str(error).split()))

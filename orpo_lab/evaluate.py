@@ -86,9 +86,9 @@ class Evaluation:
             "chosen_logp": self.scores.chosen_logps.tolist(),
             "rejected_logp": self.scores.rejected_logps.tolist(),
             "chosen_tokens": [int(size) for size in self.scores.chosen_sizes],
-            "correct": [one.correct for one in answers] + unanswered,
-            "generated_tokens": [one.num_tokens for one in answers] + unanswered,
-            "repetition": [one.repetition for one in answers] + unanswered,
+            "correct": [answer.correct for answer in answers] + unanswered,
+            "generated_tokens": [answer.num_tokens for answer in answers] + unanswered,
+            "repetition": [answer.repetition for answer in answers] + unanswered,
         }
 
     def save(self, file: Path) -> None:
@@ -107,7 +107,7 @@ class Evaluation:
         """Read what `save` has written."""
         parts = json.loads(file.read_text())
         scores = {name: torch.tensor(values) for name, values in parts["scores"].items()}
-        generations = [Generation(**one) for one in parts["generations"]]
+        generations = [Generation(**generation) for generation in parts["generations"]]
         return cls(parts["metrics"], Scores(**scores), generations, parts["seconds"])
 
 
@@ -186,7 +186,9 @@ def score(
 
 def preference_metrics(scores: Scores) -> dict[str, Any]:
     """Return what the model makes of the pairs: see docs/reading_curves.md for each figure."""
-    found = {one.name: one.of_scores(scores) for one in metrics.HELD_OUT if one.of_scores}
+    found = {
+        metric.name: metric.of_scores(scores) for metric in metrics.HELD_OUT if metric.of_scores
+    }
     # Plain numbers: JSON has no tensors
     return {
         name: value.item() if isinstance(value, Tensor) else value for name, value in found.items()
@@ -203,7 +205,7 @@ def by_wording(
     """
     slices = {}
     for wording in sorted(set(wordings)):
-        indices = [index for index, one in enumerate(wordings) if one == wording]
+        indices = [index for index, of_pair in enumerate(wordings) if of_pair == wording]
         answered = [generations[index] for index in indices if index < len(generations)]
         slices[wording] = preference_metrics(scores[indices]) | generation_metrics(answered)
     return slices
@@ -248,8 +250,8 @@ def completion_logps(
             attention_mask=mask.to(on),
         )
         sizes = [len(completions[i]) for i in batch]
-        for i, one in zip(batch, token_logps.split(sizes), strict=True):
-            logps[i] = one.mean()
+        for i, of_completion in zip(batch, token_logps.split(sizes), strict=True):
+            logps[i] = of_completion.mean()
     return logps
 
 
@@ -348,7 +350,7 @@ def turn_ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     own = causal_model(model).generation_config.eos_token_id
     listed = own if isinstance(own, list) else [own]
     ids = {tokenizer.eos_token_id, *listed, _token_behind_a_turn(tokenizer)}
-    return sorted(one for one in ids if one is not None and one >= 0)
+    return sorted(token_id for token_id in ids if token_id is not None and token_id >= 0)
 
 
 def _token_behind_a_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -375,5 +377,9 @@ def generation_metrics(generations: list[Generation]) -> dict[str, Any]:
     """Return the generations' mean length (tokens), repetition and, where checked, exact match."""
     if not generations:
         return {}
-    found = {one.name: one.of_answers(generations) for one in metrics.HELD_OUT if one.of_answers}
+    found = {
+        metric.name: metric.of_answers(generations)
+        for metric in metrics.HELD_OUT
+        if metric.of_answers
+    }
     return {name: value for name, value in found.items() if value is not None}

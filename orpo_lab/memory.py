@@ -43,7 +43,7 @@ def ran_out(error: BaseException) -> bool:
     """Return whether an error says that there is no memory left, on a GPU or on a CPU."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(one in str(error) for one in WORDS)
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in WORDS)
 
 
 @contextlib.contextmanager

@@ -16,8 +16,8 @@ from orpo_lab.config.identity import identity, name_of
 from orpo_lab.config.optimizer import Lora
 from orpo_lab.config.resolvers import AUTO
 from orpo_lab.errors import NonFiniteError, UserError, one_line
-from orpo_lab.masking import MaskingFormatter, mask
 from orpo_lab.records.run_folder import DISK_TROUBLE, RunFolder, groups
+from orpo_lab.redaction import RedactingFormatter, redact
 from orpo_lab.stop import Stop, Stopped
 from orpo_lab.sweep.folder import CACHE, Sweep
 from orpo_lab.tracker.base import Untracked
@@ -224,7 +224,7 @@ def _tracked(
             config.tracker,
             folder=place.path,
             name=config.name,
-            config={**mask(asdict(config)), "choices": choices},
+            config={**redact(asdict(config)), "choices": choices},
             sweep=sweep,
             history=RunFolder(metrics.parent).metrics() if metrics else [],
         )
@@ -418,8 +418,8 @@ class _Log(logging.FileHandler):
         """Write the line, after those that have waited."""
         self.waiting.append(record)
         if self.place.has_begun:
-            for one in self.waiting:
-                super().emit(one)
+            for line in self.waiting:
+                super().emit(line)
             self.waiting.clear()
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (logging's name)
@@ -431,7 +431,7 @@ def _said_in(place: RunFolder) -> Iterator[None]:
     """Send our own lines to the terminal and to the run's `run.log`, for as long as it lasts."""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), _Log(place)]
     for handler in handlers:
-        handler.setFormatter(MaskingFormatter())
+        handler.setFormatter(RedactingFormatter())
         log.addHandler(handler)
     level, propagates = log.level, log.propagate
     log.setLevel(logging.INFO)

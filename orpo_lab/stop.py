@@ -37,7 +37,7 @@ class Stopped(KeyboardInterrupt):
 def _taken() -> list[signal.Signals]:
     """Return the signals to take: not SIGHUP where nohup has had it ignored."""
     is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    return [one for one in SIGNALS if one != signal.SIGHUP or not is_ignored]
+    return [number for number in SIGNALS if number != signal.SIGHUP or not is_ignored]
 
 
 class Stop:

@@ -29,7 +29,7 @@ from orpo_lab.stop import Stop
 from orpo_lab.tracker.base import Untracked
 from orpo_lab.training.checkpoint import Spent
 from orpo_lab.training.devices import OneDevice
-from orpo_lab.training.finite import FiniteGuard
+from orpo_lab.training.finite import FiniteCheck
 from orpo_lab.training.lines import Lines
 from orpo_lab.training.loop import Loop, add_gradients, batches
 from orpo_lab.training.meter import Meter
@@ -154,7 +154,7 @@ def make_loop(
         config=loaded,
         state=State(model, Updater(sgd, model), devices, lambda num_updates: 1.0),
         engine=engine.build(loaded, model=model, tokenizer=tokenizer, devices=devices),
-        guard=FiniteGuard(loaded.train, Meter(Spent()), is_scaled=False),
+        finite=FiniteCheck(loaded.train, Meter(Spent()), is_scaled=False),
         lines=Lines(RunFolder(folder), Untracked(), 0, 1),
         train=datasets.Dataset.from_list(pairs),
         held_out=datasets.Dataset.from_list(make_pairs(max(1, len(pairs) - 1), seed=99)),
@@ -350,7 +350,7 @@ def logps(built: Any, pairs: list[Pair]) -> dict[str, Tensor]:
     (micro_batch,) = built.engine.collator(pairs)
     implementation, model = built.engine.attention_implementation, built.state.model
     with torch.no_grad(), built.engine.reading():
-        scored = shared_prefix.token_logps(model, micro_batch, implementation, model.config)
+        scored = shared_prefix.scored_logps(model, micro_batch, implementation, model.config)
     sums = micro_batch["sums"]
     first = {name: scored[sums == part] for part, name in enumerate(("prompt", *SIDES))}
     return first | {"others": scored[sums >= 3]}
@@ -506,7 +506,7 @@ def test_a_step_does_not_wait_for_the_device(build: Build, monkeypatch: pytest.M
         norm, rate = built.take_step(make_pairs(6))
         # The sizes of parts are integers and on the host
         assert not any(each.is_floating_point() for each in lists)
-        built.guard.check()
+        built.finite.check()
         built.write_line(norm, rate)
     assert synchronisations.seen == []
     on_device = [each for each in lists if each.is_floating_point()]

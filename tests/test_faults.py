@@ -14,8 +14,8 @@ import pytest
 
 from faults import __main__ as suite
 from faults import events, inside, processes
-from faults.bench import UNTRACKED, Bench, Fault, References
-from faults.judge import Outcome, Verdict, refused, survived
+from faults.bench import UNTRACKED, Bench, Injection, References
+from faults.judge import Ending, Outcome, refused, survived
 
 pytestmark = pytest.mark.slow
 
@@ -78,7 +78,7 @@ def test_no_fault_of_a_sample_ends_silently(bench: Bench, tmp_path: Path, family
     assert len(chosen) == len(SAMPLE[family])
     counts = suite.run(chosen, tmp_path / "scratch", jobs=2)
     assert counts[family].total() == len(chosen)
-    assert counts[family][Verdict.SILENT] == 0
+    assert counts[family][Ending.SILENT] == 0
 
 
 def _raise() -> None:
@@ -149,7 +149,7 @@ def test_what_ends_silently_is_told_and_fails_the_suite(
     happen: Callable[[Bench], Outcome],
     seen: str,
 ) -> None:
-    fault = Fault("a defect", happen)
+    fault = Injection("a defect", happen)
     monkeypatch.setattr(suite, "collect", lambda *_: [("kills", fault)])
     monkeypatch.setattr(processes, "server", contextlib.nullcontext)
     monkeypatch.setattr(sys, "argv", ["faults"])

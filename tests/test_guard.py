@@ -185,7 +185,7 @@ TOKEN = "hf_" + "aB3" * 11
 
 def test_a_sweep_saves_no_secret(tmp_path: Path) -> None:
     typed = OmegaConf.create({"overrides": [f"name={TOKEN}", "beta=0.1"]})
-    guard.MaskingOmegaConf.save(typed, tmp_path / "multirun.yaml")
+    guard.RedactingOmegaConf.save(typed, tmp_path / "multirun.yaml")
     assert (tmp_path / "multirun.yaml").read_text() == "overrides:\n- name=***\n- beta=0.1\n"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from faults.planted import catalogue
-from faults.planted.catalogue import Fault
+from faults.planted.catalogue import Mutant
 from faults.planted.trial import Trial
 
 
@@ -24,21 +24,21 @@ def test_no_fault_is_listed_twice() -> None:
     assert max(Counter((one.file, one.old, one.new) for one in faults).values()) == 1
 
 
-def fault(old: str, new: str, tests: str, file: str = "orpo_lab/errors.py") -> Fault:
-    return Fault("test", "a fault", file, old, new, (tests,))
+def fault(old: str, new: str, tests: str, file: str = "orpo_lab/errors.py") -> Mutant:
+    return Mutant("test", "a fault", file, old, new, (tests,))
 
 
 def test_a_fault_that_cannot_be_planted_is_told() -> None:
-    text = "return mask("
-    assert catalogue.find_flaws(fault(text, "return (", "tests/test_masking.py")) == []
+    text = "return redact("
+    assert catalogue.find_flaws(fault(text, "return (", "tests/test_redaction.py")) == []
     for wrong, said in (
-        (fault("no such text", "", "tests/test_masking.py"), "stands 0 times"),
-        (fault("e", "", "tests/test_masking.py"), "times in orpo_lab/errors.py"),
-        (fault(text, text, "tests/test_masking.py"), "changes nothing"),
-        (fault(text, "return mask((", "tests/test_masking.py"), "no Python any more"),
+        (fault("no such text", "", "tests/test_redaction.py"), "stands 0 times"),
+        (fault("e", "", "tests/test_redaction.py"), "times in orpo_lab/errors.py"),
+        (fault(text, text, "tests/test_redaction.py"), "changes nothing"),
+        (fault(text, "return redact((", "tests/test_redaction.py"), "no Python any more"),
         (fault(text, "", "tests/test_none.py"), "there is no test tests/test_none.py"),
-        (fault(text, "", "tests/test_masking.py::test_none"), "there is no test"),
-        (fault(text, "", "tests/test_masking.py", "orpo_lab/none.py"), "there is no file"),
+        (fault(text, "", "tests/test_redaction.py::test_none"), "there is no test"),
+        (fault(text, "", "tests/test_redaction.py", "orpo_lab/none.py"), "there is no file"),
     ):
         assert said in "; ".join(catalogue.find_flaws(wrong))
 
@@ -56,7 +56,7 @@ def test_what_comes_of_a_fault_is_told_right(tmp_path: Path) -> None:
     ]
     trials = []
     for number, (old, new, seconds, *_) in enumerate(cases):
-        fault = Fault("", "", file, old, new, tests)
+        fault = Mutant("", "", file, old, new, tests)
         trials.append(Trial(tmp_path / str(number), tests, fault, seconds))
         # Tests without time are killed here: while the next tree is copied they could end
         trials[-1].has_ended()

@@ -29,7 +29,7 @@ from orpo_lab.training import checkpoint
 from tests.conftest import ROOT
 from tests.test_guard import Bomb
 from tests.test_launch import _path, refused
-from tests.test_masking import TOKENS
+from tests.test_redaction import TOKENS
 from tests.wandb_server import WandbServer
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]

@@ -102,7 +102,7 @@ def test_without_a_key_a_run_is_offline_and_says_how_to_sync(
 
     draw_training([{"step": 1, "loss": 2.0}], "a run", plot)
     sample = {"prompt": "p", "chosen": "c", "before": "b", "after": "a"}
-    run.report({"after": {"preference_accuracy": 0.9}}, [plot], [sample])
+    run.log_results({"after": {"preference_accuracy": 0.9}}, [plot], [sample])
     run.finish(0)
     assert "W&B: offline, no key is configured" in caplog.text
     assert "wandb sync" in caplog.text

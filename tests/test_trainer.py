@@ -32,7 +32,7 @@ from orpo_lab.tracker.base import Run, Untracked
 from orpo_lab.training import checkpoint, trainer
 from orpo_lab.training.checkpoint import Made, Spent
 from orpo_lab.training.devices import OneDevice
-from orpo_lab.training.finite import FiniteGuard
+from orpo_lab.training.finite import FiniteCheck
 from orpo_lab.training.lines import Lines
 from orpo_lab.training.loop import batches
 from orpo_lab.training.meter import Meter
@@ -185,10 +185,10 @@ def test_held_out_figures_that_are_not_finite_are_left_out_and_training_goes_on(
 def test_gradients_that_fp16s_scaler_will_skip_do_not_stop_the_run(load: Load) -> None:
     for is_scaled in (True, False):
         gradient = torch.tensor([math.inf, 1.0])
-        guard = FiniteGuard(load().train, Meter(Spent()), is_scaled=is_scaled)
-        guard.look(1, torch.ones(()), gradient.norm(), [gradient])
+        check = FiniteCheck(load().train, Meter(Spent()), is_scaled=is_scaled)
+        check.look(1, torch.ones(()), gradient.norm(), [gradient])
         with nullcontext() if is_scaled else pytest.raises(NonFiniteError, match="norm is inf"):
-            guard.check()
+            check.check()
         assert gradient.tolist() == ([math.inf, 1.0] if is_scaled else [0.0, 0.0])
 
 
@@ -779,12 +779,12 @@ def test_where_nothing_is_left_to_halve_the_error_goes_on(
 
 
 def test_an_infinite_loss_in_fp16_leaves_its_gradients_to_the_scaler(load: Load) -> None:
-    guard = FiniteGuard(load().train, Meter(Spent()), is_scaled=True)
+    check = FiniteCheck(load().train, Meter(Spent()), is_scaled=True)
     gradient = torch.ones(2)
-    guard.look(1, torch.tensor(math.inf), torch.zeros(()), [gradient])
+    check.look(1, torch.tensor(math.inf), torch.zeros(()), [gradient])
     assert gradient.tolist() == [1.0, 1.0]
     with pytest.raises(NonFiniteError, match="step 1: the loss is inf"):
-        guard.check()
+        check.check()
 
 
 def test_a_step_that_fp16s_scaling_skips_moves_neither_weights_nor_the_rate() -> None:

@@ -4,10 +4,10 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from faults.bench import UNTRACKED, Bench, Fault
+from faults.bench import UNTRACKED, Bench, Injection
 from faults.families import data
 from faults.families.numbers import base_model, change_base
-from faults.judge import Outcome, Verdict, contents, refused, silent, state, status
+from faults.judge import Ending, Outcome, contents, refused, silent, state, status
 
 # What is changed, and whether accept_changes=true allows it
 CHANGES = (
@@ -29,17 +29,17 @@ CHANGES = (
 FREE = ("train.num_checkpoints=5", "name=another", "train.max_hours=9", "tracker=none")
 
 
-def faults(bench: Bench) -> Iterator[Fault]:
+def faults(bench: Bench) -> Iterator[Injection]:
     """Return the faults."""
     for change, is_allowed in CHANGES:
-        yield Fault(f"resume=FOLDER {change}", _changed(change, is_allowed=is_allowed))
-    yield Fault("resume=auto beta=0.5", _changed_auto)
+        yield Injection(f"resume=FOLDER {change}", _changed(change, is_allowed=is_allowed))
+    yield Injection("resume=auto beta=0.5", _changed_auto)
     for change in FREE:
-        yield Fault(f"resume=auto {change}, which changes nothing", _free(change))
-    yield Fault("another row in the training file", _other_data("train.jsonl", _replace_a_row))
-    yield Fault("training rows in another order", _other_data("train.jsonl", _swap_rows))
-    yield Fault("another row in the held-out file", _other_data("eval.jsonl", _replace_a_row))
-    yield Fault("another base model in the same folder", _other_base)
+        yield Injection(f"resume=auto {change}, which changes nothing", _free(change))
+    yield Injection("another row in the training file", _other_data("train.jsonl", _replace_a_row))
+    yield Injection("training rows in another order", _other_data("train.jsonl", _swap_rows))
+    yield Injection("another row in the held-out file", _other_data("eval.jsonl", _replace_a_row))
+    yield Injection("another base model in the same folder", _other_base)
 
 
 def _changed(change: str, *, is_allowed: bool) -> Callable[[Bench], Outcome]:
@@ -50,7 +50,7 @@ def _changed(change: str, *, is_allowed: bool) -> Callable[[Bench], Outcome]:
         before = contents(run)
         arguments = [*UNTRACKED, change, "resume=run"]
         outcome = refused(bench.run(*arguments), run, f"{key}.*{value}", untouched=before)
-        if outcome.verdict != Verdict.REFUSED:
+        if outcome.ending != Ending.REFUSED:
             return outcome
         accepted = bench.run(*arguments, "accept_changes=true")
         if not is_allowed:
@@ -79,7 +79,7 @@ def _free(change: str) -> Callable[[Bench], Outcome]:
         done = bench.run(*UNTRACKED, change, "resume=auto", "hydra.run.dir=run")
         if done.code != 0 or state(run) != state(bench.reference(*UNTRACKED)):
             return silent(f"exit code {done.code}: {done.stderr[-300:]}")
-        return Outcome(Verdict.SURVIVED)
+        return Outcome(Ending.SURVIVED)
 
     return happen
 

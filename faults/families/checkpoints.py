@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from faults.bench import UNTRACKED, Bench, Fault
+from faults.bench import UNTRACKED, Bench, Injection
 from faults.families.kills import OPTIMIZERS
 from faults.families.security import evil, unharmed_by_code
 from faults.judge import Outcome, contents, refused, silent
@@ -52,43 +52,43 @@ FILES = (
 )
 
 
-def faults(bench: Bench) -> Iterator[Fault]:
+def faults(bench: Bench) -> Iterator[Injection]:
     """Return the faults."""
     for file in FILES:
         for name, harm in HARMS.items():
-            yield Fault(f"{file} {name}", _damaged(harm, file))
+            yield Injection(f"{file} {name}", _damaged(harm, file))
     for optimizer in ("galore", "adamw"):
         for file in ("state.pt", "model.safetensors"):
             name = f"{file} of one other bit, {optimizer}"
-            yield Fault(name, _damaged(_flip_a_bit, file, optimizer))
-    yield Fault("a file too many", _damaged(Path.touch, "more.bin"))
-    yield Fault("checkpoint 2 under the name of 4", _renamed)
-    yield Fault("a checkpoint of another run", _of_another_run)
-    yield Fault("a file in place of the checkpoint", _a_file_instead)
-    yield Fault("every checkpoint damaged", _all_damaged)
-    yield Fault("every checkpoint damaged, resume=FOLDER", _all_damaged_and_named)
-    yield Fault("no checkpoint, resume=FOLDER", _none_and_named)
-    yield Fault("a pickle that runs a command, sealed", _evil("state.pt"))
+            yield Injection(name, _damaged(_flip_a_bit, file, optimizer))
+    yield Injection("a file too many", _damaged(Path.touch, "more.bin"))
+    yield Injection("checkpoint 2 under the name of 4", _renamed)
+    yield Injection("a checkpoint of another run", _of_another_run)
+    yield Injection("a file in place of the checkpoint", _a_file_instead)
+    yield Injection("every checkpoint damaged", _all_damaged)
+    yield Injection("every checkpoint damaged, resume=FOLDER", _all_damaged_and_named)
+    yield Injection("no checkpoint, resume=FOLDER", _none_and_named)
+    yield Injection("a pickle that runs a command, sealed", _evil("state.pt"))
 
     last_line_torn: Harm = lambda run: os.truncate(  # noqa: E731
         run / "metrics.jsonl", (run / "metrics.jsonl").stat().st_size - 9
     )
-    yield Fault("metrics.jsonl torn in its last line", _folder_damaged(last_line_torn, step=4))
+    yield Injection("metrics.jsonl torn in its last line", _folder_damaged(last_line_torn, step=4))
     harm = _in_folder(Path.unlink, "metrics.jsonl")
-    yield Fault("metrics.jsonl missing", _folder_damaged(harm, step=4))
-    yield Fault("metrics.jsonl with another first line", _folder_damaged(_other_line, step=4))
+    yield Injection("metrics.jsonl missing", _folder_damaged(harm, step=4))
+    yield Injection("metrics.jsonl with another first line", _folder_damaged(_other_line, step=4))
     for name, one in HARMS.items():
         if name == "of one other bit":
             continue  # what people read has no checksum
         harm = _in_folder(one, "status.json")
-        yield Fault(f"status.json {name}", _folder_damaged(harm, step=4))
-        yield Fault(f"segments.json {name}", _folder_refused(one, "segments.json"))
+        yield Injection(f"status.json {name}", _folder_damaged(harm, step=4))
+        yield Injection(f"segments.json {name}", _folder_refused(one, "segments.json"))
     not_yaml: Harm = lambda file: file.write_text("beta: [0.1")  # noqa: E731
-    yield Fault("config.yaml that is not YAML", _folder_refused(not_yaml, "config.yaml"))
+    yield Injection("config.yaml that is not YAML", _folder_refused(not_yaml, "config.yaml"))
     harm = _in_folder(Path.unlink, "config.yaml")
-    yield Fault("config.yaml missing", _folder_damaged(harm, step=4))
+    yield Injection("config.yaml missing", _folder_damaged(harm, step=4))
     harm = _in_folder(Path.unlink, "run.log")
-    yield Fault("run.log missing", _folder_damaged(harm, step=4))
+    yield Injection("run.log missing", _folder_damaged(harm, step=4))
 
 
 def _damaged(harm: Harm, file: str, optimizer: str = "qlora") -> Callable[[Bench], Outcome]:

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 
 import yaml
 
-from faults.bench import UNTRACKED, Bench, Fault
-from faults.judge import Outcome, Verdict, refused, silent, status
+from faults.bench import UNTRACKED, Bench, Injection
+from faults.judge import Ending, Outcome, refused, silent, status
 
 # Command line, and what the refusal is to say
 WRONG = (
@@ -63,13 +63,13 @@ WRONG = (
 FRESH = 5
 
 
-def faults(bench: Bench) -> Iterator[Fault]:
+def faults(bench: Bench) -> Iterator[Injection]:
     """Return a fault for each wrong command line."""
     for number, (line, says) in enumerate(WRONG):
-        yield Fault(line, _refuses(line, says, fresh=number % FRESH == 0))
+        yield Injection(line, _refuses(line, says, fresh=number % FRESH == 0))
     for override, text in (("name=1e-4", "1e-4"), ("model.revision=1.10", "1.10")):
-        yield Fault(override, _kept_as_typed(override, text))
-    yield Fault("-m optimizer=qlora,galore optimizer.r=2,4", _the_fitting_ones_run)
+        yield Injection(override, _kept_as_typed(override, text))
+    yield Injection("-m optimizer=qlora,galore optimizer.r=2,4", _the_fitting_ones_run)
 
 
 def _refuses(line: str, says: str, *, fresh: bool) -> Callable[[Bench], Outcome]:
@@ -96,7 +96,7 @@ def _kept_as_typed(override: str, text: str) -> Callable[[Bench], Outcome]:
             value = value[part]
         if done.code or value != text:
             return silent(f"exit code {done.code}, {key} is {value!r}")
-        return Outcome(Verdict.SURVIVED)
+        return Outcome(Ending.SURVIVED)
 
     return happen
 
@@ -109,4 +109,4 @@ def _the_fitting_ones_run(bench: Bench) -> Outcome:
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     if done.code != 1 or states != ["finished"] * 2 or len(errors) != 2:
         return silent(f"exit code {done.code}, {states}, {errors}")
-    return Outcome(Verdict.REFUSED)
+    return Outcome(Ending.REFUSED)

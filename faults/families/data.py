@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from faults.bench import UNTRACKED, Bench, Fault
-from faults.judge import Outcome, Verdict, refused, silent, state, survived
+from faults.bench import UNTRACKED, Bench, Injection
+from faults.judge import Ending, Outcome, refused, silent, state, survived
 
 Row = dict[str, Any]
 
@@ -228,15 +228,15 @@ REFUSED: dict[str, tuple[str, bytes | None, str]] = {
 }
 
 
-def faults(bench: Bench) -> Iterator[Fault]:
+def faults(bench: Bench) -> Iterator[Injection]:
     """Return a fault for each kind of bad row and bad file."""
     for name, dropped in DROPPED.items():
-        yield Fault(name, _drops(*dropped))
+        yield Injection(name, _drops(*dropped))
     for name, given in REFUSED.items():
-        yield Fault(name, _refuses(*given))
-    yield Fault("a folder edited, its times set back", _edited)
-    yield Fault("rows too long among those to draw from", _draws)
-    yield Fault("a system column", _loses_a_column)
+        yield Injection(name, _refuses(*given))
+    yield Injection("a folder edited, its times set back", _edited)
+    yield Injection("rows too long among those to draw from", _draws)
+    yield Injection("a system column", _loses_a_column)
 
 
 def _edited(bench: Bench) -> Outcome:
@@ -273,7 +273,7 @@ def _draws(bench: Bench) -> Outcome:
     if "would keep these" not in done.stdout:
         return silent("nothing says that most rows are too long")
     state(bench.path("run"))
-    return Outcome(Verdict.SURVIVED)
+    return Outcome(Ending.SURVIVED)
 
 
 def _loses_a_column(bench: Bench) -> Outcome:

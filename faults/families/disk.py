@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 
 from faults import events, inside
-from faults.bench import UNTRACKED, Bench, Fault
-from faults.judge import Outcome, Verdict, newest_sealed, refused, told
+from faults.bench import UNTRACKED, Bench, Injection
+from faults.judge import Ending, Outcome, newest_sealed, refused, told
 from faults.processes import Done
 
 RUN = "hydra.run.dir=disk/run"
@@ -46,15 +46,17 @@ WHEN = {
 }
 
 
-def faults(bench: Bench) -> Iterator[Fault]:
+def faults(bench: Bench) -> Iterator[Injection]:
     """Return the faults."""
     for name, event in WHEN.items():
         at = events.Point(events.Event(*event))
-        yield Fault(f"full {name}", _in_trouble(at, fill, empty))
-        yield Fault(f"read-only {name}", _in_trouble(at, make_read_only, make_writable))
-    yield Fault("full from the beginning", _in_trouble(None, fill, empty))
-    yield Fault("read-only from the beginning", _in_trouble(None, make_read_only, make_writable))
-    yield Fault("a file larger than may be", _too_large)
+        yield Injection(f"full {name}", _in_trouble(at, fill, empty))
+        yield Injection(f"read-only {name}", _in_trouble(at, make_read_only, make_writable))
+    yield Injection("full from the beginning", _in_trouble(None, fill, empty))
+    yield Injection(
+        "read-only from the beginning", _in_trouble(None, make_read_only, make_writable)
+    )
+    yield Injection("a file larger than may be", _too_large)
 
 
 def fill(disk: Path) -> None:
@@ -132,6 +134,6 @@ def _full(done: Done, run: Path) -> Outcome:
 
 
 def _gone_on_with(bench: Bench, outcome: Outcome) -> Outcome:
-    if outcome.verdict != Verdict.REFUSED:
+    if outcome.ending != Ending.REFUSED:
         return outcome
     return bench.resumed(*KEPT, step=newest_sealed(bench.path("run")))

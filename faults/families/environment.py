@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterator
 
-from faults.bench import UNTRACKED, Bench, Fault
-from faults.judge import Outcome, Verdict, refused, silent, survived
+from faults.bench import UNTRACKED, Bench, Injection
+from faults.judge import Ending, Outcome, refused, silent, survived
 
 RUN = "hydra.run.dir=run"
 # Set for a run, which must say so and be the run without
@@ -25,21 +25,21 @@ HARMLESS = (
 )
 
 
-def faults(bench: Bench) -> Iterator[Fault]:
+def faults(bench: Bench) -> Iterator[Injection]:
     """Return the faults."""
     for name, value in SAID.items():
-        yield Fault(f"{name}={value}", _same({name: value}, f"{name}={value} is not read"))
+        yield Injection(f"{name}={value}", _same({name: value}, f"{name}={value} is not read"))
     for variables in HARMLESS:
         name = " ".join(f"{name}={value}" for name, value in variables.items())
-        yield Fault(name, _same(variables, ""))
-    yield Fault("WORLD_SIZE=two", _world_size)
+        yield Injection(name, _same(variables, ""))
+    yield Injection("WORLD_SIZE=two", _world_size)
 
 
 def _same(variables: dict[str, str], says: str) -> Callable[[Bench], Outcome]:
     def happen(bench: Bench) -> Outcome:
         done = bench.run(*UNTRACKED, RUN, environment={**variables}, fresh=True)
         outcome = survived(done, bench.path("run"), bench.reference(*UNTRACKED))
-        if outcome.verdict == Verdict.SURVIVED and says not in done.stdout:
+        if outcome.ending == Ending.SURVIVED and says not in done.stdout:
             return silent(f"it does not say that {says}")
         return outcome
 

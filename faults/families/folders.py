@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from faults import inside
-from faults.bench import UNTRACKED, Bench, Fault
-from faults.judge import Outcome, Verdict, contents, refused, silent, state, survived
+from faults.bench import UNTRACKED, Bench, Injection
+from faults.judge import Ending, Outcome, contents, refused, silent, state, survived
 
 RUN = "hydra.run.dir=run"
 # Starts over a run that has finished without a checkpoint, and what is to be said
@@ -28,19 +28,21 @@ OVER_A_FINISHED_RUN = {
 FOREIGN = ("final/thesis.tex", ".cache/pip/wheel", "config.yaml", "status.json")
 
 
-def faults(bench: Bench) -> Iterator[Fault]:
+def faults(bench: Bench) -> Iterator[Injection]:
     """Return the faults."""
     for name in FOREIGN:
-        yield Fault(f"a run in a folder with {name}", _foreign(name))
-        yield Fault(f"a sweep in a folder with {name}", _foreign(name, "-m", "seed=1,2"))
+        yield Injection(f"a run in a folder with {name}", _foreign(name))
+        yield Injection(f"a sweep in a folder with {name}", _foreign(name, "-m", "seed=1,2"))
     for name, (arguments, says) in OVER_A_FINISHED_RUN.items():
-        yield Fault(f"over a finished run: {name}", _refused_over_finished(arguments, says))
+        yield Injection(f"over a finished run: {name}", _refused_over_finished(arguments, says))
     for name, function in {"plot": "draw_training", "card": "model_card"}.items():
-        yield Fault(f"no {name}: it fails", _fails_at_the_end("orpo_lab.records.results", function))
-    yield Fault("the trained model's answers fail", _no_evaluation)
-    yield Fault("an environment with a notebook's MPLBACKEND", _notebook)
-    yield Fault("SIGKILL while the trained model is scored", _killed_in_evaluation)
-    yield Fault("two runs that start in the same second", _same_second)
+        yield Injection(
+            f"no {name}: it fails", _fails_at_the_end("orpo_lab.records.results", function)
+        )
+    yield Injection("the trained model's answers fail", _no_evaluation)
+    yield Injection("an environment with a notebook's MPLBACKEND", _notebook)
+    yield Injection("SIGKILL while the trained model is scored", _killed_in_evaluation)
+    yield Injection("two runs that start in the same second", _same_second)
 
 
 def _foreign(name: str, *sweep: str) -> Callable[[Bench], Outcome]:
@@ -77,7 +79,7 @@ def _fails_at_the_end(module: str, function: str) -> Callable[[Bench], Outcome]:
         prepare = partial(inside.at_call, module, function, 1, _raise)
         done = bench.run(*UNTRACKED, RUN, prepare=prepare)
         outcome = survived(done, bench.path("run"), bench.path("run"))
-        if outcome.verdict != Verdict.SURVIVED:
+        if outcome.ending != Ending.SURVIVED:
             return outcome
         if "has finished without" not in done.stdout:
             return silent(f"it is not said: {done.stdout[-300:]}")
@@ -118,4 +120,4 @@ def _same_second(bench: Bench) -> Outcome:
         return silent(f"{len(runs)} runs: {[one.stderr[-200:] for one in ended]}")
     expected = state(bench.reference(*UNTRACKED))
     same = all(state(one) == expected for one in runs)
-    return Outcome(Verdict.SURVIVED) if same else silent("they are not as the unharmed run")
+    return Outcome(Ending.SURVIVED) if same else silent("they are not as the unharmed run")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from faults import events, inside
-from faults.bench import UNTRACKED, Bench, Fault
+from faults.bench import UNTRACKED, Bench, Injection
 from faults.judge import Outcome, newest_sealed, silent, status
 from faults.processes import Done
 
@@ -30,7 +30,7 @@ def settings(optimizer: str) -> tuple[str, ...]:
     return (*UNTRACKED, *OPTIMIZERS[optimizer], "train.num_checkpoints=1")
 
 
-def faults(bench: Bench) -> Iterator[Fault]:
+def faults(bench: Bench) -> Iterator[Injection]:
     """Return every point of every optimizer's run but those of saves like the one that is there."""
     for optimizer in OPTIMIZERS:
         log = bench.path(f"events-{optimizer}")
@@ -40,10 +40,10 @@ def faults(bench: Bench) -> Iterator[Fault]:
             raise RuntimeError(f"the unharmed run of {optimizer} failed")
         for point in events.points(_chosen(events.read(log))):
             if not (point.torn and _is_put_in_place(point.event)):
-                yield Fault(f"{optimizer}: {point}", _killed_at(point, optimizer))
+                yield Injection(f"{optimizer}: {point}", _killed_at(point, optimizer))
         for step in (1, 4):
-            yield Fault(f"{optimizer}: in step {step}", _killed_in(step, optimizer))
-        yield Fault(f"{optimizer}: after step 3, from outside", _killed_from_outside(optimizer))
+            yield Injection(f"{optimizer}: in step {step}", _killed_in(step, optimizer))
+        yield Injection(f"{optimizer}: after step 3, from outside", _killed_from_outside(optimizer))
 
 
 def _is_put_in_place(event: events.Event) -> bool:

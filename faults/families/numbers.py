@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from faults.bench import UNTRACKED, Bench, Fault
+from faults.bench import UNTRACKED, Bench, Injection
 from faults.inside import die, in_step, poison_step
 from faults.judge import (
     Outcome,
@@ -23,29 +23,29 @@ NOT_FINITE = "(loss|gradient norm) is (nan|inf)|not finite|nothing finite"
 UNBOUNDED = ("train.max_grad_norm=0", "train.lr_scheduler_type=constant")
 
 
-def faults(bench: Bench) -> Iterator[Fault]:
+def faults(bench: Bench) -> Iterator[Injection]:
     """Return the faults."""
     for optimizer in OPTIMIZERS:
         diverging = (f"optimizer={optimizer}", "optimizer.learning_rate=1e30", *UNBOUNDED)
-        yield Fault(f"learning rate 1e30, {optimizer}", _refuses(*diverging))
-    yield Fault("beta 1e38", _refuses("beta=1e38"))
-    yield Fault("beta 1e300", _refuses("beta=1e300"))
+        yield Injection(f"learning rate 1e30, {optimizer}", _refuses(*diverging))
+    yield Injection("beta 1e38", _refuses("beta=1e38"))
+    yield Injection("beta 1e300", _refuses("beta=1e300"))
     for what, value in (("NaN", float("nan")), ("infinity", float("inf"))):
         for tensor in ("model.norm.weight", "model.layers.2.self_attn.q_proj.weight"):
-            yield Fault(f"{what} in {tensor} of the base model", _bad_base(tensor, value))
+            yield Injection(f"{what} in {tensor} of the base model", _bad_base(tensor, value))
     for what in ("loss", "gradient"):
         for optimizer in OPTIMIZERS:
             poison = partial(poison_step, what, 3)
-            yield Fault(
+            yield Injection(
                 f"a {what} that is NaN in step 3, {optimizer}", _poisoned(poison, optimizer)
             )
     for optimizer in OPTIMIZERS:
-        yield Fault(f"a step that is skipped, {optimizer}", _skipped(optimizer))
-    yield Fault("a skipped step, then SIGKILL in step 6", _skipped_and_killed)
-    yield Fault("more skipped steps than may be", _too_many_skipped)
+        yield Injection(f"a step that is skipped, {optimizer}", _skipped(optimizer))
+    yield Injection("a skipped step, then SIGKILL in step 6", _skipped_and_killed)
+    yield Injection("more skipped steps than may be", _too_many_skipped)
     for factor in (10.0, 100.0, 1000.0):
         name = f"a base model that is certain, P = 1, its last norm times {factor:g}"
-        yield Fault(name, _certain_base(factor))
+        yield Injection(name, _certain_base(factor))
 
 
 def _refuses(*overrides: str, says: str = NOT_FINITE) -> Callable[[Bench], Outcome]:

@@ -4,17 +4,17 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 
-from faults.bench import UNTRACKED, Bench, Fault
+from faults.bench import UNTRACKED, Bench, Injection
 from faults.judge import Outcome, refused, silent, survived
 from faults.processes import LAUNCH, PATIENCE, Done
 
 
-def faults(bench: Bench) -> Iterator[Fault]:
+def faults(bench: Bench) -> Iterator[Injection]:
     """Return the faults."""
-    yield Fault("torchrun with two ranks", _torchrun)
-    yield Fault("WORLD_SIZE=2 left in the environment", _world_size)
-    yield Fault("a second run in the folder of one that runs", _second_run("beta=0.5"))
-    yield Fault("resume=auto in the folder of one that runs", _second_run("resume=auto"))
+    yield Injection("torchrun with two ranks", _torchrun)
+    yield Injection("WORLD_SIZE=2 left in the environment", _world_size)
+    yield Injection("a second run in the folder of one that runs", _second_run("beta=0.5"))
+    yield Injection("resume=auto in the folder of one that runs", _second_run("resume=auto"))
 
 
 def _torchrun(bench: Bench) -> Outcome:

@@ -6,7 +6,7 @@ import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from faults.bench import UNTRACKED, Bench, Fault
+from faults.bench import UNTRACKED, Bench, Injection
 from faults.families.numbers import base_model
 from faults.judge import Outcome, refused, silent
 
@@ -30,20 +30,20 @@ def evil(folder: Path) -> bytes:
     return pickle.dumps(Evil(folder), protocol=2)
 
 
-def faults(bench: Bench) -> Iterator[Fault]:
+def faults(bench: Bench) -> Iterator[Injection]:
     """Return the faults."""
-    yield Fault("a model folder with code of its own", _refuses(_own_code, "code of its own"))
-    yield Fault(
+    yield Injection("a model folder with code of its own", _refuses(_own_code, "code of its own"))
+    yield Injection(
         "pickled weights that run a command", _refuses(_pickled_weights, "model.path=./base")
     )
-    yield Fault("a chat template that reaches for Python", _refuses(_evil_template, "template"))
+    yield Injection("a chat template that reaches for Python", _refuses(_evil_template, "template"))
     for override in (
         "+model._target_=os.system",
         "+optimizer._target_=builtins.exec",
         "+_target_=os.abort",
         "+dataset.columns._target_=os.system",
     ):
-        yield Fault(override, _refuses(lambda bench: None, "unknown key", override))
+        yield Injection(override, _refuses(lambda bench: None, "unknown key", override))
 
 
 def unharmed_by_code(outcome: Outcome, bench: Bench) -> Outcome:

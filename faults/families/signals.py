@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from faults import events, inside
-from faults.bench import UNTRACKED, Bench, Fault
+from faults.bench import UNTRACKED, Bench, Injection
 from faults.judge import (
+    Ending,
     Outcome,
-    Verdict,
     newest_sealed,
     refused,
     silent,
@@ -36,12 +36,12 @@ ASKED = {
 DELAYS = (0.0, 1.0, 2.0, 3.0, 4.0)
 
 
-def faults(bench: Bench) -> Iterator[Fault]:
+def faults(bench: Bench) -> Iterator[Injection]:
     """Return the faults."""
     for signals, code in ASKED.items():
         name = ", ".join(one.name for one in signals)
-        yield Fault(f"{name} in step 3", _in_step_3(signals, code))
-        yield Fault(f"{name} while checkpoint 4 is saved", _while_saving(signals, code))
+        yield Injection(f"{name} in step 3", _in_step_3(signals, code))
+        yield Injection(f"{name} while checkpoint 4 is saved", _while_saving(signals, code))
     for number in SIGNALS:
         for where, module, function, calls in (
             ("data are read", "orpo_lab.data", "load", 1),
@@ -53,28 +53,28 @@ def faults(bench: Bench) -> Iterator[Fault]:
         ):
             act = partial(inside.send, number)
             prepare = partial(inside.at_call, module, function, calls, act)
-            yield Fault(f"{number.name} while {where}", _outside_training(prepare, number))
+            yield Injection(f"{number.name} while {where}", _outside_training(prepare, number))
         for where, function in (
             ("the model is saved", "model_card"),
             ("the plot is drawn", "draw_training"),
         ):
             act = partial(inside.send, number)
             prepare = partial(inside.at_call, "orpo_lab.records.results", function, 1, act)
-            yield Fault(f"{number.name} while {where}", _while_results_are_written(prepare))
+            yield Injection(f"{number.name} while {where}", _while_results_are_written(prepare))
     for delay in DELAYS:
         number = SIGNALS[int(delay) % 2]
         name = f"{number.name} {delay:.0f} s after a fresh start"
-        yield Fault(name, _early(delay, number))
-    yield Fault("SIGTERM in training, from outside", _from_outside)
-    yield Fault("SIGTERM to two jobs of joblib", _under("joblib", "hydra.launcher.n_jobs=2"))
-    yield Fault("SIGTERM to two jobs of submitit", _under("submitit_local"))
-    yield Fault("train.max_hours used up", _out_of_time)
+        yield Injection(name, _early(delay, number))
+    yield Injection("SIGTERM in training, from outside", _from_outside)
+    yield Injection("SIGTERM to two jobs of joblib", _under("joblib", "hydra.launcher.n_jobs=2"))
+    yield Injection("SIGTERM to two jobs of submitit", _under("submitit_local"))
+    yield Injection("train.max_hours used up", _out_of_time)
 
 
 def _stopped_and_gone_on_with(bench: Bench, done: Done, code: int, says: str) -> Outcome:
     run = bench.path("run")
     outcome = refused(done, run, f"stopped by {says}", code=code)
-    if outcome.verdict != Verdict.REFUSED:
+    if outcome.ending != Ending.REFUSED:
         return outcome
     return bench.resumed(*KEPT, step=newest_sealed(run))
 
@@ -159,6 +159,6 @@ def _under(launcher: str, *more: str) -> Callable[[Bench], Outcome]:
         for job in bench.path("sweep").glob("*/status.json"):
             if status(job.parent) != "stopped" or newest_sealed(job.parent) is None:
                 return silent(f"{job.parent.name}: {status(job.parent)}, without a checkpoint")
-        return Outcome(Verdict.REFUSED)
+        return Outcome(Ending.REFUSED)
 
     return happen

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from faults.bench import UNTRACKED, Bench, Fault
+from faults.bench import UNTRACKED, Bench, Injection
 from faults.inside import exit_where
-from faults.judge import Outcome, Verdict, refused, silent, state, status, survived
+from faults.judge import Ending, Outcome, refused, silent, state, status, survived
 from faults.processes import Done
 
 SWEEP = ("-m", *UNTRACKED, "hydra.sweep.dir=sweep")
@@ -16,17 +16,17 @@ BETAS = ("0.1", "0.2", "0.5")
 SWEPT = f"beta={','.join(BETAS)}"
 
 
-def faults(bench: Bench) -> Iterator[Fault]:
+def faults(bench: Bench) -> Iterator[Injection]:
     """Return the faults."""
-    yield Fault("SIGKILL in the second of three jobs, forked", _killed(fresh=False))
-    yield Fault("SIGKILL in the second of three jobs", _killed(fresh=True))
-    yield Fault("SIGTERM in the second of three jobs", _stopped(signal.SIGTERM))
-    yield Fault("SIGINT in the second of three jobs", _stopped(signal.SIGINT))
-    yield Fault("a job that diverges", _one_fails("optimizer.learning_rate=1e-3,1e30", None))
-    yield Fault("a job that calls sys.exit(0)", _one_fails("seed=42,3", partial(exit_where, 3)))
-    yield Fault("a job of which a file is lost", _lost_file)
-    yield Fault("two sweeps that start in the same second", _same_second)
-    yield Fault("other code than the sweep was begun with", _other_code)
+    yield Injection("SIGKILL in the second of three jobs, forked", _killed(fresh=False))
+    yield Injection("SIGKILL in the second of three jobs", _killed(fresh=True))
+    yield Injection("SIGTERM in the second of three jobs", _stopped(signal.SIGTERM))
+    yield Injection("SIGINT in the second of three jobs", _stopped(signal.SIGINT))
+    yield Injection("a job that diverges", _one_fails("optimizer.learning_rate=1e-3,1e30", None))
+    yield Injection("a job that calls sys.exit(0)", _one_fails("seed=42,3", partial(exit_where, 3)))
+    yield Injection("a job of which a file is lost", _lost_file)
+    yield Injection("two sweeps that start in the same second", _same_second)
+    yield Injection("other code than the sweep was begun with", _other_code)
 
 
 def _jobs(bench: Bench) -> list[Path]:
@@ -40,11 +40,11 @@ def _all_survived(done: Done, bench: Bench) -> Outcome:
         return silent(f"{len(jobs)} jobs instead of {len(BETAS)}: {done.stderr[-300:]}")
     for job, beta in zip(jobs, BETAS, strict=True):
         outcome = survived(done, job, bench.reference(*UNTRACKED, f"beta={beta}"))
-        if outcome.verdict != Verdict.SURVIVED:
+        if outcome.ending != Ending.SURVIVED:
             return outcome
     if not bench.path("sweep/report.html").exists():
         return silent("there is no report")
-    return Outcome(Verdict.SURVIVED)
+    return Outcome(Ending.SURVIVED)
 
 
 def _interrupt(bench: Bench, number: int, *, fresh: bool) -> Done:
@@ -83,13 +83,13 @@ def _one_fails(swept: str, prepare: Callable[[], None] | None) -> Callable[[Benc
         good, bad = _jobs(bench)
         first = swept.split(",")[0]
         outcome = survived(Done(0, "", ""), good, bench.reference(*UNTRACKED, first))
-        if outcome.verdict != Verdict.SURVIVED:
+        if outcome.ending != Ending.SURVIVED:
             return outcome
         if done.code != 1 or "Traceback" in done.stderr or "error: " not in done.stderr:
             return silent(f"exit code {done.code}: {done.stderr[-300:]}")
         if status(bad) != "failed" or (bad / "final").exists() or bad.name not in done.stdout:
             return silent(f"the bad job: {status(bad)}, {done.stdout[-300:]}")
-        return Outcome(Verdict.REFUSED)
+        return Outcome(Ending.REFUSED)
 
     return happen
 
@@ -109,7 +109,7 @@ def _same_second(bench: Bench) -> Outcome:
         return silent(f"{len(folders)} jobs: {[one.stderr[-200:] for one in ended]}")
     reference = bench.reference(*UNTRACKED, "beta=0.2")
     outcomes = [survived(*one, reference) for one in zip(ended, folders, strict=True)]
-    return next((one for one in outcomes if one.verdict != Verdict.SURVIVED), outcomes[0])
+    return next((one for one in outcomes if one.ending != Ending.SURVIVED), outcomes[0])
 
 
 def _other_code(bench: Bench) -> Outcome:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from faults.bench import Bench, Fault
+from faults.bench import Bench, Injection
 from faults.families.data import GOOD, HELD_OUT, ONE, settings, write
 from faults.judge import Outcome, refused, silent, survived
 
@@ -86,12 +86,14 @@ DROPPED: dict[str, tuple[str | None, Row, str]] = {
 }
 
 
-def faults(bench: Bench) -> Iterator[Fault]:
+def faults(bench: Bench) -> Iterator[Injection]:
     """Return a fault for each kind of template."""
     for name, given in DROPPED.items():
-        yield Fault(name, _drops(*given))
-    yield Fault("a system message that moves", _moved)
-    yield Fault("a generation prompt behind every answer", _refuses("always_asks", "misrendered"))
+        yield Injection(name, _drops(*given))
+    yield Injection("a system message that moves", _moved)
+    yield Injection(
+        "a generation prompt behind every answer", _refuses("always_asks", "misrendered")
+    )
 
 
 def _with_template(bench: Bench, template: str | None) -> tuple[str, ...]:

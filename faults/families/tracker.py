@@ -7,7 +7,7 @@ W&B's own.
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from faults.bench import SMALL, UNTRACKED, Bench, Fault
+from faults.bench import SMALL, UNTRACKED, Bench, Injection
 from faults.inside import short_patience
 from faults.judge import Outcome, survived
 from faults.processes import Running
@@ -42,7 +42,7 @@ def _dies(server: WandbServer) -> None:
 HARM: dict[str, Harm] = {"answers 500": _errors, "keeps waiting": _waits, "is gone": _dies}
 
 
-def faults(bench: Bench) -> Iterator[Fault]:
+def faults(bench: Bench) -> Iterator[Injection]:
     """Return what can happen to a server, at a run's beginning and in its middle."""
     for name, harm in HARM.items():
         faults = {
@@ -50,9 +50,9 @@ def faults(bench: Bench) -> Iterator[Fault]:
             f"a server that {name}, asked for": _from_the_beginning(harm, "online", fresh=True),
             f"a server that {name} from step 3 on": _in_the_middle(harm),
         }
-        yield from (Fault(name, happen, waits=True) for name, happen in faults.items())
-    yield Fault("a key that is refused", _with_key("not-a-key"), waits=True)
-    yield Fault("no key", _with_key(None), waits=True)
+        yield from (Injection(name, happen, waits=True) for name, happen in faults.items())
+    yield Injection("a key that is refused", _with_key("not-a-key"), waits=True)
+    yield Injection("no key", _with_key(None), waits=True)
 
 
 def _environment(bench: Bench, url: str, key: str | None = KEY) -> dict[str, str | None]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from faults.bench import UNTRACKED, Bench, Fault
+from faults.bench import UNTRACKED, Bench, Injection
 from faults.families.numbers import base_model
 from faults.judge import Outcome, refused, survived
 
@@ -202,11 +202,11 @@ DAMAGED: dict[str, tuple[Callable[[Path], None], tuple[str, ...], str]] = {
 }
 
 
-def faults(bench: Bench) -> Iterator[Fault]:
+def faults(bench: Bench) -> Iterator[Injection]:
     """Return a fault for each damaged base, and for what looks like one and is none."""
     for name, damaged in DAMAGED.items():
-        yield Fault(name, _refuses(*damaged))
-    yield Fault("an output head of its own", _comes_through(untie))
+        yield Injection(name, _refuses(*damaged))
+    yield Injection("an output head of its own", _comes_through(untie))
 
 
 def _base(bench: Bench, damage: Callable[[Path], None]) -> tuple[str, ...]:
@@ -222,7 +222,7 @@ def _refuses(
         for attempt in attempts:
             done = bench.run(*settings, attempt, "hydra.run.dir=run")
             outcome = refused(done, bench.path("run"), says)
-            if outcome.verdict != "refused":
+            if outcome.ending != "refused":
                 break
             shutil.rmtree(bench.path("run"))
         return outcome

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from faults.planted import catalogue
-from faults.planted.catalogue import ROOT, Fault
+from faults.planted.catalogue import ROOT, Mutant
 from faults.planted.trial import Outcome, Trial
 
 # For every trial: no network, one thread
@@ -58,10 +58,10 @@ def preload() -> None:
 
 
 def run(
-    faults: Sequence[Fault], scratch: Path, *, jobs: int, seconds: float
-) -> Iterator[tuple[Fault, Outcome, float]]:
+    faults: Sequence[Mutant], scratch: Path, *, jobs: int, seconds: float
+) -> Iterator[tuple[Mutant, Outcome, float]]:
     """Try every fault, several at a time, and yield what came of it and the seconds it took."""
-    waiting, busy = list(enumerate(faults)), list[tuple[Trial, Fault, float]]()
+    waiting, busy = list(enumerate(faults)), list[tuple[Trial, Mutant, float]]()
     try:
         while waiting or busy:
             while waiting and len(busy) < jobs:
@@ -94,7 +94,7 @@ def red_anyway(tests: Sequence[str], scratch: Path, *, seconds: float) -> list[s
     return trial.red()
 
 
-def table(outcomes: Sequence[tuple[Fault, Outcome]]) -> str:
+def table(outcomes: Sequence[tuple[Mutant, Outcome]]) -> str:
     """Return the table that docs/reliability.md shows."""
     planted = Counter(fault.area for fault, _ in outcomes)
     caught = Counter(fault.area for fault, one in outcomes if one.verdict == "caught")
@@ -128,7 +128,7 @@ def main() -> None:
     if asked.list:
         print("\n".join(map(str, faults)))
         return
-    if flaws := [f"{one}: {flaw}" for one in faults for flaw in catalogue.find_flaws(one)]:
+    if flaws := [f"{fault}: {flaw}" for fault in faults for flaw in catalogue.find_flaws(fault)]:
         sys.exit("\n".join(flaws))
     preload()
     # So that trials end with what has started them

@@ -23,7 +23,7 @@ LISTS = Path(__file__).with_name("lists")
 
 
 @dataclass(frozen=True)
-class Fault:
+class Mutant:
     """One mistake: a text of a file, what stands there instead, and the tests that should see."""
 
     area: str
@@ -42,7 +42,7 @@ class Fault:
         return text.replace(self.old, self.new)
 
 
-def read(areas: Iterable[str]) -> list[Fault]:
+def read(areas: Iterable[str]) -> list[Mutant]:
     """Return the faults of some lists."""
     return [fault for area in areas for fault in _read_list(LISTS / f"{area}.toml")]
 
@@ -52,14 +52,14 @@ def areas() -> list[str]:
     return sorted(file.stem for file in LISTS.glob("*.toml"))
 
 
-def _read_list(file: Path) -> list[Fault]:
+def _read_list(file: Path) -> list[Mutant]:
     listed = tomllib.loads(file.read_text(encoding="utf-8"))
     shared = {key: listed[key] for key in ("file", "tests") if key in listed}
     entries = [shared | entry for entry in listed["fault"]]
-    return [Fault(file.stem, **entry | {"tests": tuple(entry["tests"])}) for entry in entries]
+    return [Mutant(file.stem, **entry | {"tests": tuple(entry["tests"])}) for entry in entries]
 
 
-def find_flaws(fault: Fault) -> list[str]:
+def find_flaws(fault: Mutant) -> list[str]:
     """Return why a fault cannot be planted as it is listed; nothing where it can."""
     file = ROOT / fault.file
     if not file.is_file():

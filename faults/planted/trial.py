@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import pytest
 
-from faults.planted.catalogue import ROOT, Fault
+from faults.planted.catalogue import ROOT, Mutant
 
 # Where the packages of this repository would be found, if not in a copy of it
 OURS = ("benchmarks", "faults", "orpo_lab", "tests")
@@ -55,7 +55,7 @@ class Trial:
     """Tests that run in a process of their own, on a copy of the tree."""
 
     def __init__(
-        self, folder: Path, tests: Sequence[str], fault: Fault | None, seconds: float
+        self, folder: Path, tests: Sequence[str], fault: Mutant | None, seconds: float
     ) -> None:
         """Start them.
 

@@ -96,7 +96,7 @@ def _told_apart_by(run: Run) -> dict[str, Any]:
     told = identity.settings(run.values)
     told.pop("seed")
     data = run.summary["dataset_fingerprint"] if run.summary else None
-    model = [one for key, one in sorted(run.contents.items()) if key.startswith("model.")]
+    model = [content for key, content in sorted(run.contents.items()) if key.startswith("model.")]
     return told | {"model": model, "dataset": data}
 
 
@@ -108,7 +108,7 @@ def _names(runs: Sequence[Run], read: Sequence[dict[str, Any]], group: str) -> l
     for names in (choices, places):
         if len(set(zip(names, hashes, strict=True))) == len(set(names)) == len(set(hashes)):
             return names
-    return [f"{place} ({one})" for place, one in zip(places, hashes, strict=True)]
+    return [f"{place} ({digest})" for place, digest in zip(places, hashes, strict=True)]
 
 
 def _place(run: Run, group: str) -> str:
@@ -137,8 +137,8 @@ def compare(runs: Sequence[Run], margins: dict[str, float]) -> Comparison:
     settings = group(complete)
     accuracy = Measure(
         [
-            _stack(one, lambda s: (s["chosen_logp"] > s["rejected_logp"]).astype(float))
-            for one in settings
+            _stack(setting, lambda s: (s["chosen_logp"] > s["rejected_logp"]).astype(float))
+            for setting in settings
         ],
         is_share=True,
     )
@@ -185,7 +185,8 @@ def _qualities(settings: Sequence[Setting], margins: dict[str, float]) -> list[Q
     present = [
         metric.name
         for metric in HELD_OUT
-        if metric.of_pair and all(not np.isnan(values(metric, one)).all() for one in all_scores)
+        if metric.of_pair
+        and all(not np.isnan(values(metric, scores)).all() for scores in all_scores)
     ]
     found = []
     for metric in qualities_among(present):

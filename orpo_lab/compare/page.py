@@ -54,7 +54,8 @@ def write(comparison: Comparison, folder: Path) -> None:
 
 def _margins(comparison: Comparison) -> str:
     return " and ".join(
-        f"{one.margin:g}{one.unit and ' ' + one.unit} of {one.name}" for one in comparison.qualities
+        f"{quality.margin:g}{quality.unit and ' ' + quality.unit} of {quality.name}"
+        for quality in comparison.qualities
     )
 
 

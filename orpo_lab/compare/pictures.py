@@ -172,7 +172,7 @@ def _curves(settings: Sequence["Setting"], key: str, label: str) -> Picture:
         values = [[run[step] for run in runs] for step in steps]
         axes.plot(
             steps,
-            [sum(one) / len(one) for one in values],
+            [sum(value) / len(value) for value in values],
             color=look.colour,
             linestyle=look.line,
             linewidth=0.8 if look.is_light else 1.6,

@@ -57,8 +57,8 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
         )
         if not inside:
             raise UserError(f"{folder} is not a run folder, and no run folder is in it")
-        for one in inside:
-            found.setdefault(one.resolve(), read_run(one))
+        for place in inside:
+            found.setdefault(place.resolve(), read_run(place))
     return list(found.values())
 
 

@@ -94,8 +94,8 @@ class Measure:
         self.scores = scores
         self.is_share = is_share
         self.num_pairs = scores[0].shape[1]
-        self.num_seeds = np.array([len(one) for one in scores])
-        self.means = self._link(np.array([one.mean() for one in scores]))
+        self.num_seeds = np.array([len(of_setting) for of_setting in scores])
+        self.means = self._link(np.array([of_setting.mean() for of_setting in scores]))
 
     def _link(self, shares: Array) -> Array:
         """Return log-odds of shares, half a pair added to both sides so that 0 and 1 have some."""
@@ -113,24 +113,27 @@ class Measure:
         if not self.is_share:
             return np.ones(len(self.scores))
         half = 0.5 / self.num_pairs
-        shares = np.clip([one.mean() for one in self.scores], half, 1 - half)
+        shares = np.clip([of_setting.mean() for of_setting in self.scores], half, 1 - half)
         return 1 / (shares * (1 - shares))
 
     @cached_property
     def _by_pair(self) -> list[Array]:
         """What each pair adds to its setting's mean, [N], on the scale of the link."""
-        return [one.mean(0) * slope for one, slope in zip(self.scores, self._slopes, strict=True)]
+        return [
+            scores.mean(0) * slope for scores, slope in zip(self.scores, self._slopes, strict=True)
+        ]
 
     @cached_property
     def _between(self) -> Array:
         """The variance between the runs of every setting; 0 where there is one."""
-        runs = [self._link(one.mean(1)) for one in self.scores]
-        return np.array([one.var(ddof=1) if len(one) > 1 else 0.0 for one in runs])
+        runs = [self._link(scores.mean(1)) for scores in self.scores]
+        return np.array([shares.var(ddof=1) if len(shares) > 1 else 0.0 for shares in runs])
 
     @cached_property
     def _chance(self) -> Array:
         """What chance in its pairs adds to the variance of a run, of every setting."""
-        return np.array([_residual(one) for one in self.scores]) * self._slopes**2 / self.num_pairs
+        residuals = np.array([_residual(scores) for scores in self.scores])
+        return residuals * self._slopes**2 / self.num_pairs
 
     def _by_run(
         self, between: Array, chance: Array, num_seeds: Array, *, min_pool: float
@@ -170,8 +173,8 @@ class Measure:
             return math.nan
         settings = [a] if b is None else [a, b]
         h = self._by_pair[a] - (0.0 if b is None else self._by_pair[b])
-        half_a_pair = sum((self._slopes[one] / 2 / self.num_pairs) ** 2 for one in settings)
-        chance = sum(self._chance[one] / self.num_seeds[one] for one in settings)
+        half_a_pair = sum((self._slopes[index] / 2 / self.num_pairs) ** 2 for index in settings)
+        chance = sum(self._chance[index] / self.num_seeds[index] for index in settings)
         found = h.var(ddof=1) / self.num_pairs + (half_a_pair if self.is_share else 0.0)
         return max(float(found - chance), 0.0)
 
@@ -199,12 +202,12 @@ class Measure:
     ) -> Spread:
         """Join runs and pairs: variances add, and their freedom by Satterthwaite, [...] both."""
         parts, rest = [], 1.0
-        for one in settings:
+        for index in settings:
             # The part of the pairs is no better known than the setting's whole with two seeds
-            carried = (num_seeds[one] == 2) / len(settings)
+            carried = (num_seeds[index] == 2) / len(settings)
             rest -= carried
-            part = variance[..., one] / num_seeds[one] + carried * by_pair
-            parts.append((part, freedom[..., one]))
+            part = variance[..., index] / num_seeds[index] + carried * by_pair
+            parts.append((part, freedom[..., index]))
         parts.append((np.asarray(rest * by_pair), np.asarray(num_pairs - 1)))
         whole = sum(part for part, _ in parts)
         squares = sum(part**2 / np.maximum(df, 1) for part, df in parts)
@@ -271,7 +274,7 @@ class Measure:
 
     def falls_short(self, a: int) -> bool:
         """Return whether any setting is shown to be above `a`, among all pairs of settings."""
-        return any(self.is_above_in_all(one, a) for one in range(len(self.scores)))
+        return any(self.is_above_in_all(number, a) for number in range(len(self.scores)))
 
     def seeds_needed(self, a: int, b: int) -> int | None:
         """Return how many seeds of each would show the gap seen now; None: more than MAX_SEEDS."""
@@ -419,7 +422,7 @@ def decide(accuracy: Measure, qualities: Sequence[Quality]) -> Verdict:
     unbeaten = [number for number in others if not contest.is_above(first, number)]
     one_seed = [number for number in range(len(candidates)) if contest.num_seeds[number] == 1]
     # Those that another seed or pair could tell from the leader, and those that are told already
-    open_ = [] if first in one_seed else [one for one in unbeaten if one not in one_seed]
+    open_ = [] if first in one_seed else [number for number in unbeaten if number not in one_seed]
     beaten = [number for number in others if number not in unbeaten]
     nearest = max(open_ or beaten, key=lambda number: contest.means[number], default=None)
     leader = candidates[first]

@@ -15,9 +15,9 @@ def verdict_text(comparison: Comparison) -> list[str]:
     leader = settings[verdict.leader].name
     reached = f"preference accuracy {interval_text(verdict.accuracies[verdict.leader])}"
     out = [
-        f"{setting.name} ({', '.join(one.worse_in)})"
-        for setting, one in zip(settings, verdict.qualities, strict=True)
-        if one.worse_in
+        f"{setting.name} ({', '.join(standing.worse_in)})"
+        for setting, standing in zip(settings, verdict.qualities, strict=True)
+        if standing.worse_in
     ]
     lines = []
     if len(settings) == 1:
@@ -49,8 +49,8 @@ def tied(verdict: Verdict) -> list[int]:
     standings = zip(verdict.accuracies, verdict.qualities, strict=True)
     return [
         number
-        for number, (one, quality) in enumerate(standings)
-        if one.estimate == highest and not quality.worse_in
+        for number, (accuracy, quality) in enumerate(standings)
+        if accuracy.estimate == highest and not quality.worse_in
     ]
 
 
@@ -104,11 +104,12 @@ def _needed(verdict: Verdict) -> str:
     return f"{text}, or about {verdict.pairs_needed} held-out pairs with as many seeds as now."
 
 
-def interval_text(one: Interval) -> str:
-    if math.isnan(one.low):
-        return f"{one.estimate:.3f}"
-    return f"{one.estimate:.3f} [{one.low:.3f}, {one.high:.3f}]"
+def interval_text(interval: Interval) -> str:
+    if math.isnan(interval.low):
+        return f"{interval.estimate:.3f}"
+    return f"{interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
 
 
-def _points(one: Interval) -> str:
-    return f"{100 * one.estimate:.1f} points [{100 * one.low:.1f}, {100 * one.high:.1f}]"
+def _points(interval: Interval) -> str:
+    low, high = 100 * interval.low, 100 * interval.high
+    return f"{100 * interval.estimate:.1f} points [{low:.1f}, {high:.1f}]"

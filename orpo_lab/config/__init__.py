@@ -156,10 +156,10 @@ def all_fields() -> dict[str, Field[Any]]:
 
 
 def _fields_in(schema: type[Any], prefix: str) -> Iterator[tuple[str, Field[Any]]]:
-    for one in fields(schema):
-        yield f"{prefix}{one.name}", one
-        if isinstance(one.type, type) and is_dataclass(one.type):
-            yield from _fields_in(one.type, f"{prefix}{one.name}.")
+    for field in fields(schema):
+        yield f"{prefix}{field.name}", field
+        if isinstance(field.type, type) and is_dataclass(field.type):
+            yield from _fields_in(field.type, f"{prefix}{field.name}.")
 
 
 def kind(section: Any) -> str:
@@ -212,7 +212,7 @@ def _unknown_keys(node: DictConfig, prefix: str) -> Iterator[str]:
     schema = OmegaConf.get_type(node)
     if schema is None or not is_dataclass(schema):
         return
-    known = {one.name for one in fields(schema)}
+    known = {field.name for field in fields(schema)}
     for key in map(str, node):
         if key not in known:
             yield f"{prefix}{key}"

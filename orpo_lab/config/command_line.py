@@ -77,7 +77,7 @@ ALSO_CALLED = {
 @functools.cache
 def text_keys() -> dict[str, bool]:
     """Return the keys whose values are text, and whether they are lists of it."""
-    types = {key: one.type for key, one in config.all_fields().items()}
+    types = {key: field.type for key, field in config.all_fields().items()}
     found = {key: of in TEXTS for key, of in types.items() if of in (*TEXT, *TEXTS)}
     return found | dict.fromkeys(FOLDERS, False)
 
@@ -97,8 +97,10 @@ def as_typed(arguments: Sequence[str]) -> list[str]:
     """
     _check(arguments)
     is_sweep = bool({"-m", "--multirun"} & set(arguments))
-    typed = [_as_typed(one, is_sweep=is_sweep) for one in arguments]
-    given = {one.lstrip("+").partition("=")[0]: one.partition("=")[2] for one in typed}
+    typed = [_as_typed(argument, is_sweep=is_sweep) for argument in arguments]
+    given = {
+        argument.lstrip("+").partition("=")[0]: argument.partition("=")[2] for argument in typed
+    }
     for key, other in (
         ("train.num_epochs", "train.max_steps"),
         ("train.max_steps", "train.num_epochs"),
@@ -118,20 +120,21 @@ def _check(arguments: Sequence[str]) -> None:
         if f"{group}=null" in arguments:
             instead = f"write {group}=none" if group in NONE_IS_AN_OPTION else "leave it out"
             raise UserError(f"{group}=null names no option of the group; {instead}")
-    for one in arguments:
-        key = one.lstrip("+~").partition("=")[0]
+    for argument in arguments:
+        key = argument.lstrip("+~").partition("=")[0]
         if key.partition(".")[0] == "objective":
             raise UserError(
-                f"{one}: the group objective is called method now; objective=trl is method=orpo, "
-                "objective=paper is method=orpo_paper, and objective.penalty is method.penalty"
+                f"{argument}: the group objective is called method now; objective=trl is "
+                "method=orpo, objective=paper is method=orpo_paper, and objective.penalty is "
+                "method.penalty"
             )
-        key = one.removeprefix("~").partition("=")[0]
-        if one.startswith("~") and key in config.all_fields():
-            raise UserError(f"{one}: no key can be taken away; give it a value, {key}=...")
+        key = argument.removeprefix("~").partition("=")[0]
+        if argument.startswith("~") and key in config.all_fields():
+            raise UserError(f"{argument}: no key can be taken away; give it a value, {key}=...")
         # The library that saves tokenizers takes no such name, and that comes after training
-        if re.search("[\ud800-\udfff]", one):
+        if re.search("[\ud800-\udfff]", argument):
             raise UserError(
-                f"{one} holds bytes that are no text in {sys.getfilesystemencoding()}; give "
+                f"{argument} holds bytes that are no text in {sys.getfilesystemencoding()}; give "
                 "another name, or set LC_ALL=C.UTF-8"
             )
 
@@ -149,7 +152,7 @@ def _as_typed(argument: str, *, is_sweep: bool) -> str:
     if _is_one_path(key, value, parsed, is_sweep=is_sweep) or (parsed is None and not is_sweep):
         return f"{start}={_quoted(value)}"
     if parsed is None:
-        parts = [one if _parse(f"{key}={one}") else _quoted(one) for one in value.split(",")]
+        parts = [part if _parse(f"{key}={part}") else _quoted(part) for part in value.split(",")]
         return f"{start}={','.join(map(_numbers_quoted, parts))}"
     return f"{start}={_numbers_quoted(value)}"
 
@@ -213,7 +216,9 @@ def did_you_mean(text: str) -> str:
     typed = unknown[1].rsplit("/", 1)[-1] if options else unknown[1]
     if typed in config.all_fields():
         group, _, name = typed.partition(".")
-        owners = [one for one, schema in config.SCHEMAS[group].items() if name in _names(schema)]
+        owners = [
+            option for option, schema in config.SCHEMAS[group].items() if name in _names(schema)
+        ]
         return f". {typed} is a key of {group}={' or '.join(owners)}"
     close = _closest(typed, options)
     return f". Did you mean '{close}'?" if close else ""

@@ -53,9 +53,9 @@ class Faults:
     leaked_prompt_normalized: str = setting()
 
     def __post_init__(self) -> None:
-        for one in fields(self):
-            policies = ("refuse", "drop", "keep")[: 3 if one.name in KEEPABLE_FAULTS else 2]
-            one_of(policies, **{f"dataset__faults__{one.name}": getattr(self, one.name)})
+        for field in fields(self):
+            policies = ("refuse", "drop", "keep")[: 3 if field.name in KEEPABLE_FAULTS else 2]
+            one_of(policies, **{f"dataset__faults__{field.name}": getattr(self, field.name)})
 
 
 @dataclass(kw_only=True)

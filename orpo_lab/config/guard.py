@@ -22,7 +22,7 @@ from orpo_lab.config import Config
 from orpo_lab.config.command_line import explain, text_keys
 from orpo_lab.config.identity import flat
 from orpo_lab.errors import UserError
-from orpo_lab.masking import mask
+from orpo_lab.redaction import redact
 
 KNOWN = {
     "hydra.callbacks": ("orpo_lab.sweep.start.Start",),
@@ -61,13 +61,13 @@ def install(count: Count) -> None:
         )
     _check_place("--config-path", flags.config_path)
     # Hydra takes no flag between two overrides
-    others = [one for one in sys.argv[1:] if one not in flags.overrides]
+    others = [argument for argument in sys.argv[1:] if argument not in flags.overrides]
     sys.argv[1:] = [*others, *flags.overrides]
     check_what_is_composed()
     (sweeper,) = KNOWN["hydra.sweeper"]
     upstream.sweep_through(
         sweeper,
-        saves=MaskingOmegaConf,
+        saves=RedactingOmegaConf,
         checks=lambda self, batch: count(*leave_out_what_cannot_be(self, batch)),
     )
 
@@ -98,14 +98,14 @@ def leave_out_what_cannot_be(sweeper: Any, batch: list[list[str]]) -> tuple[int,
             refused.append((overrides, error))
     if len(refused) == len(batch):
         raise refused[0][1]
-    swept = {one for overrides in batch for one in overrides} - set[str].intersection(
+    swept = {override for overrides in batch for override in overrides} - set[str].intersection(
         *map(set, batch)
     )
     left_out = []
     for overrides, reason in refused:
         batch.remove(overrides)
-        which = " ".join(one for one in overrides if one in swept)
-        left_out.append(mask(f"error: {which}: {explain(reason)}"))
+        which = " ".join(override for override in overrides if override in swept)
+        left_out.append(redact(f"error: {which}: {explain(reason)}"))
         print(left_out[-1], file=sys.stderr)
     return len(batch), left_out
 
@@ -141,20 +141,22 @@ class CheckedLoader(ConfigLoaderImpl):
         primary = repo.load_config(config_path=config_name) if config_name else None
         places = [OmegaConf.select(primary.config, "hydra.searchpath") if primary else None]
         places += [
-            one.value() for one in parsed_overrides if one.get_key_element() == "hydra.searchpath"
+            override.value()
+            for override in parsed_overrides
+            if override.get_key_element() == "hydra.searchpath"
         ]
         for place in places:
             _check_place("hydra.searchpath", str(place))
         super()._process_config_searchpath(config_name, parsed_overrides, repo)
 
 
-class MaskingOmegaConf(OmegaConf):
+class RedactingOmegaConf(OmegaConf):
     """What Hydra's sweeper writes `multirun.yaml` with: every override stands in it as typed."""
 
     @staticmethod
     def save(config: Any, f: Any, resolve: bool = False) -> None:
         """Write a configuration to a file, secrets masked."""
-        plain = mask(OmegaConf.to_container(config, resolve=resolve))
+        plain = redact(OmegaConf.to_container(config, resolve=resolve))
         OmegaConf.save(OmegaConf.create(plain), f)
 
 

@@ -32,7 +32,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 @functools.cache
 def policies() -> dict[str, Policy]:
     """Return the policy of every key; see `config.all_fields`."""
-    return {key: one.metadata["policy"] for key, one in all_fields().items()}
+    return {key: field.metadata["policy"] for key, field in all_fields().items()}
 
 
 def kinds(config: Config) -> dict[str, str]:
@@ -103,9 +103,9 @@ def _files(path: Path, patterns: tuple[str, ...]) -> list[tuple[str, Path]]:
     """Return what is read at a path, with its name there; of a single file the suffix is read."""
     if path.is_file():
         return [(path.suffix, path)]
-    found = {one for pattern in patterns for one in path.glob(pattern) if one.is_file()}
-    named = sorted((str(one.relative_to(path)), one) for one in found)
-    return [(name, one) for name, one in named if "/." not in f"/{name}"]
+    found = {file for pattern in patterns for file in path.glob(pattern) if file.is_file()}
+    named = sorted((str(file.relative_to(path)), file) for file in found)
+    return [(name, file) for name, file in named if "/." not in f"/{name}"]
 
 
 def _digest_now(file: Path) -> str:

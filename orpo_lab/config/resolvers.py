@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from orpo_lab.masking import mask
+from orpo_lab.redaction import redact
 
 # `resume=auto`: go on with the run in hydra.run.dir, or begin it
 AUTO = "auto"
@@ -16,7 +16,7 @@ def slug(text: str) -> str:
 
     A cut name ends in a hash of the whole, so that two long names stay apart. Secrets are left out.
     """
-    plain = re.sub("[\"']", "", mask(text))
+    plain = re.sub("[\"']", "", redact(text))
     safe = re.sub(r"[^A-Za-z0-9=.,+_-]+", "-", plain).strip("-.") or "run"
     if len(safe) <= 120:
         return safe
@@ -32,7 +32,7 @@ def fresh_or_resumed(resume: str | None, fresh: str) -> str:
 
 def largest_divisor(number: int, limit: int) -> int:
     """Return the largest divisor of `number` up to `limit`; at least 1."""
-    return max((one for one in range(1, limit + 1) if number % one == 0), default=1)
+    return max((divisor for divisor in range(1, limit + 1) if number % divisor == 0), default=1)
 
 
 def prompt_limit(usual: int, max_length: int) -> int:

@@ -165,4 +165,4 @@ def _say(split: Split, report: dict[str, Any]) -> None:
     ):
         if report[key]:
             said.append(f"{report[key]} {what}")
-    log.info("%s: %d pairs%s", split.name, report["num_kept"], "".join(f", {one}" for one in said))
+    log.info("%s", ", ".join([f"{split.name}: {report['num_kept']} pairs", *said]))

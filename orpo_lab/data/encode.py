@@ -48,7 +48,7 @@ class Encoder:
         block = self._map(rows)
         for at, (row, faults) in enumerate(zip(rows, block["faults"], strict=True)):
             row.place = self._size + at
-            row.found = [Fault(*one) for one in json.loads(faults)]
+            row.found = [Fault(*fault) for fault in json.loads(faults)]
         self._blocks.append(block)
         self._size += len(block)
 
@@ -130,7 +130,7 @@ def encode_row(
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """Return what matches the text of any token that controls the model."""
     added = tokenizer.added_tokens_decoder.values()
-    texts = {*tokenizer.all_special_tokens, *(str(one) for one in added if one.special)}
+    texts = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
     # Nothing matches where there are none
     return re.compile("|".join(map(re.escape, sorted(texts))) or r"(?!)")
 

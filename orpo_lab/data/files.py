@@ -61,14 +61,16 @@ def read_file(path: str, columns: list[str] | None) -> Source:
     kind = "".join(Path(path).suffixes[-2:]) if path.endswith(".gz") else Path(path).suffix
     match kind.removesuffix(".gz"):
         case ".jsonl":
-            return Source(path, "line", guard(path, _read_json_lines(path)))
+            return Source(path, "line", errors_said(path, _read_json_lines(path)))
         case ".json" if columns:
-            return Source(path, "row", guard(path, _read_json(path)))
+            return Source(path, "row", errors_said(path, _read_json(path)))
         case ".csv" if columns:
-            return Source(path, "line", guard(path, _read_csv(path, columns)))
+            return Source(path, "line", errors_said(path, _read_csv(path, columns)))
         case ".parquet" if columns and kind == ".parquet":
             unread: set[str] = set()
-            return Source(path, "row", guard(path, _read_parquet(path, columns, unread)), unread)
+            return Source(
+                path, "row", errors_said(path, _read_parquet(path, columns, unread)), unread
+            )
     known = ".jsonl, .json, .csv (each also .gz) or .parquet" if columns else ".jsonl or .jsonl.gz"
     raise UserError(f"{path}: the name must end in {known}, to say how its rows are written")
 
@@ -99,9 +101,9 @@ def _without_fillers(row: Any) -> Any:
 
 def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
-        return [_without_nulls(one) for one in value]
+        return [_without_nulls(item) for item in value]
     return value
 
 
@@ -111,7 +113,7 @@ def check_columns(present: list[str], wanted: list[str], name: str) -> None:
     Raises:
         UserError: it lacks one.
     """
-    if missing := [one for one in wanted if one not in present]:
+    if missing := [column for column in wanted if column not in present]:
         raise UserError(
             f"{name} lacks column '{missing[0]}' (it has {', '.join(sorted(present)[:20])}); "
             "name the right ones with dataset.columns.prompt=... (null where there is none), "
@@ -126,12 +128,12 @@ def choose_columns(present: list[str], wanted: list[str], name: str, unread: set
         UserError: it lacks one that is needed.
     """
     check_columns(present, wanted, name)
-    read = [one for one in present if one in wanted or one in CONTEXT]
-    unread.update(one for one in present if one not in read)
+    read = [column for column in present if column in wanted or column in CONTEXT]
+    unread.update(column for column in present if column not in read)
     return read
 
 
-def guard(name: str, rows: Rows) -> Rows:
+def errors_said(name: str, rows: Rows) -> Rows:
     """Yield the rows of a reader; what it raises, or that there are none, is a `UserError`."""
     is_empty = True
     try:
@@ -231,7 +233,7 @@ def _to_row(header: list[str], cells: list[str]) -> Any:
     if len(cells) != len(header):
         detail = f"has {len(cells)} cells, not {len(header)} as the first line has"
         return Fault("missing_column", detail)
-    if any("\udc80" <= one <= "\udcff" for cell in cells if not cell.isascii() for one in cell):
+    if any("\udc80" <= part <= "\udcff" for cell in cells if not cell.isascii() for part in cell):
         return Fault("invalid_utf8", "is not UTF-8")
     return dict(zip(header, cells, strict=True))
 

@@ -92,7 +92,7 @@ def _value_of(row: Any, name: str, key: str) -> Any:
         raise Fault("wrong_type", f"holds {quote(json.dumps(row))}, not an object with columns")
     if name not in row:
         null = ", or null where there is none" if key == "prompt" else ""
-        present = ", ".join(quote(one) for one in sorted(row)[:20])
+        present = ", ".join(quote(column) for column in sorted(row)[:20])
         raise Fault(
             "missing_column",
             f"lacks column '{name}' (it has {present or 'none'}); "
@@ -118,14 +118,14 @@ def to_content(value: Any, name: str) -> Content:
     if not isinstance(value, list):
         kind = "null" if value is None else f"of type {type(value).__name__}"
         raise Fault("wrong_type", f"{name} is {kind}; it must be a string or a list of messages")
-    return [_to_message(one, name) for one in value]
+    return [_to_message(item, name) for item in value]
 
 
 def _to_message(value: Any, name: str) -> Message:
     """Return a message without the keys that say nothing: tables fill in `tool_calls: null`."""
     if not (isinstance(value, Mapping) and isinstance(value.get("role"), str)):
         raise Fault("wrong_type", f"{name} holds a message without a role that is a string")
-    message = {key: one for key, one in value.items() if one is not None and one != []}
+    message = {key: item for key, item in value.items() if item is not None and item != []}
     if isinstance(message.get("content"), str):
         return message
     if "content" in message or message.keys() <= {"role"}:
@@ -141,10 +141,10 @@ def _to_objects(value: Any, name: str) -> list[Any]:
     """
     try:
         listed = json.loads(value) if isinstance(value, str) else value
-        found = [json.loads(one) if isinstance(one, str) else one for one in listed]
+        found = [json.loads(message) if isinstance(message, str) else message for message in listed]
     except (TypeError, ValueError, RecursionError):
         found = [None]
-    if not all(isinstance(one, dict) for one in found):
+    if not all(isinstance(message, dict) for message in found):
         raise Fault("wrong_type", f"{name} is no list of objects, which a chat template needs")
     return found
 
@@ -241,7 +241,7 @@ def find_faults(pair: Pair, special_tokens: re.Pattern[str]) -> Iterator[Fault]:
         yield Fault("empty_completion", "chosen or rejected is empty")
     if pair.chosen == pair.rejected:
         yield Fault("chosen_equals_rejected", "chosen and rejected are the same")
-    if unknown := next((one for one in map(_unknown_role, contents) if one is not None), None):
+    if unknown := next((role for role in map(_unknown_role, contents) if role is not None), None):
         yield Fault("unknown_role", f"has role {quote(unknown)}; known are {', '.join(ROLES)}")
     if not all(_is_by_assistant(side, 0) for side in (pair.chosen, pair.rejected)):
         yield Fault("differing_prompts", "chosen and rejected answer different prompts")
@@ -276,12 +276,12 @@ def _texts(value: Any, depth: int = 0) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        for key, one in value.items():
+        for key, item in value.items():
             yield key
-            yield from _texts(one, depth + 1)
+            yield from _texts(item, depth + 1)
     elif isinstance(value, list):
-        for one in value:
-            yield from _texts(one, depth + 1)
+        for item in value:
+            yield from _texts(item, depth + 1)
 
 
 def text_of(content: Content) -> str:
@@ -292,13 +292,13 @@ def text_of(content: Content) -> str:
 
 
 def _said(message: Message) -> list[str]:
-    others = {key: one for key, one in message.items() if key not in ("role", "content")}
+    others = {key: item for key, item in message.items() if key not in ("role", "content")}
     said = [message["content"]] if "content" in message else []
     return [*said, json.dumps(others, sort_keys=True)] if others else said
 
 
 def _is_visible(content: Content) -> bool:
-    return any(one.isprintable() and not one.isspace() for one in text_of(content))
+    return any(part.isprintable() and not part.isspace() for part in text_of(content))
 
 
 def _is_by_assistant(completion: Content, turn: int) -> bool:
@@ -313,20 +313,20 @@ def _other_turn(completion: Content) -> str | None:
     """Return who has a turn between the assistant's."""
     if isinstance(completion, str):
         return None
-    return next((one["role"] for one in completion if one["role"] != "assistant"), None)
+    return next((message["role"] for message in completion if message["role"] != "assistant"), None)
 
 
 def _unknown_role(content: Content) -> str | None:
     if isinstance(content, str):
         return None
-    return next((one["role"] for one in content if one["role"] not in ROLES), None)
+    return next((message["role"] for message in content if message["role"] not in ROLES), None)
 
 
 def num_shared(left: Any, right: Any) -> int:
     """Return how many leading items (characters, messages, tokens) two sequences share."""
     size = 0
-    for one, other in zip(left, right, strict=False):
-        if one != other:
+    for left_item, right_item in zip(left, right, strict=False):
+        if left_item != right_item:
             break
         size += 1
     return size

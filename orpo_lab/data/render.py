@@ -237,8 +237,8 @@ def _end_of(said: str, text: str, start: int, least: int, form: Callable[[str], 
     if not said:
         return start
     escaped = (json.dumps(said, ensure_ascii=is_ascii)[1:-1] for is_ascii in (False, True))
-    for one in itertools.chain((said,), escaped):
-        sought = form(one)
+    for spelling in itertools.chain((said,), escaped):
+        sought = form(spelling)
         if (at := text.find(sought, max(start, least + 1 - len(sought)))) >= 0:
             return at + len(sought)
     return -1
@@ -266,14 +266,14 @@ def _inner_texts(value: Any, key: str) -> Iterator[str]:
         value = _parsed(value)
     match value:
         case Mapping():
-            for name, one in value.items():
+            for name, item in value.items():
                 if key in ("arguments", "properties"):
                     yield name
                 if key in ("arguments", "properties") or name not in REFERENCES:
-                    yield from _inner_texts(one, name)
+                    yield from _inner_texts(item, name)
         case list():
-            for one in value:
-                yield from _inner_texts(one, key)
+            for item in value:
+                yield from _inner_texts(item, key)
         case str():
             yield value
         case int() | float() if not isinstance(value, bool):

@@ -21,7 +21,7 @@ from orpo_lab.data.files import (
     ROWS_PER_BATCH,
     Source,
     choose_columns,
-    guard,
+    errors_said,
     read_file,
     read_table,
 )
@@ -90,7 +90,7 @@ def _read_hub(config: HubDataset, split: str) -> Source:
         rows.select_columns(read).with_format("arrow").iter(ROWS_PER_BATCH)
     )
     name = f"{name}, split {split}"
-    return Source(name, "row", guard(name, read_table(batches)), unread)
+    return Source(name, "row", errors_said(name, read_table(batches)), unread)
 
 
 def _column_names(rows: Any) -> list[str]:

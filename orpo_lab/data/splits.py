@@ -230,7 +230,9 @@ class Split:
         prompts = {row.normalized_prompt for row in self.rows}
         by_root: dict[bytes, list[Row]] = defaultdict(list)
         for row in self.rows:
-            root = next(one for one in _beginnings(row.pair.prompt) if one in prompts)
+            root = next(
+                beginning for beginning in _beginnings(row.pair.prompt) if beginning in prompts
+            )
             by_root[root].append(row)
         return by_root
 
@@ -258,7 +260,7 @@ class Split:
         )
 
     def _is_good(self, row: Row) -> bool:
-        return all(getattr(self.policies, one.name, "drop") == "keep" for one in row.found)
+        return all(getattr(self.policies, fault.name, "drop") == "keep" for fault in row.found)
 
     def draw(self, num: int | None, encode: Callable[[list[Row]], None]) -> list[Row]:
         """Leave `num` good rows drawn over all of them, and return all that were looked at.
@@ -341,5 +343,6 @@ class _Leaks:
             return _Leak("has", self._whole[whole])
         if whole in self._begun:
             return _Leak("begins", self._begun[whole])
-        number = next((self._whole[one] for one in begun if one in self._whole), None)
+        known = (self._whole[beginning] for beginning in begun if beginning in self._whole)
+        number = next(known, None)
         return None if number is None else _Leak("goes on from", number)

@@ -45,7 +45,10 @@ class Trees:
                 answer = _said(reply, "assistant")
                 num_replies += 1
                 flaw = self._flaw(reply) if good else "below_left_out"
-                stack += [(one, [*asked, answer], not flaw) for one in reversed(reply["replies"])]
+                stack += [
+                    (reply_below, [*asked, answer], not flaw)
+                    for reply_below in reversed(reply["replies"])
+                ]
                 flaw = flaw or self._why_unranked(reply, depth=len(asked) // 2 + 1)
                 if flaw:
                     left_out.append(flaw)
@@ -78,7 +81,7 @@ class Trees:
 
     def _choose(self, ranked: list[tuple[int, Message]]) -> list[tuple[Message, Message]]:
         """Return which replies to one message make pairs, the better one first."""
-        ranked = sorted(ranked, key=lambda one: one[0])
+        ranked = sorted(ranked, key=lambda ranked_reply: ranked_reply[0])
         match self._config.pairing:
             case "best_worst":
                 candidates = [(ranked[0], ranked[-1])] if ranked else []
@@ -86,12 +89,12 @@ class Trees:
                 candidates = list(itertools.pairwise(ranked))
             case _:
                 candidates = list(itertools.combinations(ranked, 2))
-        return [(one[1], other[1]) for one, other in candidates if one[0] < other[0]]
+        return [(better[1], worse[1]) for better, worse in candidates if better[0] < worse[0]]
 
     def report(self) -> dict[str, Any]:
         """Return `num_replies`, `num_paired` and what is `left_out`; they add up."""
         left_out = self._left_out.report()
-        num_left_out = sum(one["num"] for one in left_out.values())
+        num_left_out = sum(tally["num"] for tally in left_out.values())
         return {
             "num_replies": self._num_replies,
             "num_paired": self._num_replies - num_left_out,

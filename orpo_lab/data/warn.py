@@ -32,7 +32,7 @@ def warn_of_unread(split: Split) -> None:
             "prompt, as a message of role system or as text",
             split.name,
             names,
-            " and ".join(f"'{one}'" for one in lost),
+            " and ".join(f"'{text}'" for text in lost),
         )
     else:
         log.info("%s: the columns %s are not read", split.name, names)
@@ -59,7 +59,7 @@ def warn_of_lengths(split: Split, judged: datasets.Dataset, config: Dataset) -> 
         judged: what tokenizing made of those that were looked at.
         config: the lengths.
     """
-    num_lost = sum(split.dropped.num(one) for one in ("prompt_too_long", "pair_too_long"))
+    num_lost = sum(split.dropped.num(fault) for fault in ("prompt_too_long", "pair_too_long"))
     tokens, prompts = (np.array(judged[name]) for name in ("num_tokens", "num_prompt_tokens"))
     tokens, prompts = tokens[tokens > 0], prompts[tokens > 0]
     if num_lost <= LARGE_SHARE * len(tokens):
@@ -104,7 +104,7 @@ def warn_of_losses(split: Split) -> None:
 
 def warn_of_unused_ending(split: Split, kept: datasets.Dataset) -> None:
     """Say that answers do not stand behind all of the generation prompt."""
-    endings = [one for one in kept["unused_ending"] if one]
+    endings = [ending for ending in kept["unused_ending"] if ending]
     if endings:
         log.warning(
             "WARNING: %s: the model's chat template ends a question in %r, and renders %d answers "

@@ -171,11 +171,11 @@ def by_pair(
     for prompt, chosen, rejected in attention_mask[0, 0].tolist():
         end = start + prompt + chosen
         row = (query, key, value)
-        outputs.append(attend(*(one[:, :, start:end] for one in row)))
+        outputs.append(attend(*(states[:, :, start:end] for states in row)))
         queries = query[:, :, end : end + rejected]
         behind = (
-            torch.cat([one[:, :, start : start + prompt], one[:, :, end : end + rejected]], 2)
-            for one in (key, value)
+            torch.cat([heads[:, :, start : start + prompt], heads[:, :, end : end + rejected]], 2)
+            for heads in (key, value)
         )
         outputs.append(attend(queries, *behind))
         start = end + rejected
@@ -186,7 +186,7 @@ def _softcapped(
     query: Tensor, key: Tensor, value: Tensor, seen: Any, scaling: Any, softcap: float
 ) -> Tensor:
     """Attention with scores kept within `softcap` (Gemma 2), which sdpa does not offer."""
-    key, value = (repeat_kv(one, query.shape[1] // one.shape[1]) for one in (key, value))
+    key, value = (repeat_kv(heads, query.shape[1] // heads.shape[1]) for heads in (key, value))
     scores = softcap * torch.tanh(query @ key.mT * (scaling / softcap))
     weights = scores.masked_fill(~seen, -torch.inf).softmax(-1, torch.float32).to(query.dtype)
     return (weights @ value).transpose(1, 2)

@@ -86,8 +86,10 @@ def score_by_logits(model: Any, sources: Tensor, targets: Tensor, **inputs: Tens
     logps = []
     for row in range(len(inputs["input_ids"])):
         here = sources // width == row
-        one = {name: value[row : row + 1] for name, value in inputs.items()}
-        logits = model(use_cache=False, **one).logits[0].index_select(0, sources[here] % width)
+        inputs_of_row = {name: value[row : row + 1] for name, value in inputs.items()}
+        logits = (
+            model(use_cache=False, **inputs_of_row).logits[0].index_select(0, sources[here] % width)
+        )
         loss = torch.nn.functional.cross_entropy(logits.float(), targets[here], reduction="none")
         logps.append(-loss)
     return torch.cat(logps)
@@ -262,8 +264,8 @@ class _ChunkedLogps(torch.autograd.Function):
         *inputs, targets, log_sums = ctx.saved_tensors
         states, weight, bias = inputs
         sums = [
-            torch.zeros_like(one, dtype=head.wide) if needed else None
-            for one, needed in zip(inputs, ctx.needs_input_grad, strict=False)
+            torch.zeros_like(tensor, dtype=head.wide) if needed else None
+            for tensor, needed in zip(inputs, ctx.needs_input_grad, strict=False)
         ]
         of_states, of_weight, of_bias = sums
         narrow = weight.to(head.dtype)

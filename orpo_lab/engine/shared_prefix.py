@@ -78,12 +78,12 @@ class SharedPrefix:
         Where several processes average their gradients, the totals are those of all of them.
         """
         laid_out = self.collator(pairs)
-        counts = torch.cat([one["counts"] for one in laid_out])
+        counts = torch.cat([micro_batch["counts"] for micro_batch in laid_out])
         num_tokens = self.method.num_supervised(counts).float().sum()
         totals = self.devices.average(torch.stack([num_tokens, torch.tensor(float(len(pairs)))]))
         return [
-            self.devices.place(one | {"num_tokens": totals[0], "num_pairs": totals[1]})
-            for one in laid_out
+            self.devices.place(micro_batch | {"num_tokens": totals[0], "num_pairs": totals[1]})
+            for micro_batch in laid_out
         ]
 
     def reading(self) -> contextlib.AbstractContextManager[None]:
@@ -93,7 +93,7 @@ class SharedPrefix:
     def score(self, micro_batch: MicroBatch, beta: float) -> Score:
         """Return the micro-batch's share of the loss, and its metrics."""
         with self.devices.precision():
-            scored = token_logps(
+            scored = scored_logps(
                 self.model, micro_batch, self.attention_implementation, self._base.config
             )
         scored = scored.to(torch.promote_types(scored.dtype, torch.float32))
@@ -212,7 +212,7 @@ def _apart(base: Any) -> float:
         expected.append(logps.gather(1, sequence[0, 1:, None])[:, 0])
     expected[1] = expected[1][len(prompt) - 1 :]
     with reading_rows(base, attention.BY_PAIR):
-        seen = token_logps(base, row, attention.BY_PAIR, base.config)
+        seen = scored_logps(base, row, attention.BY_PAIR, base.config)
     return float((seen - torch.cat(expected)).abs().mean())
 
 
@@ -227,7 +227,7 @@ def reading_rows(base: Any, implementation: str) -> Iterator[None]:
         base.set_attn_implementation(before)
 
 
-def token_logps(
+def scored_logps(
     model: Any, micro_batch: dict[str, Any], implementation: str, config: PretrainedConfig
 ) -> Tensor:
     """Return the log-probabilities of what is scored of a micro-batch, [N]."""

@@ -59,7 +59,7 @@ def _language_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Return the modules by name; of a model with several towers, those of its language model."""
     if isinstance(model, PreTrainedModel) and model.config.get_text_config() is not model.config:
         kept = {id(module) for module in model.get_decoder().modules()}
-        return (one for one in model.named_modules() if id(one[1]) in kept)
+        return (named for named in model.named_modules() if id(named[1]) in kept)
     return model.named_modules()
 
 

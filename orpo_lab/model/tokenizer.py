@@ -56,11 +56,11 @@ def _context_of_short_rope(config: PretrainedConfig) -> int | None:
     log-probabilities would depend on the pairs beside it.
     """
     rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [rope, *(one for one in rope.values() if isinstance(one, dict))]
+    kinds = [rope, *(nested for nested in rope.values() if isinstance(nested, dict))]
     lengths = [
-        one["original_max_position_embeddings"]
-        for one in kinds
-        if one.get("rope_type") == "longrope"
+        settings["original_max_position_embeddings"]
+        for settings in kinds
+        if settings.get("rope_type") == "longrope"
     ]
     return min(lengths, default=None)
 

@@ -78,7 +78,7 @@ def adam_arguments(config: Optimizer) -> dict[str, Any]:
 
 def decay_groups(config: Optimizer, parameters: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
     """Return parameter groups: matrices with weight decay, norms and biases without."""
-    trained = [one for one in parameters.values() if one.requires_grad]
+    trained = [weight for weight in parameters.values() if weight.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},

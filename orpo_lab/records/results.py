@@ -26,10 +26,10 @@ from orpo_lab.config.optimizer import Lora
 from orpo_lab.data import Data
 from orpo_lab.errors import NonFiniteError, UserError, one_line
 from orpo_lab.evaluate import Evaluation
-from orpo_lab.masking import mask
 from orpo_lab.metrics import HELD_OUT
 from orpo_lab.records.plot import draw_training
 from orpo_lab.records.run_folder import RunFolder, git_commit, put_in_place, versions
+from orpo_lab.redaction import redact
 from orpo_lab.tracker.base import Run
 from orpo_lab.training.checkpoint import MANIFEST, METRICS
 from orpo_lab.training.trainer import TrainStats
@@ -142,15 +142,15 @@ def leave(
         "scores.parquet": lambda: save_scores(place, before, after),  # type: ignore[arg-type]
         "plots/training.png": lambda: draw_training(place.metrics(), title, plot),
         "samples.md": lambda: place.write("samples.md", samples_text(samples)),
-        "tracker": lambda: run.report(summary, [plot] if plot.exists() else [], samples),
+        "tracker": lambda: run.log_results(summary, [plot] if plot.exists() else [], samples),
     }
     if after is None:
         for name in ("scores.parquet", "samples.md"):
             missing.add(name, "there is no evaluation after training")
             del make[name]
-    for name, one in make.items():
+    for name, make_result in make.items():
         with missing.noted(name):
-            one()
+            make_result()
     log.info("\n%s\n", _table(summary))
     for name, file in {"run folder": "", "model": "final", "plot": "plots/training.png"}.items():
         if file not in missing:
@@ -181,7 +181,7 @@ def summarize(
             "held_out": data.report["held_out"]["fingerprint"],
         },
         # What was changed between the starts of this run, in their order; a plain run has one: {}
-        "changes": [one["changes"] for one in place.segments()],
+        "changes": [segment["changes"] for segment in place.segments()],
     }
 
 
@@ -271,7 +271,7 @@ def model_card(place: RunFolder, config: Config, summary: dict[str, Any]) -> str
     loader = "AutoPeftModelForCausalLM" if is_adapter else "AutoModelForCausalLM"
     # Where a folder lies on this machine is nobody's business: cards are published
     base = local_path(config.model.path).resolve().name if is_local else config.model.path
-    base, name = mask([base, config.name or place.path.resolve().name])
+    base, name = redact([base, config.name or place.path.resolve().name])
     from_where = f"base_model: {base}\n" if not is_local else ""
     moved = (
         f" `adapter_config.json` names the folder of {base}; put its name on the hub there before "

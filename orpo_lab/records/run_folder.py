@@ -27,7 +27,7 @@ from orpo_lab.config import Config
 from orpo_lab.config.identity import contents, flat, identity, kinds, policies, settings
 from orpo_lab.config.resolvers import AUTO
 from orpo_lab.errors import UserError, one_line
-from orpo_lab.masking import mask
+from orpo_lab.redaction import redact
 
 PACKAGES = (
     "torch",
@@ -71,7 +71,7 @@ class RunFolder:
         """Return whether nothing is here but what a killed process left of its first record."""
         if not self.path.exists():
             return True
-        return {one.name for one in self.path.iterdir()} <= {LOCK, FIRST_RECORD}
+        return {child.name for child in self.path.iterdir()} <= {LOCK, FIRST_RECORD}
 
     def is_ours(self) -> bool:
         """Return whether a run has left a record here, of whatever state."""
@@ -81,7 +81,7 @@ class RunFolder:
             starts = self.segments()
         except UserError:
             return False
-        return bool(starts) and all("config_hash" in one for one in starts)
+        return bool(starts) and all("config_hash" in start for start in starts)
 
     def refuse_foreign(self) -> None:
         """Leave a folder alone that holds files and no run of ours.
@@ -98,7 +98,7 @@ class RunFolder:
     def is_untrained(self) -> bool:
         """Return whether no start here has come to its first step: a new run may begin."""
         found = [self.file(name) for name in LEFT_BY_TRAINING]
-        return not any(one.is_file() or (one.is_dir() and any(one.iterdir())) for one in found)
+        return not any(name.is_file() or (name.is_dir() and any(name.iterdir())) for name in found)
 
     def check(
         self,
@@ -132,7 +132,7 @@ class RunFolder:
             "kinds": kinds(config),
             "contents": contents(config),
             "changes": self._changes(config, resume),
-            "overrides": mask(overrides),
+            "overrides": redact(overrides),
         }
 
     def _changes(self, config: Config, resume: str | None) -> dict[str, list[Any]]:
@@ -182,7 +182,7 @@ class RunFolder:
 
     def _changed(self, config: Config) -> dict[str, list[Any]]:
         last = self.segments()[-1]
-        resolved = mask(dataclasses.asdict(config))
+        resolved = redact(dataclasses.asdict(config))
         # Where config.yaml is lost the run goes on, and its like is written again
         before = flat(self.read_yaml("config.yaml")) or flat(resolved)
         before |= last["kinds"]
@@ -248,7 +248,7 @@ class RunFolder:
         # What changes is on record before anything has changed
         self.write_json("segments.json", [*before, start])
         self.has_begun = True
-        resolved = mask(dataclasses.asdict(config))
+        resolved = redact(dataclasses.asdict(config))
         chosen = {"choices": choices, "overrides": start["overrides"]}
         self.write("config.yaml", yaml.safe_dump(resolved, sort_keys=False))
         self.write("choices.yaml", yaml.safe_dump(chosen, sort_keys=False))
@@ -262,7 +262,7 @@ class RunFolder:
         """Return when the run here was started first; None: none has come to a step."""
         if self.is_untrained():
             return None
-        return next((one.get("started") for one in self.segments()), None)
+        return next((segment.get("started") for segment in self.segments()), None)
 
     def segments(self) -> list[dict[str, Any]]:
         """Return what `segments.json` says: the starts of this run, the first one included."""
@@ -284,7 +284,7 @@ class RunFolder:
 
     def config_hashes(self) -> set[str]:
         """Return the hashes of the configurations that this run has had."""
-        return {one["config_hash"] for one in self.segments()}
+        return {segment["config_hash"] for segment in self.segments()}
 
     @contextlib.contextmanager
     def held(self) -> Iterator[bool]:
@@ -367,7 +367,7 @@ class RunFolder:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a value as JSON, secrets masked; JSON has no NaN and no infinity."""
-        self.write(name, json.dumps(mask(value), indent=2, allow_nan=False) + "\n")
+        self.write(name, json.dumps(redact(value), indent=2, allow_nan=False) + "\n")
 
     def set_status(
         self,
@@ -436,8 +436,8 @@ def put_in_place(part: Path, path: Path) -> None:
 
     A folder that is there is put aside first, since no rename replaces one; it is deleted last.
     """
-    for one in [part, *part.rglob("*")]:
-        sync(one)
+    for entry in [part, *part.rglob("*")]:
+        sync(entry)
     aside = path.with_name(f".orpo_lab.{path.name}.old")
     if path.is_dir():
         shutil.rmtree(aside, ignore_errors=True)
@@ -466,7 +466,7 @@ def natural_order(path: Path) -> list[tuple[int, str]]:
 
 def groups(choices: dict[str, str]) -> dict[str, str]:
     """Return the option chosen in each of our groups; Hydra's own have a slash in their names."""
-    return {group: one for group, one in choices.items() if "/" not in group}
+    return {group: choice for group, choice in choices.items() if "/" not in group}
 
 
 def now() -> str:
@@ -502,7 +502,7 @@ def git_commit() -> str | None:
     environment) says nothing about it, nor does one that the environment names (GIT_DIR).
     """
     file = Path(__file__)
-    environment = {key: one for key, one in os.environ.items() if not key.startswith("GIT_")}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(file.parent), *arguments]

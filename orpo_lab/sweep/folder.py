@@ -51,7 +51,7 @@ class Sweep:
                 `accept_changes` is false.
         """
         made_by = self._read()
-        if not made_by and {one.name for one in self.folder.glob("*")} - {"sweep.json.part"}:
+        if not made_by and {child.name for child in self.folder.glob("*")} - {"sweep.json.part"}:
             raise UserError(
                 f"{self.folder} is not empty and holds no sweep of this lab, so nothing is written "
                 "to it; choose a new or an empty folder with hydra.sweep.dir"
@@ -69,7 +69,7 @@ class Sweep:
 
     def take_back(self) -> None:
         """Take back the folder of a sweep that has come to no job; that of an earlier one stays."""
-        if self._starts() > 1 or {one.name for one in self.folder.iterdir()} - {*BEFORE_JOBS}:
+        if self._starts() > 1 or {child.name for child in self.folder.iterdir()} - {*BEFORE_JOBS}:
             return
         for name in BEFORE_JOBS:
             (self.folder / name).unlink(missing_ok=True)
@@ -117,7 +117,7 @@ class Sweep:
 
     def _folder_of(self, config_hash: str) -> RunFolder | None:
         """Return the run folder in this sweep of a configuration."""
-        same = (one for one in self.jobs() if one.status().get("config_hash") == config_hash)
+        same = (job for job in self.jobs() if job.status().get("config_hash") == config_hash)
         return next(same, None)
 
     def _wants_running(self, place: RunFolder) -> bool:
@@ -178,8 +178,8 @@ class Sweep:
 
     def jobs(self) -> list[RunFolder]:
         """Return the folders of the sweep's jobs, those that never began a run included."""
-        folders = (one.parent for one in self.folder.glob("*/status.json"))
-        return [RunFolder(one) for one in sorted(folders, key=natural_order)]
+        folders = (file.parent for file in self.folder.glob("*/status.json"))
+        return [RunFolder(folder) for folder in sorted(folders, key=natural_order)]
 
     def close(self, tracked_by: Tracker) -> list[str]:
         """Print a table of all jobs, write the comparison, and return the names of failed jobs."""

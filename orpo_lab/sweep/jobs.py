@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 from orpo_lab.config.tracker import Tracker
-from orpo_lab.masking import mask
+from orpo_lab.redaction import redact
 from orpo_lab.sweep.folder import Sweep
 
 
@@ -47,7 +47,7 @@ class Jobs:
 
     def fail(self, failure: str) -> None:
         """Remember why a job has failed."""
-        self.failures.append(mask(failure))
+        self.failures.append(redact(failure))
 
     def close(self) -> int:
         """Close the sweep, if there is one, and return the process's exit code: 0 or 1."""

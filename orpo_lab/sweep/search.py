@@ -27,9 +27,9 @@ from hydra.errors import HydraException
 
 from orpo_lab.config.command_line import as_typed
 from orpo_lab.errors import UserError, one_line
-from orpo_lab.masking import mask
 from orpo_lab.metrics import HELD_OUT_PREFIX, MARGINS, PREFERENCE, qualities_among
 from orpo_lab.records.run_folder import RunFolder
+from orpo_lab.redaction import redact
 from orpo_lab.stop import EXIT_CODE
 
 if TYPE_CHECKING:
@@ -51,15 +51,17 @@ def parse(overrides: Sequence[str]) -> tuple[list[str], dict[str, Override]]:
         parsed = OverridesParser.create().parse_overrides(typed)
     except HydraException as error:
         raise UserError(one_line(error)) from error
-    fixed = [one.input_line or "" for one in parsed if not one.is_sweep_override()]
-    searched = {one.get_key_element(): one for one in parsed if one.is_sweep_override()}
+    fixed = [override.input_line or "" for override in parsed if not override.is_sweep_override()]
+    searched = {
+        override.get_key_element(): override for override in parsed if override.is_sweep_override()
+    }
     if not searched:
         raise UserError(
             "no override is a range or a list; say what to search, e.g. "
             "'beta=tag(log,interval(0.02,1))' or beta_schedule=constant,cosine"
         )
-    for key, one in searched.items():
-        if one.input_line != mask(one.input_line):
+    for key, override in searched.items():
+        if override.input_line != redact(override.input_line):
             raise UserError(
                 f"{key} is searched over what looks like secrets, and the study keeps it"
             )

@@ -34,7 +34,9 @@ class Start(Callback):
         if not config.hydra.sweep.dir.strip():
             sys.exit("error: hydra.sweep.dir is empty (is a variable unset?); give a folder")
         folder = Path(config.hydra.sweep.dir)
-        if not any(one.startswith("hydra.sweep.dir=") for one in config.hydra.overrides.hydra):
+        if not any(
+            override.startswith("hydra.sweep.dir=") for override in config.hydra.overrides.hydra
+        ):
             folder = fresh_folder(folder)
             with open_dict(config):
                 config.hydra.sweep.dir = str(folder)
@@ -42,8 +44,10 @@ class Start(Callback):
                 config.hydra.overrides.hydra.append(f"hydra.sweep.dir={folder}")
         # Jobs are told apart by what is swept; what all have in common would only be long
         parsed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
-        swept = {one.key_or_group for one in parsed if one.is_sweep_override()}
-        common = [one.key_or_group for one in parsed if one.key_or_group not in swept]
+        swept = {override.key_or_group for override in parsed if override.is_sweep_override()}
+        common = [
+            override.key_or_group for override in parsed if override.key_or_group not in swept
+        ]
         excluded = f"hydra.job.config.override_dirname.exclude_keys=[{','.join(common)}]"
         config.hydra.overrides.hydra.append(excluded)
         folder.mkdir(parents=True, exist_ok=True)

@@ -189,10 +189,10 @@ def weighted_loss(model: LlamaForCausalLM, batch: dict[str, Tensor], completion:
     """Mean negative log-likelihood over all real tokens; prompt tokens count PROMPT_WEIGHT."""
     weights = torch.where(completion, 1.0, PROMPT_WEIGHT) * batch["attention_mask"]
     weights = weights[:, 1:]
-    return -(token_logps(model, batch) * weights).sum() / weights.sum()
+    return -(next_token_logps(model, batch) * weights).sum() / weights.sum()
 
 
-def token_logps(model: LlamaForCausalLM, batch: dict[str, Tensor]) -> Tensor:
+def next_token_logps(model: LlamaForCausalLM, batch: dict[str, Tensor]) -> Tensor:
     """Log-probability of every token but the first, `[B, T - 1]`, in nats."""
     logps = model(**batch).logits[:, :-1].log_softmax(-1)
     return logps.gather(2, batch["input_ids"][:, 1:, None]).squeeze(2)
@@ -225,7 +225,7 @@ def mean_logps(
     """Mean log-probability of each row's `side` given its prompt, `[B]`, in nats per token."""
     batch = encode(tokenizer, [row["prompt"] + row[side] for row in rows])
     mask = completion_mask(tokenizer, batch)[:, 1:]
-    return (token_logps(model, batch) * mask).sum(1) / mask.sum(1)
+    return (next_token_logps(model, batch) * mask).sum(1) / mask.sum(1)
 
 
 def generate(

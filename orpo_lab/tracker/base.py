@@ -13,7 +13,7 @@ class Run(Protocol):
     def finish(self, exit_code: int) -> None:
         """Close the run as finished (0) or failed."""
 
-    def report(
+    def log_results(
         self, summary: dict[str, Any], plots: list[Path], samples: list[dict[str, str]]
     ) -> None:
         """Log what a finished run came to."""
@@ -28,5 +28,5 @@ class Untracked:
     def finish(self, exit_code: int) -> None:
         """Do nothing."""
 
-    def report(self, *parts: Any) -> None:
+    def log_results(self, *parts: Any) -> None:
         """Do nothing."""

@@ -14,8 +14,8 @@ from typing import Any
 
 from orpo_lab.config.tracker import WandbTracker
 from orpo_lab.errors import UserError, one_line
-from orpo_lab.masking import mask
 from orpo_lab.records.run_folder import RunFolder
+from orpo_lab.redaction import redact
 from orpo_lab.tracker.base import Run, Untracked
 
 log = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ def publish_comparison(
     except Exception as error:  # whatever W&B's client or its service process raises
         log.warning("W&B: %s; the sweep's folder has its report", _reason(error))
         return
-    run.report_comparison(folder, verdict, settings)
+    run.log_comparison(folder, verdict, settings)
     run.finish(0)
 
 
@@ -190,9 +190,9 @@ class WandbRun:
         own = _settings()
         online, why = self._decide(tracker, own)
         project = tracker.project or own.project or PROJECT
-        labels = mask([*tags, *tracker.tags, *(own.run_tags or ())])
+        labels = redact([*tags, *tracker.tags, *(own.run_tags or ())])
         options: dict[str, Any] = {
-            **mask({"project": project, "entity": tracker.entity, "group": group, "name": name}),
+            **redact({"project": project, "entity": tracker.entity, "group": group, "name": name}),
             "job_type": job_type,
             # One run in W&B for one folder, also where a sweep runs a job again
             "id": run_id,
@@ -250,7 +250,7 @@ class WandbRun:
         """Log the metrics of an optimizer step."""
         self._safely(lambda: self._run.log(metrics, step=step))
 
-    def report(
+    def log_results(
         self, summary: dict[str, Any], plots: list[Path], samples: list[dict[str, str]]
     ) -> None:
         """Log summary metrics, the plots and the samples as a table."""
@@ -265,7 +265,7 @@ class WandbRun:
 
         self._safely(send)
 
-    def report_comparison(
+    def log_comparison(
         self, folder: Path, verdict: list[str], settings: list[dict[str, str]]
     ) -> None:
         """Log a sweep's reports as an artifact, its pictures, and its settings as a table."""

@@ -229,8 +229,8 @@ def written(path: Path) -> Iterator[None]:
 
 
 def _files(path: Path) -> list[str]:
-    found = (one for one in path.rglob("*") if one.is_file())
-    return sorted(str(one.relative_to(path)) for one in found if one.name != MANIFEST)
+    found = (file for file in path.rglob("*") if file.is_file())
+    return sorted(str(file.relative_to(path)) for file in found if file.name != MANIFEST)
 
 
 def _digest(file: Path) -> str:

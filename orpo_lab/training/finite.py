@@ -13,10 +13,10 @@ from orpo_lab.training.meter import Meter
 log = logging.getLogger(__name__)
 
 
-class FiniteGuard:
+class FiniteCheck:
     """Keeps a non-finite loss or gradient from every weight, and stops the run or skips the step.
 
-    To stop, what the guard sees stays on the device: from the first such step on, gradients are
+    To stop, what the check sees stays on the device: from the first such step on, gradients are
     zero. The device is asked, and the run stopped, at the next logging step and before anything is
     evaluated or saved. To skip a step, the device is asked at every step.
 

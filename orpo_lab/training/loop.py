@@ -15,7 +15,7 @@ from orpo_lab.beta_schedule import beta_at, progress
 from orpo_lab.config import Config
 from orpo_lab.engine.base import COLUMNS, Engine, MicroBatch, Pair, Sums
 from orpo_lab.stop import Stop
-from orpo_lab.training.finite import FiniteGuard, check_weights
+from orpo_lab.training.finite import FiniteCheck, check_weights
 from orpo_lab.training.lines import Lines
 from orpo_lab.training.meter import Means
 from orpo_lab.training.state import RandomState, State
@@ -32,7 +32,7 @@ class Loop:
     config: Config
     state: State
     engine: Engine
-    guard: FiniteGuard
+    finite: FiniteCheck
     lines: Lines
     train: datasets.Dataset
     """Training pairs, as many as whole batches have."""
@@ -63,7 +63,7 @@ class Loop:
             UserError: a checkpoint cannot be written.
         """
         settings, state = self.config.train, self.state
-        self.num_skipped = self.guard.meter.num_skipped
+        self.num_skipped = self.finite.meter.num_skipped
         state.model.zero_grad()
         for pairs in batches(self.train, settings.batch_size, self.config.seed, state.step):
             norm, rate = self.take_step(pairs)
@@ -74,7 +74,7 @@ class Loop:
             saves = is_due(state.step, settings.save_steps, is_last) or bool(reason)
             logs = saves or state.step == 1 or state.step % settings.logging_steps == 0
             if logs or evaluates or is_last:
-                self.guard.check()
+                self.finite.check()
             if saves:
                 check_weights(state.model, state.step)
             if logs:
@@ -94,9 +94,9 @@ class Loop:
         loss, sums = add_gradients(self.engine, state, pairs, self.beta_at(state.step))
         state.devices.unscale(state.updater.optimizer)
         norm = state.updater.clip(self.config.train.max_grad_norm)
-        self.guard.look(state.step + 1, loss, norm, state.updater.gradients())
+        self.finite.look(state.step + 1, loss, norm, state.updater.gradients())
         rate = state.set_rate()
-        if self.guard.skips():
+        if self.finite.skips():
             state.skip_update()
         else:
             state.update()
@@ -113,7 +113,7 @@ class Loop:
 
     def write_line(self, norm: Tensor, rate: float) -> None:
         """Write the metrics since the last line, and begin anew."""
-        state, skipped = self.state, self.guard.meter.num_skipped
+        state, skipped = self.state, self.finite.meter.num_skipped
         assert isinstance(self.total_loss, Tensor)
         names = self.means.names
         figures = torch.stack([self.total_loss, norm.to(self.total_loss)])

@@ -20,7 +20,7 @@ from orpo_lab.tracker.base import Run
 from orpo_lab.training import checkpoint
 from orpo_lab.training.checkpoint import Checkpoint, Made, Spent
 from orpo_lab.training.devices import OneDevice
-from orpo_lab.training.finite import FiniteGuard
+from orpo_lab.training.finite import FiniteCheck
 from orpo_lab.training.lines import Lines
 from orpo_lab.training.loop import Loop
 from orpo_lab.training.meter import Meter
@@ -119,7 +119,7 @@ def fit(
             config=config,
             state=state,
             engine=computing,
-            guard=FiniteGuard(config.train, meter, is_scaled=dtype == torch.float16),
+            finite=FiniteCheck(config.train, meter, is_scaled=dtype == torch.float16),
             lines=lines,
             train=data.train,
             held_out=data.held_out,

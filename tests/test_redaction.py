@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from orpo_lab.errors import one_line
-from orpo_lab.masking import MaskingFormatter, mask
+from orpo_lab.redaction import RedactingFormatter, redact
 
 # The shapes of tokens, none of them one
 TOKENS = {
@@ -28,8 +28,8 @@ TOKENS = {
 @pytest.mark.parametrize("text", ["{}", "see {}!", "a_{}", "name={},seed=1", "/path/{}/x", "'{}'"])
 def test_what_looks_like_a_token_is_masked_wherever_it_stands(token: str, text: str) -> None:
     nested = {"path": [text.format(token)], "deep": {"one": (text.format(token),)}}
-    assert token not in str(mask(nested))
-    assert "***" in str(mask(nested))
+    assert token not in str(redact(nested))
+    assert "***" in str(redact(nested))
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_what_looks_like_a_token_is_masked_wherever_it_stands(token: str, text: 
     ],
 )
 def test_what_stands_where_a_secret_belongs_is_masked(text: str, masked: str) -> None:
-    assert mask(text) == masked
+    assert redact(text) == masked
 
 
 @pytest.mark.parametrize(
@@ -66,20 +66,20 @@ def test_what_stands_where_a_secret_belongs_is_masked(text: str, masked: str) ->
     ],
 )
 def test_what_is_no_secret_stays(text: str) -> None:
-    assert mask(text) == text
+    assert redact(text) == text
 
 
 def test_keys_say_what_is_secret_and_what_is_a_commit() -> None:
     commit = TOKENS["W&B of old"]
     values: dict[str, Any] = {"api_key": "abc", "hub.token": "abc", "password": None, "beta": 0.1}
-    assert mask(values) == {"api_key": "***", "hub.token": "***", "password": None, "beta": 0.1}
-    assert mask({"token": ["abc", "de"], "tags": ["abc"]}) == {
+    assert redact(values) == {"api_key": "***", "hub.token": "***", "password": None, "beta": 0.1}
+    assert redact({"token": ["abc", "de"], "tags": ["abc"]}) == {
         "token": ["***"] * 2,
         "tags": ["abc"],
     }
     commits = {"git_commit": f"{commit} (modified)", "model": {"revision": commit}}
-    assert mask(commits) == commits
-    assert mask({"revision": TOKENS["GitHub"]}) == {"revision": "***"}
+    assert redact(commits) == commits
+    assert redact({"revision": TOKENS["GitHub"]}) == {"revision": "***"}
 
 
 def test_the_values_of_secret_environment_variables_are_masked(
@@ -89,7 +89,7 @@ def test_the_values_of_secret_environment_variables_are_masked(
     monkeypatch.setenv("HF_TOKEN", "no shape")
     monkeypatch.setenv("SHORT_TOKEN", "beta")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true-or-false")
-    assert mask("a no shape at all b no shape c beta d true-or-false") == (
+    assert redact("a no shape at all b no shape c beta d true-or-false") == (
         "a *** b *** c beta d true-or-false"
     )
 
@@ -105,6 +105,6 @@ def test_log_lines_are_masked_with_their_arguments_and_tracebacks() -> None:
         raise ValueError(token)
     except ValueError as error:
         record = logging.LogRecord("a", 20, "b", 1, "see %s", (token,), (ValueError, error, None))
-    said = MaskingFormatter().format(record)
+    said = RedactingFormatter().format(record)
     assert token not in said
     assert "see ***" in said

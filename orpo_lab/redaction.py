@@ -2,7 +2,7 @@
 
 A secret is what looks like one, what stands after a name like `token=` or under such a key, and the
 very value of an environment variable of such a name. All that a run writes, prints or sends about
-itself passes through `mask`; rows of data do not, for they are what is trained on.
+itself passes through `redact`; rows of data do not, for they are what is trained on.
 """
 
 import logging
@@ -46,7 +46,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}( \(modified\))?")
 MIN_LENGTH = 8
 
 
-def mask(value: Any, key: str = "") -> Any:
+def redact(value: Any, key: str = "") -> Any:
     """Return a value with every secret in its texts replaced by ***.
 
     Args:
@@ -54,15 +54,15 @@ def mask(value: Any, key: str = "") -> Any:
         key: what it stands under.
     """
     if isinstance(value, str):
-        return HIDDEN if value and NAME.search(key) else _mask_text(value, key)
+        return HIDDEN if value and NAME.search(key) else _redact_text(value, key)
     if isinstance(value, dict):
-        return {name: mask(one, str(name)) for name, one in value.items()}
+        return {name: redact(item, str(name)) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [mask(one, key) for one in value]
+        return [redact(item, key) for item in value]
     return value
 
 
-def _mask_text(text: str, key: str) -> str:
+def _redact_text(text: str, key: str) -> str:
     for secret in _in_environment():
         text = text.replace(secret, HIDDEN)
     if key in COMMIT_KEYS and COMMIT.fullmatch(text):
@@ -74,12 +74,12 @@ def _in_environment() -> list[str]:
     """Return the values of environment variables whose names say that they are secret."""
     found = [value for name, value in os.environ.items() if NAME.search(name)]
     # The longest first: one may be part of another
-    return sorted((one for one in found if len(one) >= MIN_LENGTH), key=len, reverse=True)
+    return sorted((secret for secret in found if len(secret) >= MIN_LENGTH), key=len, reverse=True)
 
 
-class MaskingFormatter(logging.Formatter):
+class RedactingFormatter(logging.Formatter):
     """Formats a line of the log without the secrets in it."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line, and the traceback if there is one."""
-        return mask(super().format(record))
+        return redact(super().format(record))
