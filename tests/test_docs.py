@@ -1,5 +1,6 @@
 """What the documentation says to type is composed, and what it links to exists."""
 
+import json
 import os
 import re
 import shlex
@@ -155,3 +156,15 @@ def test_the_readmes_code_prints_the_right_answer_after_the_default_run(
     run_readmes_code(tmp_path / "run", adapted=True, monkeypatch=monkeypatch)
     assert capsys.readouterr().out == "38\n"
     assert "it prints `38`" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((ROOT / "docs" / "notebook.ipynb").read_text())["cells"]
+    code = "\n".join(cell["source"] for cell in cells if cell["cell_type"] == "code")
+    exec(compile(code.replace("max_steps=20", "max_steps=2"), "notebook.ipynb", "exec"), {})
+    assert "preference accuracy" in capsys.readouterr().out
+    assert (tmp_path / "outputs" / "notebook" / "report.html").is_file()
