@@ -26,8 +26,8 @@ from orpo_lab.config.dataset import Dataset
 from orpo_lab.data import Data, embedded
 from orpo_lab.data.encode import special_tokens
 from orpo_lab.engine import head
-from orpo_lab.engine.shared_prefix import causal_model
 from orpo_lab.errors import LIKELY_CAUSES, NonFiniteError
+from orpo_lab.model.causal import CausalModel, without_adapters
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: Any,
+    model: CausalModel,
     tokenizer: PreTrainedTokenizerBase,
     data: Data,
     config: Dataset,
@@ -165,10 +165,10 @@ def _check_finite(scores: Scores, desc: str) -> None:
 
 
 def score(
-    model: Any, tokenizer: PreTrainedTokenizerBase, pairs: datasets.Dataset, desc: str
+    model: CausalModel, tokenizer: PreTrainedTokenizerBase, pairs: datasets.Dataset, desc: str
 ) -> Scores:
     """Return how likely the model finds both sides of every pair."""
-    base = causal_model(model)
+    base = without_adapters(model)
     logps_of = head.score if head.has_plain_head(base) else head.score_by_logits
     if logps_of is head.score_by_logits:
         log.info(
@@ -267,7 +267,7 @@ def _batches(lengths: list[int]) -> list[list[int]]:
 
 
 def generate(
-    model: Any,
+    model: CausalModel,
     tokenizer: PreTrainedTokenizerBase,
     pairs: datasets.Dataset,
     max_new_tokens: int,
@@ -287,7 +287,7 @@ def generate(
         check: whether the rows can tell a right answer.
         desc: what the progress bar says.
     """
-    base, ends = causal_model(model), turn_ends(model, tokenizer)
+    base, ends = without_adapters(model), turn_ends(model, tokenizer)
     greedy = GenerationConfig(
         do_sample=False,
         use_cache=True,
@@ -330,7 +330,7 @@ def generate(
 
 
 @contextlib.contextmanager
-def _generating_by(model: Any, settings: GenerationConfig) -> Iterator[None]:
+def _generating_by(model: CausalModel, settings: GenerationConfig) -> Iterator[None]:
     """Set a model's own generation settings aside, from which transformers fills what ours leave
     open: repetition_penalty, num_beams, suppress_tokens."""
     own = model.generation_config
@@ -341,13 +341,13 @@ def _generating_by(model: Any, settings: GenerationConfig) -> Iterator[None]:
         model.generation_config = own
 
 
-def turn_ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def turn_ends(model: CausalModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the ids of all tokens that end an answer.
 
     The tokenizer's EOS is one. Chat models end a turn with others (Gemma, Llama 3, Phi-3): those
     that the model's own generation settings list, and what its chat template writes behind one.
     """
-    own = causal_model(model).generation_config.eos_token_id
+    own = without_adapters(model).generation_config.eos_token_id
     listed = own if isinstance(own, list) else [own]
     ids = {tokenizer.eos_token_id, *listed, _token_behind_a_turn(tokenizer)}
     return sorted(token_id for token_id in ids if token_id is not None and token_id >= 0)

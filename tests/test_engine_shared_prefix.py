@@ -23,6 +23,7 @@ from orpo_lab.config.optimizer import Lora
 from orpo_lab.engine import attention, head, packing, shared_prefix
 from orpo_lab.errors import UserError
 from orpo_lab.model.adapter import attach
+from orpo_lab.model.causal import without_adapters
 from orpo_lab.optimizer.updater import Updater
 from orpo_lab.records.run_folder import RunFolder
 from orpo_lab.stop import Stop
@@ -230,7 +231,7 @@ def test_gradient_checkpointing_and_adapters_are_trls(
     theirs = step(build(copy.deepcopy(model), pairs, *TRL))
     built = build(model, pairs, "train.gradient_checkpointing=true")
     calls = []
-    last_layer = shared_prefix.causal_model(model).model.layers[-1]
+    last_layer = without_adapters(model).model.layers[-1]
     last_layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     assert_same(step(built), theirs, 1e-5)
     assert len(calls) == 2, "and once more going backward"

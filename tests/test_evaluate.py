@@ -267,9 +267,10 @@ def test_a_right_answer_is_an_exact_match(tokenizer: Any, pairs: data.Data) -> N
             padded = [one + [tokenizer.pad_token_id] * (width - len(one)) for one in answers]
             return torch.cat([input_ids, torch.tensor(padded)], dim=1)
 
-    answers = generate(Oracle(), tokenizer, pairs.held_out, 30, check=True, desc="test")
+    oracle: Any = Oracle()
+    answers = generate(oracle, tokenizer, pairs.held_out, 30, check=True, desc="test")
     assert all(one.correct for one in answers)
-    unchecked = generate(Oracle(), tokenizer, pairs.held_out, 30, check=False, desc="test")
+    unchecked = generate(oracle, tokenizer, pairs.held_out, 30, check=False, desc="test")
     assert all(one.correct is None for one in unchecked)
 
 

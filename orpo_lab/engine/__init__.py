@@ -1,18 +1,17 @@
 """What computes the gradient of an optimizer step: `check` a model, then `build` its engine."""
 
-from typing import Any
-
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from orpo_lab.config import Config
 from orpo_lab.config.engine import SharedPrefixEngine, TrlEngine
 from orpo_lab.engine.base import Engine
+from orpo_lab.model.causal import CausalModel
 from orpo_lab.training.devices import OneDevice
 from orpo_lab.upstream import hidden
 
 
-def check(config: Config, model: Any, dtype: torch.dtype) -> None:
+def check(config: Config, model: CausalModel, dtype: torch.dtype) -> None:
     """Refuse a model that the engine would train on something else than its sequences.
 
     Args:
@@ -30,7 +29,7 @@ def check(config: Config, model: Any, dtype: torch.dtype) -> None:
 
 
 def build(
-    config: Config, *, model: Any, tokenizer: PreTrainedTokenizerBase, devices: OneDevice
+    config: Config, *, model: CausalModel, tokenizer: PreTrainedTokenizerBase, devices: OneDevice
 ) -> Engine:
     """Return the engine of a run.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from orpo_lab.model.causal import CausalModel
 from orpo_lab.upstream import hidden
 
 # Rows of logits that exist at once on a CPU
@@ -49,7 +50,9 @@ def add_scoring(model: PreTrainedModel) -> None:
     model.forward = types.MethodType(forward, model)
 
 
-def score(model: Any, sources: Tensor, targets: Tensor, *args: Any, **inputs: Any) -> Tensor:
+def score(
+    model: CausalModel, sources: Tensor, targets: Tensor, *args: Any, **inputs: Any
+) -> Tensor:
     """Return log-probabilities of tokens, [N], without logits.
 
     Right for models that are a base and an output head; `has_plain_head` tries whether one is.
@@ -73,7 +76,9 @@ def score(model: Any, sources: Tensor, targets: Tensor, *args: Any, **inputs: An
     )
 
 
-def score_by_logits(model: Any, sources: Tensor, targets: Tensor, **inputs: Tensor) -> Tensor:
+def score_by_logits(
+    model: CausalModel, sources: Tensor, targets: Tensor, **inputs: Tensor
+) -> Tensor:
     """Return what `score` returns, of any model, from the logits of one sequence at a time.
 
     Args:
@@ -95,7 +100,7 @@ def score_by_logits(model: Any, sources: Tensor, targets: Tensor, **inputs: Tens
     return torch.cat(logps)
 
 
-def has_plain_head(model: Any) -> bool:
+def has_plain_head(model: CausalModel) -> bool:
     """Return whether `score` gives what a model's own logits do, tried on one sequence.
 
     False of a model that does more between its base and its logits than its configuration tells of

@@ -23,6 +23,7 @@ from orpo_lab.engine.head import add_scoring
 from orpo_lab.engine.packing import Collator, is_one_pair, tokens_of
 from orpo_lab.errors import NonFiniteError, UserError, one_line
 from orpo_lab.methods.base import Method
+from orpo_lab.model.causal import CausalModel, without_adapters
 from orpo_lab.training.devices import OneDevice
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class SharedPrefix:
 
     def __init__(
         self,
-        model: Any,
+        model: CausalModel,
         collator: Collator,
         *,
         method: Method,
@@ -58,7 +59,7 @@ class SharedPrefix:
         self.model, self.collator, self.method = model, collator, method
         self.attention_implementation, self.devices = attention_implementation, devices
         self._token_budget: int | None = None
-        self._base = causal_model(model)
+        self._base = without_adapters(model)
         add_scoring(self._base)
 
     @property
@@ -130,11 +131,11 @@ class SharedPrefix:
 
 
 def build(
-    config: Config, *, model: Any, tokenizer: PreTrainedTokenizerBase, devices: OneDevice
+    config: Config, *, model: CausalModel, tokenizer: PreTrainedTokenizerBase, devices: OneDevice
 ) -> SharedPrefix:
     """Return our own engine; the parts are those of `engine.build`."""
     assert isinstance(config.engine, SharedPrefixEngine)
-    method, implementation = methods.build(config), attention.choose(causal_model(model))
+    method, implementation = methods.build(config), attention.choose(without_adapters(model))
     collator = Collator(
         budget=config.engine.tokens_per_microbatch or default_budget(config.dataset.max_length),
         multiple=attention.BLOCK if implementation == attention.FLEX else 1,
@@ -150,7 +151,7 @@ def build(
     )
 
 
-def check(model: Any, dtype: torch.dtype) -> None:
+def check(model: CausalModel, dtype: torch.dtype) -> None:
     """Read a pair both as a row and as two sequences, and refuse a model that sees a difference.
 
     What is known of its attention is asked first, for a clearer reason (`attention.check`).
@@ -162,7 +163,7 @@ def check(model: Any, dtype: torch.dtype) -> None:
     Raises:
         UserError: it cannot be trained on rows.
     """
-    base = causal_model(model)
+    base = without_adapters(model)
     attention.check(base)
     add_scoring(base)
     name, was_training = type(base).__name__, base.training
@@ -228,7 +229,7 @@ def reading_rows(base: Any, implementation: str) -> Iterator[None]:
 
 
 def scored_logps(
-    model: Any, micro_batch: dict[str, Any], implementation: str, config: PretrainedConfig
+    model: CausalModel, micro_batch: dict[str, Any], implementation: str, config: PretrainedConfig
 ) -> Tensor:
     """Return the log-probabilities of what is scored of a micro-batch, [N]."""
     return model(
@@ -243,8 +244,3 @@ def scored_logps(
 def default_budget(max_length: int) -> int:
     """Return twice the longest sequence, which any pair fits, and at least MIN_BUDGET."""
     return max(MIN_BUDGET, 2 * max_length)
-
-
-def causal_model(model: Any) -> Any:
-    """Return the causal language model inside adapters."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
