@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerCallback
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-from orpo_lab import config, data, engine, model
+from orpo_lab import config, data, engine
 from orpo_lab.config.dataset import FileDataset
 from orpo_lab.config.engine import SharedPrefixEngine
 from orpo_lab.data import embedded
@@ -365,7 +365,7 @@ def test_a_pair_that_is_as_likely_either_way_is_not_preferred(
 
 
 def test_trl_is_imported_for_its_trainer_and_its_kernel_only() -> None:
-    root = Path(model.__file__).parent
+    root = Path(engine.__file__).parents[1]
     using = {
         file.relative_to(root).as_posix()
         for file in root.rglob("*.py")

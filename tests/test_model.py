@@ -220,7 +220,7 @@ def base(tmp_path: Path) -> Path:
 
 
 def test_a_fingerprint_is_of_every_weight_from_its_first_number_to_its_last() -> None:
-    def fingerprint(change: Callable[[torch.nn.Module], object]) -> str:
+    def after(change: Callable[[torch.nn.Module], object]) -> str:
         torch.manual_seed(0)
         network = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 48))
         with torch.no_grad():
@@ -234,9 +234,9 @@ def test_a_fingerprint_is_of_every_weight_from_its_first_number_to_its_last() ->
         "last weight": lambda network: network[1].bias.add_(1),
         "precision": lambda network: network[1].double(),
     }
-    found = {name: fingerprint(change) for name, change in changes.items()}
+    found = {name: after(change) for name, change in changes.items()}
     assert len(set(found.values())) == len(found)
-    assert fingerprint(changes["none"]) == found["none"]
+    assert after(changes["none"]) == found["none"]
 
 
 def load_base(load: Load, folder: Path, *overrides: str) -> Any:
