@@ -244,7 +244,8 @@ def _find_start(config: Config, place: RunFolder, config_hash: str) -> checkpoin
     """Return the checkpoint to continue from; None: the run begins with its first step.
 
     Raises:
-        UserError: the run to resume has no valid checkpoint, and it was named or has results.
+        UserError: the run has no valid checkpoint, although `resume` names the run or the run has
+            results.
     """
     start = checkpoint.newest_valid(place, config_hash)
     if start is not None:
@@ -404,9 +405,9 @@ def _disk_trouble_said(place: RunFolder) -> Iterator[None]:
 
 
 class _Log(logging.FileHandler):
-    """A file of lines, without which a run still goes on: a full disk does not take them.
+    """The log file of a run. A full disk costs lines of the log, and never the run.
 
-    Until the run has begun to write to its folder the lines wait, and they go with a refusal.
+    Until the run has begun to write to its folder the lines wait; a refusal drops them.
     """
 
     def __init__(self, place: RunFolder) -> None:

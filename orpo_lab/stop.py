@@ -102,7 +102,7 @@ class Stop:
 
 
 class ProcessStop(Stop):
-    """What a process is asked between its jobs; while one runs, that has a `Stop` of its own.
+    """The signals that a process receives between its jobs; a job that runs has its own `Stop`.
 
     A sweep's jobs may run in processes of a launcher, joblib's or submitit's. There the first
     process passes every signal on and waits for the others, each of which lets its job end saved

@@ -127,7 +127,7 @@ def compare(runs: Sequence[Run], margins: dict[str, float]) -> Comparison:
     """Compare the complete runs among `runs`.
 
     Raises:
-        UserError: none is complete, or they were not scored on the same held-out pairs.
+        UserError: no run is complete, or the runs were not scored on the same held-out pairs.
     """
     complete = [run for run in runs if run.is_complete]
     if not complete:

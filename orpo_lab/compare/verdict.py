@@ -329,7 +329,7 @@ def _residual(scores: Array) -> float:
 
 
 def _smallest(power: Callable[[int], float], low: int, high: int) -> int | None:
-    """Return the smallest number from `low` to `high` whose power is enough; None: not one."""
+    """Return the smallest number from `low` to `high` with enough power; None: there is none."""
     if power(high) < POWER:
         return None
     while low < high:

@@ -85,7 +85,7 @@ def leave_out_what_cannot_be(sweeper: Any, batch: list[list[str]]) -> tuple[int,
 
     Raises:
         UserError: the sweep has no job.
-        HydraException: none of its jobs can be composed.
+        HydraException: no job of the sweep can be composed.
     """
     if not batch:
         raise UserError("this sweep has no job: a list, a range or a glob in it is empty")
@@ -117,7 +117,7 @@ class CheckedLoader(ConfigLoaderImpl):
         """Compose as Hydra does, and check the result before anything in it is called.
 
         Raises:
-            UserError: it names what is not known.
+            UserError: the configuration names a part that is not known.
         """
         composed = super().load_configuration(*args, **kwargs)
         given = inspect.signature(super().load_configuration).bind(*args, **kwargs).arguments

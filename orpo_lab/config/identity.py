@@ -48,7 +48,7 @@ def values(config: Config) -> dict[str, Any]:
 
 
 def settings(values: dict[str, Any]) -> dict[str, Any]:
-    """Return those of a run's flat values that its result depends on, locations left out.
+    """Return the values that a run's result depends on; locations are left out.
 
     Args:
         values: as `values` returns them, also of a run that an earlier version made: a key that is

@@ -111,7 +111,7 @@ def check_columns(present: list[str], wanted: list[str], name: str) -> None:
     """Refuse a table without a column that is needed.
 
     Raises:
-        UserError: it lacks one.
+        UserError: the table lacks such a column.
     """
     if missing := [column for column in wanted if column not in present]:
         raise UserError(
@@ -125,7 +125,7 @@ def choose_columns(present: list[str], wanted: list[str], name: str, unread: set
     """Return the columns of a table to read; those left aside are added to `unread`.
 
     Raises:
-        UserError: it lacks one that is needed.
+        UserError: the table lacks a column that is needed.
     """
     check_columns(present, wanted, name)
     read = [column for column in present if column in wanted or column in CONTEXT]

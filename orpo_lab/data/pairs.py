@@ -111,7 +111,7 @@ def to_content(value: Any, name: str) -> Content:
     """Return a row's value as a string or as messages, with all keys that hold something.
 
     Raises:
-        Fault: it is neither; `name` is the column's.
+        Fault: the value is neither; `name` is the column's.
     """
     if isinstance(value, str):
         return value
@@ -137,7 +137,7 @@ def _to_objects(value: Any, name: str) -> list[Any]:
     """Return the tools or documents of a row, which TRL's data sets also hold as JSON in a string.
 
     Raises:
-        Fault: they are no list of objects.
+        Fault: the value is no list of objects.
     """
     try:
         listed = json.loads(value) if isinstance(value, str) else value
@@ -269,7 +269,7 @@ def _texts(value: Any, depth: int = 0) -> Iterator[str]:
     """Yield every text inside a prompt or completion; roles and keys too: templates print them.
 
     Raises:
-        Fault: it is nested more deeply than any tool call.
+        Fault: the value is nested more deeply than any tool call.
     """
     if depth > MAX_DEPTH:
         raise Fault("wrong_type", f"is nested more than {MAX_DEPTH} levels deep")
@@ -285,7 +285,7 @@ def _texts(value: Any, depth: int = 0) -> Iterator[str]:
 
 
 def text_of(content: Content) -> str:
-    """Return what a prompt or completion says, other keys of messages than the text as JSON."""
+    """Return the text of a prompt or completion; other keys of messages are added as JSON."""
     if isinstance(content, str):
         return content
     return "\n".join(text for message in content for text in _said(message))

@@ -138,7 +138,7 @@ def _check_ending(pair: Pair, prompt: str, chosen: str, apply: Callable[..., str
     """Check that an answer ends in nothing that asks for the next one.
 
     Raises:
-        Fault: it does, since the template ignores `add_generation_prompt`.
+        Fault: the answer does, since the template ignores `add_generation_prompt`.
     """
     assert isinstance(pair.chosen, list)
     asking = _asking(pair, prompt).rstrip()
@@ -289,7 +289,7 @@ def _parsed(arguments: str) -> Any:
 
 
 def _find_unread(messages: Any, template: str) -> str:
-    """Return a flag or number beside a message's text that the template does not name, in words."""
+    """Name a key of a message, a flag or a number, that the template does not read."""
     for message in messages:
         for key, value in message.items():
             if isinstance(value, int | float) and key not in template:

@@ -263,9 +263,7 @@ class Split:
         return all(getattr(self.policies, fault.name, "drop") == "keep" for fault in row.found)
 
     def draw(self, num: int | None, encode: Callable[[list[Row]], None]) -> list[Row]:
-        """Leave `num` good rows drawn over all of them, and return all that were looked at.
-
-        They are the same ones in every run.
+        """Draw `num` good rows, the same rows in every run, and return all that were looked at.
 
         Rows are judged in the order drawn until there are enough. Those behind are not drawn: how
         many were tokenized at a time does not show.

@@ -27,7 +27,7 @@ class Trees:
         """Return a tree's pairs; `number` is its line, for the count of what is left out.
 
         Raises:
-            Fault: it is no tree, or its turns do not alternate. Then none of it is counted.
+            Fault: the value is no tree, or its turns do not alternate. Then no reply is counted.
         """
         if not isinstance(tree, Mapping):
             raise Fault("wrong_type", "is no tree: it is no object with a prompt")

@@ -21,7 +21,7 @@ LIKELY_PROMPTS = ("system", "system_prompt", "instruction", "input", "context", 
 
 
 def warn_of_unread(split: Split) -> None:
-    """Name the columns that no pair is made of; what a part of a prompt says is lost with them."""
+    """Name the columns that are not used: where a column is part of a prompt, its text is lost."""
     if not split.unread:
         return
     names = ", ".join(sorted(split.unread)[:20])

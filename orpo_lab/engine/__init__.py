@@ -20,7 +20,7 @@ def check(config: Config, model: CausalModel, dtype: torch.dtype) -> None:
         dtype: precision of the arithmetic.
 
     Raises:
-        UserError: it is such a model; says why, and what to use instead.
+        UserError: the engine cannot train the model; the text says why, and what to use instead.
     """
     if isinstance(config.engine, SharedPrefixEngine):
         from orpo_lab.engine import shared_prefix

@@ -161,7 +161,7 @@ def check(model: CausalModel, dtype: torch.dtype) -> None:
         dtype: precision of the arithmetic.
 
     Raises:
-        UserError: it cannot be trained on rows.
+        UserError: the model cannot be trained on rows.
     """
     base = without_adapters(model)
     attention.check(base)

@@ -29,7 +29,8 @@ def locate(model: Model) -> str:
     """Return the hub name or the folder that holds the model.
 
     Raises:
-        UserError: it looks like a folder and is not one, or it holds no model in safetensors.
+        UserError: `model.path` looks like a folder and is none, or the folder holds no model in
+            safetensors.
     """
     folder = local_path(model.path)
     if folder.is_dir():

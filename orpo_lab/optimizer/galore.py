@@ -237,7 +237,7 @@ class GaLore(torch.optim.Optimizer):
     def _hook(self, slot: _Slot) -> None:
         """Look at a gradient as soon as autograd has added it up; layer-wise, take it.
 
-        Once the optimizer is gone the hook does nothing, and another one may have the model.
+        Once the optimizer is gone the hook does nothing, and another optimizer may have the model.
 
         The hook holds the optimizer weakly, and the weight not at all: Python's collector does not
         see what such a hook holds (torch 2.13), so a cycle through it would never be freed.
@@ -420,7 +420,7 @@ class GaLore(torch.optim.Optimizer):
         """Continue where `state_dict` was taken.
 
         Raises:
-            ValueError: it is of an optimizer with another rank or other sides.
+            ValueError: the state is of an optimizer with another rank or other sides.
         """
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             for key in ("rank", "proj_type"):

@@ -73,7 +73,7 @@ class Missing(dict[str, str]):
             let_through: what ends the run all the same.
 
         Raises:
-            UserError: it is of the kind to let through.
+            UserError: the error is of the kind to let through.
             OSError: the run folder takes no more; the next start makes up for it.
         """
         try:

@@ -87,7 +87,7 @@ class RunFolder:
         """Leave a folder alone that holds files and no run of ours.
 
         Raises:
-            UserError: it does.
+            UserError: the folder holds files and no run of ours.
         """
         if not self.is_empty() and not self.is_ours():
             raise UserError(
@@ -164,7 +164,7 @@ class RunFolder:
         """Refuse a folder in which results lie that no run here has written.
 
         Raises:
-            UserError: they would have to be replaced.
+            UserError: such results would have to be replaced.
         """
         status = self.status()
         if status["state"] not in STATES or status["state"] == "finished" or status["results"]:
@@ -341,7 +341,7 @@ class RunFolder:
         """Return what `config.yaml` or `choices.yaml` says.
 
         Raises:
-            UserError: it is damaged.
+            UserError: the file is damaged.
         """
         return self._parse(name, yaml.safe_load) or {}
 
@@ -349,7 +349,7 @@ class RunFolder:
         """Return what a JSON file holds; None: there is no such file.
 
         Raises:
-            UserError: it is damaged.
+            UserError: the file is damaged.
         """
         return self._parse(name, json.loads)
 
@@ -496,7 +496,9 @@ def code_hash() -> str:
 
 
 def git_commit() -> str | None:
-    """Return the commit that holds this code, marked where files differ from it; None: none does.
+    """Return the commit that holds this code, with a mark where files differ from the commit.
+
+    None: no commit holds the code.
 
     A repository that the lab lies in without being tracked (an ignored folder, a virtual
     environment) says nothing about it, nor does one that the environment names (GIT_DIR).

@@ -143,7 +143,7 @@ class Sweep:
             accept_changes: take them as they are.
 
         Raises:
-            UserError: it is not, and `accept_changes` is false.
+            UserError: the data are others, and `accept_changes` is false.
         """
         with FileLock(self.folder / CACHE / "data.lock"):
             record = self._read()

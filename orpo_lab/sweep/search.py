@@ -44,7 +44,8 @@ def parse(overrides: Sequence[str]) -> tuple[list[str], dict[str, Override]]:
     """Split overrides into those that are fixed, as they are, and those to be searched, by key.
 
     Raises:
-        UserError: one cannot be parsed, none is to be searched, or over secrets.
+        UserError: an override cannot be parsed or is searched over secrets, or there is nothing to
+            search.
     """
     try:
         _, *typed = as_typed(["--multirun", *overrides])
@@ -92,8 +93,8 @@ def run_trial(trial: "optuna.Trial", folder: Path, overrides: list[str]) -> floa
     """Run launch.py and return the run's held-out preference accuracy.
 
     Raises:
-        optuna.TrialPruned: it was stopped.
-        UserError: it failed; its status says why.
+        optuna.TrialPruned: the run was stopped.
+        UserError: the run failed; its status says why.
     """
     import optuna
 

@@ -141,7 +141,7 @@ def _settings() -> Any:
     """Return what W&B's own variables and settings files come to.
 
     Raises:
-        UserError: they hold what W&B does not take.
+        UserError: a variable or a file holds what W&B does not take.
     """
     import wandb
 

@@ -192,7 +192,7 @@ def _say_other_versions(before: dict[str, str | None]) -> None:
 def rotate(place: RunFolder, num_checkpoints: int) -> None:
     """Delete what is older than the `num_checkpoints` newest valid checkpoints.
 
-    Seals are only counted here: of a checkpoint that was damaged since, `newest_valid` decides.
+    Only seals are counted here. Whether a checkpoint was damaged since, `newest_valid` finds out.
     """
     sealed = [path for path in folders(place) if (path / MANIFEST).exists()]
     for path in sealed[:-num_checkpoints]:
@@ -242,7 +242,7 @@ def _verify(path: Path, place: RunFolder) -> Checkpoint:
     """Return a checkpoint that is what its manifest says.
 
     Raises:
-        UserError: it is not; the text says why.
+        UserError: the checkpoint differs from its manifest; the text says where.
     """
     if not (path / MANIFEST).exists():
         raise UserError("it was never finished")

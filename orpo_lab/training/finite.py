@@ -105,7 +105,7 @@ def check_weights(model: torch.nn.Module, step: int) -> None:
         step: the last one that was taken.
 
     Raises:
-        NonFiniteError: one is not finite.
+        NonFiniteError: a weight is not finite.
     """
     finite = [p.isfinite().all() for p in model.parameters() if p.requires_grad]
     if not torch.stack(finite).all():  # device-to-host sync

@@ -107,7 +107,7 @@ class Loop:
         return norm, rate
 
     def beta_at(self, step: int) -> float:
-        """Return beta of the step after so many; all micro-batches of a step share one beta."""
+        """Return beta of the step that follows `step`; all its micro-batches share it."""
         config, at = self.config, progress(step, self.num_steps)
         return beta_at(config.beta_schedule, at, beta=config.beta, beta_end=config.beta_end)
 

@@ -135,7 +135,7 @@ class State:
         """Take the weights of a checkpoint or of a trained model, and no more.
 
         Raises:
-            UserError: they are not this model's.
+            UserError: the weights are those of another model.
         """
         if isinstance(self.model, PeftModel):
             weights, adapter = load_file(folder / ADAPTER), self.model.active_adapter

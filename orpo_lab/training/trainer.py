@@ -158,7 +158,7 @@ def count_steps(config: Config, num_pairs: int) -> int:
     """Return the run's optimizer steps; an epoch is as many whole batches as there are.
 
     Raises:
-        UserError: one batch needs more pairs than there are.
+        UserError: a batch needs more pairs than there are.
     """
     per_epoch = num_pairs // config.train.batch_size
     if per_epoch == 0:
