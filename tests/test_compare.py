@@ -21,6 +21,7 @@ from orpo_lab.compare.evidence import Comparison, compare
 from orpo_lab.compare.page import _run_rows, setting_rows
 from orpo_lab.compare.read import find_runs, read_run
 from orpo_lab.compare.words import verdict_text
+from orpo_lab.config.method import OrpoMethod
 from orpo_lab.errors import UserError
 from orpo_lab.records.results import SCORES
 from orpo_lab.records.run_folder import RunFolder
@@ -239,6 +240,17 @@ def test_accuracy_bought_with_quality_does_not_win_and_is_warned_of(write: Write
     assert "The winner is beta=0.2" in text
     assert "Out for their quality: beta=1 (exact_match)" in text
     assert "beta=1 looks over-optimised" in compared.warnings[0]
+
+
+def test_where_beta_holds_a_model_back_a_low_one_is_over_optimised(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep(write, {1.0: 0.7, 0.2: 0.8}, exact_match=0.9)
+    folder = sweep(write, {0.1: 0.95}, exact_match=0.4)
+    assert not compare_sweep(folder).warnings
+    monkeypatch.setattr(OrpoMethod, "more_beta_is_more_preference", False)
+    (warning,) = compare_sweep(folder).warnings
+    assert "beta=0.1 looks over-optimised" in warning
 
 
 def scores_of(folder: Path) -> list[dict[str, Any]]:

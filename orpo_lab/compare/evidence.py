@@ -20,6 +20,7 @@ from orpo_lab.compare.verdict import (
     overoptimised,
 )
 from orpo_lab.config import identity
+from orpo_lab.config.method import METHODS, OrpoMethod
 from orpo_lab.errors import UserError
 from orpo_lab.metrics import HELD_OUT, HeldOutMetric, qualities_among
 
@@ -202,14 +203,18 @@ def _qualities(settings: Sequence[Setting], margins: dict[str, float]) -> list[Q
 def _warnings(
     settings: Sequence[Setting], accuracy: Measure, qualities: Sequence[Quality]
 ) -> list[str]:
-    """Say where a higher beta still raises accuracy and costs quality, and where length changes."""
+    """Say where more preference raises accuracy and costs quality, and where length changes."""
     families: dict[str, list[int]] = {}
     for number, setting in enumerate(settings):
         rest = {k: v for k, v in _told_apart_by(setting.runs[0]).items() if k != "beta"}
         families.setdefault(json.dumps(rest, sort_keys=True), []).append(number)
     said = []
     for family in families.values():
-        family.sort(key=lambda number: settings[number].values["beta"])
+        method = METHODS.get(settings[family[0]].values.get("method", ""), OrpoMethod)
+        family.sort(
+            key=lambda number: settings[number].values["beta"],
+            reverse=not method.more_beta_is_more_preference,
+        )
         for quality in qualities:
             first = overoptimised(family, accuracy, quality)
             if first is not None:

@@ -461,9 +461,9 @@ def overoptimised(order: Sequence[int], accuracy: Measure, quality: Quality) -> 
     """Return the first setting whose accuracy still rises while its quality is lost, if any.
 
     Args:
-        order: settings that differ in beta alone, lowest beta first.
+        order: settings that differ in beta alone, the one with the least preference first.
         accuracy: preference accuracy of all settings.
-        quality: lost where it is shown to be below the best of the lower betas, by more than the
+        quality: lost where it is shown to be below the best of those before, by more than the
             margin in the estimate.
     """
     measure = quality.measure

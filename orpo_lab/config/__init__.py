@@ -33,7 +33,7 @@ from orpo_lab.config.beta_schedule import (
 from orpo_lab.config.checks import at_least, check
 from orpo_lab.config.dataset import Dataset, EmbeddedDataset, FileDataset, HubDataset, OasstDataset
 from orpo_lab.config.engine import Engine, SharedPrefixEngine, TrlEngine
-from orpo_lab.config.method import Method, OrpoMethod
+from orpo_lab.config.method import METHODS, Method, OrpoMethod
 from orpo_lab.config.model import Model
 from orpo_lab.config.optimizer import AdamW, Galore, Lora, Optimizer, Qlora
 from orpo_lab.config.policy import free, lasting, setting
@@ -138,7 +138,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "file": FileDataset,
         "oasst": OasstDataset,
     },
-    "method": {"orpo": OrpoMethod},
+    "method": {**METHODS},
     "engine": {"shared_prefix": SharedPrefixEngine, "trl": TrlEngine},
     "train": {"train": Train},
     "tracker": {"wandb": WandbTracker, "none": NoTracker},
