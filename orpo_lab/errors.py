@@ -26,6 +26,6 @@ LIKELY_CAUSES = (
 def one_line(error: BaseException | str) -> str:
     """Return an error's text on a single line, for messages that quote another library's.
 
-    Secrets are masked, since the message may be cut, and half a secret has no shape.
+    Secrets are redacted, since the message may be cut, and half a secret has no shape.
     """
     return redact(" ".join(str(error).split()))

@@ -155,7 +155,7 @@ class RedactingOmegaConf(OmegaConf):
 
     @staticmethod
     def save(config: Any, f: Any, resolve: bool = False) -> None:
-        """Write a configuration to a file, secrets masked."""
+        """Write a configuration to a file, secrets redacted."""
         plain = redact(OmegaConf.to_container(config, resolve=resolve))
         OmegaConf.save(OmegaConf.create(plain), f)
 

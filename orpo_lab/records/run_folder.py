@@ -366,7 +366,7 @@ class RunFolder:
             ) from error
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write a value as JSON, secrets masked; JSON has no NaN and no infinity."""
+        """Write a value as JSON, secrets redacted; JSON has no NaN and no infinity."""
         self.write(name, json.dumps(redact(value), indent=2, allow_nan=False) + "\n")
 
     def set_status(

@@ -77,7 +77,7 @@ def start(
         tracker: which tracker, and its settings.
         folder: the run folder; W&B keeps its files in `wandb/` in it.
         name: what the run is called; None: as W&B's variable says, or as the folder.
-        config: our own configuration, under our own names, secrets masked.
+        config: our own configuration, under our own names, secrets redacted.
         sweep: the name of the sweep that the run belongs to, if any.
         history: the lines of metrics of a run that goes on, with their `step`; W&B gets again what
             it may not have of them.
