@@ -96,6 +96,7 @@ def test_a_killed_run_resumed_equals_an_uninterrupted_one_bit_for_bit(
     assert_same(tmp_path / "whole", tmp_path / "half")
 
 
+@pytest.mark.slow
 def test_a_signal_lets_the_step_end_and_saves(launch: Launch, tmp_path: Path) -> None:
     common = ["optimizer=lora", *SMALL, "train.max_steps=6"]
     launch(*common, "hydra.run.dir=whole")

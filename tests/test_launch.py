@@ -77,6 +77,7 @@ TWO_STEPS = (
 )
 
 
+@pytest.mark.slow
 def test_a_run_needs_no_wandb_no_error_stream_and_no_unicode(tmp_path: Path) -> None:
     """In a new interpreter, since imports and streams are what is tested."""
     break_import_of_wandb(tmp_path / "broken")
