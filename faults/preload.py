@@ -11,8 +11,10 @@ import matplotlib.backends.backend_agg  # noqa: E402
 import matplotlib.pyplot  # noqa: E402, F401
 import peft.tuners.lora.bnb  # noqa: E402, F401
 import torch  # noqa: E402
+import wandb  # noqa: E402, F401
 
 from orpo_lab import data, engine, evaluate, tracker  # noqa: E402, F401
+from orpo_lab.compare import page  # noqa: E402, F401
 from orpo_lab.engine import shared_prefix  # noqa: E402, F401
 from orpo_lab.model import adapter, weights  # noqa: E402, F401
 from orpo_lab.records import results  # noqa: E402, F401

@@ -198,10 +198,10 @@ def test_a_bad_dataset_is_refused_and_the_status_says_so(
         (["model=local", "model.path=."], "not a model folder: no config.json"),
         (["model=local", "model.path=./nowhere"], "neither a folder nor a hub name"),
         (["model=mistral_7b"], "mistralai/Mistral-7B-v0.1 cannot be loaded"),
-        (["optimizer=galore", "optimizer.rank=128"], "there is nothing to project"),
+        ([*TWO_STEPS, "optimizer=galore", "optimizer.rank=128"], "there is nothing to project"),
         (["dataset.max_length=300"], "above the model's context of 256"),
         (["dataset.num_eval=100000"], "dataset.num_eval=100000 is more than"),
-        (["train.batch_size=4000"], "train.batch_size=4000 is above the 1920 training pairs"),
+        ([*TWO_STEPS, "train.batch_size=17"], "train.batch_size=17 is above the 16 training pairs"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
