@@ -187,6 +187,7 @@ def test_special_tokens_are_distinct(tokenizer: Any) -> None:
     assert len(ids) == 3
 
 
+@pytest.mark.slow
 def test_the_tokenizer_is_the_one_the_script_makes(tokenizer: Any) -> None:
     made = json.loads(make.make_tokenizer().backend_tokenizer.to_str())
     assert made["model"] == json.loads((TINY / "tokenizer.json").read_text())["model"]

@@ -55,7 +55,9 @@ def num_tensors() -> int:
         "optimizer=qlora",
         pytest.param("optimizer=adamw", marks=pytest.mark.slow),
         pytest.param("optimizer=galore", marks=pytest.mark.slow),
-        "optimizer=galore optimizer.layerwise=true engine=trl",
+        pytest.param(
+            "optimizer=galore optimizer.layerwise=true engine=trl", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_job_leaves_nothing_in_memory(

@@ -924,7 +924,10 @@ def test_gradient_checkpointing_computes_the_layers_once_more(
     assert len(calls["true"]) == 2 * len(calls["false"]) > 0
 
 
-@pytest.mark.parametrize("overrides", ["optimizer=qlora optimizer.dropout=0.2", GALORE])
+@pytest.mark.parametrize(
+    "overrides",
+    ["optimizer=qlora optimizer.dropout=0.2", pytest.param(GALORE, marks=pytest.mark.slow)],
+)
 def test_a_fork_is_the_whole_run_bit_for_bit(
     load: Load, build_model: Any, tokenizer: Any, tmp_path: Path, overrides: str
 ) -> None:
