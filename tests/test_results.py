@@ -1,9 +1,11 @@
 """The model that a run leaves."""
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,9 +13,12 @@ from transformers import AutoModelForCausalLM
 
 from orpo_lab import config
 from orpo_lab.data import Data
+from orpo_lab.errors import UserError
 from orpo_lab.evaluate import Evaluation, Generation, Scores
 from orpo_lab.records import results
 from orpo_lab.records.run_folder import RunFolder
+from orpo_lab.tracker.base import Untracked
+from orpo_lab.training.checkpoint import MANIFEST, METRICS
 from orpo_lab.training.trainer import TrainStats
 
 Load = Callable[..., config.Config]
@@ -40,7 +45,8 @@ def test_a_model_is_saved_in_the_precision_of_its_base(
     assert {one.dtype for one in found.values()} == {saved}
     for name, one in found.items():
         assert torch.equal(one, trained[name].to(saved))
-    assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == saved
+    read = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (read.dtype, read.config.use_cache) == (saved, True)
     # What is evaluated next has the weights that were saved, in the precision of the training
     for name, weight in network.named_parameters():
         assert torch.equal(weight, trained[name].to(saved).to(trained[name].dtype))
@@ -61,27 +67,105 @@ def test_adapters_stay_in_fp32(
 
 
 def evaluation(quality: float, answer: str, seconds: float) -> Evaluation:
-    scores = Scores(torch.tensor([-1.0]), torch.tensor([-2.0]), torch.tensor([3.0]))
+    logps = torch.tensor([quality - 1, -2.0])
+    scores = Scores(logps, logps - 1, torch.tensor([3.0, 4.0]))
     given = Generation(
         prompt="ask", chosen="right", answer=answer, num_tokens=2, repetition=0.0, correct=None
     )
-    return Evaluation({"preference_accuracy": quality, "num_pairs": 1}, scores, [given], seconds)
+    return Evaluation({"preference_accuracy": quality, "num_pairs": 2}, scores, [given], seconds)
 
 
-def test_what_was_before_and_what_came_after_are_not_swapped(tmp_path: Path) -> None:
-    before, after = evaluation(0.25, "no", 3.0), evaluation(0.75, "yes", 5.0)
-    stats = TrainStats(1, 2.0, 3.0, 4.0, 5, 0, "cpu", None)
+BEFORE, AFTER = evaluation(0.25, "no", 3.0), evaluation(0.75, "yes", 5.0)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> RunFolder:
+    """A run folder whose run has begun twice, the second time with another beta."""
+    folder = RunFolder(tmp_path / "run")
+    starts = [
+        {"config_hash": "first", "changes": {}},
+        {"config_hash": "second", "changes": {"beta": [0.1, 0.2]}},
+    ]
+    folder.write_json("segments.json", starts)
+    folder.append_metrics(1, {"loss": 0.5})
+    return folder
+
+
+def leave(load: Load, place: RunFolder, *overrides: str) -> dict[str, Any]:
+    """Leave the results of a run of one step whose trained model is an empty file."""
+    trained = place.file("checkpoints/trained-1")
+    trained.mkdir(parents=True)
+    for name in (MANIFEST, METRICS, "README.md", "model.safetensors"):
+        (trained / name).write_text("of the trained model")
     report: Any = {split: {"fingerprint": split} for split in ("train", "held_out")}
-    pairs = Data(None, None, report, checkable=False)
-    place = RunFolder(tmp_path)
-    place.write_json("segments.json", [{"changes": {}}, {"changes": {"beta": [0.1, 0.2]}}])
-    summary = results.summarize("hash", before, after, stats, pairs, place)
+    return results.leave(
+        load(*overrides),
+        place,
+        Untracked(),
+        trained=trained,
+        before=BEFORE,
+        after=AFTER,
+        stats=TrainStats(1, 2.0, 3.0, 4.0, 5, 0, "cpu", None),
+        data=Data(None, None, report, checkable=False),
+        missing=results.Missing(place),
+    )
+
+
+def test_what_was_before_and_what_came_after_are_not_swapped(load: Load, place: RunFolder) -> None:
+    summary = leave(load, place)
+    assert summary == place.read_json("summary.json")
     assert summary["evaluation_seconds"] == {"before": 3.0, "after": 5.0}
-    assert summary["before"]["preference_accuracy"] == 0.25
-    assert summary["after"]["preference_accuracy"] == 0.75
+    assert (summary["before"], summary["after"]) == (BEFORE.metrics, AFTER.metrics)
     assert summary["changes"] == [{}, {"beta": [0.1, 0.2]}]
     assert summary["dataset_fingerprint"] == {"train": "train", "held_out": "held_out"}
-    (sample,) = results._samples(before, after)
+    (sample,) = results._samples(BEFORE, AFTER)
     assert sample == {"prompt": "ask", "chosen": "right", "before": "no", "after": "yes"}
     row = results._table(summary).splitlines()[2]
     assert row.index("0.250") < row.index("0.750")
+    rows = pq.read_table(place.file("scores.parquet")).to_pylist()
+    assert [(one["pair"], one["when"], one["chosen_logp"]) for one in rows] == [
+        (0, "before", -0.75),
+        (1, "before", -2.0),
+        (0, "after", -0.25),
+        (1, "after", -2.0),
+    ]
+
+
+def test_final_is_the_trained_model_with_a_card_and_nothing_of_the_checkpoint(
+    load: Load, place: RunFolder
+) -> None:
+    leave(load, place, "optimizer=galore")
+    assert {file.name for file in place.file("final").iterdir()} == {
+        "model.safetensors",
+        "README.md",
+    }
+    card = place.file("final/README.md").read_text()
+    assert "model = AutoModelForCausalLM.from_pretrained" in card
+
+
+def test_results_are_put_down_to_the_last_start_before_the_first_is_written(
+    load: Load, place: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise UserError("the disk went away")
+
+    monkeypatch.setattr(results, "save_final", fail)
+    with pytest.raises(UserError, match="went away"):
+        leave(load, place)
+    assert place.status()["results"] == "second"
+
+
+def test_what_cannot_be_made_is_missing_and_a_disk_in_trouble_is_no_such_thing(
+    place: RunFolder,
+) -> None:
+    missing = results.Missing(place)
+    for name in ("samples.md", "summary.json"):
+        place.write(name, "of an earlier model")
+    with missing.noted("samples.md"):
+        raise ValueError("no words")
+    assert missing == {"samples.md": "ValueError: no words"}
+    assert not place.file("samples.md").exists()
+    full = OSError(errno.ENOSPC, "No space left", str(place.file("summary.json")))
+    with pytest.raises(OSError, match="No space left"), missing.noted("summary.json"):
+        raise full
+    assert place.file("summary.json").exists()
