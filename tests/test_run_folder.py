@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hydra.core.hydra_config import HydraConfig
 
 import launch
 from orpo_lab import config, data, tracker
+from orpo_lab.config.identity import identity
 from orpo_lab.errors import UserError
 from orpo_lab.model import tokenizer, weights
 from orpo_lab.records import run_folder
-from orpo_lab.records.run_folder import RunFolder, git_commit, versions
+from orpo_lab.records.run_folder import RunFolder, git_commit, natural_order, versions
 from tests.conftest import compose_job, ours
 
 Load = Callable[..., config.Config]
@@ -306,3 +308,118 @@ def test_results_beside_a_lost_status_are_kept_for_the_run_that_they_name(
     else:
         with pytest.raises(UserError, match=r"summary.json is not of the run"):
             place._check_results()
+
+
+TOKEN = "hf_" + "aB3" * 11
+
+
+def begin(place: RunFolder, loaded: config.Config, **options: Any) -> dict[str, Any]:
+    """Put a start on record, as a run does before its first step, and take that step."""
+    on_record = place.check(loaded, [f"name={TOKEN}"], **options)
+    place.begin(loaded, {"beta_schedule": "linear"}, on_record)
+    place.append_metrics(1, {"loss": 0.5})
+    return on_record
+
+
+def test_no_secret_is_on_record(load: Load, tmp_path: Path) -> None:
+    begin(RunFolder(tmp_path), load(f"name={TOKEN}"), resume=None)
+    for name in ("config.yaml", "choices.yaml", "segments.json"):
+        text = (tmp_path / name).read_text()
+        assert TOKEN not in text
+        assert "***" in text or name == "segments.json"
+
+
+def test_every_start_of_a_run_is_on_record_and_the_first_says_when(
+    load: Load, tmp_path: Path
+) -> None:
+    place = RunFolder(tmp_path)
+    first = begin(place, load("beta=0.1"), resume=None, started="2026-01-01")
+    accepted = load("beta=0.2", "accept_changes=true")
+    second = begin(place, accepted, resume="auto", started="2026-02-02")
+    assert place.segments() == [first, second]
+    assert second["started"] == place.started() == "2026-01-01"
+    assert second["changes"] == {"beta": [0.1, 0.2]}
+    assert place.config_hashes() == {first["config_hash"], second["config_hash"]}
+    assert len(place.config_hashes()) == 2
+
+
+def test_what_lasts_may_not_change_and_a_key_that_is_new_is_a_change(
+    load: Load, tmp_path: Path
+) -> None:
+    place = RunFolder(tmp_path)
+    begin(place, load("optimizer=lora"), resume=None)
+    other = load("optimizer=lora", "optimizer.r=3", "accept_changes=true")
+    with pytest.raises(UserError, match=r"no checkpoint fits another optimizer\.r"):
+        place.check(other, [], resume="auto")
+    older = place.read_yaml("config.yaml")
+    del older["optimizer"]["weight_decay"]
+    place.write("config.yaml", yaml.safe_dump(older))
+    accepted = load("optimizer=lora", "accept_changes=true")
+    assert place.check(accepted, [], resume="auto")["changes"] == {
+        "optimizer.weight_decay": [None, accepted.optimizer.weight_decay]
+    }
+
+
+def test_a_finished_run_on_other_data_is_another(load: Load, tmp_path: Path) -> None:
+    place, pairs = RunFolder(tmp_path / "run"), tmp_path / "pairs.jsonl"
+    pairs.write_text("some pairs")
+    loaded = load("dataset=file", f"dataset.train_path={pairs}")
+    begin(place, loaded, resume=None)
+    place.set_status("finished")
+    place.check(loaded, [], resume="auto")
+    pairs.write_text("other pairs, and more")
+    with pytest.raises(UserError, match=r"finished on something else \(dataset\.train_path"):
+        place.check(loaded, [], resume="auto")
+
+
+def test_a_run_that_begins_anew_has_no_metrics_of_before(load: Load, tmp_path: Path) -> None:
+    place, loaded = RunFolder(tmp_path), load()
+    on_record = begin(place, loaded, resume=None)
+    place.append_metrics(2, {"loss": 0.25})
+    assert [line["step"] for line in place.metrics()] == [1, 2]
+    place.begin(loaded, {}, on_record)
+    assert place.metrics() == []
+
+
+def test_a_run_has_finished_where_it_is_this_run_and_nothing_is_missing(
+    load: Load, tmp_path: Path
+) -> None:
+    place, loaded = RunFolder(tmp_path), load()
+    place.set_status("finished", config_hash=identity(loaded))
+    assert place.has_finished(loaded)
+    place.set_status("finished")
+    assert place.has_finished(loaded)
+    place.set_status("finished", missing={"samples.md": "no words"})
+    assert not place.is_complete()
+    place.set_status("finished", config_hash="another")
+    assert not place.has_finished(loaded)
+
+
+def test_checkpoints_are_a_sign_of_training_and_empty_folders_are_none(tmp_path: Path) -> None:
+    place = RunFolder(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    assert place.is_untrained()
+    (tmp_path / "checkpoints" / "checkpoint-2").mkdir()
+    assert not place.is_untrained()
+
+
+def test_a_folder_holds_one_process(tmp_path: Path) -> None:
+    with RunFolder(tmp_path).held() as first, RunFolder(tmp_path).held() as second:
+        assert (first, second) == (True, False)
+
+
+def test_jobs_stand_in_the_order_of_their_numbers_and_hydras_groups_are_not_ours() -> None:
+    in_order = [Path(name) for name in ("run", "9-beta=1", "10-beta=1")]
+    assert sorted(in_order, key=natural_order) == in_order
+    chosen = {"model": "tiny", "hydra/launcher": "basic"}
+    assert run_folder.groups(chosen) == {"model": "tiny"}
+
+
+def test_the_codes_hash_is_of_every_room(tmp_path: Path, monkeypatch: Patch) -> None:
+    for name in ("records/run_folder.py", "engine/head.py"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("code")
+    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "records" / "run_folder.py"))
+    before = run_folder.code_hash()
+    (tmp_path / "engine" / "head.py").write_text("other code")
+    assert run_folder.code_hash() != before
