@@ -25,6 +25,8 @@ from orpo_lab.data.encode import encode_row, special_tokens
 from orpo_lab.data.faults import Fault
 from orpo_lab.data.pairs import Pair, find_faults, text_of
 from orpo_lab.data.render import Rendered, find_unrendered, render
+from orpo_lab.data.splits import Split
+from orpo_lab.data.warn import warn_of_losses
 from tests.conftest import compose_config
 
 TODAY = date(2026, 11, 26)
@@ -331,6 +333,30 @@ def test_what_a_generation_prompt_opens_the_row_may_go_on(tokenizer: Any) -> Non
         assert rendered.prompt.endswith("<|assistant|>")
         for said, side in zip((rendered.chosen, rendered.rejected), sides, strict=True):
             assert said == text_of(side) + "</s>"
+
+
+def test_what_either_answer_loses_is_seen(tokenizer: Any) -> None:
+    pair = KINDS["plain"].pair
+    whole = render(pair, tokenizer, TODAY)
+    assert not list(find_unrendered(pair, whole, tokenizer))
+    for lost in (replace(whole, chosen=""), replace(whole, rejected=""), replace(whole, prompt="")):
+        (fault,) = find_unrendered(pair, lost, tokenizer)
+        assert fault.name == "unrendered_text"
+
+
+def test_rows_that_a_template_loses_are_a_share_of_all_rows(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    unread: Any = None
+    split = Split("train", unread, unread, num_rows=105)
+    for number in range(11):
+        assert f"{number} of 105 rows" not in caplog.text
+        split.dropped.add("misrendered", number, "a row")
+        warn_of_losses(split)
+    # A tenth is 10.5 rows; of the 94 that are left a tenth would be 9.4
+    assert [record.getMessage() for record in caplog.records] == [
+        "WARNING: train: 11 of 105 rows are dropped (misrendered), such as: a row"
+    ]
 
 
 def test_a_text_counts_as_rendered_as_itself_trimmed_and_inside_json(tokenizer: Any) -> None:
