@@ -140,6 +140,7 @@ def test_tokens_merged_across_the_boundary_belong_to_the_answer() -> None:
 
     tokenizer: Any = Merging()
     assert tokenize("ca", "b", "c", tokenizer) == ([4], [3, 0], [1, 4, 0])
+    assert tokenize("ca", "c", "b", tokenizer) == ([4], [1, 4, 0], [3, 0])
 
 
 PROMPT, LONG, SHORT = list(range(1, 11)), list(range(20, 32)), list(range(40, 44))

@@ -9,7 +9,7 @@ import copy
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cache
@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from orpo_lab import config
@@ -26,7 +27,7 @@ from orpo_lab.data.faults import Fault
 from orpo_lab.data.pairs import Pair, find_faults, text_of
 from orpo_lab.data.render import Rendered, find_unrendered, render
 from orpo_lab.data.splits import Split
-from orpo_lab.data.warn import warn_of_losses
+from orpo_lab.data.warn import warn_of_lengths, warn_of_losses
 from tests.conftest import compose_config
 
 TODAY = date(2026, 11, 26)
@@ -357,6 +358,27 @@ def test_rows_that_a_template_loses_are_a_share_of_all_rows(
     assert [record.getMessage() for record in caplog.records] == [
         "WARNING: train: 11 of 105 rows are dropped (misrendered), such as: a row"
     ]
+
+
+def test_lengths_that_are_proposed_keep_19_of_20_rows(
+    load: Callable[..., config.Config], caplog: pytest.LogCaptureFixture
+) -> None:
+    unread: Any = None
+    split = Split("train", unread, unread)
+    # 100 prompts of 1 to 100 tokens; the pairs are three times as long
+    prompts = list(range(1, 101))
+    judged = datasets.Dataset.from_dict(
+        {"num_prompt_tokens": prompts, "num_tokens": [3 * size for size in prompts]}
+    )
+    lengths = load("dataset.max_length=64", "dataset.max_prompt_length=32").dataset
+    for number in range(11):
+        assert not caplog.records
+        split.dropped.add("pair_too_long", number)
+        warn_of_lengths(split, judged, lengths)
+    said = caplog.records[0].getMessage()
+    assert "11 of 100 pairs (11 %) are too long" in said
+    assert "Half of the pairs have more than 153 tokens, 95 % have at most 288" in said
+    assert "dataset.max_length=288 dataset.max_prompt_length=96 would keep these" in said
 
 
 def test_a_text_counts_as_rendered_as_itself_trimmed_and_inside_json(tokenizer: Any) -> None:
