@@ -12,12 +12,13 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 
 import launch
-from orpo_lab import config, data, tracker
+from orpo_lab import config, data, run, tracker
 from orpo_lab.config.identity import identity
 from orpo_lab.errors import UserError
 from orpo_lab.model import tokenizer, weights
 from orpo_lab.records import run_folder
 from orpo_lab.records.run_folder import RunFolder, git_commit, natural_order, versions
+from orpo_lab.stop import Stopped
 from tests.conftest import compose_job, ours
 
 Load = Callable[..., config.Config]
@@ -342,6 +343,24 @@ def test_every_start_of_a_run_is_on_record_and_the_first_says_when(
     assert second["changes"] == {"beta": [0.1, 0.2]}
     assert place.config_hashes() == {first["config_hash"], second["config_hash"]}
     assert len(place.config_hashes()) == 2
+
+
+def test_a_signal_right_behind_the_first_record_is_on_record(
+    load: Load, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    place, loaded = RunFolder(tmp_path), load()
+    on_record = place.check(loaded, [], resume=None)
+    set_status = RunFolder.set_status
+
+    def interrupted(self: RunFolder, state: str, *rest: Any, **more: Any) -> None:
+        set_status(self, state, *rest, **more)
+        if state == "running":
+            raise Stopped("SIGTERM")
+
+    monkeypatch.setattr(RunFolder, "set_status", interrupted)
+    with pytest.raises(Stopped), run._status_kept(place):
+        place.begin(loaded, {}, on_record)
+    assert (place.status()["state"], place.status()["reason"]) == ("stopped", "SIGTERM")
 
 
 def test_what_lasts_may_not_change_and_a_key_that_is_new_is_a_change(

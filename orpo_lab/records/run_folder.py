@@ -242,9 +242,10 @@ class RunFolder:
         """
         before = [] if self.is_untrained() else self.segments()
         if not before:
-            # The first file of all: from now on the folder is known as a run's
-            self.set_status("running", config_hash=start["config_hash"])
+            # The first file of all: from now on the folder is known as a run's. A signal may come
+            # right behind the file, and is to be told in it
             self.has_begun = True
+            self.set_status("running", config_hash=start["config_hash"])
         # What changes is on record before anything has changed
         self.write_json("segments.json", [*before, start])
         self.has_begun = True
