@@ -48,7 +48,15 @@ def jobs(overrides: list[str]) -> list[list[str]]:
     return [[values[i % len(values)] for values in choices] for i in range(num)]
 
 
-@pytest.mark.parametrize("file", [*PAGES, *RECIPES], ids=lambda file: file.name)
+@pytest.mark.parametrize(
+    "file",
+    [
+        ROOT / "README.md",
+        *(pytest.param(page, marks=pytest.mark.slow) for page in PAGES if page.name != "README.md"),
+        *RECIPES,
+    ],
+    ids=lambda file: file.name,
+)
 def test_every_command_composes(file: Path) -> None:
     for command in commands(file):
         if command[:1] == ["--help"]:
@@ -132,7 +140,7 @@ def run_readmes_code(folder: Path, *, adapted: bool, monkeypatch: pytest.MonkeyP
     exec(compile(code, "README.md", "exec"), {})
 
 
-@pytest.mark.parametrize("optimizer", ["qlora", "galore"])
+@pytest.mark.parametrize("optimizer", ["qlora", pytest.param("galore", marks=pytest.mark.slow)])
 def test_the_readmes_code_loads_final_and_prints_an_answer_alone(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

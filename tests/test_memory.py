@@ -52,7 +52,7 @@ def num_tensors() -> int:
 @pytest.mark.parametrize(
     "overrides",
     [
-        "optimizer=qlora",
+        pytest.param("optimizer=qlora", marks=pytest.mark.slow),
         pytest.param("optimizer=adamw", marks=pytest.mark.slow),
         pytest.param("optimizer=galore", marks=pytest.mark.slow),
         pytest.param(

@@ -415,6 +415,7 @@ def count_configurations() -> None:
     setattr(run, "train", count)  # noqa: B010  (of another type)
 
 
+@pytest.mark.slow
 def test_configurations_of_jobs_that_are_done_are_let_go(launch: Launch) -> None:
     done = launch("-m", "seed=range(8)", SWEEP, prepare=count_configurations, expect=1)
     held = re.findall(r"^held (\d+) (\d+)$", done.stdout, flags=re.MULTILINE)

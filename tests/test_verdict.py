@@ -38,7 +38,7 @@ def at_most(share: float) -> float:
 @pytest.mark.parametrize(
     "name",
     [
-        "8 equal, alike",
+        pytest.param("8 equal, alike", marks=pytest.mark.slow),
         "2 equal, one noisy",
         "8 equal, one noisy",
         "2 lead equally, one noisy",
@@ -123,7 +123,9 @@ def test_an_interval_of_a_share_covers_the_share_as_often_as_it_says(
     assert 0.85 - 0.045 <= held / NUM_SWEEPS <= 0.97 + 0.02
 
 
-@pytest.mark.parametrize("num_settings", [2, 8, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "num_settings", [2, *(pytest.param(num, marks=pytest.mark.slow) for num in (8, 20))]
+)
 @pytest.mark.parametrize("num_noisy", [0, 1])
 def test_few_sweeps_call_an_equal_setting_worse(num_settings: int, num_noisy: int) -> None:
     effects = np.where(np.arange(num_settings) < num_noisy, 0.4, 0.05)
