@@ -43,6 +43,9 @@ SWEEP = (
 
 Row = dict[str, str]
 
+# A sweep of four runs; what each part does is held by quick tests of its own
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory, _server: None) -> Path:

@@ -926,7 +926,10 @@ def test_gradient_checkpointing_computes_the_layers_once_more(
 
 @pytest.mark.parametrize(
     "overrides",
-    ["optimizer=qlora optimizer.dropout=0.2", pytest.param(GALORE, marks=pytest.mark.slow)],
+    [
+        pytest.param("optimizer=qlora optimizer.dropout=0.2", marks=pytest.mark.slow),
+        pytest.param(GALORE, marks=pytest.mark.slow),
+    ],
 )
 def test_a_fork_is_the_whole_run_bit_for_bit(
     load: Load, build_model: Any, tokenizer: Any, tmp_path: Path, overrides: str
