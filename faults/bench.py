@@ -11,15 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from faults import inside, processes
-from faults.judge import (
-    Ending,
-    Outcome,
-    newest_sealed,
-    resumed_from,
-    silent,
-    state,
-    survived,
-)
+from faults.judge import Ending, Outcome, newest_sealed, resumed_from, silent, state, survived
 from faults.processes import Done
 
 # A run of two seconds with everything in it: six steps over an epoch and a half in shuffled order,

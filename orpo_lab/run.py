@@ -20,7 +20,7 @@ from orpo_lab.records.run_folder import DISK_TROUBLE, RunFolder, groups
 from orpo_lab.redaction import RedactingFormatter, redact
 from orpo_lab.stop import Stop, Stopped
 from orpo_lab.sweep.folder import CACHE, Sweep
-from orpo_lab.tracker.base import Untracked
+from orpo_lab.tracker.base import Run, Untracked
 from orpo_lab.training import checkpoint
 from orpo_lab.upstream import silence
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from orpo_lab.data import Data
     from orpo_lab.evaluate import Evaluation
     from orpo_lab.records.results import Missing
-    from orpo_lab.tracker.base import Run
 
 log = logging.getLogger("orpo_lab")
 
@@ -202,7 +201,7 @@ def _tracked(
     metrics: Path | None,
     sweep: str | None,
     missing: "Missing",
-) -> Iterator["Run"]:
+) -> Iterator[Run]:
     """Have the run tracked; a tracker that fails takes nothing away.
 
     Args:

@@ -8,13 +8,7 @@ from typing import Any
 
 from faults.bench import UNTRACKED, Bench, Injection
 from faults.inside import die, in_step, poison_step
-from faults.judge import (
-    Outcome,
-    refused,
-    resumed_from,
-    silent,
-    survived,
-)
+from faults.judge import Outcome, refused, resumed_from, silent, survived
 from faults.processes import ROOT, Done
 
 OPTIMIZERS = ("qlora", "lora", "galore", "adamw")

@@ -7,15 +7,7 @@ from functools import partial
 
 from faults import events, inside
 from faults.bench import UNTRACKED, Bench, Injection
-from faults.judge import (
-    Ending,
-    Outcome,
-    newest_sealed,
-    refused,
-    silent,
-    status,
-    survived,
-)
+from faults.judge import Ending, Outcome, newest_sealed, refused, silent, status, survived
 from faults.processes import Done
 
 RUN = "hydra.run.dir=run"

@@ -11,14 +11,7 @@ from typing import Any
 import numpy as np
 
 from orpo_lab.compare.read import Run
-from orpo_lab.compare.verdict import (
-    Array,
-    Measure,
-    Quality,
-    Verdict,
-    decide,
-    overoptimised,
-)
+from orpo_lab.compare.verdict import Array, Measure, Quality, Verdict, decide, overoptimised
 from orpo_lab.config import identity
 from orpo_lab.config.method import METHODS, OrpoMethod
 from orpo_lab.errors import UserError

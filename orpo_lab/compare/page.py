@@ -10,11 +10,7 @@ import numpy as np
 from orpo_lab.compare import pictures
 from orpo_lab.compare.evidence import Comparison
 from orpo_lab.compare.read import Run
-from orpo_lab.compare.verdict import (
-    CONFIDENCE,
-    Interval,
-    Verdict,
-)
+from orpo_lab.compare.verdict import CONFIDENCE, Interval, Verdict
 from orpo_lab.compare.words import interval_text, tied, verdict_text
 from orpo_lab.metrics import HELD_OUT, PREFERENCE, brief
 from orpo_lab.records.run_folder import RunFolder

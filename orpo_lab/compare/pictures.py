@@ -6,12 +6,10 @@ import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from orpo_lab.compare.evidence import Comparison, Setting
 from orpo_lab.metrics import TRAINING
-
-if TYPE_CHECKING:
-    from orpo_lab.compare.evidence import Comparison, Setting
 from orpo_lab.records.plot import GREY, plain
 from orpo_lab.upstream import matplotlib_as_shipped
 
@@ -37,7 +35,7 @@ Picture = tuple[str, bytes]
 
 
 @matplotlib_as_shipped()
-def draw(compared: "Comparison") -> dict[str, Picture]:
+def draw(compared: Comparison) -> dict[str, Picture]:
     """Return the pictures of a comparison by name: a caption and a PNG."""
     pictures = {"pareto": _pareto(compared)}
     for metric in TRAINING:
@@ -58,7 +56,7 @@ class Look:
     """Drawn with a thin line and an open marker, where there are more settings than colours."""
 
 
-def _looks(settings: Sequence["Setting"]) -> list[Look]:
+def _looks(settings: Sequence[Setting]) -> list[Look]:
     """Return a look for every setting: colours tell of beta (dark is low), the rest of schedules.
 
     Settings of one beta and one schedule, which differ in something else, have a colour each.
@@ -83,7 +81,7 @@ def _looks(settings: Sequence["Setting"]) -> list[Look]:
     return looks
 
 
-def _figure(settings: Sequence["Setting"], height: float) -> tuple[Any, Any]:
+def _figure(settings: Sequence[Setting], height: float) -> tuple[Any, Any]:
     """Return a figure with axes of a height in inches, and room for the legend below them."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -98,20 +96,20 @@ def _figure(settings: Sequence["Setting"], height: float) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _has_legend(settings: Sequence["Setting"]) -> bool:
+def _has_legend(settings: Sequence[Setting]) -> bool:
     return len(settings) <= MAX_LABELS
 
 
-def _num_columns(settings: Sequence["Setting"]) -> int:
+def _num_columns(settings: Sequence[Setting]) -> int:
     return 1 if max(len(setting.name) for setting in settings) > 28 else 2
 
 
-def _label(setting: "Setting") -> str:
+def _label(setting: Setting) -> str:
     """Return a setting's name in lines that the picture has room for."""
     return plain("\n".join(textwrap.wrap(setting.name, 64, break_on_hyphens=False)))
 
 
-def _png(figure: Any, settings: Sequence["Setting"]) -> bytes:
+def _png(figure: Any, settings: Sequence[Setting]) -> bytes:
     """Return the picture, its legend below it where it hides nothing."""
     if _has_legend(settings):
         figure.legend(
@@ -126,7 +124,7 @@ def _png(figure: Any, settings: Sequence["Setting"]) -> bytes:
     return file.getvalue()
 
 
-def _pareto(compared: "Comparison") -> Picture:
+def _pareto(compared: Comparison) -> Picture:
     """Preference accuracy against the first quality, with intervals over pairs and seeds."""
     quality = compared.qualities[0]
     figure, axes = _figure(compared.settings, height=4)
@@ -161,7 +159,7 @@ def _pareto(compared: "Comparison") -> Picture:
     return caption, _png(figure, compared.settings)
 
 
-def _curves(settings: Sequence["Setting"], key: str, label: str) -> Picture:
+def _curves(settings: Sequence[Setting], key: str, label: str) -> Picture:
     """One metric over the steps: a setting's mean over its seeds, and their range."""
     figure, axes = _figure(settings, height=3.2)
     for setting, look in zip(settings, _looks(settings), strict=True):

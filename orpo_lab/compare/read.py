@@ -10,9 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import yaml
 
-from orpo_lab.compare.verdict import (
-    Array,
-)
+from orpo_lab.compare.verdict import Array
 from orpo_lab.config import identity
 from orpo_lab.errors import UserError, one_line
 from orpo_lab.records.run_folder import RunFolder, natural_order

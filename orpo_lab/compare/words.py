@@ -3,10 +3,7 @@
 import math
 
 from orpo_lab.compare.evidence import Comparison
-from orpo_lab.compare.verdict import (
-    Interval,
-    Verdict,
-)
+from orpo_lab.compare.verdict import Interval, Verdict
 
 
 def verdict_text(comparison: Comparison) -> list[str]:

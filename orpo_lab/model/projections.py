@@ -5,9 +5,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from orpo_lab.errors import UserError

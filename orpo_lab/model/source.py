@@ -7,10 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    PretrainedConfig,
-)
+from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import find_adapter_config_file
 
 from orpo_lab.config.model import Model, local_path

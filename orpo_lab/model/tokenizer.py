@@ -2,12 +2,7 @@
 
 import logging
 
-from transformers import (
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from orpo_lab.config.dataset import Dataset
 from orpo_lab.config.model import Model

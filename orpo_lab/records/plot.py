@@ -3,13 +3,10 @@
 import itertools
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from orpo_lab.metrics import HELD_OUT_PREFIX, TRAINING, TrainingMetric
 from orpo_lab.upstream import matplotlib_as_shipped
-
-if TYPE_CHECKING:
-    pass
 
 # Okabe and Ito's colours, which colour-blind readers tell apart
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"

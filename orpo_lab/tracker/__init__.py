@@ -23,12 +23,24 @@ def check(tracker: Tracker, *, folder: Path, sweep: str | None) -> None:
         wandb.check(tracker, folder=folder, sweep=sweep)
 
 
-def start(tracker: Tracker, **run: Any) -> Run:
+def start(
+    tracker: Tracker,
+    *,
+    folder: Path,
+    name: str | None,
+    config: dict[str, Any],
+    sweep: str | None,
+    history: list[dict[str, float]],
+) -> Run:
     """Begin tracking a run.
 
     Args:
         tracker: which tracker, and its settings.
-        run: see `wandb.start`.
+        folder: the run folder; a tracker keeps its files in it.
+        name: what the run is called; None: as the tracker's own settings say, or as the folder.
+        config: our own configuration, under our own names, secrets redacted.
+        sweep: the name of the sweep that the run belongs to, if any.
+        history: the lines of metrics of a run that goes on, with their `step`.
 
     Raises:
         UserError: see `check`.
@@ -38,7 +50,9 @@ def start(tracker: Tracker, **run: Any) -> Run:
         case NoTracker():
             return Untracked()
         case WandbTracker():
-            return wandb.start(tracker, **run)
+            return wandb.start(
+                tracker, folder=folder, name=name, config=config, sweep=sweep, history=history
+            )
     raise TypeError(f"no tracker: {tracker!r}")
 
 
