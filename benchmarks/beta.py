@@ -45,7 +45,7 @@ def main(overrides: list[str]) -> None:
         summaries = [run(beta, seed, overrides) for seed in SEEDS]
         for half in ("free", "terse"):
             for figure in FIGURES:
-                values = [one["after"]["by_wording"][half][figure] for one in summaries]
+                values = [summary["after"]["by_wording"][half][figure] for summary in summaries]
                 result[f"beta_{beta:g}_{half}_{figure}"] = round(mean(values), 4)
                 each = " ".join(f"{value:.3f}" for value in values)
                 print(

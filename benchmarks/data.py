@@ -96,13 +96,13 @@ def measure(file: str, overrides: list[str]) -> None:
         report = data.load(loaded.dataset, tokenizer).report["train"]
         outcome = {
             "num_kept": report["num_kept"],
-            "dropped": {fault: one["num"] for fault, one in report["dropped"].items()},
+            "dropped": {fault: entry["num"] for fault, entry in report["dropped"].items()},
         }
     except UserError as error:
         outcome = {"refused": str(error).split("/")[-1]}
     result = {
         "file": Path(file).name,
-        "overrides": [one for one in overrides if one not in SHARED],
+        "overrides": [override for override in overrides if override not in SHARED],
         "cpu_seconds": round(time.process_time() - start, 2),
         "peak_mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024,
         **outcome,
@@ -122,15 +122,15 @@ def measure_rendering(folders: list[str]) -> None:
         rendered = [render(pair, tokenizer, date.today()) for pair in pairs]
         seconds["render"] = time.process_time() - start
         start = time.process_time()
-        for pair, one in zip(pairs, rendered, strict=True):
-            if list(find_unrendered(pair, one, tokenizer)):
+        for pair, texts in zip(pairs, rendered, strict=True):
+            if list(find_unrendered(pair, texts, tokenizer)):
                 raise ValueError(f"{folder}: its template leaves text out")
         seconds["check"] = time.process_time() - start
         start = time.process_time()
-        for one in rendered:
-            tokenize(one.prompt, one.chosen, one.rejected, tokenizer)
+        for texts in rendered:
+            tokenize(texts.prompt, texts.chosen, texts.rejected, tokenizer)
         seconds["tokenize"] = time.process_time() - start
-        rounded = {name: round(one, 3) for name, one in seconds.items()}
+        rounded = {name: round(value, 3) for name, value in seconds.items()}
         print(json.dumps({"tokenizer": Path(folder).name, "rows": len(pairs), **rounded}))
 
 

@@ -40,9 +40,9 @@ def run(engine: str, seed: int) -> dict[str, Any]:
     return {"summary": summary, "lines": lines, "seconds": seconds}
 
 
-def apart(one: dict[str, Any], other: dict[str, Any], curve: str) -> float:
+def apart(result: dict[str, Any], other: dict[str, Any], curve: str) -> float:
     """Return the mean over logging steps of the distance between two runs' curves."""
-    pairs = zip(one["lines"], other["lines"], strict=True)
+    pairs = zip(result["lines"], other["lines"], strict=True)
     return mean(abs(left[curve] - right[curve]) for left, right in pairs)
 
 
@@ -66,9 +66,9 @@ def main() -> None:
         first, second = ENGINES
         between_engines = mean(apart(runs[first, s], runs[second, s], curve) for s in SEEDS)
         between_seeds = mean(
-            apart(runs[engine, one], runs[engine, other], curve)
+            apart(runs[engine, seed], runs[engine, other], curve)
             for engine in ENGINES
-            for one, other in itertools.combinations(SEEDS, 2)
+            for seed, other in itertools.combinations(SEEDS, 2)
         )
         report[f"{curve}_curves_apart"] = {
             "engines": round(between_engines, 5),
@@ -76,8 +76,8 @@ def main() -> None:
         }
         print(curve, "curves apart", json.dumps(report[f"{curve}_curves_apart"]), flush=True)
     for name, seconds in (
-        ("training", lambda one: one["summary"]["train"]["wall_seconds"]),
-        ("command", lambda one: one["seconds"]),
+        ("training", lambda result: result["summary"]["train"]["wall_seconds"]),
+        ("command", lambda result: result["seconds"]),
     ):
         report[f"{name}_seconds"] = {
             engine: round(median(seconds(runs[engine, seed]) for seed in SEEDS), 1)

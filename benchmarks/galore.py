@@ -273,7 +273,7 @@ def main() -> None:
 def rounded(value: Any) -> Any:
     """Four significant digits."""
     if isinstance(value, dict):
-        return {key: rounded(one) for key, one in value.items()}
+        return {key: rounded(part) for key, part in value.items()}
     return float(f"{value:.4g}")
 
 

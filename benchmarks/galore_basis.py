@@ -111,9 +111,9 @@ def main(folder: str, pairs: str) -> None:
     kept = gradients(folder, pairs)
     result: dict[str, Any] = {"num_weights": len(kept)}
     for rank in RANKS:
-        shares = [captured(one, rank) for one in kept.values() if rank < min(one[0].shape)]
+        shares = [captured(grads, rank) for grads in kept.values() if rank < min(grads[0].shape)]
         for name in shares[0]:
-            values = [one[name] for one in shares]
+            values = [row[name] for row in shares]
             result[f"rank_{rank}_{name}"] = {"worst": min(values), "median": median(values)}
             print(f"rank {rank:3} {name:20} worst {min(values):.4f} median {median(values):.4f}")
     worst = [v["worst"] for k, v in result.items() if "warm" in k]

@@ -71,7 +71,7 @@ def main(model: str, pairs: str) -> None:
     """Run the grid and print it."""
     grid = [(setting, seed) for seed in SEEDS for setting in SETTINGS]
     with ThreadPoolExecutor(2) as pool:
-        ended = pool.map(lambda one: run(model, pairs, *one), grid)
+        ended = pool.map(lambda case: run(model, pairs, *case), grid)
         results = dict(zip(grid, ended, strict=True))
     report: dict[str, Any] = {}
     for setting in SETTINGS:

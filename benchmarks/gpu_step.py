@@ -108,9 +108,9 @@ def compare(network: Any, pairs: Any, checkpointing: bool, device: str) -> dict[
             )
             for size in sizes
         }
-        fits = {size: one for size, one in report[which].items() if one}
-        below = [size for size, one in fits.items() if one["peak_gb"] < LIMIT_GB]
-        best = min(fits.values(), key=lambda one: one["seconds_per_pair"], default=None)
+        fits = {size: figures for size, figures in report[which].items() if figures}
+        below = [size for size, figures in fits.items() if figures["peak_gb"] < LIMIT_GB]
+        best = min(fits.values(), key=lambda figures: figures["seconds_per_pair"], default=None)
         report[which] |= {"fastest": best, "largest_below_24_gb": below[-1] if below else None}
     theirs, ours = (report[which]["fastest"] for which in SIZES)
     if theirs and ours:

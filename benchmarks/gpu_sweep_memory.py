@@ -29,7 +29,7 @@ def held(result: run.RunResult) -> tuple[int, int]:
 
 def main(arguments: list[str]) -> None:
     """Run the sweep, print what it held, and judge."""
-    overrides = [one for one in arguments if one != "--small"]
+    overrides = [argument for argument in arguments if argument != "--small"]
     short = SHORT if "--small" in arguments else ()
     peaks, after = zip(*sweep([*OVERRIDES, *short, *overrides], held), strict=True)
     apart = peaks[-1] / peaks[1] - 1

@@ -75,7 +75,7 @@ def main(overrides: list[str]) -> None:
     after = sweep([f"seed=range({NUM_JOBS})", *SHORT, *overrides], held)
     early, late = after[NUM_WARMUP_JOBS - 1], after[-1]
     growth = late["memory_bytes"] / early["memory_bytes"] - 1
-    sizes = [one["memory_bytes"] for one in after[NUM_WARMUP_JOBS:]]
+    sizes = [job["memory_bytes"] for job in after[NUM_WARMUP_JOBS:]]
     figures = {
         "jobs": len(after),
         f"after_{NUM_WARMUP_JOBS}": early,

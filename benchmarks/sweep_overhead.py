@@ -31,7 +31,7 @@ def main() -> None:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         end = time.time()
         summaries = sorted(Path(folder).glob("*/summary.json"))
-        parts = [work(one) for one in summaries]
+        parts = [work(summary) for summary in summaries]
         before = parts[0][0]  # made once, for all
         began = summaries[0].stat().st_mtime - before - parts[0][1]
         spent = before + sum(rest for _, rest in parts)

@@ -44,9 +44,9 @@ def busy(num: int) -> Iterator[None]:
     try:
         yield
     finally:
-        for one in spinning:
-            one.kill()
-            one.wait()
+        for process in spinning:
+            process.kill()
+            process.wait()
 
 
 def seconds(environment: dict[str, str], overrides: list[str]) -> float:
@@ -74,7 +74,7 @@ def main(overrides: list[str]) -> None:
                 with busy(num):
                     found[f"{choice}_{name}"].append(seconds(environment, overrides))
                 print(f"{choice} {name}: {found[f'{choice}_{name}'][-1]:.1f} s", file=sys.stderr)
-    middle = {name: round(median(one), 1) for name, one in found.items()}
+    middle = {name: round(median(times), 1) for name, times in found.items()}
     figures = {
         "cores": os.cpu_count(),
         "seconds": middle,

@@ -153,14 +153,14 @@ def ours(accuracy: list[Array]) -> int | None:
 def pooled(accuracy: list[Array]) -> int | None:
     """Return the winner by the rule before: one variance between seeds for all settings."""
     num_pairs = accuracy[0].shape[1]
-    runs = [special.logit((one.sum(1) + 0.5) / (num_pairs + 1)) for one in accuracy]
-    means = np.array([one.mean() for one in runs])
-    shares = np.clip([one.mean() for one in accuracy], 0.5 / num_pairs, 1 - 0.5 / num_pairs)
+    runs = [special.logit((setting.sum(1) + 0.5) / (num_pairs + 1)) for setting in accuracy]
+    means = np.array([run.mean() for run in runs])
+    shares = np.clip([setting.mean() for setting in accuracy], 0.5 / num_pairs, 1 - 0.5 / num_pairs)
     slopes = 1 / (shares * (1 - shares))
-    freedom = sum(len(one) - 1 for one in accuracy)
+    freedom = sum(len(setting) - 1 for setting in accuracy)
     between = sum(
-        ((run - run.mean()) ** 2).sum() - (len(one) - 1) * _chance(one) * slope**2
-        for run, one, slope in zip(runs, accuracy, slopes, strict=True)
+        ((run - run.mean()) ** 2).sum() - (len(setting) - 1) * _chance(setting) * slope**2
+        for run, setting, slope in zip(runs, accuracy, slopes, strict=True)
     )
     variance = max(between / freedom, 0.0)
     best = int(means.argmax())
@@ -182,7 +182,7 @@ def _chance(scores: Array) -> float:
 
 def pairs_only(scores: list[Array], rng: Generator) -> int | None:
     """Return the winner of a bootstrap over pairs, which takes the runs at hand for the setting."""
-    means = np.stack([one.mean(0) for one in scores])
+    means = np.stack([setting.mean(0) for setting in scores])
     best = int(means.mean(1).argmax())
     num = means.shape[1]
     weights = rng.multinomial(num, np.full(num, 1 / num), size=RESAMPLES) / num
@@ -193,9 +193,9 @@ def pairs_only(scores: list[Array], rng: Generator) -> int | None:
 def sweeps(situation: Situation, *, seed: int = 0) -> Iterator[list[Array]]:
     """Return the preference accuracies of NUM_SWEEPS sweeps."""
     rng = np.random.default_rng(seed)
-    one = situation
+    sizes = situation.num_seeds, situation.num_pairs
     for _ in range(NUM_SWEEPS):
-        yield draw(rng, one.shares, one.num_seeds, one.num_pairs, one.run_effects, one.parts)
+        yield draw(rng, situation.shares, *sizes, situation.run_effects, situation.parts)
 
 
 def count(
@@ -214,7 +214,7 @@ def count(
             winner = rule(accuracy)
             found[f"{name}_false"] += winner not in (None, situation.best)
             found[f"{name}_best"] += winner is not None and winner == situation.best
-    return {name: one / NUM_SWEEPS for name, one in found.items()}
+    return {name: num / NUM_SWEEPS for name, num in found.items()}
 
 
 def winners() -> Iterator[tuple[str, dict[str, float]]]:
@@ -282,7 +282,7 @@ def any_worse(scores: list[Array]) -> bool:
     """Return whether a verdict takes any setting out for its quality, whatever the margin."""
     quality = Quality("nll", "nats", Measure(scores, is_share=False), margin=0.0)
     standings = decide(Measure([np.ones((2, 2))] * len(scores), is_share=True), [quality]).qualities
-    return any(one.worse_in for one in standings)
+    return any(standing.worse_in for standing in standings)
 
 
 def coverage() -> Iterator[tuple[str, dict[str, float]]]:
@@ -329,10 +329,12 @@ def needed() -> Iterator[tuple[str, dict[str, float]]]:
             )
             then = replace(now, num_seeds=[asked] * num_settings)
         typical = [
-            (one.pairs_needed if what == "pairs" else one.seeds_needed)(0, 1) or np.inf
-            for one in (Measure(accuracy, is_share=True) for accuracy in sweeps(now))
+            (measure.pairs_needed if what == "pairs" else measure.seeds_needed)(0, 1) or np.inf
+            for measure in (Measure(accuracy, is_share=True) for accuracy in sweeps(now))
         ]
-        shown = [Measure(one, is_share=True).is_above(0, 1) for one in sweeps(then, seed=1)]
+        shown = [
+            Measure(accuracy, is_share=True).is_above(0, 1) for accuracy in sweeps(then, seed=1)
+        ]
         yield (
             f"{what}, {num_settings} settings, run effect {effect}, now {num_seeds} x {num_pairs}",
             {"asked": asked, "shown": float(np.mean(shown)), "typical": float(np.median(typical))},
@@ -351,7 +353,7 @@ def latent_means(rng: Generator, shares: Array, num_seeds: int, num_pairs: int) 
     """
     seeds = [num_seeds] * len(shares)
     drawn = (draw(rng, shares, seeds, num_pairs) for _ in range(BOUND_SWEEPS))
-    right = np.array([[one.sum(1) for one in scores] for scores in drawn])
+    right = np.array([[setting.sum(1) for setting in scores] for scores in drawn])
     return stats.norm.ppf((right + 0.5) / (num_pairs + 1)).mean(2)
 
 

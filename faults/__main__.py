@@ -53,7 +53,7 @@ def run(
     references = References(scratch / "references")
     counts: dict[str, Counter[Ending]] = {}
 
-    def one(number: int) -> Outcome:
+    def inject(number: int) -> Outcome:
         family, fault = chosen[number]
         begun = time.monotonic()
         outcome = happen(fault, Bench(scratch / str(number), references))
@@ -65,7 +65,7 @@ def run(
 
     with ThreadPoolExecutor(jobs) as busy, ThreadPoolExecutor(2 * jobs) as waiting:
         endings = [
-            (family, (waiting if fault.waits else busy).submit(one, number))
+            (family, (waiting if fault.waits else busy).submit(inject, number))
             for number, (family, fault) in enumerate(chosen)
         ]
         for family, outcome in endings:
@@ -78,9 +78,9 @@ def table(counts: dict[str, Counter[Ending]]) -> str:
     head = "| family | tried | survived | refused clearly | failed silently |"
     rows = [head, "|---|---:|---:|---:|---:|"]
     whole = sum(counts.values(), Counter())
-    for name, one in [*counts.items(), ("**all**", whole)]:
-        figures = " | ".join(str(one[ending]) for ending in Ending)
-        rows.append(f"| {name} | {one.total()} | {figures} |")
+    for name, count in [*counts.items(), ("**all**", whole)]:
+        figures = " | ".join(str(count[ending]) for ending in Ending)
+        rows.append(f"| {name} | {count.total()} | {figures} |")
     return "\n".join(rows)
 
 
@@ -110,7 +110,8 @@ def main() -> None:
         counts = run(chosen, scratch, asked.jobs)
     whole = sum(counts.values(), Counter[Ending]())
     print(f"\n{table(counts)}\n\n{time.monotonic() - begun:.0f} seconds\n")
-    print(json.dumps({"tried": whole.total()} | {one.value: whole[one] for one in Ending}))
+    endings = {ending.value: whole[ending] for ending in Ending}
+    print(json.dumps({"tried": whole.total()} | endings))
     if whole[Ending.SILENT]:
         sys.exit(1)
     shutil.rmtree(scratch)

@@ -60,8 +60,8 @@ def survived(
         return silent(f"exit code {_code(done)}: {_end(done.stderr)}")
     if "Traceback" in done.stderr:
         return silent(f"a traceback: {_end(done.stderr)}")
-    came_to, expected = (state(one, apart_from_step) for one in (run, reference))
-    different = [name for name, one in came_to.items() if one != expected[name]]
+    came_to, expected = (state(folder, apart_from_step) for folder in (run, reference))
+    different = [name for name, value in came_to.items() if value != expected[name]]
     if different:
         return silent(f"not as the unharmed run: {', '.join(different)}")
     return Outcome(Ending.SURVIVED)

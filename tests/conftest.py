@@ -55,13 +55,13 @@ def compose_job(*overrides: str) -> DictConfig:
     the options came to.
     """
     typed = as_typed(overrides)
-    options = [one for one in typed if one.lstrip("+").partition("=")[0] in GROUPS]
+    options = [override for override in typed if override.lstrip("+").partition("=")[0] in GROUPS]
     composed: DictConfig = pickle.loads(_composed(*options))
     others = OverridesParser.create().parse_overrides([o for o in typed if o not in options])
     ConfigLoaderImpl._apply_overrides_to_config(others, composed)
-    for one in others:
+    for parsed in others:
         given = composed.hydra.overrides
-        (given.hydra if one.is_hydra_override() else given.task).append(one.input_line)
+        (given.hydra if parsed.is_hydra_override() else given.task).append(parsed.input_line)
     return composed
 
 

@@ -59,14 +59,14 @@ def signal_after(
     return running.wait()
 
 
-def assert_same(one: Path, other: Path) -> None:
+def assert_same(folder: Path, other: Path) -> None:
     """Two runs came to the same: weights, held-out metrics and every line of metrics."""
-    weights = [load_file(next((run / "final").glob("*.safetensors"))) for run in (one, other)]
+    weights = [load_file(next((run / "final").glob("*.safetensors"))) for run in (folder, other)]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    after = [json.loads((run / "summary.json").read_text())["after"] for run in (one, other)]
+    after = [json.loads((run / "summary.json").read_text())["after"] for run in (folder, other)]
     assert after[0] == after[1]
-    assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+    assert (folder / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
 
 
 @pytest.mark.slow
@@ -263,7 +263,7 @@ def test_the_newest_trained_model_of_this_configuration_goes_before_checkpoints(
 ) -> None:
     place = RunFolder(tmp_path)
     place.append_metrics(1, {"loss": 1.0})
-    place.write_json("segments.json", [{"config_hash": one} for one in ("before", "now")])
+    place.write_json("segments.json", [{"config_hash": digest} for digest in ("before", "now")])
     for name, config_hash in (
         ("checkpoint-9", "before"),
         ("checkpoint-10", "now"),
@@ -466,7 +466,8 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(
     assert done.stderr.startswith("error: ")
     assert "cannot be written" in done.stderr
     assert done.stderr.count("\n") == 1
-    assert [one.name for one in checkpoint.folders(RunFolder(tmp_path / "run"))] == ["checkpoint-1"]
+    names = [folder.name for folder in checkpoint.folders(RunFolder(tmp_path / "run"))]
+    assert names == ["checkpoint-1"]
     launch(*common, "hydra.run.dir=run")
     assert (tmp_path / "run" / "final").exists()
 

@@ -89,7 +89,7 @@ def write(tmp_path: Path) -> Write:
         columns["rejected_logp"] = (np.array(columns["chosen_logp"]) - margin).tolist()
         before = columns | {"when": ["before"] * num, "rejected_logp": [0.0] * num}
         before |= {name: columns[name][::-1] for name in ("correct", "generated_tokens")}
-        tables = [pa.table(one, schema=SCORES) for one in (before, columns)]
+        tables = [pa.table(part, schema=SCORES) for part in (before, columns)]
         pq.write_table(pa.concat_tables(tables), place.path / "scores.parquet")
         after: dict[str, Any] = {
             "preference_accuracy": accuracy,
@@ -132,8 +132,8 @@ def sweep(write: Write, accuracies: dict[float, float], seeds: int = 3, **rest: 
 
 def test_seeds_are_one_setting_and_settings_are_named_by_what_differs(write: Write) -> None:
     compared = compare_sweep(sweep(write, {0.1: 0.8, 0.2: 0.9}))
-    assert [one.name for one in compared.settings] == ["beta=0.1", "beta=0.2"]
-    assert [one.seeds for one in compared.settings] == [[1, 2, 3]] * 2
+    assert [setting.name for setting in compared.settings] == ["beta=0.1", "beta=0.2"]
+    assert [setting.seeds for setting in compared.settings] == [[1, 2, 3]] * 2
     assert compared.verdict.winner == 1
     assert "The winner is beta=0.2" in verdict_text(compared)[0]
 
@@ -145,7 +145,7 @@ def test_a_constant_schedule_does_not_read_beta_end_and_the_same_seed_counts_onc
     write("1", beta_end=0.05)
     folder = write("2", schedule="cosine", beta_end=0.05).parent
     compared = compare_sweep(folder)
-    assert [len(one.runs) for one in compared.settings] == [1, 1]
+    assert [len(setting.runs) for setting in compared.settings] == [1, 1]
     assert len(compared.runs) == 3
 
 
@@ -175,7 +175,7 @@ def test_other_data_and_other_models_are_other_settings(write: Write) -> None:
             choices={"model": "local", "dataset": "file"},
             contents={"model.path": made_of},
         ).parent
-    names = [one.name for one in compare_sweep(folder).settings]
+    names = [setting.name for setting in compare_sweep(folder).settings]
     assert len(set(names)) == 4
     assert all(re.search(r"dataset=[xy]\.jsonl model=[ab] \(\w{6}\)", name) for name in names), (
         names
@@ -190,13 +190,14 @@ def test_named_models_are_called_by_their_names(write: Write) -> None:
             choices={"model": name},
             contents={"model.path": f"org/{name}"},
         ).parent
-    assert [one.name for one in compare_sweep(folder).settings] == ["model=phi2", "model=tiny"]
+    names = [setting.name for setting in compare_sweep(folder).settings]
+    assert names == ["model=phi2", "model=tiny"]
 
 
 def test_settings_whose_names_round_to_the_same_stay_apart(write: Write) -> None:
     write("0", beta=0.1)
     folder = write("1", beta=0.1000000001).parent
-    assert [one.name for one in compare_sweep(folder).settings] == ["beta=0.1", "beta=0.1"]
+    assert [setting.name for setting in compare_sweep(folder).settings] == ["beta=0.1", "beta=0.1"]
 
 
 def test_settings_stand_in_the_order_of_their_numbers(write: Write) -> None:
@@ -204,7 +205,7 @@ def test_settings_stand_in_the_order_of_their_numbers(write: Write) -> None:
     for rate in rates:
         folder = write(f"{rate}", config={"optimizer": {"learning_rate": rate}}).parent
     names = [f"optimizer.learning_rate={rate:g}" for rate in sorted(rates)]
-    assert [one.name for one in compare_sweep(folder).settings] == names
+    assert [setting.name for setting in compare_sweep(folder).settings] == names
 
 
 def test_with_one_seed_nothing_is_separated(write: Write) -> None:
@@ -345,7 +346,7 @@ def test_the_report_lands_in_the_first_folder_and_lists_what_did_not_finish(
 def test_without_answers_quality_is_nll_alone(write: Write) -> None:
     folder = sweep(write, {0.1: 0.8, 0.2: 0.9}, exact_match=None, length=None)
     compared = compare_sweep(folder)
-    assert [one.name for one in compared.qualities] == ["chosen_nll"]
+    assert [quality.name for quality in compared.qualities] == ["chosen_nll"]
     assert compared.warnings == []
 
 

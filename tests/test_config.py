@@ -65,9 +65,9 @@ TRIPLES = [
 
 def test_the_triples_hold_every_pair_of_options() -> None:
     groups = (EXPERIMENTS, options("optimizer"), options("beta_schedule"))
-    for one, other in itertools.combinations(range(3), 2):
-        pairs = set(itertools.product(groups[one], groups[other]))
-        assert {(triple[one], triple[other]) for triple in TRIPLES} == pairs
+    for index, other in itertools.combinations(range(3), 2):
+        pairs = set(itertools.product(groups[index], groups[other]))
+        assert {(triple[index], triple[other]) for triple in TRIPLES} == pairs
 
 
 @pytest.mark.parametrize(("experiment", "optimizer", "schedule"), TRIPLES)
@@ -92,14 +92,14 @@ def test_every_optimizer_schedule_and_experiment_compose(
     ids=" ".join,
 )
 def test_what_tests_compose_is_what_hydra_composes(overrides: list[str]) -> None:
-    one, other = compose_job(*overrides), compose_anew(*as_typed(overrides))
+    composed, other = compose_job(*overrides), compose_anew(*as_typed(overrides))
     # As text: what stands in it is asked of Hydra, which runs nothing here
-    places = [OmegaConf.to_container(each.hydra.run, resolve=False) for each in (one, other)]
+    places = [OmegaConf.to_container(each.hydra.run, resolve=False) for each in (composed, other)]
     assert places[0] == places[1]
-    assert one.hydra.runtime.choices == other.hydra.runtime.choices
-    assert sorted(one.hydra.overrides.task) == sorted(other.hydra.overrides.task)
-    assert one.hydra.overrides.hydra == other.hydra.overrides.hydra
-    assert ours(one) == ours(other)
+    assert composed.hydra.runtime.choices == other.hydra.runtime.choices
+    assert sorted(composed.hydra.overrides.task) == sorted(other.hydra.overrides.task)
+    assert composed.hydra.overrides.hydra == other.hydra.overrides.hydra
+    assert ours(composed) == ours(other)
 
 
 def test_a_galore_run_and_a_qlora_run_differ_by_one_override(
@@ -124,7 +124,9 @@ def test_every_yaml_key_has_a_comment(file: Path) -> None:
 
 def test_every_dataclass_field_has_a_value_in_yaml(load: Callable[..., config.Config]) -> None:
     written = {key for file in FILES for key in _keys(yaml.safe_load(file.read_text()))}
-    named = {one.name for schema in (config.Config, Faults, *_schemas()) for one in fields(schema)}
+    named = {
+        field.name for schema in (config.Config, Faults, *_schemas()) for field in fields(schema)
+    }
     assert named - set(GROUPS) - {"train", "faults"} <= written
 
 
@@ -318,5 +320,5 @@ def test_one_wish_is_one_key(
 
 
 def test_a_file_and_a_data_set_of_the_hub_are_cut_alike(load: Callable[..., config.Config]) -> None:
-    one, other = (load(*NEEDS[f"dataset/{name}"], f"dataset={name}") for name in ("hub", "file"))
-    assert one.dataset.overlong == other.dataset.overlong
+    hub, file = (load(*NEEDS[f"dataset/{name}"], f"dataset={name}") for name in ("hub", "file"))
+    assert hub.dataset.overlong == file.dataset.overlong

@@ -257,7 +257,7 @@ def test_one_split_is_divided_by_prompt(load: Load, tokenizer: Any, tmp_path: Pa
         "dataset=ultrafeedback_cleaned", f"dataset.path={folder}", "dataset.num_eval=6"
     ).dataset
     loaded = data.load(settings, tokenizer)
-    train, held_out = (set(one["prompt_text"]) for one in (loaded.train, loaded.held_out))
+    train, held_out = (set(part["prompt_text"]) for part in (loaded.train, loaded.held_out))
     assert not train & held_out
     assert len(loaded.held_out) == 6
     # Six prompts are held out, and with them both rows of each
@@ -315,7 +315,9 @@ def test_of_a_small_file_a_fifth_is_held_out_and_a_number_that_is_given_is_exact
     loaded = data.load(settings, tokenizer)
     assert len(loaded.held_out) == held_out
     assert len(loaded.train) == (settings.num_train or num_rows - held_out)
-    said = [one.getMessage() for one in caplog.records if "are held out" in one.getMessage()]
+    said = [
+        record.getMessage() for record in caplog.records if "are held out" in record.getMessage()
+    ]
     assert len(said) == (says is not None)
     assert not says or said[0].startswith(says)
 
@@ -331,11 +333,11 @@ def test_rows_are_drawn_over_a_whole_file_and_held_out_whatever_their_order(
         loaded = data.load(
             load("dataset=file", f"dataset.train_path={file}", *sizes).dataset, tokenizer
         )
-        return [set(one["prompt_text"]) for one in (loaded.train, loaded.held_out)]
+        return [set(part["prompt_text"]) for part in (loaded.train, loaded.held_out)]
 
     (train, held_out), (_, again) = prompts(rows), prompts(rows[::-1])
     assert held_out == again
-    places = [at for at, row in enumerate(rows) if any(row["prompt"] in one for one in train)]
+    places = [at for at, row in enumerate(rows) if any(row["prompt"] in text for text in train)]
     assert len(places) == 20
     assert places[0] < 20 <= 40 < places[-1]
 
@@ -363,7 +365,7 @@ def test_good_pairs_are_drawn_and_the_report_counts_every_row(
 ) -> None:
     # Two of three rows do not fit, which only tokenizing shows
     rows = [
-        one for a in range(30) for one in (LONG_ROWS[a], GOOD[a], {**LONG_ROWS[a], "chosen": "1"})
+        row for a in range(30) for row in (LONG_ROWS[a], GOOD[a], {**LONG_ROWS[a], "chosen": "1"})
     ]
     held_out = [{**row, "prompt": f"take {row['prompt']}"} for row in rows]
     overrides = [f"dataset.train_path={write_rows(tmp_path / 'rows.jsonl', rows)}"]
@@ -373,15 +375,15 @@ def test_good_pairs_are_drawn_and_the_report_counts_every_row(
     settings = load(
         *("dataset=file", *overrides, *lengths, "dataset.num_train=12", "dataset.num_eval=8")
     ).dataset
-    one, other = (data.load(replace(settings, num_proc=num), tokenizer) for num in (None, 2))
-    assert (len(one.train), len(one.held_out)) == (12, 8)
-    assert one.report == other.report
-    for report in one.report.values():
+    loaded, other = (data.load(replace(settings, num_proc=num), tokenizer) for num in (None, 2))
+    assert (len(loaded.train), len(loaded.held_out)) == (12, 8)
+    assert loaded.report == other.report
+    for report in loaded.report.values():
         dropped = sum(entry["num"] for entry in report["dropped"].values())
         assert report["num_rows"] == report["num_kept"] + dropped
-    total = sum(report["num_rows"] + report["num_not_drawn"] for report in one.report.values())
+    total = sum(report["num_rows"] + report["num_not_drawn"] for report in loaded.report.values())
     assert total == 90 * (1 + given)
-    assert not set(one.train["prompt_text"]) & set(one.held_out["prompt_text"])
+    assert not set(loaded.train["prompt_text"]) & set(loaded.held_out["prompt_text"])
 
 
 def test_a_row_behind_those_that_are_drawn_is_not_looked_at(
@@ -417,7 +419,9 @@ def test_many_rows_lost_to_their_lengths_are_a_warning_with_the_lengths_that_kee
 ) -> None:
     file = write_rows(tmp_path / "rows.jsonl", [*LONG_ROWS[:39], GOOD[39]])
     data.load(jsonl(load, file), tokenizer)
-    (said,) = [one.getMessage() for one in caplog.records if "too long" in one.getMessage()]
+    (said,) = [
+        record.getMessage() for record in caplog.records if "too long" in record.getMessage()
+    ]
     assert "train: 39 of 40 pairs (98 %) are too long" in said
     found = re.search(r"dataset.max_length=(\d+) dataset.max_prompt_length=(\d+) would keep", said)
     assert found is not None
@@ -514,7 +518,9 @@ def test_a_fingerprint_is_of_every_id_of_every_pair(column: str) -> None:
     pair = {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5]}
     rows = [pair, {**pair, "prompt_ids": [6]}]
     other = [rows[0], {**rows[1], column: [7]}]
-    one, two = (data._fingerprint(datasets.Dataset.from_list(each)) for each in (rows, other))
-    assert one != two
+    fingerprint, changed = (
+        data._fingerprint(datasets.Dataset.from_list(each)) for each in (rows, other)
+    )
+    assert fingerprint != changed
     # Scores lie by number: the order counts too
-    assert one != data._fingerprint(datasets.Dataset.from_list(rows[::-1]))
+    assert fingerprint != data._fingerprint(datasets.Dataset.from_list(rows[::-1]))

@@ -228,7 +228,7 @@ def lines_of(case: Case) -> list[int]:
 
 
 def test_every_fault_has_a_case() -> None:
-    assert list(CASES) == [one.name for one in fields(Faults)]
+    assert list(CASES) == [field.name for field in fields(Faults)]
 
 
 @each
@@ -283,7 +283,7 @@ def test_a_row_counts_once_however_many_faults_it_has(
     case = Case([*rows, {**PAIR, "prompt": "count " * 200}])
     settings = settings_for(composed, tmp_path, case, special_token_text="keep")
     report = data.load(settings, tokenizer).report["train"]
-    assert {name: one["num"] for name, one in report["dropped"].items()} == {
+    assert {name: entry["num"] for name, entry in report["dropped"].items()} == {
         "nul_character": 2,
         "empty_completion": 1,
         "prompt_too_long": 1,
@@ -440,10 +440,10 @@ def test_what_is_kept_and_drawn_is_the_same_in_every_run(
         "dataset.num_eval=10",
         "dataset.num_train=20",
     ).dataset
-    one, other = (data.load(settings, tokenizer) for _ in range(2))
-    assert one.report == other.report
-    report = one.report["train"]
+    loaded, other = (data.load(settings, tokenizer) for _ in range(2))
+    assert loaded.report == other.report
+    report = loaded.report["train"]
     assert report["num_rows"] == 80  # 20 drawn, and 60 that repeat another
     assert report["num_not_drawn"] == 30
     assert report["dropped"]["duplicate"]["num"] == 60
-    assert not set(one.train["prompt_text"]) & set(one.held_out["prompt_text"])
+    assert not set(loaded.train["prompt_text"]) & set(loaded.held_out["prompt_text"])

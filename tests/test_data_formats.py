@@ -78,7 +78,7 @@ def read(load: Load, tokenizer: Any) -> Callable[..., data.Data]:
 
 
 def adds_up(report: dict[str, Any]) -> bool:
-    dropped = sum(one["num"] for one in report["dropped"].values())
+    dropped = sum(entry["num"] for entry in report["dropped"].values())
     return bool(report["num_rows"] == report["num_kept"] + dropped)
 
 
@@ -88,13 +88,13 @@ KINDS = [".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parque
 def test_every_kind_of_file_holds_the_same_pairs(
     read: Callable[..., data.Data], tmp_path: Path
 ) -> None:
-    for rows, kinds in ((PLAIN, KINDS), (MESSAGES, [one for one in KINDS if "csv" not in one])):
+    for rows, kinds in ((PLAIN, KINDS), (MESSAGES, [kind for kind in KINDS if "csv" not in kind])):
         loaded = [read(write(tmp_path / f"rows{kind}", rows)) for kind in kinds]
         assert len(loaded[0].train) == 10
-        for one in loaded:
+        for pairs in loaded:
             for split in ("train", "held_out"):
                 expected = loaded[0].report[split]["fingerprint"]
-                assert one.report[split]["fingerprint"] == expected
+                assert pairs.report[split]["fingerprint"] == expected
 
 
 @pytest.mark.parametrize("kind", [".jsonl.gz", ".json", ".csv", ".parquet"])
@@ -174,7 +174,7 @@ def test_tool_calls_and_tools_reach_the_template_from_every_kind_of_source(
     loaded = data.load(load(*source, *overrides).dataset, asked)
     texts = [*loaded.train["chosen_text"], *loaded.held_out["chosen_text"]]
     calls = [row["chosen"][0]["tool_calls"][0]["function"] for row in CALLS]
-    expected = [f"<tool_call>\n{json.dumps(one)}\n</tool_call><|im_end|>\n" for one in calls]
+    expected = [f"<tool_call>\n{json.dumps(call)}\n</tool_call><|im_end|>\n" for call in calls]
     assert sorted(texts) == sorted(expected)
     assert all(json.dumps(TOOL) in text for text in loaded.train["prompt_text"])
     assert not loaded.report["train"]["dropped"]
@@ -184,9 +184,9 @@ def test_tool_calls_and_tools_reach_the_template_from_every_kind_of_source(
 def test_rows_that_differ_in_a_call_or_in_their_tools_only_are_no_repeats(
     load: Load, tokenizer: Any, tmp_path: Path
 ) -> None:
-    one, other = CALLS[2], {**CALLS[2], "chosen": called(place="third")}
+    row, other = CALLS[2], {**CALLS[2], "chosen": called(place="third")}
     third = {**CALLS[2], "tools": [TOOL, TOOL]}
-    rows = [one, other, third, one, CALLS[3]]
+    rows = [row, other, third, row, CALLS[3]]
     asked = copy.copy(tokenizer)
     asked.chat_template = (ROOT / "tests" / "templates" / "tool_calls.jinja").read_text()
     file = write(tmp_path / "rows.jsonl", rows)
@@ -365,11 +365,11 @@ def test_ranked_replies_become_pairs_and_the_others_are_counted(
     assert isinstance(settings, OasstDataset)
     trees = Trees(settings)
     pairs = trees.pairs(TREE, 7)
-    assert pairs == [one if isinstance(one, Pair) else pair(*one) for one in expected]
+    assert pairs == [item if isinstance(item, Pair) else pair(*item) for item in expected]
     report = trees.report()
-    counts = {reason: one["num"] for reason, one in report["left_out"].items()}
+    counts = {reason: entry["num"] for reason, entry in report["left_out"].items()}
     assert counts == {reason: num for reason, num in (LEFT_OUT | left_out).items() if num}
-    assert all(one["rows"] == [7] for one in report["left_out"].values())
+    assert all(entry["rows"] == [7] for entry in report["left_out"].values())
     assert report["num_replies"] == 13
     assert report["num_paired"] == 13 - sum(counts.values())
 
@@ -418,13 +418,13 @@ def test_real_rows_load_and_the_report_adds_up(
     settings = load("dataset=jsonl", *overrides, *lengths, "dataset.overlong=cut_prompt").dataset
     report = data.load(settings, tokenizer).report
     assert all(map(adds_up, report.values()))
-    assert sum(one["num_rows"] + one["num_not_drawn"] for one in report.values()) == num_rows
-    assert sum(one["num_kept"] for one in report.values()) >= 0.95 * num_rows
+    assert sum(split["num_rows"] + split["num_not_drawn"] for split in report.values()) == num_rows
+    assert sum(split["num_kept"] for split in report.values()) >= 0.95 * num_rows
 
 
 @pytest.mark.parametrize(
     "pairing",
-    ["best_worst", *(pytest.param(one, marks=pytest.mark.slow) for one in ("adjacent", "all"))],
+    ["best_worst", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adjacent", "all"))],
 )
 def test_real_trees_load_and_the_report_adds_up(
     load: Load, tokenizer: Any, assets: Path, tmp_path: Path, pairing: str
@@ -444,13 +444,13 @@ def test_real_trees_load_and_the_report_adds_up(
     replies = loaded.report["train"]["replies"]
     # As many as lines of the file say `"role": "assistant"`
     assert replies["num_replies"] == trees.count(b'"role": "assistant"') == 687
-    left_out = sum(one["num"] for one in replies["left_out"].values())
+    left_out = sum(entry["num"] for entry in replies["left_out"].values())
     assert replies["num_paired"] == 687 - left_out
-    num_pairs = sum(one["num_rows"] + one["num_not_drawn"] for one in loaded.report.values())
+    num_pairs = sum(split["num_rows"] + split["num_not_drawn"] for split in loaded.report.values())
     if pairing == "best_worst":
         assert 2 * num_pairs == replies["num_paired"]
     assert len(loaded.train) > 100
     # No prompt goes on from one of the other side, whose answers it would quote
     sides = [list(split["prompt_text"]) for split in (loaded.train, loaded.held_out)]
-    for one, others in (sides, sides[::-1]):
-        assert not [text for text in one if text.startswith(tuple(others))]
+    for prompts, others in (sides, sides[::-1]):
+        assert not [text for text in prompts if text.startswith(tuple(others))]

@@ -94,7 +94,7 @@ policies = st.sampled_from(["default", "drop", "drop", "keep", "keep"])
 def with_policies(settings: FileDataset, policy: str) -> FileDataset:
     if policy == "default":
         return settings
-    names = [one.name for one in fields(Faults)]
+    names = [field.name for field in fields(Faults)]
     kept = KEEPABLE_FAULTS if policy == "keep" else ()
     chosen = {name: "keep" if name in kept else "drop" for name in names}
     return replace(settings, faults=Faults(**chosen))
@@ -103,12 +103,12 @@ def with_policies(settings: FileDataset, policy: str) -> FileDataset:
 def check(loaded: data.Data, settings: FileDataset, policy: str) -> None:
     for name, split in (("train", loaded.train), ("held_out", loaded.held_out)):
         report = loaded.report[name]
-        dropped = sum(one["num"] for one in report["dropped"].values())
+        dropped = sum(entry["num"] for entry in report["dropped"].values())
         assert report["num_rows"] == report["num_kept"] + dropped
         assert report["num_kept"] == len(split) > 0
         for row in split:
             ids = prompt, chosen, rejected = (
-                row[f"{one}_ids"] for one in ("prompt", "chosen", "rejected")
+                row[f"{key}_ids"] for key in ("prompt", "chosen", "rejected")
             )
             assert all(ids)
             assert len(prompt) <= settings.max_prompt_length
@@ -175,10 +175,10 @@ def run_examples(load: Load, tokenizer: Any, num_examples: int) -> dict[str, int
             return
         check(loaded, chosen, policy)
         reports = loaded.report.values()
-        assert num_rows == sum(one["num_rows"] + one["num_not_drawn"] for one in reports)
-        counts["kept"] += sum(one["num_kept"] for one in reports)
+        assert num_rows == sum(report["num_rows"] + report["num_not_drawn"] for report in reports)
+        counts["kept"] += sum(report["num_kept"] for report in reports)
         counts["dropped"] += sum(
-            entry["num"] for one in reports for entry in one["dropped"].values()
+            entry["num"] for report in reports for entry in report["dropped"].values()
         )
 
     load_one()

@@ -179,7 +179,7 @@ def come_to(kind: Kind, tokenizer: Any) -> str:
         faults += find_unrendered(kind.pair, rendered, tokenizer)
     except Fault as fault:
         faults.append(fault)
-    left_out = [one.name for one in faults if getattr(default_policies(), one.name) != "keep"]
+    left_out = [fault.name for fault in faults if getattr(default_policies(), fault.name) != "keep"]
     if left_out:
         return left_out[0]
     wrong = judge(rendered, kind, tokenizer)
@@ -203,7 +203,7 @@ def shipped() -> Iterator[tuple[str, str]]:
         for file in sorted(folder.glob("models/*/processing_*.py")):
             text = file.read_text()
             if "{%" in text and "message" in text:
-                yield from ((f"{package}/{file.name}", one) for one in strings(text))
+                yield from ((f"{package}/{file.name}", template) for template in strings(text))
 
 
 def strings(source: str) -> Iterator[str]:
@@ -220,8 +220,8 @@ def test_every_shipped_template_renders_a_row_right_or_the_row_is_refused(tokeni
     silent, plain = [], []
     for name, template in templates:
         asked = with_template(tokenizer, template)
-        for kind, one in KINDS.items():
-            came_to = come_to(one, asked)
+        for kind, case in KINDS.items():
+            came_to = come_to(case, asked)
             counts[came_to.split(":")[0]] += 1
             silent += [f"{name}, {kind}: {came_to}"] * came_to.startswith("silent")
             plain += [name] * (kind == "plain" and came_to == "right")
@@ -262,8 +262,8 @@ REFUSED: dict[str, dict[str, str]] = {
 @pytest.mark.parametrize("file", WRITTEN, ids=lambda file: file.stem)
 def test_a_family_renders_what_it_can_and_the_rest_is_refused(tokenizer: Any, file: Path) -> None:
     asked = with_template(tokenizer, file.read_text())
-    came_to = {kind: come_to(one, asked) for kind, one in KINDS.items()}
-    print(f"{file.stem}: {dict(Counter(one.split(':')[0] for one in came_to.values()))}")
+    came_to = {kind: come_to(case, asked) for kind, case in KINDS.items()}
+    print(f"{file.stem}: {dict(Counter(outcome.split(':')[0] for outcome in came_to.values()))}")
     expected = dict.fromkeys(KINDS, "right") | REFUSED[file.stem]
     assert came_to == expected | {"a prefilled answer": "prefilled_answer"}
 
@@ -302,13 +302,13 @@ def as_trl(pair: Pair, tokenizer: Any) -> Rendered:
 def test_the_judge_sees_what_goes_wrong_without_a_check(
     tokenizer: Any, template: str, kind: str, wrong: str
 ) -> None:
-    (file,) = [one for one in WRITTEN if one.stem == template]
+    (file,) = [path for path in WRITTEN if path.stem == template]
     asked = with_template(tokenizer, file.read_text())
     assert judge(as_trl(KINDS[kind].pair, asked), KINDS[kind], asked).startswith(wrong)
 
 
 def rendered_by(tokenizer: Any, template: str, pair: Pair, today: date = TODAY) -> Rendered:
-    (file,) = [one for one in WRITTEN if one.stem == template]
+    (file,) = [path for path in WRITTEN if path.stem == template]
     return render(pair, with_template(tokenizer, file.read_text()), today)
 
 
@@ -386,7 +386,7 @@ def test_a_text_counts_as_rendered_as_itself_trimmed_and_inside_json(tokenizer: 
     for template in ("tool_calls", "gemma"):
         asked = [assistant(odd, tool_calls=call(odd)["tool_calls"])] if "tool" in template else GOOD
         pair = Pair([user(odd)], asked, BAD)
-        (file,) = [one for one in WRITTEN if one.stem == template]
+        (file,) = [path for path in WRITTEN if path.stem == template]
         chosen = with_template(tokenizer, file.read_text())
         assert not list(find_unrendered(pair, render(pair, chosen, TODAY), chosen))
 
@@ -412,7 +412,7 @@ def test_a_date_in_a_template_is_the_runs_whatever_the_clock_says(
             return cls(2031, 1, 2)
 
     kind = KINDS["plain"]
-    (file,) = [one for one in WRITTEN if one.stem == "llama_date"]
+    (file,) = [path for path in WRITTEN if path.stem == "llama_date"]
     asked = with_template(tokenizer, file.read_text())
     settings = replace(config.load(compose_config()).dataset, max_length=512, max_prompt_length=400)
 

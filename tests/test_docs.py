@@ -28,7 +28,7 @@ def commands(file: Path) -> list[list[str]]:
         r"python launch\.py(?: +(.*))?$", text.replace("\\\n", " "), flags=re.MULTILINE
     )
     made = re.findall(r'make run ARGS="(.*?)"', text)
-    return [shlex.split(one, comments=True) for one in [*found, *made]]
+    return [shlex.split(command, comments=True) for command in [*found, *made]]
 
 
 def jobs(overrides: list[str]) -> list[list[str]]:

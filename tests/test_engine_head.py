@@ -22,7 +22,7 @@ def make(num: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sizes = ((num, 7), (13, 7), (13,))
     numbers = [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
     targets = torch.randint(13, (num,), generator=generator)
-    states, weight, bias = (one.to(dtype).requires_grad_() for one in numbers)
+    states, weight, bias = (tensor.to(dtype).requires_grad_() for tensor in numbers)
     return states, weight, bias, targets
 
 
@@ -53,8 +53,8 @@ def test_values_and_gradients_are_those_of_log_softmax(
     expected = torch.autograd.grad(theirs, inputs, slopes)
     for _ in range(2):  # what was kept is used up by the first
         gradients = torch.autograd.grad(ours, inputs, slopes, retain_graph=True)
-        for one, other in zip(gradients, expected, strict=True):
-            assert torch.allclose(one, other, rtol=1e-10, atol=1e-14)
+        for gradient, other in zip(gradients, expected, strict=True):
+            assert torch.allclose(gradient, other, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -80,12 +80,12 @@ def test_logits_whose_exponential_is_no_number_any_more_are_no_trouble() -> None
     ours = head.token_logps(steep, weight, bias, targets, scale=1.0, softcap=None)
     assert weight.mul(steep[:, None]).sum(-1).max() > 1000
     assert torch.allclose(ours, theirs, rtol=1e-12)
-    for one, other in zip(
+    for gradient, other in zip(
         torch.autograd.grad(ours.sum(), (states, weight, bias), retain_graph=True),
         torch.autograd.grad(theirs.sum(), (states, weight, bias)),
         strict=True,
     ):
-        assert torch.allclose(one, other, rtol=1e-10, atol=1e-10)
+        assert torch.allclose(gradient, other, rtol=1e-10, atol=1e-10)
 
 
 def test_under_autocast_products_are_in_bf16_and_sums_in_fp32() -> None:
@@ -111,12 +111,12 @@ def test_trls_kernel_is_given_what_it_takes(case: str) -> None:
     ours, theirs = head._fused_logps(*given), reference(*given)
     assert torch.allclose(ours, theirs, atol=1e-5)
     inputs = (states, weight, bias)
-    for one, other in zip(
+    for gradient, other in zip(
         torch.autograd.grad(ours.sum(), inputs),
         torch.autograd.grad(theirs.sum(), inputs),
         strict=True,
     ):
-        assert torch.allclose(one, other, atol=1e-5)
+        assert torch.allclose(gradient, other, atol=1e-5)
 
 
 def test_a_large_vocabulary_costs_less_precision_than_torchs_log_softmax() -> None:
@@ -128,7 +128,7 @@ def test_a_large_vocabulary_costs_less_precision_than_torchs_log_softmax() -> No
     exact = reference(states.double(), weight.double(), *given[1:])
     ours = head.token_logps(states, *given[:3], scale=1.0, softcap=None)
     theirs = reference(states, *given)
-    errors = [float((one - exact).abs().mean()) for one in (ours, theirs)]
+    errors = [float((logps - exact).abs().mean()) for logps in (ours, theirs)]
     assert errors[0] < 2e-6
     assert errors[0] < errors[1] / 2
 

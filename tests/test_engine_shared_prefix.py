@@ -471,7 +471,7 @@ def test_logits_of_a_step_never_exist_at_once(build: Build) -> None:
     pairs = make_pairs(24)
     vocabulary = 20_000
     built = build(make_model("llama", vocab_size=vocabulary), pairs)
-    num_scored = sum(int(one["counts"].sum()) for one in built.engine.micro_batches(pairs))
+    num_scored = sum(int(batch["counts"].sum()) for batch in built.engine.micro_batches(pairs))
     assert num_scored > 1.5 * head.CHUNK
     with Largest() as largest:
         _, sums = add_gradients(built.engine, built.state, pairs, 0.3)

@@ -87,13 +87,13 @@ def test_preference_metrics_equal_their_formulas(
         [one_by_one(network, row["prompt_ids"], row[side]) for row in pairs.held_out]
         for side in ("chosen_ids", "rejected_ids")
     ]
-    chosen, rejected = ([sum(one) / len(one) for one in side] for side in sides)
+    chosen, rejected = ([sum(logps) / len(logps) for logps in side] for side in sides)
     num = len(pairs.held_out)
 
     def log_odds(logp: float) -> float:
         return logp - math.log(-math.expm1(logp))
 
-    tokens = [logp for one in sides[0] for logp in one]
+    tokens = [logp for logps in sides[0] for logp in logps]
     expected = {
         "num_pairs": num,
         "preference_accuracy": sum(c > r for c, r in zip(chosen, rejected, strict=True)) / num,
@@ -124,7 +124,7 @@ def test_scores_of_every_architecture_are_those_of_its_logits(
         scores = score(network, tokenizer, pairs, "test")
     for side, found in (("chosen", scores.chosen_logps), ("rejected", scores.rejected_logps)):
         expected = [one_by_one(network, row["prompt_ids"], row[f"{side}_ids"]) for row in pairs]
-        means = [sum(one) / len(one) for one in expected]
+        means = [sum(logps) / len(logps) for logps in expected]
         assert found.tolist() == pytest.approx(means, abs=2e-5)
     assert head.has_plain_head(network) == (name != "modernbert")
 
@@ -198,7 +198,7 @@ def test_answers_are_plainly_greedy_whatever_the_models_own_settings(
     ends = [tokenizer.eos_token_id, answer_ends]
     assert turn_ends(network, tokenizer) == sorted({*ends, 2})
     assert_answers(answers, pairs.held_out, network, tokenizer, ends, 12)
-    sizes = [one.num_tokens for one in answers]
+    sizes = [answer.num_tokens for answer in answers]
     assert max(sizes) - min(sizes) > REPETITION_NGRAM
     base.generation_config.save_pretrained(tmp_path / "after")
     files = [tmp_path / when / "generation_config.json" for when in ("before", "after")]
@@ -264,14 +264,14 @@ def test_a_right_answer_is_an_exact_match(tokenizer: Any, pairs: data.Data) -> N
         def generate(self, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
             answers = [row["chosen_ids"] for row in pairs.held_out]
             width = max(map(len, answers))
-            padded = [one + [tokenizer.pad_token_id] * (width - len(one)) for one in answers]
+            padded = [ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids in answers]
             return torch.cat([input_ids, torch.tensor(padded)], dim=1)
 
     oracle: Any = Oracle()
     answers = generate(oracle, tokenizer, pairs.held_out, 30, check=True, desc="test")
-    assert all(one.correct for one in answers)
+    assert all(answer.correct for answer in answers)
     unchecked = generate(oracle, tokenizer, pairs.held_out, 30, check=False, desc="test")
-    assert all(one.correct is None for one in unchecked)
+    assert all(answer.correct is None for answer in unchecked)
 
 
 def test_evaluation_leaves_the_mode_and_the_random_state_alone(
@@ -285,7 +285,7 @@ def test_evaluation_leaves_the_mode_and_the_random_state_alone(
     assert torch.equal(state, torch.get_rng_state())
     assert found.metrics["num_generations"] == 5
     assert {"generated_tokens", "repetition", "exact_match"} <= found.metrics.keys()
-    assert [one.prompt for one in found.generations] == pairs.held_out["prompt_text"][:5]
+    assert [answer.prompt for answer in found.generations] == pairs.held_out["prompt_text"][:5]
     halves = found.metrics["by_wording"]
     assert halves["free"]["num_pairs"] == halves["terse"]["num_pairs"] == 12
     mean = sum(half["logp_margin"] for half in halves.values()) / 2
@@ -293,7 +293,7 @@ def test_evaluation_leaves_the_mode_and_the_random_state_alone(
     # Free and terse alternate
     for name, answers in (("free", found.generations[::2]), ("terse", found.generations[1::2])):
         assert halves[name]["num_generations"] == len(answers)
-        tokens = sum(one.num_tokens for one in answers)
+        tokens = sum(answer.num_tokens for answer in answers)
         assert halves[name]["generated_tokens"] == tokens / len(answers)
 
 
@@ -361,13 +361,13 @@ def test_an_evaluation_is_restored_as_it_was_saved(
     for asked, answered in ((4, 4), (50, 24)):
         loaded = load("optimizer=lora", f"dataset.num_generations={asked}")
         network = build_model(loaded)
-        one = evaluate(
+        evaluation = evaluate(
             network, tokenizer, pairs, loaded.dataset, dtype=torch.float32, desc="before"
         )
-        one.save(tmp_path / "file")
+        evaluation.save(tmp_path / "file")
         other = Evaluation.restore(tmp_path / "file")
-        assert other.metrics == one.metrics
-        assert other.generations == one.generations
-        assert other.by_pair() == one.by_pair()
-        correct = [bool(generation.correct) for generation in one.generations]
+        assert other.metrics == evaluation.metrics
+        assert other.generations == evaluation.generations
+        assert other.by_pair() == evaluation.by_pair()
+        correct = [bool(generation.correct) for generation in evaluation.generations]
         assert other.by_pair()["correct"] == correct + [None] * (24 - answered)

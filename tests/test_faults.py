@@ -74,7 +74,7 @@ def test_no_fault_of_a_sample_ends_silently(bench: Bench, tmp_path: Path, family
     if family == "disk" and os.geteuid():
         pytest.skip("a disk of its own takes root to mount")
     found = suite.collect([family], bench)
-    chosen = [one for one in found if one[1].name in SAMPLE[family]]
+    chosen = [entry for entry in found if entry[1].name in SAMPLE[family]]
     assert len(chosen) == len(SAMPLE[family])
     counts = suite.run(chosen, tmp_path / "scratch", jobs=2)
     assert counts[family].total() == len(chosen)

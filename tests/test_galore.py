@@ -45,9 +45,9 @@ def set_gradients(parameters: Any, seed: int, *, separated: bool = False) -> Non
         p.grad = gradient.to(p.dtype)
 
 
-def relative(one: Tensor, other: Tensor) -> float:
-    one, other = one.detach(), other.detach()
-    return float((one - other).abs().max() / other.abs().max())
+def relative(tensor: Tensor, other: Tensor) -> float:
+    tensor, other = tensor.detach(), other.detach()
+    return float((tensor - other).abs().max() / other.abs().max())
 
 
 def reference(parameters: Any, **settings: Any) -> torch.optim.Optimizer:
@@ -299,9 +299,9 @@ def test_rotated_moments_are_the_same_moments_in_the_new_basis(bits: int, side: 
             for i, slot in enumerate(optimizer._slots):
                 assert slot.weight.grad is not None
                 optimizer._refresh_if_due(slot, slot.weight.grad)
-                for one, other in zip(optimizer._slots, before, strict=True):
+                for any_slot, other in zip(optimizer._slots, before, strict=True):
                     limit = 1e-5 if bits == 32 else 0.05
-                    assert relative(full_moment(optimizer, one), other) < limit
+                    assert relative(full_moment(optimizer, any_slot), other) < limit
                 assert (second_moment(optimizer, slot) >= 0).all()
                 # Those of its neighbour stay as they are until it takes a basis itself
                 last = second_moment(optimizer, optimizer._slots[1])
@@ -368,8 +368,8 @@ def test_layerwise_with_accumulation_is_the_ordinary_mode(
     for network, mode in ((ordinary, False), (layerwise, True)):
         optimizer = GaLore(network.groups(), lr=1e-3, eps=eps, refresh=refresh, layerwise=mode)
         train(network, optimizer, range(8))
-    for one, other in zip(layerwise.parameters(), ordinary.parameters(), strict=True):
-        assert relative(one, other) < limit
+    for weight, other in zip(layerwise.parameters(), ordinary.parameters(), strict=True):
+        assert relative(weight, other) < limit
 
 
 def test_layerwise_clips_the_norm_of_the_projected_gradients() -> None:
@@ -420,10 +420,10 @@ def test_an_optimizer_and_its_weights_are_freed_with_the_last_reference() -> Non
     network = Network()
     optimizer = GaLore(network.groups(), layerwise=True)
     train(network, optimizer, range(2))
-    alive = [weakref.ref(one) for one in (optimizer, network, *network.parameters())]
+    alive = [weakref.ref(item) for item in (optimizer, network, *network.parameters())]
     del network, optimizer
     gc.collect()
-    assert [one() for one in alive if one() is not None] == []
+    assert [ref() for ref in alive if ref() is not None] == []
 
 
 @pytest.mark.parametrize("layerwise", [True, False])
@@ -441,8 +441,8 @@ def test_a_step_taken_again_keeps_its_basis_and_nothing_else(layerwise: bool) ->
             loss(network, ids).backward()
             optimizer.step()
             optimizer.zero_grad()
-        ends.append([one.detach().clone() for one in network.parameters()])
-    assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
+        ends.append([weight.detach().clone() for weight in network.parameters()])
+    assert all(torch.equal(weight, other) for weight, other in zip(*ends, strict=True))
 
 
 @pytest.mark.parametrize("layerwise", [True, False])
@@ -457,8 +457,8 @@ def test_gradients_that_are_dropped_leave_nothing_to_the_next_step(layerwise: bo
             optimizer.zero_grad()
         loss(network, torch.arange(3, 9).view(2, 3)).backward()
         optimizer.step()
-        ends.append([one.detach().clone() for one in network.parameters()])
-    assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
+        ends.append([weight.detach().clone() for weight in network.parameters()])
+    assert all(torch.equal(weight, other) for weight, other in zip(*ends, strict=True))
 
 
 def test_where_gradients_are_scaled_a_basis_waits_for_the_step() -> None:
@@ -468,7 +468,7 @@ def test_where_gradients_are_scaled_a_basis_waits_for_the_step() -> None:
 
     def are_new() -> list[bool]:
         found = [optimizer.state[weight]["basis"] for weight in network.low]
-        return [not torch.equal(one, old) for one, old in zip(found, before, strict=True)]
+        return [not torch.equal(basis, old) for basis, old in zip(found, before, strict=True)]
 
     loss(network, torch.randint(11, (2, 7))).backward()
     assert are_new() == [False, False]
@@ -509,8 +509,8 @@ def test_interrupted_in_mid_period_it_goes_on_bit_for_bit(
     second.load_state_dict(loaded["optimizer"])
     torch.manual_seed(7)  # no state in torch's own generator
     train(resumed, second, range(5, 9))
-    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(one, other)
+    for weight, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(weight, other)
     basis = second.state[resumed.low[0]]["basis"]
     assert basis.dtype == dtype
     moments = [v for s in second.inner.state.values() for v in s.values() if isinstance(v, Tensor)]
@@ -559,7 +559,7 @@ def test_every_weight_step_and_seed_is_rounded_by_numbers_of_its_own() -> None:
 
     assert all(torch.equal(*pair) for pair in zip(rounded(1), rounded(1), strict=True))
     drawn = [*rounded(1), *rounded(2)]
-    assert len({tuple(one.tolist()) for one in drawn}) == len(drawn) == 8
+    assert len({tuple(weight.tolist()) for weight in drawn}) == len(drawn) == 8
 
 
 def test_projected_bf16_weights_follow_their_fp32_twins_in_the_mean() -> None:

@@ -17,24 +17,27 @@ from orpo_lab.records.run_folder import RunFolder
 from tests.conftest import ROOT
 
 Load = Callable[..., config.Config]
-SCHEMAS = [config.Config, *(one for group in config.SCHEMAS.values() for one in group.values())]
+SCHEMAS = [
+    config.Config,
+    *(schema for group in config.SCHEMAS.values() for schema in group.values()),
+]
 FILE = ("dataset=file", "dataset.train_path=train.jsonl")
 
 
 def nested(schema: type) -> Iterator[type]:
     yield schema
-    for one in fields(schema):
-        if isinstance(one.type, type) and is_dataclass(one.type):
-            yield from nested(one.type)
+    for field in fields(schema):
+        if isinstance(field.type, type) and is_dataclass(field.type):
+            yield from nested(field.type)
 
 
-@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda one: one.__name__)
+@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.__name__)
 def test_every_key_of_every_schema_has_a_policy(schema: type) -> None:
-    for one in (field for part in nested(schema) for field in fields(part)):
-        policy = one.metadata.get("policy")
-        assert isinstance(policy, Policy), f"{schema.__name__}.{one.name}: give it a policy"
+    for key in (field for part in nested(schema) for field in fields(part)):
+        policy = key.metadata.get("policy")
+        assert isinstance(policy, Policy), f"{schema.__name__}.{key.name}: give it a policy"
         if policy.unread_under is not None:
-            assert policy.unread_under[0] in identity.policies(), one.name
+            assert policy.unread_under[0] in identity.policies(), key.name
 
 
 def test_no_checkpoint_fits_another_base_or_another_optimizer() -> None:
@@ -50,12 +53,12 @@ def test_no_checkpoint_fits_another_base_or_another_optimizer() -> None:
 def test_a_key_means_the_same_in_every_option_of_its_group() -> None:
     for group, options in config.SCHEMAS.items():
         for schema in options.values():
-            for one in fields(schema):
-                assert one.metadata["policy"] == identity.policies()[f"{group}.{one.name}"]
+            for field in fields(schema):
+                assert field.metadata["policy"] == identity.policies()[f"{group}.{field.name}"]
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("overrides", "other"),
     [
         ([], ["beta_end=0.05"]),
         ([], ["tracker=none", "name=other", "train.logging_steps=1", "train.save_steps=1"]),
@@ -72,9 +75,9 @@ def test_a_key_means_the_same_in_every_option_of_its_group() -> None:
     ],
 )
 def test_what_comes_to_the_same_has_one_identity(
-    load: Load, one: list[str], other: list[str]
+    load: Load, overrides: list[str], other: list[str]
 ) -> None:
-    assert identity.identity(load(*one)) == identity.identity(load(*other))
+    assert identity.identity(load(*overrides)) == identity.identity(load(*other))
 
 
 @pytest.mark.parametrize(
@@ -101,8 +104,8 @@ def test_what_changes_a_result_changes_the_identity(load: Load, other: list[str]
 
 
 def test_schedules_without_keys_of_their_own_are_told_apart(load: Load) -> None:
-    one, other = (load(f"beta_schedule={name}") for name in ("linear", "cosine"))
-    assert identity.identity(one) != identity.identity(other)
+    linear, cosine = (load(f"beta_schedule={name}") for name in ("linear", "cosine"))
+    assert identity.identity(linear) != identity.identity(cosine)
 
 
 def test_a_file_is_what_it_holds_wherever_it_lies(
@@ -131,18 +134,20 @@ def test_what_is_asked_for_is_settings_and_places_whatever_lies_there(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.jsonl").write_text("rows")
-    before = [one(load(*FILE), "dataset") for one in (identity.name_of, identity.identity)]
+    before = [
+        function(load(*FILE), "dataset") for function in (identity.name_of, identity.identity)
+    ]
     (tmp_path / "train.jsonl").write_text("others")
-    after = [one(load(*FILE), "dataset") for one in (identity.name_of, identity.identity)]
+    after = [function(load(*FILE), "dataset") for function in (identity.name_of, identity.identity)]
     assert (before[0] == after[0], before[1] == after[1]) == (True, False)
     other = load("dataset=file", "dataset.train_path=nowhere.jsonl")
     assert identity.name_of(other, "dataset") != before[0]
 
 
 def test_a_group_is_its_own_keys_alone(load: Load) -> None:
-    one, other = load("beta=0.2"), load("beta_schedule=linear", "beta_end=0.1", "seed=7")
+    loaded, other = load("beta=0.2"), load("beta_schedule=linear", "beta_end=0.1", "seed=7")
     assert identity.identity(other, "beta") == identity.identity(load(), "beta")
-    assert identity.identity(one, "beta") != identity.identity(load(), "beta")
+    assert identity.identity(loaded, "beta") != identity.identity(load(), "beta")
 
 
 def test_a_model_is_what_is_read_of_its_folder(load: Load, tmp_path: Path) -> None:

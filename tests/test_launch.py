@@ -242,7 +242,7 @@ def test_a_sweep_leaves_a_folder_and_a_wandb_run_for_every_job(
         "dataset.num_generations=4",
         "train.logging_steps=1",
     )
-    folders = sorted(one.parent for one in (tmp_path / "multirun").glob("*/*/config.yaml"))
+    folders = sorted(path.parent for path in (tmp_path / "multirun").glob("*/*/config.yaml"))
     assert len(folders) == 4
     seen = set()
     for folder in folders:

@@ -46,7 +46,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
 
 
 def num_tensors() -> int:
-    return sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
+    return sum(issubclass(type(item), torch.Tensor) for item in gc.get_objects())
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_job_leaves_nothing_in_memory(
     finally:
         gc.enable()
     assert len(seen) > 80, "two models with their weights"
-    assert [one() for one in seen if one() is not None] == []
+    assert [ref() for ref in seen if ref() is not None] == []
     assert held[0] == held[1], "batches, states and buffers"
 
 
@@ -89,7 +89,7 @@ def test_a_failed_job_leaves_nothing_in_memory_even_where_its_error_is_kept(
     with pytest.raises(UserError) as kept:
         run.train(loaded, tmp_path, choices={}, overrides=[])
     assert kept.value.__cause__ is not None
-    assert [one() for one in seen if one() is not None] == []
+    assert [ref() for ref in seen if ref() is not None] == []
     status = RunFolder(tmp_path).status()
     assert status["reason"].startswith("UserError: out of memory (CUDA out of memory. Tried")
 

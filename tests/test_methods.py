@@ -47,7 +47,7 @@ def test_log1mexp_and_its_slope_are_exact_wherever_p_is_below_1(dtype: torch.dty
     x = torch.cat([-(10**exponents), around_the_split]).to(dtype)
     x = x[x <= -torch.finfo(dtype).tiny]
     values, slopes = with_slope(log1mexp, x)
-    expected = torch.tensor([exact(one) for one in x.tolist()], dtype=torch.float64)
+    expected = torch.tensor([exact(number) for number in x.tolist()], dtype=torch.float64)
     rtol = 8 * torch.finfo(dtype).eps
     assert torch.allclose(values.double(), expected[:, 0], rtol=rtol, atol=0)
     assert torch.allclose(slopes.double(), expected[:, 1], rtol=rtol, atol=0)
@@ -97,11 +97,11 @@ def test_the_loss_and_its_gradient_are_finite_for_every_pair_of_log_ps(
 def test_log_odds_ratio_is_that_of_the_paper() -> None:
     chosen, rejected = torch.tensor([0.8, 0.3]).log(), torch.tensor([0.5, 0.6]).log()
     odds = [(0.8 / 0.2) / (0.5 / 0.5), (0.3 / 0.7) / (0.6 / 0.4)]
-    expected = [math.log(one) for one in odds]
+    expected = [math.log(ratio) for ratio in odds]
     assert log_odds_ratio(chosen, rejected).tolist() == pytest.approx(expected, rel=1e-5)
     # Of numbers in half precision it is computed as if they were in fp32
     narrow = chosen.bfloat16(), rejected.bfloat16()
-    wide = log_odds_ratio(*(one.float() for one in narrow))
+    wide = log_odds_ratio(*(logps.float() for logps in narrow))
     assert torch.equal(log_odds_ratio(*narrow), wide)
 
 
@@ -110,11 +110,11 @@ def by_equations(pairs: list[Any], beta: float, scope: str, mean: str, penalty: 
     learned = [[part for part in pair[:2] if part[1]] for pair in pairs]
     if scope == "completion":
         learned = [parts[-1:] for parts in learned]
-    sums = [sum(one for one, _ in parts) for parts in learned]
+    sums = [sum(logp for logp, _ in parts) for parts in learned]
     counts = [sum(num for _, num in parts) for parts in learned]
     nll = -sum(sums) / sum(counts)
     if mean == "sequences":
-        nll = -sum(one / num for one, num in zip(sums, counts, strict=True)) / len(pairs)
+        nll = -sum(total / num for total, num in zip(sums, counts, strict=True)) / len(pairs)
 
     def log_odds(part: tuple[float, int]) -> float:
         p = math.exp(part[0] / part[1])
@@ -122,7 +122,7 @@ def by_equations(pairs: list[Any], beta: float, scope: str, mean: str, penalty: 
 
     ratios = [log_odds(chosen) - log_odds(rejected) for _, chosen, rejected in pairs]
     if penalty == "log_sigmoid":
-        ratios = [-math.log1p(math.exp(-one)) for one in ratios]
+        ratios = [-math.log1p(math.exp(-ratio)) for ratio in ratios]
     return nll - beta * sum(ratios) / len(ratios)
 
 
@@ -152,7 +152,7 @@ def test_the_shares_of_a_steps_parts_add_up_to_its_equations(
         for part in (slice(0, 1), slice(1, 4), slice(4, 5))
     ]
     pairs = [
-        list(zip(*one, strict=True)) for one in zip(logps.tolist(), counts.tolist(), strict=True)
+        list(zip(*row, strict=True)) for row in zip(logps.tolist(), counts.tolist(), strict=True)
     ]
     expected = by_equations(pairs, 0.3, scope, mean, penalty)
     assert float(sum(losses)) == pytest.approx(expected, rel=1e-12)

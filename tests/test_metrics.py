@@ -60,9 +60,12 @@ def test_a_methods_terms_are_in_the_table(load: Load) -> None:
 
 def test_where_answers_are_checked_their_being_right_is_the_only_quality() -> None:
     names = [metric.name for metric in HELD_OUT]
-    assert [one.name for one in metrics.qualities_among(names)] == ["exact_match"]
+    assert [metric.name for metric in metrics.qualities_among(names)] == ["exact_match"]
     names.remove("exact_match")
-    assert [one.name for one in metrics.qualities_among(names)] == ["chosen_nll", "repetition"]
+    assert [metric.name for metric in metrics.qualities_among(names)] == [
+        "chosen_nll",
+        "repetition",
+    ]
     assert metrics.qualities_among(["preference_accuracy"]) == []
     assert metrics.MARGINS == {"exact_match": 0.03, "chosen_nll": 0.03, "repetition": 0.05}
 
@@ -76,7 +79,8 @@ def test_a_row_is_all_that_a_new_metric_takes(monkeypatch: pytest.MonkeyPatch) -
         of_scores=lambda s: (s.chosen_logps - s.rejected_logps).min(),
     )
     longest = HeldOutMetric(
-        name="longest_answer", of_answers=lambda answers: max(one.num_tokens for one in answers)
+        name="longest_answer",
+        of_answers=lambda answers: max(answer.num_tokens for answer in answers),
     )
     # One list, of which every reader holds the same
     table: Any = [*HELD_OUT, worst, longest]

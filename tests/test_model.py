@@ -108,7 +108,7 @@ def test_int8_bases_train_adapters(load: Load, build_model: Any, ids: torch.Tens
     assert any(p.dtype == torch.int8 for p in network.parameters())
     found = gradients(network, ids)
     assert found
-    assert all(torch.isfinite(one).all() for one in found.values())
+    assert all(torch.isfinite(gradient).all() for gradient in found.values())
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,9 @@ def test_a_damaged_base_is_refused_in_one_line(
         with pytest.raises(UserError, match=says) as refusal:
             load_base(load, base, attempt)
         assert "\n" not in str(refusal.value)
-    assert not [one for one in caplog.records if one.name.startswith("transformers.modeling")]
+    assert not [
+        record for record in caplog.records if record.name.startswith("transformers.modeling")
+    ]
 
 
 def test_weights_that_nothing_needs_are_no_fault(load: Load, base: Path) -> None:

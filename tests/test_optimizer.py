@@ -58,9 +58,9 @@ def torch_adamw(network: Any, config: Optimizer) -> torch.optim.Optimizer:
 def test_adamw_is_torch_adamw_with_every_setting(load: Load, build_model: Any) -> None:
     loaded = load("optimizer=adamw", *SETTINGS)
     ours, theirs = build_model(loaded), build_model(loaded)
-    one = steps(ours, build(loaded, ours))
+    weights = steps(ours, build(loaded, ours))
     other = steps(theirs, torch_adamw(theirs, loaded.optimizer))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert all(torch.equal(weights[name], other[name]) for name in weights)
 
 
 def test_lora_takes_8bit_adamw_with_every_setting(load: Load, build_model: Any) -> None:
@@ -70,12 +70,12 @@ def test_lora_takes_8bit_adamw_with_every_setting(load: Load, build_model: Any) 
     network, reference = build_model(loaded), build_model(loaded)
     made = build(loaded, network)
     assert isinstance(made, bnb.optim.AdamW8bit)
-    one = steps(network, made)
+    weights = steps(network, made)
     other = steps(reference, torch_adamw(reference, loaded.optimizer))
     # Adapters of the tiny model lie below bitsandbytes' 4096 elements or are quantized in blocks
     for name, p in network.named_parameters():
         if p.requires_grad:
-            assert torch.allclose(one[name], other[name], atol=2e-3), name
+            assert torch.allclose(weights[name], other[name], atol=2e-3), name
 
 
 def galore_torch(network: Any, config: Galore, rank: int, gap: int) -> torch.optim.Optimizer:
@@ -117,13 +117,13 @@ def test_galore_torch_gets_every_setting(load: Load, build_model: Any) -> None:
     )
     assert isinstance(loaded.optimizer, Galore)
     ours, theirs = build_model(loaded), build_model(loaded)
-    one = steps(ours, build(loaded, ours))
+    weights = steps(ours, build(loaded, ours))
     other = steps(theirs, galore_torch(theirs, loaded.optimizer, rank=8, gap=2))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert all(torch.equal(weights[name], other[name]) for name in weights)
     defaults = load("optimizer=galore", "optimizer.implementation=galore_torch")
     plain = build_model(loaded)
     assert any(
-        not torch.equal(one[name], changed)
+        not torch.equal(weights[name], changed)
         for name, changed in steps(plain, build(defaults, plain)).items()
     )
 
@@ -230,12 +230,12 @@ def test_steps_of_a_real_model_with_three_bases_are_galore_torchs(
     )
     theirs = train("optimizer.implementation=galore_torch")
     start = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    for (name, one), other, before in zip(
+    for (name, weight), other, before in zip(
         ours.named_parameters(), theirs.parameters(), start.parameters(), strict=True
     ):
         moved = (other - before).abs().max()
         assert moved > 1e-3, name
-        assert (one - other).abs().max() < 1e-9 * moved, name
+        assert (weight - other).abs().max() < 1e-9 * moved, name
 
 
 def test_what_is_projected_follows_the_stated_rules(
@@ -303,10 +303,10 @@ def test_fp16_takes_its_bases_where_gradients_are_unscaled(load: Load, build_mod
     updater = optimizer.build(loaded, network, num_steps=10, dtype=torch.float16)
     made: Any = updater.optimizer
     bases = [state["basis"] for state in made.state.values()]
-    before = [one.clone() for one in bases]
+    before = [basis.clone() for basis in bases]
     ids = torch.arange(3, 20)[None]
     network(input_ids=ids, labels=ids).loss.backward()
-    assert all(torch.equal(one, old) for one, old in zip(bases, before, strict=True))
+    assert all(torch.equal(basis, old) for basis, old in zip(bases, before, strict=True))
 
 
 def test_layerwise_in_fp16_is_refused(load: Load, build_model: Any) -> None:

@@ -54,7 +54,7 @@ def distances(colours: Sequence[str], eyes: Any) -> list[float]:
     xyz = np.clip(linear(colours) @ np.transpose(eyes), 0, 1) @ np.transpose(TO_XYZ) / WHITE
     x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116).T
     lab = np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=1)
-    return [float(np.linalg.norm(one - other)) for one, other in itertools.combinations(lab, 2)]
+    return [float(np.linalg.norm(point - other)) for point, other in itertools.combinations(lab, 2)]
 
 
 BETAS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0]
@@ -86,8 +86,8 @@ def test_no_two_settings_look_alike(
 ) -> None:
     compared = settings(betas, schedules, rates)
     looks = pictures._looks(compared)
-    assert len({(one.colour, one.is_light, one.line) for one in looks}) == len(compared)
-    assert len({(one.colour, one.is_light, one.marker) for one in looks}) == len(compared)
+    assert len({(look.colour, look.is_light, look.line) for look in looks}) == len(compared)
+    assert len({(look.colour, look.is_light, look.marker) for look in looks}) == len(compared)
     by_beta: dict[float, set[str]] = {}
     for setting, look in zip(compared, looks, strict=True):
         by_beta.setdefault(setting.values["beta"], set()).add(look.colour)

@@ -15,13 +15,13 @@ from faults.planted.trial import Trial
 def test_every_fault_can_still_be_planted(area: str) -> None:
     faults = catalogue.read([area])
     assert faults
-    assert [f"{one}: {flaw}" for one in faults for flaw in catalogue.find_flaws(one)] == []
+    assert [f"{mutant}: {flaw}" for mutant in faults for flaw in catalogue.find_flaws(mutant)] == []
 
 
 def test_no_fault_is_listed_twice() -> None:
     faults = catalogue.read(catalogue.areas())
     assert max(Counter(map(str, faults)).values()) == 1
-    assert max(Counter((one.file, one.old, one.new) for one in faults).values()) == 1
+    assert max(Counter((mutant.file, mutant.old, mutant.new) for mutant in faults).values()) == 1
 
 
 def fault(old: str, new: str, tests: str, file: str = "orpo_lab/errors.py") -> Mutant:
@@ -60,7 +60,7 @@ def test_what_comes_of_a_fault_is_told_right(tmp_path: Path) -> None:
         trials.append(Trial(tmp_path / str(number), tests, fault, seconds))
         # Tests without time are killed here: while the next tree is copied they could end
         trials[-1].has_ended()
-    while not all(one.has_ended() for one in trials):
+    while not all(trial.has_ended() for trial in trials):
         time.sleep(0.05)
     for trial, (*_, verdict, detail) in zip(trials, cases, strict=True):
         outcome = trial.outcome()

@@ -118,7 +118,7 @@ def test_to_the_right_nll_is_lower_and_the_dotted_line_leaves_the_margin(drawn: 
     assert axes.get_xlabel() == "chosen_nll (nats)"
     assert axes.xaxis_inverted()
     places = [line.get_xydata().tolist() for line in axes.lines if len(line.get_xydata()) == 1]
-    accuracies = [one.estimate for one in compared.verdict.accuracies]
+    accuracies = [interval.estimate for interval in compared.verdict.accuracies]
     assert places == [[[x, y]] for x, y in zip(nll, accuracies, strict=True)]
     (dotted,) = (line for line in axes.lines if line.get_linestyle() == ":")
     assert dotted.get_xdata() == pytest.approx([min(nll) + 0.2] * 2)

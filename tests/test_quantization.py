@@ -205,6 +205,6 @@ def test_a_4_bit_base_of_width_288_starts_where_the_unquantized_one_does(
         network = load_model(loaded, tokenizer, torch.float32)
         ids = [torch.tensor([tokenizer(text).input_ids]) for text in texts]
         with torch.no_grad():
-            losses = [network(input_ids=one, labels=one).loss.item() for one in ids]
+            losses = [network(input_ids=row, labels=row).loss.item() for row in ids]
         nll[optimizer] = sum(losses) / len(losses)
     assert abs(nll["qlora"] - nll["lora"]) < 0.3

@@ -39,19 +39,19 @@ def test_a_model_is_saved_in_the_precision_of_its_base(
     loaded = load("optimizer=adamw")
     network = build_model(loaded)
     trained = {name: p.detach().clone() for name, p in network.named_parameters()}
-    buffers = {name: one.clone() for name, one in network.named_buffers()}
+    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
     results.save_model(network, tokenizer, tmp_path, dtype=base)
     found = load_file(tmp_path / "model.safetensors")
-    assert {one.dtype for one in found.values()} == {saved}
-    for name, one in found.items():
-        assert torch.equal(one, trained[name].to(saved))
+    assert {weight.dtype for weight in found.values()} == {saved}
+    for name, weight in found.items():
+        assert torch.equal(weight, trained[name].to(saved))
     read = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert (read.dtype, read.config.use_cache) == (saved, True)
     # What is evaluated next has the weights that were saved, in the precision of the training
     for name, weight in network.named_parameters():
         assert torch.equal(weight, trained[name].to(saved).to(trained[name].dtype))
-    for name, one in network.named_buffers():
-        assert torch.equal(one, buffers[name])
+    for name, buffer in network.named_buffers():
+        assert torch.equal(buffer, buffers[name])
 
 
 def test_adapters_stay_in_fp32(
@@ -63,7 +63,7 @@ def test_adapters_stay_in_fp32(
     loaded = load("optimizer=lora")
     results.save_model(build_model(loaded), tokenizer, tmp_path, dtype=torch.bfloat16)
     found = load_file(tmp_path / "adapter_model.safetensors")
-    assert {one.dtype for one in found.values()} == {torch.float32}
+    assert {weight.dtype for weight in found.values()} == {torch.float32}
 
 
 def evaluation(quality: float, answer: str, seconds: float) -> Evaluation:
@@ -123,7 +123,7 @@ def test_what_was_before_and_what_came_after_are_not_swapped(load: Load, place: 
     row = results._table(summary).splitlines()[2]
     assert row.index("0.250") < row.index("0.750")
     rows = pq.read_table(place.file("scores.parquet")).to_pylist()
-    assert [(one["pair"], one["when"], one["chosen_logp"]) for one in rows] == [
+    assert [(score["pair"], score["when"], score["chosen_logp"]) for score in rows] == [
         (0, "before", -0.75),
         (1, "before", -2.0),
         (0, "after", -0.25),

@@ -55,7 +55,7 @@ def summary_of(folder: Path) -> dict[str, Any]:
 
 def all_finite(folder: Path) -> bool:
     file = next((folder / "final").glob("*.safetensors"))
-    return all(torch.isfinite(one).all() for one in load_file(file).values())
+    return all(torch.isfinite(weight).all() for weight in load_file(file).values())
 
 
 TOKEN = "hf_" + "q" * 34
@@ -89,7 +89,7 @@ def finished(
 
 def of_optimizers(*quick: str, slow: tuple[str, ...] = ()) -> pytest.MarkDecorator:
     """Give a test the finished runs of these optimizers."""
-    params = [*quick, *(pytest.param(one, marks=SLOW) for one in slow)]
+    params = [*quick, *(pytest.param(name, marks=SLOW) for name in slow)]
     return pytest.mark.parametrize("finished", params, indirect=True)
 
 
@@ -171,7 +171,7 @@ def test_faulty_rows_are_counted_and_never_reach_a_weight(launch: Launch, tmp_pa
     )
     report = json.loads((tmp_path / "run" / "data_report.json").read_text())["train"]
     assert report["num_kept"] == 20
-    assert {fault: one["num"] for fault, one in report["dropped"].items()} == {
+    assert {fault: entry["num"] for fault, entry in report["dropped"].items()} == {
         "prompt_too_long": 1,
         "empty_completion": 1,
         "chosen_equals_rejected": 1,
@@ -359,10 +359,10 @@ def trained(place: RunFolder, seed: int, *overrides: str) -> dict[str, torch.Ten
 def test_a_seed_says_in_which_order_pairs_come_and_what_adapters_begin_as(
     place: RunFolder, overrides: list[str]
 ) -> None:
-    one, again, other = (trained(place, seed, *overrides) for seed in (1, 1, 2))
-    assert all(torch.equal(one[name], again[name]) for name in one)
+    first, again, other = (trained(place, seed, *overrides) for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
     # Adapters move by a hair, into the direction that the pairs' order gives
-    assert not all(torch.allclose(one[name], other[name], rtol=0, atol=1e-12) for name in one)
+    assert not all(torch.allclose(first[name], other[name], rtol=0, atol=1e-12) for name in first)
 
 
 def write_sums(file: Path, numbers: range) -> list[dict[str, str]]:
@@ -420,7 +420,7 @@ def test_scores_are_what_base_and_final_make_of_the_held_out_rows(place: RunFold
         assert said[split] == hashlib.sha256(text.encode()).hexdigest()
     scores = pq.read_table(place.file("scores.parquet")).to_pylist()
     weights = load_file(place.file("final/model.safetensors"))
-    assert {one.dtype for one in weights.values()} == {torch.bfloat16}
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
     for when, folder in (("before", base), ("after", place.file("final"))):
         network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         found = [row for row in scores if row["when"] == when]

@@ -38,7 +38,7 @@ def test_what_is_a_range_or_a_list_is_searched_within_it() -> None:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     betas = []
     for _ in range(200):
-        chosen = dict(one.split("=") for one in search.suggest(study.ask(), searched))
+        chosen = dict(override.split("=") for override in search.suggest(study.ask(), searched))
         betas.append(float(chosen["beta"]))
         assert int(chosen["optimizer.r"]) in range(2, 17)
         assert chosen["a"] in ("x", "y")
@@ -92,7 +92,7 @@ def test_the_best_trial_has_the_highest_accuracy_of_those_of_good_quality(
     monkeypatch.setattr(search, "LAUNCH", tmp_path / "launch.py")
     folder, overrides = tmp_path / "study", ["seed=5", "beta=0.125,0.25,0.75,2"]
     study = search.search(folder, 10, overrides)
-    values = {float(one.params["beta"]): one.value for one in study.trials}
+    values = {float(trial.params["beta"]): trial.value for trial in study.trials}
     assert values == {0.125: 0.5625, 0.25: 0.625, 0.75: 0.875, 2.0: None}
     assert study.best_trial.params == {"beta": "0.25"}
     given = RunFolder(folder / "0").read_json("summary.json")["given"]
@@ -122,8 +122,8 @@ def test_a_trial_is_judged_by_its_evaluations_meanwhile(tmp_path: Path) -> None:
 def test_trials_finish_fail_and_go_on_in_their_folder(tmp_path: Path) -> None:
     arguments = ["study", "optimizer.learning_rate=1e-3,1e30", "train.max_steps=2", *SHORT]
     first = run(tmp_path, "--num-trials", "4", *arguments)
-    states = {one.name: RunFolder(one).status() for one in (tmp_path / "study").glob("[0-9]")}
-    assert {one["state"] for one in states.values()} == {"finished", "failed"}
+    states = {path.name: RunFolder(path).status() for path in (tmp_path / "study").glob("[0-9]")}
+    assert {status["state"] for status in states.values()} == {"finished", "failed"}
     assert "NonFiniteError" in first.stdout
     assert "Highest preference accuracy" in first.stdout
     assert "optimizer.learning_rate=0.001" in first.stdout.splitlines()[-2]
@@ -140,7 +140,7 @@ def test_a_trial_that_falls_behind_is_stopped(tmp_path: Path) -> None:
     arguments = [*SHORT, "train.max_steps=10", "train.eval_steps=5", "dataset.num_train=480"]
     good = "optimizer.learning_rate=interval(1e-3,2e-3)"
     run(tmp_path, "study", "--num-trials", "5", *arguments, good)
-    bad = [one for one in arguments if one != "train.max_steps=10"] + ["train.max_steps=3000"]
+    bad = [text for text in arguments if text != "train.max_steps=10"] + ["train.max_steps=3000"]
     done = run(
         tmp_path, "study", "--num-trials", "6", *bad, "optimizer.learning_rate=interval(1e-9,2e-9)"
     )

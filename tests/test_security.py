@@ -321,7 +321,7 @@ def test_a_sweep_leaves_no_secret_in_any_file_or_line(launch: Launch, tmp_path: 
         env=ENVIRONMENT,
     )
     sweep = tmp_path / "sweep"
-    finished = [one.parent for one in sweep.glob("*/summary.json")]
+    finished = [path.parent for path in sweep.glob("*/summary.json")]
     assert len(finished) == 2
     told = wandb_says(sweep)
     assert len(told) == 3
@@ -330,7 +330,7 @@ def test_a_sweep_leaves_no_secret_in_any_file_or_line(launch: Launch, tmp_path: 
         assert (sweep / name).stat().st_size > 0
     # What is trained on is shown as it is
     assert IN_DATA in (finished[0] / "samples.md").read_text()
-    assert all("***" in one for one in told)
+    assert all("***" in text for text in told)
 
 
 @pytest.mark.slow
@@ -402,6 +402,6 @@ def test_names_do_not_leave_their_folder(launch: Launch, tmp_path: Path) -> None
         f"hydra.run.dir={work}/run",
     )
     launch("-m", f"name={out}-1,{out}-2", *SHORT, f"hydra.sweep.dir={work}/sweep")
-    assert [one.name for one in tmp_path.iterdir()] == ["a"]
-    assert sorted(one.name for one in work.iterdir()) == ["run", "sweep"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert sorted(path.name for path in work.iterdir()) == ["run", "sweep"]
     assert len(list((work / "sweep").glob("*/config.yaml"))) == 1, "one run, whatever its name"

@@ -115,7 +115,7 @@ def test_every_setting_has_the_means_of_its_runs(sweep: Path, runs: list[Folder]
     for row, beta in zip(settings, BETAS, strict=True):
         assert row["seeds"] == "2"
         figures = [run.figures(run.after) for run in of_beta(runs, beta)]
-        means = {key: mean(one[key] for one in figures) for key in figures[0]}
+        means = {key: mean(values[key] for values in figures) for key in figures[0]}
         for key in ("chosen_nll", "generated_tokens", "repetition"):
             assert float(row[key]) == pytest.approx(means[key], abs=5.1e-4), key
         for key in ("preference_accuracy", "exact_match"):
@@ -199,4 +199,4 @@ def test_settings_share_the_untrained_model_and_no_two_runs_are_the_same(
     assert [(run.beta, run.seed) for run in runs] == [(b, s) for b in BETAS for s in SEEDS]
     assert all(run.before == runs[0].before for run in runs)
     trained = [[row["chosen_logp"] for row in run.after] for run in runs]
-    assert all(one != other for i, one in enumerate(trained) for other in trained[:i])
+    assert all(logps != other for i, logps in enumerate(trained) for other in trained[:i])

@@ -46,7 +46,7 @@ def checksums(folder: Path) -> dict[str, str]:
 
 def test_two_starts_in_the_same_second_have_two_folders(tmp_path: Path) -> None:
     folders = [fresh_folder(tmp_path / "multirun" / "now") for _ in range(3)]
-    assert [one.name for one in folders] == ["now", "now-2", "now-3"]
+    assert [folder.name for folder in folders] == ["now", "now-2", "now-3"]
 
 
 @pytest.fixture
@@ -90,14 +90,14 @@ def test_a_job_leaves_a_folder_with_a_users_files_alone(load: Load, sweep: Sweep
     with sweep.claim(load(), folder) as place:
         assert place is not None
         assert place.path.name == "0-beta=0.1-2"
-    assert [one.name for one in folder.iterdir()] == ["thesis.tex"]
+    assert [file.name for file in folder.iterdir()] == ["thesis.tex"]
 
 
 def test_a_job_that_runs_elsewhere_is_not_run_beside_it(load: Load, sweep: Sweep) -> None:
     for number in (0, 1):
         (sweep.folder / str(number)).mkdir()
-    with sweep.claim(load(), sweep.folder / "0") as one:
-        assert one is not None
+    with sweep.claim(load(), sweep.folder / "0") as place:
+        assert place is not None
         with sweep.claim(load(), sweep.folder / "1") as other:
             assert other is None
 
@@ -213,7 +213,7 @@ def test_a_sweep_that_other_code_made_is_refused_before_any_job(
     (tmp_path / "sweep" / "sweep.json").write_text('{"code": "other", "data": {}}')
     done = launch("-m", "beta=0.1,0.2", SWEEP, *SHORT, expect=1)
     assert re.fullmatch("error: sweep was made by other code.*\n", done.stderr)
-    assert [one.name for one in (tmp_path / "sweep").iterdir()] == ["sweep.json"]
+    assert [path.name for path in (tmp_path / "sweep").iterdir()] == ["sweep.json"]
 
 
 NO_JOB = {"seed=range(0)": "this sweep has no job", "optimizer.rank=1,2": "optimizer.rank is a key"}
@@ -278,7 +278,8 @@ def test_jobs_share_data_and_the_untrained_models_evaluation_and_the_same_runs_o
         for job in Sweep(folder).jobs()
     }
     assert len(befores) == 1
-    assert {one.name for one in folder.iterdir() if one.is_file()} >= {"report.html", "report.md"}
+    names = {path.name for path in folder.iterdir() if path.is_file()}
+    assert names >= {"report.html", "report.md"}
     assert not (folder / CACHE).exists()
     alone = launch("beta=0.5", "seed=2", "hydra.run.dir=alone", *SHORT)
     assert "train: 1920 pairs" in alone.stdout
@@ -289,8 +290,8 @@ def test_jobs_share_data_and_the_untrained_models_evaluation_and_the_same_runs_o
     )
     for name in ("before", "after"):
         ours, theirs = (
-            json.loads((one / "summary.json").read_text())[name]
-            for one in (same.path, tmp_path / "alone")
+            json.loads((path / "summary.json").read_text())[name]
+            for path in (same.path, tmp_path / "alone")
         )
         assert ours == theirs
 
@@ -302,7 +303,7 @@ def _identity(folder: Path) -> str:
 @pytest.mark.slow
 def test_a_sweep_killed_in_a_job_goes_on_where_it_was(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "launch.py"), "-m", "beta=0.1,0.2,0.5", "seed=1,2", SWEEP]
-    command += [one for one in SHORT if one != "tracker=none"] + ["tracker.mode=offline"]
+    command += [text for text in SHORT if text != "tracker=none"] + ["tracker.mode=offline"]
     folder = tmp_path / "sweep"
     first = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
@@ -314,12 +315,12 @@ def test_a_sweep_killed_in_a_job_goes_on_where_it_was(tmp_path: Path) -> None:
     first.wait()
     assert list(states(folder).values()) == ["finished", "finished", "running"]
     finished = sorted(folder.glob("[01]-*"))
-    before = [checksums(one) for one in finished]
+    before = [checksums(path) for path in finished]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=600)
     assert list(states(folder).values()) == ["finished"] * 6
-    assert [checksums(one) for one in finished] == before
+    assert [checksums(path) for path in finished] == before
     seen = [yaml.safe_load((job.path / "config.yaml").read_text()) for job in Sweep(folder).jobs()]
-    assert len({(one["beta"], one["seed"]) for one in seen}) == 6
+    assert len({(values["beta"], values["seed"]) for values in seen}) == 6
     runs = [path.name.rsplit("-", 1)[1] for path in folder.glob("*/wandb/offline-run-*")]
     assert len(set(runs)) == 6  # two segments of the one that was killed
     page = (folder / "report.html").read_text()
@@ -409,7 +410,7 @@ def count_configurations() -> None:
 
     def count(*arguments: Any, **named: Any) -> None:
         gc.collect()
-        kinds = Counter(type(one).__name__ for one in gc.get_objects())
+        kinds = Counter(type(item).__name__ for item in gc.get_objects())
         print("held", kinds["DictConfig"], kinds["JobReturn"])
 
     setattr(run, "train", count)  # noqa: B010  (of another type)

@@ -157,7 +157,7 @@ def test_the_loss_of_every_micro_batch_is_looked_at(
         calls[0] += 1
         return output * math.nan if calls[0] == 1 else output
 
-    last_norm = [one for key, one in network.named_modules() if key.endswith("norm")][-1]
+    last_norm = [module for key, module in network.named_modules() if key.endswith("norm")][-1]
     last_norm.register_forward_hook(spoil_first)
     with pytest.raises(NonFiniteError, match="step 1: the loss is nan"):
         fit(loaded, network, tokenizer, tmp_path)
@@ -171,14 +171,14 @@ def test_held_out_figures_that_are_not_finite_are_left_out_and_training_goes_on(
     keys = ("train.max_steps=2", "train.eval_steps=1", "train.logging_steps=1")
     loaded = load("optimizer=lora", *SMALL, *keys)
     network = build_model(loaded)
-    last_norm = [one for key, one in network.named_modules() if key.endswith("norm")][-1]
+    last_norm = [module for key, module in network.named_modules() if key.endswith("norm")][-1]
     last_norm.register_forward_hook(
         lambda module, args, output: output if module.training else output * math.nan
     )
     stats, place = fit(loaded, network, tokenizer, tmp_path)
     assert stats.steps == 2
     assert ["loss" in line for line in place.metrics()] == [True, False, True, False]
-    assert all(math.isfinite(one) for line in place.metrics() for one in line.values())
+    assert all(math.isfinite(value) for line in place.metrics() for value in line.values())
     assert "step 1: eval_loss is nan" in caplog.text
 
 
@@ -283,7 +283,7 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_capped(
         )
         network = build_model(loaded)
         before = {key: value.clone() for key, value in network.state_dict().items()}
-        last_norm = [one for key, one in network.named_modules() if key.endswith("norm")][-1]
+        last_norm = [module for key, module in network.named_modules() if key.endswith("norm")][-1]
         calls = {"num": 0}
 
         def spoil(module: Any, args: Any, output: Any, calls: dict[str, int] = calls) -> Any:
@@ -298,7 +298,9 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_capped(
         assert ["nll_loss" in line for line in lines] == [True, False, False, True, True]
         assert [line.get("skipped_steps") for line in lines] == [None, 1, 2, None, None]
         after = network.state_dict()
-        assert all(torch.isfinite(one).all() for one in after.values() if one.is_floating_point())
+        assert all(
+            torch.isfinite(value).all() for value in after.values() if value.is_floating_point()
+        )
         assert any(not torch.equal(after[key], before[key]) for key in before)
     assert "step 3: the loss is nan; skipped (2 of 10)" in caplog.text
     assert "nll_loss is nan" not in caplog.text
@@ -337,7 +339,7 @@ def test_a_skipped_step_moves_nothing(
         stats, _ = fit(loaded, network, tokenizer, tmp_path / str(num_steps))
         assert stats.skipped_steps == num_steps - 1
         ends.append(weights(network))
-    assert all(torch.equal(one, ends[0][name]) for name, one in ends[1].items())
+    assert all(torch.equal(weight, ends[0][name]) for name, weight in ends[1].items())
 
 
 def test_a_gradient_norm_that_overflows_is_not_clipped_to_nothing(
@@ -345,7 +347,7 @@ def test_a_gradient_norm_that_overflows_is_not_clipped_to_nothing(
 ) -> None:
     loaded = load("optimizer=lora", *SMALL, "train.max_steps=3", "train.logging_steps=1")
     network = build_model(loaded)
-    last_norm = [one for key, one in network.named_modules() if key.endswith("norm")][-1]
+    last_norm = [module for key, module in network.named_modules() if key.endswith("norm")][-1]
 
     def explode(module: Any, args: Any, output: torch.Tensor) -> None:
         if output.requires_grad:  # finite gradients, whose squares are not
@@ -417,7 +419,7 @@ def test_a_warm_up_longer_than_the_run_is_a_warning_with_the_rate_that_is_reache
 ) -> None:
     long = ("optimizer=lora", *SMALL, "train.max_steps=3", "train.logging_steps=1")
     loaded = load(*long, "train.warmup_steps=100")
-    (said,) = [one for one in said_of_length(caplog, loaded) if one.levelname == "WARNING"]
+    (said,) = [record for record in said_of_length(caplog, loaded) if record.levelname == "WARNING"]
     text = said.getMessage()
     assert text.startswith("train.warmup_steps=100 is above the 3 steps of this run: ")
     share = float(text.split("ends at ")[1].split()[0])
@@ -438,7 +440,7 @@ def test_a_warm_up_that_the_run_has_room_for_or_does_not_read_is_no_warning(
     load: Load, caplog: pytest.LogCaptureFixture, overrides: str
 ) -> None:
     records = said_of_length(caplog, load(*SMALL, "train.max_steps=3", *overrides.split()))
-    assert [one.levelname for one in records] == ["INFO"]
+    assert [record.levelname for record in records] == ["INFO"]
 
 
 def test_a_bar_is_left_in_80_columns_however_long_the_run(
@@ -491,7 +493,7 @@ def test_a_resumed_run_has_settings_of_its_own_and_what_was_spent_before(
     def kept_build(*args: Any, **named: Any) -> Updater:
         built = build(*args, **named)
         made.append(built.optimizer)
-        made[-1].register_step_pre_hook(lambda one, *_: taken.append(one.param_groups[0]["lr"]))
+        made[-1].register_step_pre_hook(lambda adamw, *_: taken.append(adamw.param_groups[0]["lr"]))
         return built
 
     monkeypatch.setattr(optimizer, "build", kept_build)
@@ -563,7 +565,7 @@ def test_evaluation_during_training_reports_trls_metrics(
 ) -> None:
     loaded = load("optimizer=lora", *SMALL, "train.max_steps=4", "train.eval_steps=2")
     network, modes = build_model(loaded), []
-    norms = [one for name, one in network.named_modules() if name.endswith("norm")]
+    norms = [module for name, module in network.named_modules() if name.endswith("norm")]
     norms[-1].register_forward_hook(
         lambda module, *_: modes.append((module.training, torch.is_grad_enabled()))
     )
@@ -629,13 +631,15 @@ def run_out(network: Any, at: int, of_memory: Callable[[], None]) -> list[int]:
         if calls[0] == at and module.training:
             of_memory()
 
-    norms = [one for name, one in network.named_modules() if name.endswith("norm")]
+    norms = [module for name, module in network.named_modules() if name.endswith("norm")]
     norms[-1].register_forward_hook(hook)
     return calls
 
 
 def weights(network: Any) -> dict[str, torch.Tensor]:
-    return {name: one for name, one in network.state_dict().items() if one.is_floating_point()}
+    return {
+        name: weight for name, weight in network.state_dict().items() if weight.is_floating_point()
+    }
 
 
 ROOMY = ("train.batch_size=16", "engine.tokens_per_microbatch=500", "train.logging_steps=1")
@@ -664,7 +668,7 @@ def test_a_step_without_enough_memory_is_taken_again_with_half_the_budget(
     network = build_model(load(*common))
     run_out(network, at, of_memory)
     stats, place = fit(load(*common), network, tokenizer, tmp_path / "short")
-    (line,) = [one.message for one in caplog.records if "out of memory" in one.message]
+    (line,) = [record.message for record in caplog.records if "out of memory" in record.message]
     assert line.startswith("step 1: out of memory; taken again with engine.tokens_per_microbatch=2")
     assert stats.steps == 3
     # From its first step on it is the run that began with so many tokens, to the bit
@@ -672,8 +676,8 @@ def test_a_step_without_enough_memory_is_taken_again_with_half_the_budget(
     began_so = load(*common, f"engine.tokens_per_microbatch={budget}")
     other = build_model(began_so)
     _, expected = fit(began_so, other, tokenizer, tmp_path / "halved")
-    for name, one in weights(network).items():
-        assert torch.equal(one, weights(other)[name]), name
+    for name, weight in weights(network).items():
+        assert torch.equal(weight, weights(other)[name]), name
     assert place.metrics() == expected.metrics()
 
 
@@ -695,11 +699,11 @@ def test_memory_for_one_pair_at_a_time_is_enough(
         if module.training and output.shape[1] > longest:
             out_of_gpu_memory()
 
-    norms = [one for name, one in network.named_modules() if name.endswith("norm")]
+    norms = [module for name, module in network.named_modules() if name.endswith("norm")]
     norms[-1].register_forward_hook(hook)
     stats, _ = fit(loaded, network, tokenizer, tmp_path)
     assert stats.steps == 1
-    said = [one.message for one in caplog.records if "out of memory" in one.message]
+    said = [record.message for record in caplog.records if "out of memory" in record.message]
     # From seven in a row to one: each time the rows are half as wide
     assert 2 <= len(said) <= 3
 
@@ -735,8 +739,8 @@ def test_memory_that_runs_out_later_changes_the_packing_and_nothing_else(
         results.append((calls[0], weights(network), place.metrics()))
     (few, expected, lines), (more, found, others) = results
     assert more > few + 4, "smaller micro-batches, also of the batch that was laid out before"
-    for name, one in found.items():
-        torch.testing.assert_close(one, expected[name], rtol=0, atol=2e-5)
+    for name, weight in found.items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=2e-5)
     for line, other in zip(lines, others, strict=True):
         assert other == pytest.approx(line, abs=1e-4)
 
@@ -760,8 +764,8 @@ def test_a_lowered_budget_is_in_the_checkpoint_and_lasts(
     calls = run_out(resumed, 0, out_of_gpu_memory)
     fit(loaded, resumed, tokenizer, tmp_path, start)
     assert calls[0] > 2 * 2, "two steps of more than two micro-batches"
-    for name, one in weights(whole).items():
-        assert torch.equal(one, weights(resumed)[name]), name
+    for name, weight in weights(whole).items():
+        assert torch.equal(weight, weights(resumed)[name]), name
     again = json.loads((checkpoint.folders(place)[-1] / "manifest.json").read_text())
     assert json.loads(again["spent"])["token_budget"] == first.token_budget
 

@@ -83,7 +83,7 @@ def test_a_planted_lead_is_found_by_five_seeds() -> None:
 def test_a_setting_with_one_seed_neither_wins_nor_is_beaten(alone: int) -> None:
     scores = accuracies(0.9, 0.6).scores
     assert decide(Measure(scores, is_share=True), []).winner == 0
-    fewer = [one[:1] if number == alone else one for number, one in enumerate(scores)]
+    fewer = [runs[:1] if number == alone else runs for number, runs in enumerate(scores)]
     verdict = decide(Measure(fewer, is_share=True), [])
     assert (verdict.winner, verdict.one_seed, verdict.unbeaten) == (None, [alone], [1])
     assert (verdict.seeds_needed, verdict.pairs_needed) == (None, None)
@@ -162,19 +162,19 @@ def test_an_interval_covers_the_true_difference_as_often_as_it_says(run: float) 
 
 def runs_alone(*settings: list[float]) -> Measure:
     """Runs whose seed moves all pairs alike, so that nothing but the runs' means tells anything."""
-    return Measure([np.array(one)[:, None] + np.zeros(20) for one in settings], is_share=False)
+    return Measure([np.array(means)[:, None] + np.zeros(20) for means in settings], is_share=False)
 
 
 # Freedom 2, 4 and 3; variances 0.01, 4 and 0.1743
 APART = ([5.0, 5.1, 5.2], [0.0, 2.0, -2.0, 3.0, -1.0], [0.5, 0.9, 1.4, 0.55])
 
 
-def by_hand(one: list[float], other: list[float]) -> tuple[float, float]:
+def by_hand(setting: list[float], other: list[float]) -> tuple[float, float]:
     """Welch's standard error and Satterthwaite's freedom, variances no lower than the pool's."""
     freedom = [len(runs) - 1 for runs in APART]
     pool = sum(df * np.var(runs, ddof=1) for df, runs in zip(freedom, APART, strict=True)) / 9
     parts = []
-    for runs in (one, other):
+    for runs in (setting, other):
         own = np.var(runs, ddof=1)
         parts.append((max(own, pool) / len(runs), len(runs) - 1 if own > pool else 9))
     variance = sum(part for part, _ in parts)
@@ -198,7 +198,7 @@ def test_worse_is_by_the_studentized_range_of_all_settings(more: float) -> None:
     error, freedom = by_hand(APART[0], APART[1])
     needed = stats.studentized_range.ppf(1 - LEVEL, 3, freedom) / 2**0.5 * error
     gap = np.mean(APART[0]) - np.mean(APART[1])
-    moved = [one - gap + needed * (0.995 + more) for one in APART[0]]
+    moved = [mean - gap + needed * (0.995 + more) for mean in APART[0]]
     measure = runs_alone(moved, *APART[1:])
     assert measure.is_above_in_all(0, 1) == (more > 0)
     assert measure.falls_short(1) == (more > 0)
@@ -285,9 +285,9 @@ def first_alone(measure: Measure) -> Measure:
 
 def test_a_setting_with_one_seed_does_not_win_where_all_others_are_out() -> None:
     better = [quality([1.2, 1.0, 0.8]), quality([1.2, 0.8, 1.0])]
-    qualities = [replace(one, measure=first_alone(one.measure)) for one in better]
+    qualities = [replace(figure, measure=first_alone(figure.measure)) for figure in better]
     verdict = decide(first_alone(accuracies(0.9, 0.6, 0.5)), qualities)
-    assert [bool(one.worse_in) for one in verdict.qualities] == [False, True, True]
+    assert [bool(standing.worse_in) for standing in verdict.qualities] == [False, True, True]
     assert (verdict.winner, verdict.leader, verdict.one_seed) == (None, 0, [0])
 
 
@@ -301,7 +301,7 @@ def test_the_power_that_is_planned_with_is_that_of_sweeps(num_seeds: int, num_pa
     known = first_sweep(replace(truth, num_seeds=[200] * 8, num_pairs=5000))
     planned = known.power(0, 1, np.full(8, num_seeds), num_pairs)
     there = replace(truth, num_seeds=[num_seeds] * 8, num_pairs=num_pairs)
-    found = [Measure(one, is_share=True).is_above(0, 1) for one in sweeps(there)]
+    found = [Measure(accuracy, is_share=True).is_above(0, 1) for accuracy in sweeps(there)]
     assert 0.4 < planned < 0.9
     assert abs(np.mean(found) - planned) < 3 * (planned * (1 - planned) / NUM_SWEEPS) ** 0.5
 

@@ -46,9 +46,9 @@ def test_an_agent_starts_runs_with_the_sweeps_values(server: WandbServer, tmp_pa
             "type": "run",
             "run_id": f"given-{number}",
             "program": example["program"],
-            "args": {key: {"value": value} for key, value in one.items()},
+            "args": {key: {"value": value} for key, value in setting.items()},
         }
-        for number, one in enumerate(values)
+        for number, setting in enumerate(values)
     ]
     server.commands.append({"type": "exit"})
     env = {
@@ -69,13 +69,13 @@ def test_an_agent_starts_runs_with_the_sweeps_values(server: WandbServer, tmp_pa
         assert done.returncode == 0, done.stdout + done.stderr
     assert server.commands == []
     assert yaml.safe_load(server.sweeps[SWEEP]["config"])["parameters"] == example["parameters"]
-    for number, one in enumerate(values):
+    for number, setting in enumerate(values):
         run = server.runs[f"given-{number}"]
         assert run["exit_code"] == 0
         assert [line["_step"] for line in run["history"]][:2] == [1, 2]
         assert SWEEP in {upsert.get("sweep") for upsert in run["upserts"]}
         sent = json.loads(run["upserts"][0]["config"])
         assert {key: sent[key]["value"] for key in ("beta", "seed")} == {
-            key: one[key] for key in ("beta", "seed")
+            key: setting[key] for key in ("beta", "seed")
         }
     assert len(list((tmp_path / "outputs").iterdir())) == 2

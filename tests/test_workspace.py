@@ -40,7 +40,7 @@ def test_the_saved_view_groups_by_beta_and_shows_only_metrics_that_compare(tmp_p
     assert "rewards/" not in spec
     grouping = re.search(r'"grouping": (\[.*?\])', spec)
     assert grouping is not None
-    assert [one in grouping.group(1) for one in ("beta", "beta_schedule")] == [True, True]
+    assert [key in grouping.group(1) for key in ("beta", "beta_schedule")] == [True, True]
 
 
 @pytest.mark.slow
@@ -56,7 +56,7 @@ def test_a_dead_server_and_a_missing_key_are_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 def test_what_an_agent_passes_on_is_a_configuration(schedule: str) -> None:
     example: dict[str, Any] = yaml.safe_load((ROOT / "docs" / "wandb_sweep.yaml").read_text())
-    fixed = [one for one in example["command"] if "=" in one]
+    fixed = [argument for argument in example["command"] if "=" in argument]
     chosen = {"beta": 0.3, "beta_schedule": schedule, "seed": 1}
     assert chosen.keys() == example["parameters"].keys()
     loaded = config.load(compose_config(*fixed, *(f"{k}={v}" for k, v in chosen.items())))

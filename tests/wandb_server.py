@@ -58,7 +58,7 @@ class WandbServer(http.server.ThreadingHTTPServer):
             "historyLineCount": len(history),
             "eventsLineCount": 0,
             "logLineCount": 0,
-            "historyTail": json.dumps([json.dumps(one) for one in history[-1:]]),
+            "historyTail": json.dumps([json.dumps(line) for line in history[-1:]]),
             "eventsTail": "[]",
             "summaryMetrics": json.dumps(history[-1]) if history else "{}",
             "config": "{}",

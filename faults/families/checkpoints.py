@@ -77,12 +77,12 @@ def faults(bench: Bench) -> Iterator[Injection]:
     harm = _in_folder(Path.unlink, "metrics.jsonl")
     yield Injection("metrics.jsonl missing", _folder_damaged(harm, step=4))
     yield Injection("metrics.jsonl with another first line", _folder_damaged(_other_line, step=4))
-    for name, one in HARMS.items():
+    for name, damage in HARMS.items():
         if name == "of one other bit":
             continue  # what people read has no checksum
-        harm = _in_folder(one, "status.json")
+        harm = _in_folder(damage, "status.json")
         yield Injection(f"status.json {name}", _folder_damaged(harm, step=4))
-        yield Injection(f"segments.json {name}", _folder_refused(one, "segments.json"))
+        yield Injection(f"segments.json {name}", _folder_refused(damage, "segments.json"))
     not_yaml: Harm = lambda file: file.write_text("beta: [0.1")  # noqa: E731
     yield Injection("config.yaml that is not YAML", _folder_refused(not_yaml, "config.yaml"))
     harm = _in_folder(Path.unlink, "config.yaml")

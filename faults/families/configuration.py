@@ -105,7 +105,7 @@ def _the_fitting_ones_run(bench: Bench) -> Outcome:
     """Of four combinations two do not fit: they fail with a line each, and the others run."""
     lines = ("optimizer=qlora,galore", "optimizer.r=2,4", "hydra.sweep.dir=sweep")
     done = bench.run("-m", *UNTRACKED, *lines)
-    states = [status(one.parent) for one in bench.path("sweep").glob("*/status.json")]
+    states = [status(path.parent) for path in bench.path("sweep").glob("*/status.json")]
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     if done.code != 1 or states != ["finished"] * 2 or len(errors) != 2:
         return silent(f"exit code {done.code}, {states}, {errors}")

@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 def settings(name: str = "train.jsonl") -> tuple[str, ...]:
     """Return the command line of a run on a file."""
-    others = (one for one in UNTRACKED if not one.startswith("dataset.num_train"))
+    others = (override for override in UNTRACKED if not override.startswith("dataset.num_train"))
     return (
         *others,
         "dataset=file",
@@ -241,9 +241,13 @@ def faults(bench: Bench) -> Iterator[Injection]:
 
 def _edited(bench: Bench) -> Outcome:
     """Train on a folder, then on the same with other rows in a file of the same age."""
-    others = [one for one in settings() if not one.startswith(("dataset=", "dataset.train_path"))]
+    others = [
+        override
+        for override in settings()
+        if not override.startswith(("dataset=", "dataset.train_path"))
+    ]
     command = [*others, "dataset=hub", "dataset.path=pairs", "dataset.num_eval=2"]
-    command = [one for one in command if not one.startswith("dataset.eval_path")]
+    command = [override for override in command if not override.startswith("dataset.eval_path")]
     file = bench.path("pairs/train.jsonl")
     file.parent.mkdir()
     write(file, pairs(30, 16))
@@ -253,8 +257,11 @@ def _edited(bench: Bench) -> Outcome:
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     done = bench.run(*command, "hydra.run.dir=run")
     write(bench.path("train.jsonl"), GOOD)
-    same = [one.replace("dataset=hub", "dataset=file") for one in command]
-    same = [one.replace("dataset.path=pairs", "dataset.train_path=train.jsonl") for one in same]
+    same = [override.replace("dataset=hub", "dataset=file") for override in command]
+    same = [
+        override.replace("dataset.path=pairs", "dataset.train_path=train.jsonl")
+        for override in same
+    ]
     reference = bench.unharmed(*same, "dataset.overlong=cut_completion", into="reference")
     return survived(done, bench.path("run"), reference)
 
@@ -267,7 +274,7 @@ def _draws(bench: Bench) -> Outcome:
     done = bench.run(*settings(), "dataset.num_train=16", "hydra.run.dir=run")
     report = json.loads(bench.path("run/data_report.json").read_text())["train"]
     counts = [report[key] for key in ("num_kept", "num_rows", "num_not_drawn")]
-    lost = sum(one["num"] for one in report["dropped"].values())
+    lost = sum(entry["num"] for entry in report["dropped"].values())
     if counts[0] != 16 or counts[1] != 16 + lost or sum(counts[1:]) != 48:
         return silent(f"kept, rows and not drawn are {counts}, dropped {lost}")
     if "would keep these" not in done.stdout:
@@ -297,7 +304,7 @@ def _drops(content: bytes, num: int, reason: str, policy: str) -> Callable[[Benc
         done = bench.run(*settings(), *policies, "hydra.run.dir=run")
         outcome = survived(done, bench.path("run"), reference)
         report = json.loads(bench.path("run/data_report.json").read_text())["train"]
-        counted = {key: one["num"] for key, one in report["dropped"].items()}
+        counted = {key: entry["num"] for key, entry in report["dropped"].items()}
         if counted != {reason: num}:
             return silent(f"counted as {counted} instead of {num} {reason}")
         return outcome

@@ -114,10 +114,10 @@ def _killed_in_evaluation(bench: Bench) -> Outcome:
 
 
 def _same_second(bench: Bench) -> Outcome:
-    ended = [one.wait() for one in [bench.start(*UNTRACKED) for _ in range(2)]]
+    ended = [process.wait() for process in [bench.start(*UNTRACKED) for _ in range(2)]]
     runs = sorted(bench.path("outputs").iterdir())
-    if len(runs) != 2 or any(one.code for one in ended):
-        return silent(f"{len(runs)} runs: {[one.stderr[-200:] for one in ended]}")
+    if len(runs) != 2 or any(done.code for done in ended):
+        return silent(f"{len(runs)} runs: {[done.stderr[-200:] for done in ended]}")
     expected = state(bench.reference(*UNTRACKED))
-    same = all(state(one) == expected for one in runs)
+    same = all(state(run) == expected for run in runs)
     return Outcome(Ending.SURVIVED) if same else silent("they are not as the unharmed run")

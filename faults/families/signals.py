@@ -31,7 +31,7 @@ DELAYS = (0.0, 1.0, 2.0, 3.0, 4.0)
 def faults(bench: Bench) -> Iterator[Injection]:
     """Return the faults."""
     for signals, code in ASKED.items():
-        name = ", ".join(one.name for one in signals)
+        name = ", ".join(number.name for number in signals)
         yield Injection(f"{name} in step 3", _in_step_3(signals, code))
         yield Injection(f"{name} while checkpoint 4 is saved", _while_saving(signals, code))
     for number in SIGNALS:

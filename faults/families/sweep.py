@@ -30,7 +30,7 @@ def faults(bench: Bench) -> Iterator[Injection]:
 
 
 def _jobs(bench: Bench) -> list[Path]:
-    return sorted(one.parent for one in bench.path("sweep").glob("*/status.json"))
+    return sorted(path.parent for path in bench.path("sweep").glob("*/status.json"))
 
 
 def _all_survived(done: Done, bench: Bench) -> Outcome:
@@ -103,13 +103,13 @@ def _lost_file(bench: Bench) -> Outcome:
 
 def _same_second(bench: Bench) -> Outcome:
     both = [bench.start("-m", *UNTRACKED, "beta=0.2") for _ in range(2)]
-    ended = [one.wait() for one in both]
-    folders = sorted(one.parent for one in bench.path("multirun").glob("*/*/status.json"))
+    ended = [process.wait() for process in both]
+    folders = sorted(path.parent for path in bench.path("multirun").glob("*/*/status.json"))
     if len(folders) != 2:
-        return silent(f"{len(folders)} jobs: {[one.stderr[-200:] for one in ended]}")
+        return silent(f"{len(folders)} jobs: {[done.stderr[-200:] for done in ended]}")
     reference = bench.reference(*UNTRACKED, "beta=0.2")
-    outcomes = [survived(*one, reference) for one in zip(ended, folders, strict=True)]
-    return next((one for one in outcomes if one.ending != Ending.SURVIVED), outcomes[0])
+    outcomes = [survived(*job, reference) for job in zip(ended, folders, strict=True)]
+    return next((outcome for outcome in outcomes if outcome.ending != Ending.SURVIVED), outcomes[0])
 
 
 def _other_code(bench: Bench) -> Outcome:

@@ -109,14 +109,14 @@ def _with_template(bench: Bench, template: str | None) -> tuple[str, ...]:
 def _drops(template: str | None, row: Row, reason: str) -> Callable[[Bench], Outcome]:
     def happen(bench: Bench) -> Outcome:
         command = (*_with_template(bench, template), "dataset.faults.wrong_type=drop")
-        good = [said(one) for one in GOOD]
+        good = [said(pair) for pair in GOOD]
         write(bench.path("train.jsonl"), good)
         reference = bench.unharmed(*command, into="reference")
         write(bench.path("train.jsonl"), [*good[:7], row, *good[7:]])
         done = bench.run(*command, "hydra.run.dir=run")
         outcome = survived(done, bench.path("run"), reference)
         report = json.loads(bench.path("run/data_report.json").read_text())["train"]
-        counted = {key: one["num"] for key, one in report["dropped"].items()}
+        counted = {key: entry["num"] for key, entry in report["dropped"].items()}
         if counted != {reason: 1}:
             return silent(f"counted as {counted} instead of 1 {reason}")
         return outcome

@@ -34,7 +34,9 @@ def set_weights(folder: Path, change: Callable[[Weights], Weights]) -> None:
     """Replace the weights by what a function makes of them."""
     from safetensors.torch import load_file, save_file
 
-    changed = {name: one.contiguous() for name, one in change(load_file(folder / FILE)).items()}
+    changed = {
+        name: weight.contiguous() for name, weight in change(load_file(folder / FILE)).items()
+    }
     save_file(changed, folder / FILE, metadata={"format": "pt"})
 
 
@@ -52,7 +54,9 @@ def no_head(folder: Path) -> None:
 
 def renamed(folder: Path) -> None:
     """Name every weight as inside an adapter."""
-    set_weights(folder, lambda old: {f"base_model.model.{name}": one for name, one in old.items()})
+    set_weights(
+        folder, lambda old: {f"base_model.model.{name}": weight for name, weight in old.items()}
+    )
 
 
 def num_layers(num: int) -> Callable[[Path], None]:
@@ -106,13 +110,13 @@ def in_fp8(folder: Path) -> None:
 
     def change(old: Weights) -> Weights:
         new: Weights = {}
-        for name, one in old.items():
+        for name, weight in old.items():
             if "proj" in name:
-                scale = one.abs().max() / 448
-                new[name] = (one / scale).to(torch.float8_e4m3fn)
+                scale = weight.abs().max() / 448
+                new[name] = (weight / scale).to(torch.float8_e4m3fn)
                 new[name + "_scale_inv"] = scale.view(1, 1)
             else:
-                new[name] = one
+                new[name] = weight
         return new
 
     set_weights(folder, change)

@@ -69,9 +69,9 @@ def run(
                 begun = time.monotonic()
                 trial = Trial(scratch / str(number), fault.tests, fault, seconds)
                 busy.append((trial, fault, begun))
-            for one in [one for one in busy if one[0].has_ended()]:
-                busy.remove(one)
-                trial, fault, begun = one
+            for job in [job for job in busy if job[0].has_ended()]:
+                busy.remove(job)
+                trial, fault, begun = job
                 yield fault, trial.outcome(), time.monotonic() - begun
             time.sleep(POLL_SECONDS)
     finally:
@@ -97,7 +97,7 @@ def red_anyway(tests: Sequence[str], scratch: Path, *, seconds: float) -> list[s
 def table(outcomes: Sequence[tuple[Mutant, Outcome]]) -> str:
     """Return the table that docs/reliability.md shows."""
     planted = Counter(fault.area for fault, _ in outcomes)
-    caught = Counter(fault.area for fault, one in outcomes if one.verdict == "caught")
+    caught = Counter(fault.area for fault, outcome in outcomes if outcome.verdict == "caught")
     rows = [f"| {area} | {planted[area]} | {caught[area]} |" for area in sorted(planted)]
     rows.append(f"| **all** | {planted.total()} | {caught.total()} |")
     return "\n".join(["| area | planted | caught |", "|---|---:|---:|", *rows])
@@ -139,13 +139,15 @@ def main() -> None:
         outcomes.append((fault, outcome))
         told = f"{outcome.verdict:8}  {fault}  ({seconds:.0f} s)"
         print(f"{told}  {outcome.detail}", flush=True)
-    by = sorted({one.detail for _, one in outcomes if one.verdict == "caught"})
+    by = sorted({outcome.detail for _, outcome in outcomes if outcome.verdict == "caught"})
     if by:
         for test in red_anyway(by, scratch, seconds=10 * asked.seconds):
             print(f"red without any fault, and so no judge: {test}")
             unclear = Outcome("unclear", "its judge is red without it")
-            outcomes = [(f, unclear if one.detail == test else one) for f, one in outcomes]
-    survived = [str(fault) for fault, one in outcomes if one.verdict != "caught"]
+            outcomes = [
+                (f, unclear if outcome.detail == test else outcome) for f, outcome in outcomes
+            ]
+    survived = [str(fault) for fault, outcome in outcomes if outcome.verdict != "caught"]
     print(f"\n{table(outcomes)}\n\n{time.monotonic() - begun:.0f} seconds; {scratch}\n")
     num_caught = len(outcomes) - len(survived)
     print(json.dumps({"planted": len(outcomes), "caught": num_caught, "survived": survived}))

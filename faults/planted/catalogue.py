@@ -65,7 +65,7 @@ def find_flaws(fault: Mutant) -> list[str]:
     if not file.is_file():
         return [f"there is no file {fault.file}"]
     text = file.read_text(encoding="utf-8")
-    flaws = [f"there is no test {one}" for one in fault.tests if not _exists(one)]
+    flaws = [f"there is no test {test}" for test in fault.tests if not _exists(test)]
     if not fault.tests:
         flaws.append("it names no test")
     if (count := text.count(fault.old)) != 1:

@@ -108,7 +108,8 @@ class Trial:
     def red(self) -> list[str]:
         """Return the tests that went red."""
         said = self.folder / "said.json"
-        return [one["test"] for one in json.loads(said.read_text())["red"]] if said.exists() else []
+        red = json.loads(said.read_text())["red"] if said.exists() else []
+        return [test["test"] for test in red]
 
 
 def _judge(said: dict[str, Any]) -> Outcome:
@@ -172,7 +173,7 @@ def _run_tests(folder: Path, tests: Sequence[str], *, stop_at_first: bool) -> No
         tree = folder / "tree"
         os.chdir(tree)
         os.environ["PYTHONPATH"] = str(tree)
-        sys.path[:] = [str(tree), *(one for one in sys.path if one not in ("", str(ROOT)))]
+        sys.path[:] = [str(tree), *(path for path in sys.path if path not in ("", str(ROOT)))]
         for name in list(sys.modules):
             if name.partition(".")[0] in OURS:
                 del sys.modules[name]
