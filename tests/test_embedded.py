@@ -202,6 +202,7 @@ def test_the_committed_model_is_small_and_fits_nf4_blocks(model: Any) -> None:
             assert module.out_features % 64 == 0
 
 
+@pytest.mark.slow
 def test_the_base_model_is_indifferent_and_competent(
     model: Any, tokenizer: Any, eval_rows: list[Row]
 ) -> None:

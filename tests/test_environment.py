@@ -100,6 +100,7 @@ def test_a_single_run_takes_the_first_gpu_and_none_stays_none() -> None:
         assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
 
 
+@pytest.mark.slow
 def test_a_run_is_what_its_configuration_says_whatever_accelerate_is_told(
     load: Load, tmp_path: Path
 ) -> None:

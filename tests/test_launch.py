@@ -35,6 +35,7 @@ def cpu_seconds(*arguments: str) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
+@pytest.mark.slow
 def test_help_and_a_typo_answer_before_torch_would_be_imported() -> None:
     """In CPU time, whatever the machine; where torch takes 1.3 s that is within a second."""
     torch = min(cpu_seconds("-c", "import torch") for _ in range(2))
