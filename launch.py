@@ -32,12 +32,19 @@ from orpo_lab.sweep.jobs import JOBS
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def launch(composed: DictConfig) -> None:
-    """Run one job in the folder that Hydra has made for it; a failure is said and remembered."""
+    """Run one job in the folder that Hydra has made for the job.
+
+    A failure of the job is printed, and kept in `JOBS` for the exit code. The other jobs of a sweep
+    go on.
+
+    Raises:
+        Stopped: the run, or the whole sweep, was asked to end.
+    """
     hydra_config = HydraConfig.get()
     folder = Path(os.path.relpath(hydra_config.runtime.output_dir))
     is_sweep = hydra_config.mode == RunMode.MULTIRUN
     if is_sweep:
-        stop.PROCESS.work_for_another()  # unless this is the process that was started
+        stop.PROCESS.work_for_another()  # does nothing in the process that the user started
     if stop.PROCESS.is_worker and stop.PROCESS.signal:
         _remove_if_empty(folder)
         return
@@ -52,8 +59,8 @@ def launch(composed: DictConfig) -> None:
         _remember(f"error: {error}", folder, is_sweep)
         print(JOBS.failures[-1], file=sys.stderr)
     except Stopped as error:
-        # A job's budget is its own; a signal ends the sweep, which a launcher's process leaves to
-        # the one that has passed the signal on
+        # The time budget ends one job only. A signal ends the sweep; in a launcher's process it
+        # ends the job, and the process that passed the signal on ends the sweep
         if error.reason != BUDGET:
             stop.PROCESS.signal = stop.PROCESS.signal or error.reason
             if not stop.PROCESS.is_worker:
@@ -76,8 +83,17 @@ def launch(composed: DictConfig) -> None:
 
 
 def run_job(composed: DictConfig, folder: Path, sweep: Sweep | None) -> None:
-    """Check one job's configuration, then run it, unless its sweep has run it already."""
-    # Before the folder is held: of two processes the second would only learn that it is taken
+    """Check the configuration of one job, then run the job, unless its sweep has run it already.
+
+    Args:
+        composed: the job's configuration, as Hydra composed it.
+        folder: the folder that Hydra has made for the job.
+        sweep: the sweep that the job belongs to, if any.
+
+    Raises:
+        UserError: the user can put something right.
+    """
+    # Before the folder is held: otherwise a second process would only be told that it is in use
     environment.refuse_several_processes()
     loaded = config.load(composed)
     hydra_config = HydraConfig.get()
@@ -103,7 +119,13 @@ def run_job(composed: DictConfig, folder: Path, sweep: Sweep | None) -> None:
 
 @contextlib.contextmanager
 def _alone(loaded: config.Config, folder: Path) -> Iterator[RunFolder | None]:
-    """Give a single run its folder; None: the run to go on with has finished."""
+    """Inside this context, hold the folder of a single run, and yield this folder.
+
+    None is yielded if the run to go on with has finished.
+
+    Raises:
+        UserError: the folder is named twice or not at all, or another process runs in it.
+    """
     given = _given_folder()
     _check_folder(loaded, folder, given)
     with contextlib.ExitStack() as stack:
@@ -120,14 +142,18 @@ def _alone(loaded: config.Config, folder: Path) -> Iterator[RunFolder | None]:
 
 
 def _given_folder() -> str | None:
-    """Return what the command line says of the run's folder; None: nothing."""
+    """Return the run folder that the command line names; None: it names no folder."""
     given = HydraConfig.get().overrides.hydra
     found = [override.partition("=")[2] for override in given if "hydra.run.dir=" in override]
     return found[-1].strip("'\" ") if found else None
 
 
 def _check_folder(loaded: config.Config, folder: Path, given: str | None) -> None:
-    """Refuse folders that are named twice, or not at all."""
+    """Check that the run folder is named exactly once where it has to be named.
+
+    Raises:
+        UserError: `resume` and hydra.run.dir name two folders, or no folder is named.
+    """
     if given == "":
         raise UserError("hydra.run.dir is empty (is a variable unset?); give a folder")
     if loaded.resume == AUTO and given is None:
@@ -144,9 +170,10 @@ def _check_folder(loaded: config.Config, folder: Path, given: str | None) -> Non
 
 
 def _places(folder: Path, *, is_fixed: bool) -> Iterator[RunFolder]:
-    """Yield the folder of a run; if nobody chose it, others beside it while another has that one.
+    """Yield the folder of a run; unless the user has chosen it, then also folders with a number.
 
-    Two runs that start in the same second have come to the same name.
+    The caller takes the first folder that no other process holds. Two runs that start in the same
+    second have the same default name.
     """
     yield RunFolder(folder)
     for number in itertools.count(2):
@@ -156,7 +183,7 @@ def _places(folder: Path, *, is_fixed: bool) -> Iterator[RunFolder]:
 
 
 def _remember(failure: str, folder: Path, is_sweep: bool) -> None:
-    """Remember a failure; a sweep also keeps that of a job that never began a run."""
+    """Note the failure of a job; in a sweep, record it also for a job that never began a run."""
     JOBS.fail(failure)
     if is_sweep and folder.is_dir() and RunFolder(folder).is_empty():
         RunFolder(folder).set_status("failed", failure.removeprefix("error: "), exit_code=1)
@@ -164,18 +191,18 @@ def _remember(failure: str, folder: Path, is_sweep: bool) -> None:
 
 
 def _remove_if_empty(folder: Path) -> None:
-    """Take back the folder of a run that never began: Hydra makes it before anything is checked."""
-    with contextlib.suppress(OSError):  # it holds something
+    """Delete the folder of a run that never began; Hydra makes it before anything is checked."""
+    with contextlib.suppress(OSError):  # the folder is not empty
         folder.rmdir()
 
 
 def help_text(arguments: Sequence[str] = ()) -> str:
-    """Return every option of every config group with the first line of its file.
+    """Return the help: every option of every config group, with the first line of its file.
 
-    Hydra's own help loads each of them twice and takes longer than a second.
+    Hydra's own help would load each file twice, and take longer than a second.
 
     Args:
-        arguments: the command line, for a folder of one's own in it (`--config-dir`).
+        arguments: the command line; it may name another folder of options (`--config-dir`).
     """
     lines = [__doc__ or "", "Options are group=name; -m sweeps over lists (beta=0.1,0.2)."]
     own = get_args_parser().parse_known_args(list(arguments))[0].config_dir
@@ -197,13 +224,13 @@ def _first_comment(file: Path) -> str:
 
 
 def main() -> None:
-    """Entry point: what the user can put right ends in one line and exit code 1."""
+    """Run the command line, and exit; an error that the user can put right gives exit code 1."""
     command_line.open_streams()
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text(sys.argv[1:]))
         return
     config.register()
-    # Hydra then raises its errors as they are, and `explain` can say them in one line
+    # Hydra then raises its errors unchanged, and `explain` can put each in one line
     os.environ["HYDRA_FULL_ERROR"] = "1"
     codes = []
     with stop.PROCESS.listening():

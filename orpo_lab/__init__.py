@@ -1,9 +1,9 @@
-"""orpo_lab: ORPO experiments (Hong, Lee and Thorne 2024, arXiv:2403.07691) that compare.
+"""orpo_lab: ORPO experiments (Hong, Lee and Thorne 2024, arXiv:2403.07691) that can be compared.
 
     from orpo_lab import compose, train
 
-Deliberately imports nothing by itself: `python launch.py --help` and the refusal of a typo must
-stay fast. See `api.py`; a run starts in `orpo_lab.run.train`.
+This file imports nothing at first, so that `python launch.py --help` and the error for a typo are
+fast. See `api.py`. A run starts in `orpo_lab.run.train`.
 """
 
 from typing import TYPE_CHECKING, Any

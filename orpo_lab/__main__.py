@@ -1,4 +1,4 @@
-"""`python -m orpo_lab COMMAND ...`: what there is beside running, which is `launch.py`'s."""
+"""`python -m orpo_lab COMMAND ...`: all commands except running, which `launch.py` does."""
 
 import argparse
 import importlib
@@ -8,8 +8,8 @@ from typing import NoReturn
 
 from orpo_lab.errors import UserError, one_line
 
-# Commands: the module that has `add_arguments` and `run`, and what the command does. A module is
-# imported when its command is asked for.
+# For each command the module with its `add_arguments` and `run`, and what the command does. A
+# module is imported only when its command is called.
 COMMANDS = {
     "compare": ("orpo_lab.compare.command", "compare runs, over held-out pairs and seeds"),
     "search": ("orpo_lab.sweep.search", "search beta and other keys with Optuna"),
@@ -18,15 +18,15 @@ COMMANDS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose refusals are one line, as everywhere else."""
+    """A parser whose error messages are one line, like all error messages of this package."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong with the command line, and exit with 2."""
+        """Print what is wrong with the command line, and exit with code 2."""
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: what the user can put right ends in one line and exit code 1."""
+    """Run a command; an error that the user can put right gives one line and exit code 1."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
         print("usage: python -m orpo_lab COMMAND ...\n")

@@ -1,11 +1,11 @@
-"""The lab from Python: overrides in, `RunResult` out.
+"""Use this package from Python: overrides in, `RunResult` out.
 
     from orpo_lab import compose, train
 
     result = train(compose("optimizer=galore", "beta=0.2"), "outputs/mine")
     print(result.summary["after"]["preference_accuracy"])
 
-The overrides are those of the command line, and what is refused there is refused here.
+The overrides are those of the command line. What the command line refuses is refused here too.
 """
 
 from dataclasses import dataclass
@@ -30,25 +30,25 @@ CONF = Path(__file__).parents[1] / "conf"
 
 @dataclass(frozen=True)
 class Experiment:
-    """A run that is composed and checked, and has not begun."""
+    """A run whose configuration is composed and checked; the run has not begun."""
 
     config: config.Config
     choices: dict[str, str]
     """The option chosen in every config group."""
     overrides: list[str]
-    """As they were given."""
+    """The overrides, as given."""
 
 
 def compose(*overrides: str) -> Experiment:
-    """Compose and check a run.
+    """Compose and check the configuration of a run.
 
     Args:
-        overrides: as on the command line, `group=option` or `key=value`; none of Hydra's own
-            (`hydra.run.dir` and the like: `train` is told the folder).
+        overrides: as on the command line, `group=option` or `key=value`. Overrides of Hydra's own
+            settings, such as `hydra.run.dir`, are refused: the folder is an argument of `train`.
 
     Raises:
-        UserError: a key, an option or a value that there is none of, or choices that do not go
-            together; the text names the key to change.
+        UserError: a key, an option or a value is unknown, or choices do not fit together; the text
+            names the key to change.
     """
     given = [override for override in overrides if override.lstrip("+~").startswith("hydra")]
     if given:
@@ -66,21 +66,22 @@ def compose(*overrides: str) -> Experiment:
 
 
 def train(experiment: Experiment, folder: Path | str) -> "RunResult":
-    """Run an experiment in its folder, and return what it came to.
+    """Run an experiment in its folder, and return the result.
 
     Args:
-        experiment: as `compose` returns it.
-        folder: the run folder. It may hold the run that `resume=auto` goes on with, and no other.
+        experiment: what `compose` has returned.
+        folder: the run folder. It may hold the run that `resume=auto` goes on with, but no other
+            run.
 
     Raises:
-        UserError: something that the user can put right; where the run has begun, the folder's
-            `status.json` says so too.
+        UserError: the user can put something right. If the run has begun, `status.json` in the
+            folder says what, too.
     """
     environment.refuse_several_processes()
     with RunFolder(Path(folder)).held() as is_free:
         if not is_free:
             raise UserError(f"another process is running in {folder}")
-        from orpo_lab import run  # seconds of imports, once the configuration is known to be good
+        from orpo_lab import run  # takes seconds, so only after the configuration is checked
 
         return run.train(
             experiment.config,

@@ -1,7 +1,7 @@
-"""How beta, the weight of the odds-ratio loss (the paper's lambda), moves during a run.
+"""How beta, the weight of the odds-ratio loss (the paper's lambda), changes during a run.
 
-Pure functions: beta depends on the configuration and on the number of the optimizer step alone, so
-it is the same after a resume and the same for every engine.
+The functions are pure: beta depends only on the configuration and on the number of the optimizer
+step. So beta is the same after a resume and the same for every engine.
 """
 
 import math
@@ -18,7 +18,7 @@ from orpo_lab.config.beta_schedule import (
 
 
 def progress(step: int, num_steps: int) -> float:
-    """Return how far a run is at 0-based optimizer step `step` of `num_steps`: 0 first, 1 last."""
+    """Return the progress of a run at 0-based step `step`: 0 at the first step, 1 at the last."""
     return step / max(1, num_steps - 1)
 
 
@@ -31,7 +31,7 @@ def beta_at(schedule: BetaSchedule, progress: float, *, beta: float, beta_end: f
 
 
 def _share_moved(schedule: BetaSchedule, progress: float) -> float:
-    """Return how much of the way from beta to beta_end is done, 0 to 1."""
+    """Return the share of the change from beta to beta_end that is done, 0 to 1."""
     match schedule:
         case Constant():
             return 0.0

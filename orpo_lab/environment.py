@@ -1,10 +1,13 @@
-"""What a run takes from its process's environment, and what it does not let libraries take.
+"""Control which environment variables may affect a run.
 
-A run is what its config.yaml says. Libraries read variables behind our back that would make another
-run of the same configuration: those are taken away before torch is imported, and said. Not in the
-list is what only says where files and networks are (`HF_HOME`, `HF_HUB_OFFLINE`), what memory is
-cut into (`PYTORCH_ALLOC_CONF`), what helps to find a fault (`CUDA_LAUNCH_BLOCKING`), and
-`PYTHONHASHSEED`: no random number and no order of ours comes from the hash of a text.
+Only config.yaml may decide what a run computes. Libraries read environment variables that would
+change a run without a change of its configuration. These variables are removed before torch is
+imported, and named in the log.
+
+Some variables are not in the list. They only say where files and networks are (`HF_HOME`,
+`HF_HUB_OFFLINE`), how memory is divided (`PYTORCH_ALLOC_CONF`), or help to find a fault
+(`CUDA_LAUNCH_BLOCKING`). `PYTHONHASHSEED` is not in the list either: none of our random numbers or
+orders depends on the hash of a text.
 """
 
 import os
@@ -18,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from orpo_lab.errors import UserError
 
-# Pattern -> what it would change
+# Pattern of a variable's name -> what the variable would change
 UNREAD = {
     "ACCELERATE_*": "precision, device, compiler and sharding of transformers' trainer",
     "FSDP_*": "sharding",
@@ -26,7 +29,7 @@ UNREAD = {
     "MEGATRON_LM_*": "sharding",
     "FP8_*": "precision",
     "FORK_LAUNCHED": "accelerate's kind of process",
-    # One process is all there is (see `use_one_device`); accelerate would look for its group
+    # A run has one process (see `use_one_device`); accelerate would look for a group of processes
     "WORLD_SIZE": "the number of processes",
     "RANK": "the number of processes",
     "LOCAL_RANK": "the number of processes",
@@ -45,25 +48,26 @@ UNREAD = {
     "USE_JAX": "the framework that datasets reads for",
     "USE_TORCH": "the framework that datasets reads for",
 }
-# And what is set instead: kernels from the hub are on by default
+# Variables that are set instead: kernels from the hub are on by default
 FIXED = {"USE_HUB_KERNELS": "NO"}
 
-# How often a thread looks whether the others are done before it sleeps, beside other work. The
-# 300,000 looks that libgomp takes keep the cores from that work, and so from the run itself. A
-# thousand are too few on idle cores: a small model's step is slower (`benchmarks/threads.py`)
+# How often a waiting thread checks whether the other threads are done before it sleeps, if the
+# cores have other work too. libgomp's default of 300,000 checks would keep the cores from that
+# work, and so slow the run itself. 1,000 checks are too few on idle cores: the step of a small
+# model is slower (`benchmarks/threads.py`)
 SPINS = "1000"
-# How long it takes to see whether the cores are idle
+# Seconds for measuring whether the cores are idle
 LOOK_SECONDS = 0.1
 
-# Of the GPU that this process has claimed, for as long as it lives
+# The lock of the GPU that this process has claimed, held until the process ends
 _claims: list[FileLock] = []
 
 
 def settle() -> list[str]:
-    """Take away the variables that would change the run, and return what is to be said of them.
+    """Remove the variables that would change the run, and return a line for the log about each.
 
     Raises:
-        UserError: the run was started under torchrun or the like.
+        UserError: the run was started under torchrun or a similar launcher.
     """
     refuse_several_processes()
     found = [
@@ -77,18 +81,18 @@ def settle() -> list[str]:
         f"{name}={value} is not read: it would change {_changes(name)}, and the run is what its "
         "configuration says"
         for name, value in before.items()
-        # Shells and schedulers set these for every process, one alone included
+        # Shells and schedulers set these variables for every process, even for a single one
         if not name.endswith(("RANK", "WORLD_SIZE")) and FIXED.get(name) != value
     ]
 
 
 def _must_make_room() -> bool:
-    """Return whether the cores are busy with other work, and nobody has said how threads wait."""
+    """Return whether the cores are busy with other work, and no variable says how threads wait."""
     has_chosen = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys()
-    if has_chosen or "torch" in sys.modules:  # with torch libgomp has read its variables
+    if has_chosen or "torch" in sys.modules:  # torch has loaded libgomp, which reads them once
         return False
     idle = 1 - psutil.cpu_percent(LOOK_SECONDS) / 100
-    has_affinity = hasattr(os, "sched_getaffinity")  # as Linux has
+    has_affinity = hasattr(os, "sched_getaffinity")  # on Linux
     num_threads = len(os.sched_getaffinity(0)) if has_affinity else psutil.cpu_count()
     return idle * psutil.cpu_count() < num_threads - 0.5
 
@@ -98,10 +102,10 @@ def _changes(name: str) -> str:
 
 
 def refuse_several_processes() -> None:
-    """Refuse to be one of several processes: each would run the whole run.
+    """Refuse to run as one of several processes, each of which would do the whole run.
 
     Raises:
-        UserError: the run was started under torchrun or the like.
+        UserError: the run was started under torchrun or a similar launcher.
     """
     size = os.environ.get("WORLD_SIZE", "").strip()
     if size not in ("", "0", "1"):
@@ -112,20 +116,24 @@ def refuse_several_processes() -> None:
 
 
 def use_one_device(shared: Path | None) -> None:
-    """See one GPU only, before torch is imported.
+    """Make only one GPU visible; called before torch is imported.
 
-    A run computes on one GPU, and jobs that run at a time take one each. The first job of a process
-    decides for those after it: torch looks once.
+    A run computes on one GPU, and jobs that run at the same time take one GPU each. The first job
+    of a process decides for all its jobs, since torch reads the visible GPUs only once.
 
     Args:
-        shared: a folder of the sweep's, in which its processes claim a GPU each; None: the first.
+        shared: a folder of the sweep, in which each of its processes claims a GPU. None: the first
+            visible GPU is taken.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
     os.environ["CUDA_VISIBLE_DEVICES"] = visible[0] if shared is None else _claim(visible, shared)
 
 
 def _claim(visible: list[str], folder: Path) -> str:
-    """Return the GPU that the fewest processes of this machine have claimed."""
+    """Claim a GPU for this process, and return its name.
+
+    The GPU is one that the fewest processes of this machine have claimed.
+    """
     if _claims or len(visible) == 1:
         return visible[0]
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,19 +1,19 @@
-"""What ends a run early against the user's wish."""
+"""Errors that end a run early."""
 
 from orpo_lab.redaction import redact
 
 
 class UserError(ValueError):
-    """Something the user can put right: a key, a row, a path, a missing connection.
+    """An error that the user can put right: a key, a row, a path, a missing connection.
 
-    The message is a single line that says what is wrong and what to change. `launch.py` prints it
-    without a traceback and exits with code 1; every other exception is a defect of ours and keeps
-    its traceback.
+    The message is a single line that says what is wrong and what to change. `launch.py` prints the
+    message without a traceback and exits with code 1. Every other exception is a defect of this
+    package, and keeps its traceback.
     """
 
 
 class NonFiniteError(UserError):
-    """Numbers that training or a model came to are NaN or infinite; nothing of them is kept."""
+    """Training or a model has computed NaN or infinity; such numbers are not kept."""
 
 
 LIKELY_CAUSES = (
@@ -24,8 +24,9 @@ LIKELY_CAUSES = (
 
 
 def one_line(error: BaseException | str) -> str:
-    """Return an error's text on a single line, for messages that quote another library's.
+    """Return an error's text on a single line, for messages that quote an error of a library.
 
-    Secrets are redacted, since the message may be cut, and half a secret has no shape.
+    Secrets are redacted here, because the text may be cut later, and a part of a secret cannot be
+    recognised.
     """
     return redact(" ".join(str(error).split()))

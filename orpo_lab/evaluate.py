@@ -1,6 +1,6 @@
-"""Held-out evaluation: what a model prefers, and how well it writes.
+"""Evaluate a model on the held-out pairs: what the model prefers, and how well it writes.
 
-All figures are free of beta, so they compare across betas and along an annealed run.
+No figure depends on beta. So figures can be compared across betas and along an annealed run.
 """
 
 import contextlib
@@ -31,37 +31,38 @@ from orpo_lab.model.causal import CausalModel, without_adapters
 
 log = logging.getLogger(__name__)
 
-# Padded tokens in one forward pass without gradients; bounds memory, does not change the figures
+# The largest number of padded tokens in a forward pass without gradients. The number bounds memory,
+# and does not change the figures
 TOKENS_PER_FORWARD = 4096
 GENERATIONS_PER_BATCH = 64
-# Repeated n-grams of this length make the repetition figure (Welleck et al. 2019, arXiv:1908.04319)
+# Tokens of the n-grams whose repetition is measured (Welleck et al. 2019, arXiv:1908.04319)
 REPETITION_NGRAM = 3
 
 
 @dataclass(frozen=True)
 class Generation:
-    """One held-out prompt, answered greedily."""
+    """The model's greedy answer to one held-out prompt."""
 
     prompt: str
     chosen: str
     answer: str
     num_tokens: int
     repetition: float
-    # Whether the answer is right; None where that cannot be checked
+    # Whether the answer is right; None if the answer cannot be checked
     correct: bool | None
 
 
 @dataclass(frozen=True)
 class Scores:
-    """log P(y|x) of every held-out pair, the mean over a completion's tokens (Eq. 3), [N]."""
+    """log P(y|x) of N held-out pairs: the mean over a completion's tokens (Eq. 3), [N], in nats."""
 
     chosen_logps: Tensor
     rejected_logps: Tensor
-    # Tokens of each chosen completion
+    # Number of tokens of each chosen completion, [N]
     chosen_sizes: Tensor
 
     def __getitem__(self, indices: list[int]) -> "Scores":
-        """Return the scores of some pairs."""
+        """Return the scores of the pairs at the given indices."""
         return Scores(
             self.chosen_logps[indices], self.rejected_logps[indices], self.chosen_sizes[indices]
         )
@@ -69,17 +70,20 @@ class Scores:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The held-out metrics, and what they rest on."""
+    """The held-out metrics, and the scores and answers that the metrics are computed from."""
 
     metrics: dict[str, Any]
     scores: Scores
     generations: list[Generation]
-    """Of the first pairs, as many as `dataset.num_generations` asks for."""
+    """The answers to the first `dataset.num_generations` prompts."""
     seconds: float
-    """What it took."""
+    """The time that the evaluation took."""
 
     def by_pair(self) -> dict[str, list[Any]]:
-        """Return columns with a row for every held-out pair; None where it was not answered."""
+        """Return columns with a row for every held-out pair.
+
+        Columns about answers are None for pairs whose prompt was not answered.
+        """
         unanswered = [None] * (len(self.scores.chosen_logps) - len(self.generations))
         answers = self.generations
         return {
@@ -92,7 +96,7 @@ class Evaluation:
         }
 
     def save(self, file: Path) -> None:
-        """Write it all to a JSON file."""
+        """Write the evaluation to a JSON file."""
         scores = {name: value.tolist() for name, value in vars(self.scores).items()}
         parts = {
             "metrics": self.metrics,
@@ -104,7 +108,7 @@ class Evaluation:
 
     @classmethod
     def restore(cls, file: Path) -> "Evaluation":
-        """Read what `save` has written."""
+        """Read an evaluation that `save` has written."""
         parts = json.loads(file.read_text())
         scores = {name: torch.tensor(values) for name, values in parts["scores"].items()}
         generations = [Generation(**generation) for generation in parts["generations"]]
@@ -123,15 +127,15 @@ def evaluate(
     """Measure a model on the held-out pairs.
 
     Args:
-        model: on its device; left in the mode it came in.
+        model: on its device; stays in training or evaluation mode.
         tokenizer: with a pad token.
         data: tokenized pairs.
-        config: how many prompts to answer, and how long.
+        config: says how many prompts to answer, and how long an answer may be.
         dtype: precision of the arithmetic, as in training.
-        desc: what the progress bars say: before or after.
+        desc: text of the progress bars: before or after.
 
     Raises:
-        NonFiniteError: the model's log-probability of a completion is not finite.
+        NonFiniteError: the log-probability of a completion is not finite.
     """
     start = time.perf_counter()
     was_training = model.training
@@ -154,7 +158,7 @@ def evaluate(
 
 
 def _check_finite(scores: Scores, desc: str) -> None:
-    """Refuse what no figure can be made of: the last update may have ruined the weights."""
+    """Refuse scores that are not finite: the last update may have ruined the weights."""
     both = torch.stack([scores.chosen_logps, scores.rejected_logps])
     num = int((~torch.isfinite(both).all(0)).sum())
     if num:
@@ -167,7 +171,7 @@ def _check_finite(scores: Scores, desc: str) -> None:
 def score(
     model: CausalModel, tokenizer: PreTrainedTokenizerBase, pairs: datasets.Dataset, desc: str
 ) -> Scores:
-    """Return how likely the model finds both sides of every pair."""
+    """Return the log-probabilities of both completions of every pair."""
     base = without_adapters(model)
     logps_of = head.score if head.has_plain_head(base) else head.score_by_logits
     if logps_of is head.score_by_logits:
@@ -185,11 +189,11 @@ def score(
 
 
 def preference_metrics(scores: Scores) -> dict[str, Any]:
-    """Return what the model makes of the pairs: see docs/reading_curves.md for each figure."""
+    """Return the figures computed from the scores; docs/reading_curves.md explains each figure."""
     found = {
         metric.name: metric.of_scores(scores) for metric in metrics.HELD_OUT if metric.of_scores
     }
-    # Plain numbers: JSON has no tensors
+    # Tensors become plain numbers, since JSON has no tensors
     return {
         name: value.item() if isinstance(value, Tensor) else value for name, value in found.items()
     }
@@ -198,10 +202,10 @@ def preference_metrics(scores: Scores) -> dict[str, Any]:
 def by_wording(
     wordings: list[str], scores: Scores, generations: list[Generation]
 ) -> dict[str, dict[str, Any]]:
-    """Return the embedded pairs' metrics for free and terse answers apart.
+    """Return the metrics of the embedded pairs, separately for free and for terse answers.
 
-    Where the answer is a bare token, SFT alone separates the pairs; what beta buys shows in the
-    answers in free wording.
+    In terse answers the answer is a bare token, and SFT alone separates the pairs. The benefit of
+    beta shows in the answers in free wording.
     """
     slices = {}
     for wording in sorted(set(wordings)):
@@ -219,15 +223,15 @@ def completion_logps(
     on: torch.device,
     desc: str,
 ) -> Tensor:
-    """Return log P(y|x), the mean over each completion's tokens (Eq. 3), [N].
+    """Return log P(y|x), the mean over each completion's tokens (Eq. 3), [N], in nats.
 
     Args:
-        logps_of: `head.score` or its like, of a model.
+        logps_of: `head.score` or `head.score_by_logits`, with the model as its first argument.
         tokenizer: with a pad token.
-        pairs: tokenized, N of them.
-        side: the column of the completions.
+        pairs: N tokenized pairs.
+        side: name of the column of the completions.
         on: the model's device.
-        desc: what the progress bar says.
+        desc: text of the progress bar.
     """
     prompts, completions = pairs["prompt_ids"][:], pairs[side][:]
     lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
@@ -275,17 +279,18 @@ def generate(
     check: bool,
     desc: str,
 ) -> list[Generation]:
-    """Answer the pairs' prompts greedily, up to a token that ends a turn.
+    """Answer the prompts of the pairs greedily, up to a token that ends a turn.
 
-    Nothing but the largest logit chooses a token, whatever the model's own generation settings say.
+    The token with the largest logit is always taken. The model's own generation settings have no
+    effect.
 
     Args:
         model: in evaluation mode.
         tokenizer: with a pad token.
-        pairs: tokenized.
-        max_new_tokens: where an answer is cut that has not ended.
-        check: whether the rows can tell a right answer.
-        desc: what the progress bar says.
+        pairs: tokenized pairs.
+        max_new_tokens: the largest number of tokens of an answer; a longer answer is cut.
+        check: whether the rows of the pairs say which answer is right.
+        desc: text of the progress bar.
     """
     base, ends = without_adapters(model), turn_ends(model, tokenizer)
     greedy = GenerationConfig(
@@ -331,8 +336,11 @@ def generate(
 
 @contextlib.contextmanager
 def _generating_by(model: CausalModel, settings: GenerationConfig) -> Iterator[None]:
-    """Set a model's own generation settings aside, from which transformers fills what ours leave
-    open: repetition_penalty, num_beams, suppress_tokens."""
+    """Replace a model's own generation settings inside this context.
+
+    transformers would take settings that ours do not name from the model's own: for example
+    repetition_penalty, num_beams, suppress_tokens.
+    """
     own = model.generation_config
     model.generation_config = settings
     try:
@@ -344,8 +352,9 @@ def _generating_by(model: CausalModel, settings: GenerationConfig) -> Iterator[N
 def turn_ends(model: CausalModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the ids of all tokens that end an answer.
 
-    The tokenizer's EOS is one. Chat models end a turn with others (Gemma, Llama 3, Phi-3): those
-    that the model's own generation settings list, and what its chat template writes behind one.
+    One of them is the tokenizer's EOS. Chat models (Gemma, Llama 3, Phi-3) end a turn with other
+    tokens. These are the tokens that the model's own generation settings list, and the token that
+    the chat template writes behind a turn.
     """
     own = without_adapters(model).generation_config.eos_token_id
     listed = own if isinstance(own, list) else [own]
@@ -354,8 +363,10 @@ def turn_ends(model: CausalModel, tokenizer: PreTrainedTokenizerBase) -> list[in
 
 
 def _token_behind_a_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the special token that the chat template writes behind an answer; None: it has none,
-    or takes no such conversation."""
+    """Return the id of the special token that the chat template writes behind an answer.
+
+    None: there is no chat template, no such token, or the template refuses the conversation.
+    """
     answer = "an answer"
     turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
     try:
@@ -367,14 +378,14 @@ def _token_behind_a_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def repetition(ids: list[int]) -> float:
-    """Return the share of a text's n-grams that it has already said, 0 to 1."""
+    """Return the share of a text's n-grams that are repetitions of an earlier n-gram, 0 to 1."""
     size = REPETITION_NGRAM
     ngrams = [tuple(ids[i : i + size]) for i in range(len(ids) - size + 1)]
     return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
 def generation_metrics(generations: list[Generation]) -> dict[str, Any]:
-    """Return the generations' mean length (tokens), repetition and, where checked, exact match."""
+    """Return the answers' mean length in tokens, repetition and, if checked, exact match."""
     if not generations:
         return {}
     found = {

@@ -1,4 +1,4 @@
-"""Memory, the device's above all: its peak, its end, and that a run leaves nothing in it."""
+"""Memory of the device and the process: measure its peak, explain its end, free it after a run."""
 
 import contextlib
 import gc
@@ -13,25 +13,29 @@ from orpo_lab.config.engine import TrlEngine
 from orpo_lab.config.optimizer import Lora
 from orpo_lab.errors import UserError, one_line
 
-# How libraries say it that raise a plain RuntimeError: CUDA's own calls, cuBLAS, torch on a CPU
+# Words of plain RuntimeErrors that mean "out of memory": of CUDA's own calls, of cuBLAS, and of
+# torch on a CPU
 WORDS = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
 
 
 def reset_peak() -> None:
-    """Let the peak begin anew, from what is held now: a process may have trained before."""
+    """Reset the peak to the memory in use now: the process may have trained another run before."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):  # elsewhere than on Linux it stays the process's
+    with contextlib.suppress(OSError):  # without /proc the peak stays that of the whole process
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_bytes() -> int:
-    """Return the peak since `reset_peak`: the GPU's allocations, or a CPU process's size."""
+    """Return the peak since `reset_peak`, in bytes: the GPU's allocations, or the process's size.
+
+    The process's size (resident memory) is returned where there is no GPU.
+    """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     if status.exists():
-        # getrusage would count what a larger process held when it started this one
+        # getrusage would also count the memory of a larger process that started this process
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
         return int(lines["VmHWM"].split()[0]) * 1024
     import resource
@@ -40,7 +44,7 @@ def peak_bytes() -> int:
 
 
 def ran_out(error: BaseException) -> bool:
-    """Return whether an error says that there is no memory left, on a GPU or on a CPU."""
+    """Return whether an error means that a GPU or a CPU is out of memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in WORDS)
@@ -48,7 +52,7 @@ def ran_out(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def trouble_said(config: Config) -> Iterator[None]:
-    """Turn an error of no memory into a line that names what takes less.
+    """Inside this context, turn an out-of-memory error into a line that names what takes less.
 
     Raises:
         UserError: memory has run out.
@@ -65,10 +69,10 @@ def trouble_said(config: Config) -> Iterator[None]:
 
 
 def remedies(config: Config) -> list[str]:
-    """Return what a run of this configuration can change to take less memory, the best first.
+    """Return settings with which a run of this configuration takes less memory, the best first.
 
-    `engine.tokens_per_microbatch` is not among them: where that helps, the engine has halved the
-    budget already.
+    `engine.tokens_per_microbatch` is not among them: where a lower budget helps, the engine has
+    halved the budget already.
     """
     found = []
     if isinstance(config.engine, TrlEngine):
@@ -83,10 +87,10 @@ def remedies(config: Config) -> list[str]:
 
 @contextlib.contextmanager
 def given_back() -> Iterator[None]:
-    """Leave nothing of what is done meanwhile in memory: the next job may need all of it.
+    """Free all memory that was used inside this context: the next job may need all of it.
 
-    An error that ends it may be kept by whoever catches it, and with it every frame's variables:
-    those are cleared, and the traceback's lines stay.
+    If an error ends the context, its caller may keep the error, and with it the variables of every
+    frame. So these variables are cleared. The lines of the traceback stay.
     """
     try:
         yield
@@ -98,10 +102,10 @@ def given_back() -> Iterator[None]:
 
 
 def give_back() -> None:
-    """Free what nothing refers to any more: models and trainers are full of cycles."""
+    """Free the memory of objects that only reference cycles hold: models and trainers have many."""
     gc.collect()
     if torch.cuda.is_available():
-        # What was compiled for one model's shapes would decide how the next one's are compiled
+        # Code compiled for the shapes of one model would change how the next model is compiled
         torch._dynamo.reset()
         torch.cuda.empty_cache()
 

@@ -1,8 +1,8 @@
-"""The table of metrics: name, unit, which way is better, how it is computed, who shows it.
+"""The table of metrics: name, unit, better direction, how each is computed, and who shows it.
 
-The terminal, plots, the comparison, the search, W&B's workspace and the page about curves read
-these rows, and list no metric of their own. A new metric of the held-out pairs is a row of
-`HELD_OUT`; a new one of training is a row of `TRAINING`, and the engine returns it.
+The terminal, plots, the comparison, the search, W&B's workspace and the page about curves read this
+table, and list no metric of their own. To add a metric of the held-out pairs, add a row to
+`HELD_OUT`. To add a metric of training, add a row to `TRAINING` and let the engine return it.
 """
 
 import math
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from orpo_lab.compare.verdict import Array
     from orpo_lab.evaluate import Generation, Scores
 
-# What runs are compared by
+# The metric by which runs are compared
 PREFERENCE = "preference_accuracy"
-# Where there is such a figure, answers were checked, and no other quality is asked for
+# Where answers were checked, the only quality that is compared
 CHECKED = "exact_match"
-# Before the name of a training metric that is measured on held-out pairs
+# Prefix of a training metric's name when the metric is measured on held-out pairs
 HELD_OUT_PREFIX = "eval_"
 
 Better = Literal["higher", "lower", ""]
@@ -32,58 +32,58 @@ class TrainingMetric:
     unit: str = ""
     better: Better = ""
     is_beta_free: bool = True
-    """Whether it compares across betas, and along an annealed run."""
+    """Whether the figure can be compared across betas, and along an annealed run."""
     is_setting: bool = False
-    """Whether it says how the run trains, not what has come of that."""
+    """Whether the figure says how the run trains, not how well."""
     panel: str = ""
-    """The title over its curve in a run's plot; empty: it is not drawn."""
+    """Title of the panel with this curve in a run's plot; empty: no curve is drawn."""
     curve: str = ""
-    """What its curve is called where others share the panel."""
+    """Name of this curve where several curves share the panel."""
     compared: str = ""
-    """The axis of its picture in a comparison; empty: it has none."""
+    """Axis label of this metric's picture in a comparison; empty: there is no picture."""
     bar: str = ""
-    """Its name in the progress bar; empty: it is not there."""
+    """Short name in the progress bar; empty: the bar does not show the metric."""
     is_said: bool = False
-    """Whether it stands in the log's line of a step."""
+    """Whether the log line of a step shows the metric."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutMetric:
-    """A figure of the held-out pairs, in `summary.json` before and after training."""
+    """A figure of the held-out pairs; `summary.json` has it before and after training."""
 
     name: str
     unit: str = ""
     better: Better = ""
     about: str = ""
-    """What a table says of it, where that is not its unit and the better direction."""
+    """The text of a table, in place of the unit and the better direction."""
     is_tabled: bool = True
-    """Whether a run's table and model card have it."""
+    """Whether a run's table and model card show the metric."""
     is_brief: bool = False
-    """Whether tables with a row for each run have it."""
+    """Whether tables with one row per run show the metric."""
     is_noted: bool = False
-    """Whether the comparison's table of settings has it, also where it is no quality there."""
+    """Whether the comparison's table of settings shows the metric even where it is no quality."""
     margin: float | None = None
-    """How much worse than the best setting's still counts as not worse. None: it is no quality,
-    at whose cost preference accuracy may not rise."""
+    """How much worse than the best setting's this quality may be and still count as good. None:
+    the metric is not a quality. Preference accuracy may not rise at the cost of a quality."""
     of_scores: "Callable[[Scores], Any] | None" = None
-    """Computes it from the log-probabilities of N pairs."""
+    """Computes the metric from the log-probabilities of N pairs."""
     of_answers: "Callable[[list[Generation]], Any] | None" = None
-    """Computes it from one or more greedy answers."""
+    """Computes the metric from one or more greedy answers."""
     of_pair: "Callable[[dict[str, Array]], Array] | None" = None
-    """Computes what each pair has of it, [N], from columns of `scores.parquet`; a quality needs
-    it."""
+    """Computes the metric of each pair, [N], from columns [N] of `scores.parquet`; required of a
+    quality."""
     is_share: bool = False
-    """Whether a pair has 0 or 1 of it."""
+    """Whether the metric is 0 or 1 for each pair."""
 
     @property
     def said(self) -> str:
-        """What a table says of it."""
+        """The text about the metric in a table."""
         direction = f"{self.better} is better" if self.better else ""
         return self.about or ", ".join(filter(None, (self.unit, direction)))
 
     @property
     def sign(self) -> int:
-        """1 where higher is better, -1 where lower is."""
+        """1 if higher is better or neither is, -1 if lower is better."""
         return -1 if self.better == "lower" else 1
 
 
@@ -130,7 +130,7 @@ TRAINING = (
     TrainingMetric(name="beta", is_setting=True, panel="beta", compared="beta", is_said=True),
     TrainingMetric(name="learning_rate", is_setting=True, panel="learning rate"),
     TrainingMetric(name="grad_norm", is_beta_free=False, is_setting=True),
-    # TRL's other names
+    # The other metrics of TRL
     TrainingMetric(name="log_odds_ratio", unit="nats", better="higher"),
     TrainingMetric(name="log_odds_chosen", unit="nats", better="higher"),
     TrainingMetric(name="logps/chosen", unit="nats per token"),
@@ -156,7 +156,7 @@ def _chosen_nll(scores: "Scores") -> Any:
 
 
 def _chosen_nll_of_pair(columns: "dict[str, Array]") -> "Array":
-    # The mean over pairs is the mean over all their tokens
+    # Scaled so that the mean over pairs is the mean over all tokens of the pairs
     sizes = columns["chosen_tokens"]
     return -columns["chosen_logp"] * sizes / sizes.mean()
 
@@ -231,22 +231,28 @@ HELD_OUT = (
     ),
 )
 
-# How much worse than the best setting's each quality may be
+# How much worse than the best setting's each quality may be and still count as good
 MARGINS = {metric.name: metric.margin for metric in HELD_OUT if metric.margin is not None}
 
 
 def qualities_among(present: Collection[str]) -> list[HeldOutMetric]:
-    """Return the qualities that preference accuracy may not be bought with.
+    """Return the qualities among some figures; preference accuracy may not rise at their cost.
+
+    If answers were checked, exact match is the only quality: whether answers are right says more
+    than how likely or how repetitive they are.
 
     Args:
-        present: names of the figures there are. Where answers were checked, whether they are right
-            says more than how likely or how repetitive they are, and is the only one.
+        present: names of the figures that exist.
     """
     found = [metric for metric in HELD_OUT if metric.name in MARGINS and metric.name in present]
     return [metric for metric in found if metric.name == CHECKED] or found
 
 
 def brief(after: dict[str, Any]) -> dict[str, str]:
-    """Return the few figures that a table with a row for each run has room for, as text."""
+    """Return, as text, the few figures for which a table with one row per run has room.
+
+    Args:
+        after: the held-out figures after training.
+    """
     names = [metric.name for metric in HELD_OUT if metric.is_brief]
     return {name: f"{after[name]:.3f}" for name in names if name in after}

@@ -1,8 +1,9 @@
-"""Secrets: what they look like, and values without them.
+"""Find secrets in texts, and replace them.
 
-A secret is what looks like one, what stands after a name like `token=` or under such a key, and the
-very value of an environment variable of such a name. All that a run writes, prints or sends about
-itself passes through `redact`; rows of data do not, for they are what is trained on.
+A secret is a text with the shape of a known token, a text after a name like `token=`, a value under
+such a key, or the value of an environment variable with such a name. Everything that a run writes,
+prints or sends about itself passes through `redact`. Rows of data do not, since the model is
+trained on them unchanged.
 """
 
 import logging
@@ -12,7 +13,7 @@ from typing import Any
 
 HIDDEN = "***"
 
-# Tokens that their makers gave a recognisable shape
+# Tokens with a recognisable shape
 SHAPES = re.compile(
     r"""
     (?<![A-Za-z0-9])(?:
@@ -34,15 +35,15 @@ SHAPES = re.compile(
     re.VERBOSE,
 )
 _NAMES = r"(?:api[_-]?key|(?:access|private|secret)[_-]key|token|secret|password|passwd|passphrase)"
-# As in `token=abc`, `WANDB_API_KEY=abc`, `"password": "abc"`
+# Matches `token=abc`, `WANDB_API_KEY=abc`, `"password": "abc"`
 ASSIGNED = re.compile(
     rf"""(?i)((?<![a-z0-9])(?:\w*[_-])?{_NAMES}(?:["']?\s*=\s*|["']\s*:\s*)["']?)([^\s"'&,;)\]}}]{{4,}})"""
 )
 NAME = re.compile(rf"(?i)(?:^|[._-]){_NAMES}$")
-# Commits, which look like W&B keys of old, under the keys that hold them
+# Keys that hold commits; a commit looks like an old W&B key
 COMMIT_KEYS = ("revision", "git_commit")
 COMMIT = re.compile(r"[0-9a-f]{40}( \(modified\))?")
-# Shorter values of an environment variable would be masked inside of words
+# Shorter values of an environment variable are not masked, since words may contain them
 MIN_LENGTH = 8
 
 
@@ -50,8 +51,9 @@ def redact(value: Any, key: str = "") -> Any:
     """Return a value with every secret in its texts replaced by ***.
 
     Args:
-        value: texts, and dictionaries, lists and tuples of them; all else is returned as it is.
-        key: what it stands under.
+        value: a text, or a dictionary, list or tuple of values. Other values are not changed; a
+            tuple becomes a list.
+        key: the key that holds the value, if any.
     """
     if isinstance(value, str):
         return HIDDEN if value and NAME.search(key) else _redact_text(value, key)
@@ -71,15 +73,15 @@ def _redact_text(text: str, key: str) -> str:
 
 
 def _in_environment() -> list[str]:
-    """Return the values of environment variables whose names say that they are secret."""
+    """Return the values of environment variables whose names say that the value is secret."""
     found = [value for name, value in os.environ.items() if NAME.search(name)]
-    # The longest first: one may be part of another
+    # The longest first, since a secret may be a part of another secret
     return sorted((secret for secret in found if len(secret) >= MIN_LENGTH), key=len, reverse=True)
 
 
 class RedactingFormatter(logging.Formatter):
-    """Formats a line of the log without the secrets in it."""
+    """Formats a line of the log, with secrets replaced."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line, and the traceback if there is one."""
+        """Return the line of a record, with its traceback if it has one."""
         return redact(super().format(record))

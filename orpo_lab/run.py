@@ -34,7 +34,7 @@ log = logging.getLogger("orpo_lab")
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run came to; the same figures stand in its `summary.json`."""
+    """The result of a finished run; `summary` has the content of the run's `summary.json`."""
 
     folder: Path
     summary: dict[str, Any]
@@ -53,16 +53,17 @@ def train(
     """Run an experiment in its folder: data, model, evaluation, training, evaluation, report.
 
     Args:
-        config: as `orpo_lab.config.load` returns it.
-        folder: the run folder; it may exist, but hold no run other than the one to resume.
+        config: the configuration, as `orpo_lab.config.load` returns it.
+        folder: the run folder. The folder may exist, but may hold no run other than this one.
         choices: the option chosen in every config group, for the record.
-        overrides: the command line's, for the record.
-        sweep: the sweep this run belongs to, if any: the tracker's default group, and where
-            tokenized data and the untrained model's evaluation are shared; its processes claim one
-            of the visible GPUs each.
+        overrides: the overrides of the command line, for the record.
+        sweep: the sweep that the run belongs to, if any. Its name is the tracker's default group.
+            Its runs share tokenized data and the untrained model's evaluation. Each of its
+            processes claims one of the visible GPUs.
 
     Raises:
-        UserError: something the user can put right; the folder's status says so too.
+        UserError: the user can put something right; `status.json` in the folder says what too.
+        Stopped: a signal or the time budget ended the run; what is done so far is saved.
     """
     unread = environment.settle()
     environment.use_one_device(sweep.folder / CACHE if sweep else None)
@@ -77,7 +78,7 @@ def train(
                 resume=AUTO if sweep else config.resume,
                 started=sweep.started() if sweep else None,
             )
-            # A run that is here is only read until its next step is about to be taken
+            # A run that the folder holds is only read until its next step is about to be taken
             if place.is_untrained():
                 place.begin(config, chosen, segment)
             for line in unread:
@@ -100,7 +101,7 @@ def _train(
     sweep: Sweep | None,
     stop: Stop,
 ) -> RunResult:
-    # Seconds of imports, once the configuration is known to be good and the folder is ours
+    # These imports take seconds, so they wait until the configuration and the folder are checked
     from transformers import set_seed
 
     from orpo_lab import engine, tracker
@@ -114,7 +115,7 @@ def _train(
     from orpo_lab.records import results
     from orpo_lab.training import trainer
 
-    # What can be refused is refused before anything heavy is loaded
+    # Refuse what can be refused before anything heavy is loaded
     sweep_name = sweep.folder.name if sweep else None
     tracker.check(config.tracker, folder=place.path, sweep=sweep_name)
     start = _find_start(config, place, segment["config_hash"])
@@ -168,7 +169,7 @@ def _train(
                 start=start,
                 stop=stop,
             )
-            # The model first: what follows may fail or be stopped
+            # Save the model first: what follows may fail or be stopped
             save = partial(results.save_model, network, tokenizer, dtype=model_config.dtype)
             trained = checkpoint.keep_trained(place, start, save, made, stats)
         finally:
@@ -178,7 +179,7 @@ def _train(
         stop.check()
         stop.waits = True
 
-        # What the run leaves, in its folder and in the tracker
+        # Write the results to the run folder and to the tracker
         summary = results.leave(
             config,
             place,
@@ -202,15 +203,15 @@ def _tracked(
     sweep: str | None,
     missing: "Missing",
 ) -> Iterator[Run]:
-    """Have the run tracked; a tracker that fails takes nothing away.
+    """Track the run inside this context; a tracker that fails does not end the run.
 
     Args:
-        config: the run.
-        place: its folder.
+        config: the run's configuration.
+        place: the run folder.
         choices: the option chosen in every config group.
-        metrics: those of the checkpoint to go on from, if any.
-        sweep: the name of the sweep it belongs to, if any.
-        missing: gets what the tracker could not take.
+        metrics: the metrics file of the checkpoint to go on from, if any.
+        sweep: the name of the sweep that the run belongs to, if any.
+        missing: notes what the tracker failed to take.
 
     Raises:
         UserError: the tracker's settings are wrong; nothing has been written then.
@@ -266,10 +267,11 @@ def _find_start(config: Config, place: RunFolder, config_hash: str) -> checkpoin
 def _check_made(
     start: checkpoint.Checkpoint | None, made: checkpoint.Made, *, accept_changes: bool
 ) -> None:
-    """Check that a run goes on with what it began with.
+    """Check that a run goes on with the base model and the data that it began with.
 
     Raises:
-        UserError: the base model is another, or the data are and `accept_changes` is false.
+        UserError: the base model has changed; or the data have changed, and `accept_changes` is
+            false or the run is trained to its end.
     """
     if start is None:
         return
@@ -297,8 +299,8 @@ def _load_data(config: Config, tokenizer: Any, sweep: Sweep | None, *, today: da
     """Return the tokenized pairs; a sweep tokenizes once for all jobs with the same data.
 
     Args:
-        config: the run's.
-        tokenizer: the model's.
+        config: the run's configuration.
+        tokenizer: the model's tokenizer.
         sweep: the sweep that the run belongs to, if any.
         today: the day of the run's first start, for chat templates that ask for a date.
     """
@@ -319,9 +321,9 @@ def _load_data(config: Config, tokenizer: Any, sweep: Sweep | None, *, today: da
 def _measure_before(
     config: Config, measure: Callable[..., "Evaluation"], sweep: Sweep | None
 ) -> "Evaluation":
-    """Return the untrained model's evaluation; a sweep makes it once for each base and data.
+    """Return the untrained model's evaluation; a sweep makes one for each base model and data.
 
-    Adapters begin as the identity, whatever their rank and seed.
+    Jobs with other adapters can share it: new adapters do not change what the base model computes.
     """
     from orpo_lab.evaluate import Evaluation
 
@@ -335,10 +337,10 @@ def _measure_before(
 def _measure_after(
     measure: Callable[..., "Evaluation"], network: Any, trained: Path, missing: "Missing"
 ) -> "Evaluation | None":
-    """Return the trained model's evaluation; None: it could not be made.
+    """Return the trained model's evaluation; None: the evaluation failed.
 
     Raises:
-        NonFiniteError: the last update has ruined the weights, and no model is kept.
+        NonFiniteError: the last update has ruined the weights; the trained model is deleted.
     """
     from orpo_lab.training.finite import check_weights
 
@@ -356,7 +358,10 @@ def _measure_after(
 
 @contextmanager
 def _status_kept(place: RunFolder) -> Iterator[None]:
-    """Keep `status.json` true, however the run ends; where it never began, leave it alone."""
+    """Write to `status.json` if the run is stopped or fails inside this context.
+
+    A run that has not begun to write to its folder writes no status.
+    """
     try:
         yield
     except Stopped as error:
@@ -365,16 +370,16 @@ def _status_kept(place: RunFolder) -> Iterator[None]:
         raise
     except BaseException as error:
         if place.has_begun:
-            with suppress(OSError):  # a full disk does not take that either
+            with suppress(OSError):  # a full disk does not take the status either
                 reason = one_line(f"{type(error).__name__}: {error}")
                 place.set_status("failed", reason, exit_code=1)
         raise
 
 
 def _finish(place: RunFolder, missing: "Missing") -> None:
-    """Seal the results by the status, and say what is missing of them.
+    """Write the final status of the run, and log which results are missing.
 
-    Where something is missing, the next start makes up for it from the trained model.
+    If results are missing, the trained model is kept, and the next start makes the results from it.
     """
     if not missing:
         place.set_status("finished", exit_code=0)
@@ -386,7 +391,11 @@ def _finish(place: RunFolder, missing: "Missing") -> None:
 
 @contextmanager
 def _disk_trouble_said(place: RunFolder) -> Iterator[None]:
-    """Turn what the user can put right about a disk into a line that names the file."""
+    """Inside this context, turn a disk error that the user can put right into a `UserError`.
+
+    Raises:
+        UserError: a file cannot be written or read; the text names the file.
+    """
     try:
         yield
     except OSError as error:
@@ -404,9 +413,10 @@ def _disk_trouble_said(place: RunFolder) -> Iterator[None]:
 
 
 class _Log(logging.FileHandler):
-    """The log file of a run. A full disk costs lines of the log, and never the run.
+    """The log file of a run. A full disk costs lines of the log, but never ends the run.
 
-    Until the run has begun to write to its folder the lines wait; a refusal drops them.
+    Lines wait until the run has begun to write to its folder. If the run is refused before that,
+    the lines are dropped.
     """
 
     def __init__(self, place: RunFolder) -> None:
@@ -415,7 +425,7 @@ class _Log(logging.FileHandler):
         self.waiting: list[logging.LogRecord] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write the line, after those that have waited."""
+        """Write the line after the lines that have waited, or let it wait too."""
         self.waiting.append(record)
         if self.place.has_begun:
             for line in self.waiting:
@@ -423,12 +433,12 @@ class _Log(logging.FileHandler):
             self.waiting.clear()
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (logging's name)
-        """Leave the line out; the terminal has it."""
+        """Leave the line out of the file; the terminal shows it."""
 
 
 @contextmanager
 def _said_in(place: RunFolder) -> Iterator[None]:
-    """Send our own lines to the terminal and to the run's `run.log`, for as long as it lasts."""
+    """Inside this context, send our log lines to the terminal and to the run's `run.log`."""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), _Log(place)]
     for handler in handlers:
         handler.setFormatter(RedactingFormatter())

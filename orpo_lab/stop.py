@@ -1,4 +1,4 @@
-"""Ending a run early on purpose: signals, and a budget of wall-clock time."""
+"""End a run early on purpose: because of a signal, or of a budget of wall-clock time."""
 
 import math
 import signal
@@ -9,13 +9,14 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-# Of schedulers, terminals and people: kill and Slurm, Ctrl-C, a closed terminal, `sbatch --signal`,
-# submitit's timeout
+# Sent by, in this order: kill and Slurm, Ctrl-C, a closed terminal, `sbatch --signal`, the timeout
+# of submitit
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-# Seconds in which further signals are the same request: `timeout` and schedulers send one to a
-# process and one to its group
+# Seconds within which a further signal counts as the same request: `timeout` and schedulers send
+# one signal to a process and another to its group
 MOMENT = 1.0
-# EX_TEMPFAIL of sysexits.h: nothing is wrong, start it again; Slurm can requeue by it (RequeueExit)
+# EX_TEMPFAIL of sysexits.h: nothing is wrong, start the run again. Slurm can requeue a job that
+# exits with this code (RequeueExit)
 EXIT_CODE = 75
 # The key that holds the budget
 BUDGET = "train.max_hours"
@@ -25,8 +26,8 @@ class Stopped(KeyboardInterrupt):
     """A run or a sweep ends because it was asked to; what is done so far is kept.
 
     Args:
-        reason: who asked: a signal's name, or the key that holds the budget.
-        exit_code: the process's: `EXIT_CODE`, or 128 plus the signal that would not wait.
+        reason: the name of a signal, or the key that holds the time budget.
+        exit_code: of the process: `EXIT_CODE`, or 128 plus the number of a second signal.
     """
 
     def __init__(self, reason: str, exit_code: int = EXIT_CODE) -> None:
@@ -35,37 +36,40 @@ class Stopped(KeyboardInterrupt):
 
 
 def _taken() -> list[signal.Signals]:
-    """Return the signals to take: not SIGHUP where nohup has had it ignored."""
+    """Return the signals to handle; SIGHUP is left out if nohup makes the process ignore it."""
     is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [number for number in SIGNALS if number != signal.SIGHUP or not is_ignored]
 
 
 class Stop:
-    """What a run has been asked. While it `waits`, a first signal does not interrupt it.
+    """Whether a run has been asked to stop. While `waits` is true, a first signal only sets a flag.
 
     Args:
-        max_hours: hours from now after which no further step begins; None: no such budget.
+        max_hours: hours from now after which no further step begins; None: no time budget.
     """
 
     asked_at = -math.inf
-    """When this process was last sent a signal; a run and its sweep are asked by the same one."""
+    """Time of the last signal to this process, by `time.monotonic`; all instances share it."""
 
     def __init__(self, max_hours: float | None = None) -> None:
         self.deadline = math.inf if max_hours is None else time.monotonic() + 3600 * max_hours
         self.waits = False
-        """Whether what is being done now is finished first: a step, or the writing of results."""
+        """Whether the current work (a step, or the writing of results) is finished first."""
         self.signal = ""
-        """The first that was received."""
+        """Name of the first signal that was received; empty: none."""
 
     def reason(self) -> str:
-        """Return why the run should end after this step; empty: it should not."""
+        """Return the reason to end the run after this step; empty: the run should go on."""
         if not self.signal and time.monotonic() > self.deadline:
             return BUDGET
         return self.signal
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take `SIGNALS` meanwhile; in a thread beside the main one, nobody can."""
+        """Handle `SIGNALS` inside this context; does nothing outside the main thread.
+
+        Python lets only the main thread set signal handlers.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -77,7 +81,7 @@ class Stop:
                 signal.signal(number, handler)
 
     def listen(self) -> dict[signal.Signals, Any]:
-        """Take `SIGNALS` from now on, and return the handlers that did before."""
+        """Handle `SIGNALS` from now on, and return the handlers before."""
         return {number: signal.signal(number, self._receive) for number in _taken()}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -92,7 +96,10 @@ class Stop:
             raise Stopped(name)
 
     def check(self) -> None:
-        """Stop here, if asked to: Python drops what is raised while it runs a finalizer.
+        """Raise `Stopped` if a signal was received.
+
+        The signal handler raises it too. But Python drops an exception that is raised while a
+        finalizer runs, so this method repeats it.
 
         Raises:
             Stopped: a signal was received.
@@ -102,26 +109,29 @@ class Stop:
 
 
 class ProcessStop(Stop):
-    """The signals that a process receives between its jobs; a job that runs has its own `Stop`.
+    """Handles the signals of a process between its jobs; a running job has its own `Stop`.
 
-    A sweep's jobs may run in processes of a launcher, joblib's or submitit's. There the first
-    process passes every signal on and waits for the others, each of which lets its job end saved
-    and begins no further one.
+    The jobs of a sweep may run in processes of a launcher (joblib or submitit). Then the first
+    process passes every signal on to these processes, and waits for them. Each of them lets its job
+    save and end, and begins no further job.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.is_listening = False
         self.is_worker = False
-        """Whether this is a launcher's process, not the one that a user has started."""
+        """Whether this process was started by a launcher, not by the user."""
 
     def listen(self) -> dict[signal.Signals, Any]:
-        """Take `SIGNALS` from now on; see `Stop.listen`."""
+        """Handle `SIGNALS` from now on; see `Stop.listen`."""
         self.is_listening = True
         return super().listen()
 
     def work_for_another(self) -> None:
-        """Take the signals of a launcher's process, those that came before included."""
+        """Handle signals in a process that a launcher started, also those blocked before this call.
+
+        In the process that the user started, this does nothing.
+        """
         if self.is_listening:
             return
         self.is_worker = self.waits = True
@@ -129,16 +139,17 @@ class ProcessStop(Stop):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def pass_on(self) -> None:
-        """Pass signals on to the processes that are started from now on, instead of ending.
+        """From now on pass signals on to child processes, instead of ending this process.
 
-        Signals are blocked, and a thread waits for them. Processes inherit that: one that has yet
-        to import what it needs is not killed, and finds the signal when it asks for it.
+        Signals are blocked, and a thread waits for them. Child processes inherit the blocked
+        signals: a child that is still importing is not killed, and gets the signal when it unblocks
+        signals (`work_for_another`).
         """
         from multiprocessing import resource_tracker
 
         taken = _taken()
         self.waits = True
-        resource_tracker.ensure_running()  # which unblocks signals when it starts (Python 3.11)
+        resource_tracker.ensure_running()  # now, since its start unblocks signals (Python 3.11)
         signal.pthread_sigmask(signal.SIG_BLOCK, taken)
         threading.Thread(target=self._pass_on, args=(taken,), daemon=True).start()
 

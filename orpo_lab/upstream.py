@@ -1,7 +1,7 @@
-"""Every patch of a library: for which version, why, and what would show that it can go.
+"""Every patch of a library: for which version, why, and what would show that it can be removed.
 
-`PATCHES` lists them. A test holds the versions against those that are pinned, so that each is
-looked at again when its library moves. Nothing here imports more than a patch's own library.
+`PATCHES` lists the patches. A test compares their versions with the pinned ones, so that a patch is
+reviewed when its library is updated. A patch imports no more than its own library.
 """
 
 import logging
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    # A kernel that takes codes, their blocks' constants, block size, type, shape and precision
+    # A kernel that takes codes, the constants of their blocks, block size, type, shape, precision
     Dequantize = Callable[[Tensor, Tensor, int, str, tuple[int, ...], torch.dtype], Tensor]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -28,7 +28,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Patch:
-    """One patch, and when it can go; why it is there stands in the function's docstring."""
+    """One patch, and when it can be removed; the function's docstring says why it is needed."""
 
     function: str
     package: str
@@ -51,8 +51,8 @@ def patch(package: str, version: str, *, until: str) -> Callable[[F], F]:
     return listed
 
 
-# What upstream says in a normal run that tells our users nothing: start of the message -> reason.
-# Everything else stays audible.
+# Warnings of libraries in a normal run that do not help our users: start of the message -> reason.
+# All other warnings are shown.
 WARNINGS = {
     "`gradient_checkpointing` is deprecated": "TRL reads the setting under its old name",
     "`is_gradient_checkpointing` is deprecated": "peft asks for it under its old name",
@@ -61,7 +61,10 @@ WARNINGS = {
 
 @patch("trl", "1.16.0", until="a run with every option prints none of it without this")
 def silence() -> None:
-    """Keep upstream's words from our users; called before the heavy imports, where some speak."""
+    """Hide messages of libraries that do not help our users.
+
+    Called before the heavy imports, since some messages appear during an import.
+    """
     # trl.experimental says at import that its API may change: engine/trl.py is the only module
     # that uses it, and trl is pinned to a minor version
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
@@ -71,16 +74,16 @@ def silence() -> None:
         warnings.filterwarnings("ignore", message=message, category=FutureWarning)
     # An optional kernel for 4-bit inference on CPUs is not installed; training does not use it
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    # Five retries of an unreachable hub; our error says it in one line
+    # The hub's client logs five retries of an unreachable hub; our own error says this in one line
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    # matplotlib says once that it has listed the machine's fonts
+    # matplotlib logs once that it has listed the fonts of the machine
     logging.getLogger("matplotlib.font_manager").setLevel(logging.WARNING)
     if not sys.stderr.isatty():
         _hide_bars()
 
 
 def _hide_bars() -> None:
-    """Progress bars are for terminals: in a file they are thousands of characters a line."""
+    """Hide progress bars: outside a terminal they are lines of thousands of characters."""
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     from transformers.utils.logging import disable_progress_bar
@@ -91,9 +94,9 @@ def _hide_bars() -> None:
 @contextmanager
 @patch("trl", "1.16.0", until="importing TRL's kernels or trainer imports no W&B without this")
 def hidden(package: str) -> Iterator[None]:
-    """Make a package look absent to what is imported meanwhile.
+    """Inside this context, let imports find that a package is not installed.
 
-    TRL imports W&B wherever W&B is installed, which takes seconds and reads its settings.
+    TRL imports W&B wherever W&B is installed. That takes seconds, and reads W&B's settings.
     """
     before = sys.modules.get(package)
     sys.modules[package] = None  # type: ignore[assignment]  # find_spec then finds nothing
@@ -108,10 +111,10 @@ def hidden(package: str) -> Iterator[None]:
 @contextmanager
 @patch("matplotlib", "3.11.2", until="importing it survives an MPLBACKEND that is not installed")
 def matplotlib_as_shipped() -> Iterator[None]:
-    """Have matplotlib as it ships: no MPLBACKEND and no matplotlibrc has a say in our pictures.
+    """Inside this context, use matplotlib's default settings: no MPLBACKEND, no matplotlibrc.
 
-    A notebook names a backend in the environment that need not be installed here, and matplotlib
-    then fails as it is imported.
+    A notebook names a backend in its environment. If this backend is not installed here, the import
+    of matplotlib fails.
     """
     named = os.environ.pop("MPLBACKEND", None)
     try:
@@ -126,7 +129,7 @@ def matplotlib_as_shipped() -> Iterator[None]:
 
 @patch("hydra-core", "1.3.8", until="Hydra takes a loader of configurations as a parameter")
 def compose_through(loader: type[Any]) -> None:
-    """Let Hydra compose through a loader of ours: what it calls by name is checked before."""
+    """Let Hydra compose through our loader, which checks what Hydra would call by name."""
     from hydra._internal import hydra as internals
 
     setattr(internals, "ConfigLoaderImpl", loader)  # noqa: B010  (not its type)
@@ -134,18 +137,18 @@ def compose_through(loader: type[Any]) -> None:
 
 @patch("hydra-core", "1.3.8", until="a sweep leaves out what cannot be, and saves no secret")
 def sweep_through(name: str, *, saves: Any, checks: Callable[[Any, list[list[str]]], None]) -> None:
-    """Let Hydra's sweeper save and check through us.
+    """Let Hydra's sweeper save and check through our functions.
 
     Args:
-        name: the sweeper's class, by its full name.
-        saves: stands where the sweeper has `OmegaConf`: the overrides that it saves may hold
-            secrets.
-        checks: gets the sweeper and a batch of overrides, and may shorten the batch. Hydra's own
-            check ends the sweep at the first combination that cannot be composed.
+        name: the full name of the sweeper's class.
+        saves: replaces the sweeper's `OmegaConf`, since the overrides that the sweeper saves may
+            hold secrets.
+        checks: called with the sweeper and a batch of overrides; may shorten the batch. Hydra's own
+            check would end the sweep at the first combination that cannot be composed.
     """
     from hydra.core.plugins import Plugins
 
-    # Hydra imports its plugins once more: the module of that name is not the one it uses
+    # Hydra imports its plugins a second time: it does not use the module in sys.modules
     sweeper: Any = Plugins.instance().class_name_to_class[name]
     sweeper.sweep.__globals__["OmegaConf"] = saves
     sweeper.validate_batch_is_legal = checks
@@ -153,10 +156,11 @@ def sweep_through(name: str, *, saves: Any, checks: Callable[[Any, list[list[str
 
 @patch("transformers", "5.23.0", until="apply_chat_template takes a clock among its arguments")
 def fix_clock(template: str, today: date) -> None:
-    """Let a chat template's clock stand at one day, whenever the run goes on.
+    """Make a chat template see one fixed day, also when the run goes on another day.
 
-    transformers gives templates the clock as a global of its own and takes no other (callables
-    among the arguments become text). The compiled template, which it keeps, takes one.
+    transformers gives templates its own clock as a global, and accepts no other clock as an
+    argument (callables among the arguments become text). So the clock is set in the compiled
+    template, which transformers keeps.
     """
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -169,21 +173,22 @@ def fix_clock(template: str, today: date) -> None:
 def switch_off_repacking(layer: "nn.Module") -> None:
     """Keep a 4-bit layer from repacking its weights on a CPU that has avx512_bf16.
 
-    `Linear4bit.forward` does so in evaluation mode, and the next backward pass misreads them: the
-    loss looks right and the gradients are noise. The attribute is the switch that its own code
-    asks.
+    `Linear4bit.forward` repacks the weights in evaluation mode, and the next backward pass misreads
+    them. The loss then looks right, but the gradients are noise. The layer's own code reads the
+    attribute that is set here.
     """
     setattr(layer, "support_avx512bf16_for_cpu", False)  # noqa: B010  (not in its type)
 
 
 def dequantize_by_block(kernel: "Dequantize") -> "Dequantize":
-    """Return `kernel`, given its weights as rows of one block each where rows cut blocks.
+    """Return a version of `kernel` that is also right where a block continues in the next row.
 
     With AVX-512 the CPU kernel of bitsandbytes looks for the constants of a row's blocks at
-    `row * (width // block size)`. Blocks run on from row to row, so that is another block's
-    constant where the width is no multiple of the block size (csrc/cpu_ops.cpp,
-    `dequantizeBlockwise4bitCpu`). Which numbers share a block does not depend on the shape: a
-    shape whose rows are blocks gives the right constants, and the same bits.
+    `row * (width // block size)`. But blocks continue from row to row. If the width is not a
+    multiple of the block size, this is the constant of another block (csrc/cpu_ops.cpp,
+    `dequantizeBlockwise4bitCpu`). Which numbers share a block does not depend on the shape. So the
+    kernel gets a shape in which every row is one block. This gives the right constants, and the
+    same bits.
     """
 
     def dequantize(
@@ -197,7 +202,7 @@ def dequantize_by_block(kernel: "Dequantize") -> "Dequantize":
         size = prod(shape)
         if shape[-1] % block_size == 0:
             rows = tuple(shape)
-        else:  # a block that is not full has no row: then all is one row
+        else:  # if the last block is not full, all numbers form one row
             rows = (1, size) if size % block_size else (size // block_size, block_size)
         return kernel(codes, constants, block_size, kind, rows, dtype).view(*shape)
 
@@ -207,12 +212,12 @@ def dequantize_by_block(kernel: "Dequantize") -> "Dequantize":
 @cache
 @patch("bitsandbytes", "0.50.2", until="tests/test_quantization.py passes without it on AVX-512")
 def mend_4bit_kernel() -> Any:
-    """Put `dequantize_by_block` in the place of bitsandbytes' own kernel for CPUs, once a process.
+    """Replace bitsandbytes' own kernel for CPUs by `dequantize_by_block`, once per process.
 
     Returns:
-        The library of operators, which holds the kernel there for as long as the library lives.
+        The library of operators; the replacement lasts as long as this object.
     """
-    import bitsandbytes  # noqa: F401  (its kernels are registered by the import)
+    import bitsandbytes  # noqa: F401  (the import registers its kernels)
     import torch
 
     name = "bitsandbytes::dequantize_4bit"
@@ -224,7 +229,7 @@ def mend_4bit_kernel() -> Any:
 
     library = torch.library.Library("bitsandbytes", "IMPL")
     with warnings.catch_warnings():
-        # torch says that a kernel is overridden; that is what this is for
+        # torch warns that a kernel is overridden, which is intended here
         warnings.simplefilter("ignore", UserWarning)
         library.impl(name, dequantize_by_block(kernel), "CPU")
     return library

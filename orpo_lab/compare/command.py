@@ -1,8 +1,8 @@
 """Compare runs: `python -m orpo_lab compare FOLDER... [--out FOLDER]`.
 
-A FOLDER is a run folder or a sweep's. Writes `report.html` (one file that opens offline) and
-`report.md`, with a verdict over held-out pairs and seeds (see `verdict`), and prints the verdict.
-Reads run folders and nothing else; torch is not imported.
+A FOLDER is a run folder or a sweep folder. The command writes `report.html` (one file that opens
+offline) and `report.md`, with a verdict over held-out pairs and seeds (see `verdict`), and prints
+the verdict. It reads run folders and nothing else, and does not import torch.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from orpo_lab.metrics import MARGINS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Say what the command takes."""
+    """Add the arguments of the command to a parser."""
     parser.add_argument(
         "folders", nargs="+", type=Path, metavar="FOLDER", help="run or sweep folders"
     )

@@ -1,4 +1,4 @@
-"""From runs to settings, and what the evidence says about them."""
+"""Group runs into settings, and compare the settings."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from orpo_lab.config.method import METHODS, OrpoMethod
 from orpo_lab.errors import UserError
 from orpo_lab.metrics import HELD_OUT, HeldOutMetric, qualities_among
 
-# Answers that are so many times as long, or as short, as the best setting's are warned of
+# A warning names settings whose answers are this many times as long, or as short, as the best's
 MAX_LENGTH_RATIO = 1.25
 
 
@@ -31,13 +31,13 @@ class Setting:
 
     @property
     def seeds(self) -> list[int]:
-        """The seeds it was trained with."""
+        """The seeds of the setting's runs."""
         return [run.values["seed"] for run in self.runs]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Settings and what the evidence says about them."""
+    """Settings, and the result of comparing them."""
 
     runs: list[Run]
     settings: list[Setting]
@@ -48,13 +48,15 @@ class Comparison:
 
 
 def group(runs: Sequence[Run]) -> list[Setting]:
-    """Group runs by everything but the seed, named by what differs; betas in rising order.
+    """Group runs into settings: runs that are equal in everything but the seed.
 
-    Of two runs with the same seed and values (two sweeps that overlap) the first one counts.
+    A setting is named by the values that differ between settings. Settings are sorted by their beta
+    schedule, then by beta. If two runs have the same seed and values (two sweeps that overlap),
+    only the first run counts.
     """
     read = [_told_apart_by(run) for run in runs]
     keys = sorted({key for values in read for key in values})
-    # A key that only some have, all with one value, comes with another that tells them apart
+    # If only some runs have a key, all with one value, another key separates these runs anyway
     differing = [key for key in keys if len({json.dumps(v[key]) for v in read if key in v}) > 1]
     named = {key: _names(runs, read, key) for key in ("model", "dataset") if key in differing}
     found: dict[str, Setting] = {}
@@ -63,7 +65,7 @@ def group(runs: Sequence[Run]) -> list[Setting]:
         mine = {key: values[key] for key in differing if key in values}
         shown = mine | {key: names[number] for key, names in named.items()}
         name = " ".join(_label(key, value) for key, value in shown.items()) or "all runs"
-        # By exact values: names are rounded
+        # Group by exact values, since names are rounded
         exact = json.dumps(mine)
         setting = found.setdefault(exact, Setting(name, run.values, []))
         ranks[exact] = (run.values["beta_schedule"], run.values["beta"], _rank(mine))
@@ -73,7 +75,7 @@ def group(runs: Sequence[Run]) -> list[Setting]:
 
 
 def _rank(values: dict[str, Any]) -> list[tuple[str, bool, float, str]]:
-    """Return what orders settings by what differs: numbers by their size, the rest as text."""
+    """Return a sort key from values that differ: numbers sort by size, other values as text."""
     return [
         (key, False, value, "")
         if isinstance(value, int | float)
@@ -83,9 +85,9 @@ def _rank(values: dict[str, Any]) -> list[tuple[str, bool, float, str]]:
 
 
 def _told_apart_by(run: Run) -> dict[str, Any]:
-    """Return what tells settings apart: all that identifies a run but its seed.
+    """Return the values by which settings differ: all that identifies a run, without its seed.
 
-    Models are told apart by what lies at their place, data by the fingerprint of their pairs.
+    Models are compared by the content of their files, data by the fingerprints of their pairs.
     """
     told = identity.settings(run.values)
     told.pop("seed")
@@ -95,7 +97,11 @@ def _told_apart_by(run: Run) -> dict[str, Any]:
 
 
 def _names(runs: Sequence[Run], read: Sequence[dict[str, Any]], group: str) -> list[str]:
-    """Return what to call every run's model or data: the option, its place, or place and hash."""
+    """Return a name for every run's model or data.
+
+    The name is the option, or the path, or path and hash: the first that separates exactly the runs
+    that differ.
+    """
     hashes = [hashlib.sha256(json.dumps(values[group]).encode()).hexdigest()[:6] for values in read]
     choices = [run.choices.get(group, "") for run in runs]
     places = [_place(run, group) for run in runs]
@@ -111,7 +117,7 @@ def _place(run: Run, group: str) -> str:
 
 
 def _label(key: str, value: Any) -> str:
-    """Return `beta=0.2`, `cosine`: a schedule's name says what it is."""
+    """Return `beta=0.2` for most keys; for a beta schedule its name alone, such as `cosine`."""
     if key == "beta_schedule":
         return str(value)
     return f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
@@ -119,6 +125,10 @@ def _label(key: str, value: Any) -> str:
 
 def compare(runs: Sequence[Run], margins: dict[str, float]) -> Comparison:
     """Compare the complete runs among `runs`.
+
+    Args:
+        runs: complete and other runs.
+        margins: for each quality, how much worse than the best setting's it may be.
 
     Raises:
         UserError: no run is complete, or the runs were not scored on the same held-out pairs.
@@ -163,12 +173,15 @@ def _check_same_pairs(runs: Sequence[Run]) -> None:
 
 
 def _stack(setting: Setting, column: Any) -> Array:
-    """Return a setting's per-pair values, [K, N]."""
+    """Return a setting's values for each of its K runs and N pairs, [K, N]."""
     return np.stack([column(run.scores) for run in setting.runs])
 
 
 def _qualities(settings: Sequence[Setting], margins: dict[str, float]) -> list[Quality]:
-    """Return what preference accuracy may not be bought with, measured at every pair."""
+    """Return the qualities that all runs have, measured at every pair.
+
+    Preference accuracy may not rise at the cost of these.
+    """
 
     def values(metric: HeldOutMetric, scores: dict[str, Array]) -> Array:
         assert metric.of_pair is not None
@@ -196,7 +209,10 @@ def _qualities(settings: Sequence[Setting], margins: dict[str, float]) -> list[Q
 def _warnings(
     settings: Sequence[Setting], accuracy: Measure, qualities: Sequence[Quality]
 ) -> list[str]:
-    """Say where more preference raises accuracy and costs quality, and where length changes."""
+    """Return warnings of over-optimised settings, and of answers of a very different length.
+
+    In an over-optimised setting more preference raises accuracy, but costs quality.
+    """
     families: dict[str, list[int]] = {}
     for number, setting in enumerate(settings):
         rest = {k: v for k, v in _told_apart_by(setting.runs[0]).items() if k != "beta"}
@@ -218,7 +234,7 @@ def _warnings(
                 )
     best = settings[int(qualities[0].measure.means.argmax())]
     for setting in settings:
-        # Where no answer has a token there is nothing to compare
+        # If no answer has a token, the ratio is NaN and no warning follows
         ratio = _length(setting) / (_length(best) or math.nan)
         if ratio > MAX_LENGTH_RATIO or ratio < 1 / MAX_LENGTH_RATIO:
             said.append(
@@ -229,7 +245,7 @@ def _warnings(
 
 
 def _changed(runs: Sequence[Run]) -> list[str]:
-    """Say which runs were not trained throughout by the configuration they are listed under."""
+    """Return warnings of runs whose configuration was changed at a resume."""
     changed = []
     for run in runs:
         assert run.summary is not None
@@ -240,7 +256,7 @@ def _changed(runs: Sequence[Run]) -> list[str]:
 
 
 def _length(setting: Setting) -> float:
-    """Return the mean tokens of a setting's greedy answers; NaN where there are none."""
+    """Return the mean number of tokens of a setting's greedy answers; NaN: no answers."""
     answers = np.concatenate([run.scores["generated_tokens"] for run in setting.runs if run.scores])
     given = answers[~np.isnan(answers)]
     return float(given.mean()) if len(given) else math.nan

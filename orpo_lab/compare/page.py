@@ -17,7 +17,7 @@ from orpo_lab.records.run_folder import RunFolder
 
 
 def write(comparison: Comparison, folder: Path) -> None:
-    """Write `report.html`, `report.md` and the pictures of the latter, `report/*.png`."""
+    """Write `report.html`, `report.md`, and the pictures of `report.md` in `report/*.png`."""
     drawn = pictures.draw(comparison)
     (folder / "report").mkdir(parents=True, exist_ok=True)
     for name, (_, png) in drawn.items():
@@ -56,7 +56,7 @@ def _margins(comparison: Comparison) -> str:
 
 
 def setting_rows(comparison: Comparison) -> list[dict[str, str]]:
-    """Return the table of settings."""
+    """Return the table of settings: a row for each setting, as text by column name."""
     verdict = comparison.verdict
     rows = []
     for number, (setting, standing) in enumerate(

@@ -13,8 +13,8 @@ from orpo_lab.metrics import TRAINING
 from orpo_lab.records.plot import GREY, plain
 from orpo_lab.upstream import matplotlib_as_shipped
 
-# From dark to light; chosen so that colour-blind readers tell any two apart, and all are readable
-# on white
+# From dark to light. Colour-blind readers can distinguish any two of them, and all are visible on
+# white
 COLOURS = (
     "#000000",
     "#332288",
@@ -26,10 +26,10 @@ COLOURS = (
     "#E69F00",
     "#33BBEE",
 )
-# One each for a schedule, in turn: schedules of one's own come with names that nobody knows here
+# Schedules get lines and markers in turn, not by name: users may add schedules of their own
 LINES = ("-", "--", "-.", ":", (0, (6, 2)), (0, (1, 3)), (0, (8, 2, 1, 2, 1, 2)))
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">")
-# Settings above which a legend would be longer than anybody reads
+# The largest number of settings with a legend; a longer legend would not be read
 MAX_LABELS = 24
 Picture = tuple[str, bytes]
 
@@ -47,19 +47,20 @@ def draw(compared: Comparison) -> dict[str, Picture]:
 
 @dataclass(frozen=True)
 class Look:
-    """What a setting is told by in every picture."""
+    """How a setting is drawn in every picture."""
 
     colour: str
     marker: str
     line: Any
     is_light: bool
-    """Drawn with a thin line and an open marker, where there are more settings than colours."""
+    """Whether line is thin and marker open; used if there are more settings than colours."""
 
 
 def _looks(settings: Sequence[Setting]) -> list[Look]:
-    """Return a look for every setting: colours tell of beta (dark is low), the rest of schedules.
+    """Return a look for every setting.
 
-    Settings of one beta and one schedule, which differ in something else, have a colour each.
+    The colour shows beta (dark is low). Line and marker show the beta schedule. Settings with the
+    same beta and schedule, which differ in something else, get different colours.
     """
     schedules = {setting.values["beta_schedule"] for setting in settings}
     in_order = sorted(schedules, key=lambda name: (name != "constant", name))
@@ -70,7 +71,7 @@ def _looks(settings: Sequence[Setting]) -> list[Look]:
         keys.append((beta, seen[beta, schedule]))
         seen[beta, schedule] += 1
     ranks = {key: rank for rank, key in enumerate(sorted(set(keys)))}
-    # Fewer than there are colours are as far apart as they can be
+    # If not all colours are needed, use colours that are as far apart as possible
     step = max(1.0, (len(COLOURS) - 1) / max(len(ranks) - 1, 1))
     looks = []
     for setting, key in zip(settings, keys, strict=True):
@@ -82,7 +83,7 @@ def _looks(settings: Sequence[Setting]) -> list[Look]:
 
 
 def _figure(settings: Sequence[Setting], height: float) -> tuple[Any, Any]:
-    """Return a figure with axes of a height in inches, and room for the legend below them."""
+    """Return a figure and its axes, `height` inches high, with room below for the legend."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -105,12 +106,12 @@ def _num_columns(settings: Sequence[Setting]) -> int:
 
 
 def _label(setting: Setting) -> str:
-    """Return a setting's name in lines that the picture has room for."""
+    """Return a setting's name, broken into lines that fit into the picture."""
     return plain("\n".join(textwrap.wrap(setting.name, 64, break_on_hyphens=False)))
 
 
 def _png(figure: Any, settings: Sequence[Setting]) -> bytes:
-    """Return the picture, its legend below it where it hides nothing."""
+    """Return the picture as PNG, with its legend, if there is one, below the axes."""
     if _has_legend(settings):
         figure.legend(
             *figure.axes[0].get_legend_handles_labels(),
@@ -125,7 +126,7 @@ def _png(figure: Any, settings: Sequence[Setting]) -> bytes:
 
 
 def _pareto(compared: Comparison) -> Picture:
-    """Preference accuracy against the first quality, with intervals over pairs and seeds."""
+    """Draw preference accuracy against the first quality, with intervals over pairs and seeds."""
     quality = compared.qualities[0]
     figure, axes = _figure(compared.settings, height=4)
     verdict, looks = compared.verdict, _looks(compared.settings)
@@ -160,7 +161,7 @@ def _pareto(compared: Comparison) -> Picture:
 
 
 def _curves(settings: Sequence[Setting], key: str, label: str) -> Picture:
-    """One metric over the steps: a setting's mean over its seeds, and their range."""
+    """Draw one metric over the steps: for each setting the mean and the range of its seeds."""
     figure, axes = _figure(settings, height=3.2)
     for setting, look in zip(settings, _looks(settings), strict=True):
         runs = [

@@ -1,4 +1,4 @@
-"""From run folders to what a comparison reads of them; nothing is written."""
+"""Read what a comparison needs from run folders; nothing is written."""
 
 import json
 from collections.abc import Iterable
@@ -18,33 +18,34 @@ from orpo_lab.records.run_folder import RunFolder, natural_order
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder, as read."""
+    """What was read from one run folder."""
 
     folder: Path
     values: dict[str, Any]
-    """The configuration, flat, and the kind of what was chosen in every group."""
+    """The configuration, flat, and for every group the kind of the chosen option."""
     contents: dict[str, str]
-    """What lay at its locations when it was started last; see `identity.contents`."""
+    """What was at the run's locations at its last start; see `identity.contents`."""
     choices: dict[str, str]
-    """The options chosen, under the names that people gave."""
+    """The option chosen in every group, by the name that the user gave."""
     state: str
     reason: str
     summary: dict[str, Any] | None
     metrics: list[dict[str, float]]
     scores: dict[str, Array] | None
-    """Columns of `scores.parquet` after training; NaN where there is none."""
+    """Columns of `scores.parquet` after training, [N] each; NaN: no value. None: no such file."""
 
     @property
     def is_complete(self) -> bool:
-        """Whether it finished and left what a comparison needs."""
+        """Whether the run has finished, and its folder holds what a comparison needs."""
         return self.state == "finished" and self.summary is not None and self.scores is not None
 
 
 def find_runs(folders: Iterable[Path]) -> list[Run]:
-    """Read the run folders among `folders` and directly in them.
+    """Read the run folders among `folders` and directly in them, each run folder once.
 
     Raises:
-        UserError: a folder is no run folder and holds none, or a file in one cannot be read.
+        UserError: a folder is not a run folder and holds none, or a file in a run folder cannot be
+            read.
     """
     found: dict[Path, Run] = {}
     for folder in folders:
@@ -72,7 +73,7 @@ def read_run(folder: Path) -> Run:
     """Read a run folder.
 
     Raises:
-        UserError: a file in it cannot be read.
+        UserError: a file in the run folder cannot be read.
     """
     place = RunFolder(folder)
     try:
@@ -84,7 +85,7 @@ def read_run(folder: Path) -> Run:
         return Run(
             folder=folder,
             values=values,
-            # An earlier version kept no contents
+            # An earlier version of orpo_lab kept no contents
             contents=started.get("contents") or {"model.path": str(values.get("model.path"))},
             choices=choices,
             state=status["state"],

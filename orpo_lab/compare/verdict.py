@@ -1,29 +1,33 @@
 """Is setting A really better than setting B? Pure statistics over per-pair scores of seeds.
 
-A setting (say beta = 0.2) is trained with several seeds, and every run is scored on the same
-held-out pairs. Two things then stand between a run's figure and its setting: which pairs happened
-to be held out, and what the seed did to the run as a whole. The second does not shrink with more
-pairs, so an interval over pairs alone names winners that another seed would not confirm
-(`benchmarks/verdict.py` counts how often). Here a mean has both (two-way random effects):
+A setting (for example beta = 0.2) is trained with several seeds, and every run is scored on the
+same held-out pairs. The figure of a run depends on chance in two ways: on which pairs were held
+out, and on the effect of the seed on the run as a whole. The effect of the seed does not shrink
+with more pairs. So an interval over pairs alone names winners that another seed would not confirm
+(`benchmarks/verdict.py` counts how often). Here the variance of a mean covers both (two-way random
+effects):
 
     Var(mean) = v / K + (Var_i(h_i) - e / K) / N
 
-with K seeds and N pairs, h_i a pair's score, a mean over seeds, e what chance adds to one score,
-and v the variance between runs: what a seed does to a run as a whole, plus e / N. Shares (accuracy,
-exact match) are compared as log-odds of the mean share, where a seed moves a good and a mediocre
-setting alike; a share is known to half a pair at best, so that there is a variance at 100 %, too.
+K is the number of seeds and N the number of pairs. h_i is the score of pair i, averaged over seeds.
+e is the variance that chance adds to a single score. v is the variance between runs: the variance
+of the seed's effect, plus e / N. Shares (accuracy, exact match) are compared as log-odds of the
+mean share, on which a seed has the same effect in a good and in a mediocre setting. A share is
+known to half a pair at best, so a share of 100 % has a variance, too.
 
-**Settings scatter differently**: a high beta's seeds may differ wildly and a low beta's not at all.
-So each setting has a variance of its own, with K - 1 degrees of freedom, and two settings are
-compared by Welch's test (Biometrika 34, 1947, 28-35) with Satterthwaite's freedom (Biometrics
-Bulletin 2, 1946, 110-114). Three seeds can agree by chance: a variance below the one pooled over
-all settings is taken to be the pooled one, never the other way round.
+**Settings scatter differently**: the seeds of a high beta may differ much, those of a low beta not
+at all. So each setting has its own variance, with K - 1 degrees of freedom. Two settings are
+compared by Welch's test (Biometrika 34, 1947, 28-35) with the degrees of freedom of Satterthwaite
+(Biometrics Bulletin 2, 1946, 110-114). Three seeds can agree by chance. So a variance below the
+variance pooled over all settings is replaced by the pooled one. A variance above the pooled one is
+replaced only where ALIKE allows it.
 
-The winner has to beat every other setting in a test of its own. That is an intersection-union test
-(Berger, Technometrics 24, 1982, 295-300), which needs no further correction for their number.
-"Worse in quality" is a statement about any of all pairs of settings, so it takes the studentized
-range with each pair's own variance (Games and Howell, Journal of Educational Statistics 1, 1976,
-113-125). `benchmarks/verdict.py` plants truths and counts how often each is wrong.
+The winner must beat every other setting, each in a separate test. This is an intersection-union
+test (Berger, Technometrics 24, 1982, 295-300), which needs no correction for the number of tests.
+"Worse in quality" may be said of any pair of settings. So it is tested by the studentized range
+with the variance of each pair of settings (Games and Howell, Journal of Educational Statistics 1,
+1976, 113-125). `benchmarks/verdict.py` simulates sweeps with a known truth, and counts how often
+each statement is wrong.
 """
 
 import math
@@ -37,27 +41,29 @@ from scipy import special, stats
 
 Array = NDArray[np.float64]
 
-# One-sided level of every test. Not 0.05: Welch's freedom is an estimate, and where a setting's
-# seeds differ wildly its log-odds are skewed; in simulation these take the rest
+# One-sided level of every test. The level is below 0.05 for two reasons: Welch's degrees of freedom
+# are an estimate, and the log-odds of a setting with very different seeds are skewed. In simulation
+# these two make up the rest
 LEVEL = 0.03
-# Of a setting's interval, two-sided
+# Confidence of a setting's two-sided interval
 CONFIDENCE = 0.9
-# A setting whose variance is below this quantile of what chance does to the pooled one is taken to
-# scatter like the others, where the pool has at least this freedom
+# A setting whose variance is somewhat above the pooled one gets the pooled variance, if chance
+# explains the difference: if the ratio of the two is below this quantile of its F distribution. For
+# that the pool needs at least MIN_POOL degrees of freedom
 ALIKE, MIN_POOL = 0.9, 10
-# Of a standard error that is zero
+# Stands in for a standard error of zero
 TINY = 1e-300
-# Of a variance that is known
+# Degrees of freedom of a variance that is known exactly
 MAX_FREEDOM = 1e6
-# Power that "how many more seeds" is worked out for, and the simulated sweeps it is worked out with
+# "How many more seeds" is computed for this power, from this number of simulated sweeps
 POWER, NUM_DRAWS = 0.8, 2000
-# More seeds than this are not worth asking for, nor more pairs than this times those at hand
+# More seeds than MAX_SEEDS are never proposed, nor more than MAX_FACTOR times the present pairs
 MAX_SEEDS, MAX_FACTOR = 50, 50
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and its two-sided interval; NaN: there is no second seed, or pair."""
+    """An estimate and its two-sided interval, whose ends are NaN with one seed or one pair."""
 
     estimate: float
     low: float
@@ -66,28 +72,28 @@ class Interval:
 
 @dataclass(frozen=True)
 class Spread:
-    """The variance of an estimate, and the degrees of freedom that the variance is known with."""
+    """The variance of an estimate, and the degrees of freedom of this variance."""
 
     variance: Array
     freedom: Array
 
     @property
     def error(self) -> Array:
-        """The standard error."""
+        """The standard error of the estimate."""
         return np.sqrt(self.variance)
 
     def reach(self, level: float) -> Array:
-        """Return how far chance alone reaches to one side at a level, by Student's t."""
+        """Return the deviation that chance exceeds with probability `level`, by Student's t."""
         return special.stdtrit(self.freedom, 1 - level) * self.error
 
 
 class Measure:
-    """One figure of every setting: per-pair scores by seed.
+    """One figure of every setting, given by a score for each seed and pair; S settings.
 
     Args:
-        scores: for each setting [K, N]: a row of the N held-out pairs' scores for every seed;
-            higher is better. K may differ between settings.
-        is_share: the scores are 0 or 1.
+        scores: for each setting [K, N]: a row with the scores of the N held-out pairs for each of
+            its K seeds. Higher is better. K may differ between settings.
+        is_share: whether every score is 0 or 1.
     """
 
     def __init__(self, scores: Sequence[Array], *, is_share: bool) -> None:
@@ -98,7 +104,10 @@ class Measure:
         self.means = self._link(np.array([of_setting.mean() for of_setting in scores]))
 
     def _link(self, shares: Array) -> Array:
-        """Return log-odds of shares, half a pair added to both sides so that 0 and 1 have some."""
+        """Return the log-odds of shares; figures that are no shares are returned unchanged.
+
+        Half a pair is added to both sides, so that shares of 0 and 1 have finite log-odds.
+        """
         if not self.is_share:
             return shares
         num = self.num_pairs
@@ -109,7 +118,7 @@ class Measure:
 
     @cached_property
     def _slopes(self) -> Array:
-        """The link's derivative at every setting's mean (delta method)."""
+        """The derivative of `_link` at the mean of every setting, [S] (delta method)."""
         if not self.is_share:
             return np.ones(len(self.scores))
         half = 0.5 / self.num_pairs
@@ -118,35 +127,35 @@ class Measure:
 
     @cached_property
     def _by_pair(self) -> list[Array]:
-        """What each pair adds to its setting's mean, [N], on the scale of the link."""
+        """For each setting, each pair's mean score over seeds, [N], on the scale of `_link`."""
         return [
             scores.mean(0) * slope for scores, slope in zip(self.scores, self._slopes, strict=True)
         ]
 
     @cached_property
     def _between(self) -> Array:
-        """The variance between the runs of every setting; 0 where there is one."""
+        """The variance between the runs of every setting, [S]; 0 for a setting with one run."""
         runs = [self._link(scores.mean(1)) for scores in self.scores]
         return np.array([shares.var(ddof=1) if len(shares) > 1 else 0.0 for shares in runs])
 
     @cached_property
     def _chance(self) -> Array:
-        """What chance in its pairs adds to the variance of a run, of every setting."""
+        """For every setting, what chance in single scores adds to the variance of a run, [S]."""
         residuals = np.array([_residual(scores) for scores in self.scores])
         return residuals * self._slopes**2 / self.num_pairs
 
     def _by_run(
         self, between: Array, chance: Array, num_seeds: Array, *, min_pool: float
     ) -> tuple[Array, Array]:
-        """Return the variance of every setting's runs, and its freedom, [..., S] both.
+        """Return the variance between every setting's runs and its degrees of freedom, [..., S].
 
         Args:
-            between: the variance found between runs, [..., S].
-            chance: what chance in the pairs adds to it, [S].
-            num_seeds: of every setting, [S].
-            min_pool: the freedom that the pool needs to vouch for a setting that scatters somewhat
-                more than the pool, with three seeds or more; without it only for those that
-                scatter less.
+            between: the variance found between the runs of each setting, [..., S].
+            chance: what chance in single scores adds to this variance, [S].
+            num_seeds: number of seeds of every setting, [S].
+            min_pool: the degrees of freedom that the pool needs to be used for a setting with three
+                seeds or more that scatters somewhat more than the pool. A smaller pool is used only
+                for settings that scatter less.
         """
         freedom = num_seeds - 1
         total = max(int(freedom.sum()), 1)
@@ -156,7 +165,7 @@ class Measure:
         may_pool = (freedom > 1) & (total >= min_pool)
         limit = np.where(may_pool, special.fdtri(np.maximum(freedom, 1), total, ALIKE), 1.0)
         is_own = own > limit * pool
-        # Two seeds say next to nothing of their own noise, so nothing vouches for less of it
+        # Two seeds say almost nothing about their variance, so they keep one degree of freedom
         return np.where(is_own, own, pool), np.where(is_own | (freedom == 1), freedom, total)
 
     @cached_property
@@ -168,7 +177,10 @@ class Measure:
         return self._by_run(self._between, self._chance, self.num_seeds, min_pool=math.inf)
 
     def _pair_variance(self, a: int, b: int | None) -> float:
-        """Return what pairs add to the variance of a mean or difference, less chance; NaN: one."""
+        """Return what the choice of pairs adds to the variance of a mean, or of a difference.
+
+        Chance in single scores is not included. NaN: there is only one pair.
+        """
         if self.num_pairs < 2:
             return math.nan
         settings = [a] if b is None else [a, b]
@@ -182,9 +194,10 @@ class Measure:
         """Return the spread of a setting's mean, or of two settings' difference; NaN: one seed.
 
         Args:
-            a: the setting.
-            b: the other, if any.
-            pooled: as for the winner; otherwise as safe as statements about any setting need.
+            a: a setting.
+            b: the other setting of a difference, if any.
+            pooled: True: with the variances that the tests for the winner use. False: with the more
+                careful variances that statements about any pair of settings need.
         """
         by_run = self._pooled if pooled else self._safe
         settings = [a] if b is None else [a, b]
@@ -200,10 +213,14 @@ class Measure:
         by_pair: float,
         num_pairs: int,
     ) -> Spread:
-        """Join runs and pairs: variances add, and their freedom by Satterthwaite, [...] both."""
+        """Return the sum of the variances of runs and pairs, with its degrees of freedom.
+
+        The degrees of freedom are those of Satterthwaite. Both are [...], and NaN if a setting has
+        one seed.
+        """
         parts, rest = [], 1.0
         for index in settings:
-            # The part of the pairs is no better known than the setting's whole with two seeds
+            # With two seeds, the pairs' part of a setting is known no better than the runs' part
             carried = (num_seeds[index] == 2) / len(settings)
             rest -= carried
             part = variance[..., index] / num_seeds[index] + carried * by_pair
@@ -218,9 +235,10 @@ class Measure:
 
     @property
     def level(self) -> float:
-        """The level of one test for the winner.
+        """The level of one test for the winner; lower if there are fewer than four settings.
 
-        The fewer settings there are, the likelier chance puts one of several equals above all.
+        With fewer settings it is more likely that chance puts one of equal settings above all
+        others.
         """
         return LEVEL * min(len(self.scores) / 4, 1)
 
@@ -229,20 +247,21 @@ class Measure:
         return float(self.scores[a].mean())
 
     def interval(self, a: int) -> Interval:
-        """Return a setting's mean with its interval over pairs and seeds."""
+        """Return a setting's mean, with its interval over pairs and seeds."""
         spread = self.spread(a)
         reach = spread.reach((1 - CONFIDENCE) / 2)
         value = self.value(a)
         low, high = (self._unlink(self.means[a] + sign * reach) for sign in (-1, 1))
-        # Half a pair is added to both sides of 0 and 1, which takes the estimate itself away
+        # The half pairs that `_link` adds would leave an estimate of 0 or 1 outside the interval
         if self.is_share and value in (0.0, 1.0) and not math.isnan(low):
             low, high = min(low, value), max(high, value)
         return Interval(value, low, high)
 
     def difference(self, a: int, b: int) -> Interval:
-        """Return how far setting `a` is above `b`, with an interval by the test for the winner.
+        """Return how far setting `a` is above `b`, with the interval of the test for the winner.
 
-        For shares: in share points, `a` taken to be where it was measured.
+        The interval of a share is converted from log-odds to a difference of shares. For this, `a`
+        is fixed at its measured value.
         """
         spread = self.spread(a, b)
         reach = spread.reach(self.level)
@@ -259,12 +278,12 @@ class Measure:
         return (gap > 0) & (gap > spread.reach(self.level))
 
     def is_above_in_all(self, a: int, b: int) -> bool:
-        """Return whether `a` is shown to be above `b`, said of any pair of settings."""
+        """Return whether `a` is shown to be above `b`; the test covers all pairs of settings."""
         spread = self.spread(a, b, pooled=False)
         gap = self.means[a] - self.means[b]
         chance = 2 * special.stdtr(spread.freedom, -gap / max(spread.error, TINY))
         num = len(self.scores)
-        # The range's own probability takes a twentieth of a second, and lies between these
+        # The probability of the studentized range takes 0.05 seconds, and lies between two bounds
         if not chance < LEVEL:
             return False
         if chance * num * (num - 1) / 2 < LEVEL:
@@ -273,11 +292,11 @@ class Measure:
         return bool(stats.studentized_range.sf(reached, num, spread.freedom) < LEVEL)
 
     def falls_short(self, a: int) -> bool:
-        """Return whether any setting is shown to be above `a`, among all pairs of settings."""
+        """Return whether any setting is shown to be above `a`; see `is_above_in_all`."""
         return any(self.is_above_in_all(number, a) for number in range(len(self.scores)))
 
     def seeds_needed(self, a: int, b: int) -> int | None:
-        """Return how many seeds of each would show the gap seen now; None: more than MAX_SEEDS."""
+        """Return how many seeds per setting would show the present gap; None: above MAX_SEEDS."""
         return _smallest(
             lambda num: self.power(a, b, np.full(len(self.scores), num), self.num_pairs),
             2,
@@ -285,7 +304,7 @@ class Measure:
         )
 
     def pairs_needed(self, a: int, b: int) -> int | None:
-        """Return how many pairs would show the gap with as many seeds as now; None: none would."""
+        """Return how many pairs would show the gap with the present seeds; None: too many."""
         return _smallest(
             lambda num: self.power(a, b, self.num_seeds, num),
             self.num_pairs + 1,
@@ -293,17 +312,17 @@ class Measure:
         )
 
     def power(self, a: int, b: int, num_seeds: Array, num_pairs: int) -> float:
-        """Return how often the test would show the gap seen now, by NUM_DRAWS simulated sweeps.
+        """Return the share of NUM_DRAWS simulated sweeps in which the test shows the present gap.
 
         Args:
             a: the setting that is above.
-            b: the other.
-            num_seeds: of every setting in these sweeps, [S].
-            num_pairs: held out in these sweeps.
+            b: the other setting.
+            num_seeds: number of seeds of every setting in these sweeps, [S].
+            num_pairs: number of held-out pairs in these sweeps.
         """
         rng = np.random.default_rng(0)
         fewer = self.num_pairs / num_pairs
-        # Not on the safe side, as the test's are: what is likely
+        # The likely variances, not the careful ones of the test
         found, _ = self._by_run(self._between, self._chance, self.num_seeds, min_pool=0)
         chance = self._chance * fewer
         truth = found - self._chance + chance
@@ -320,7 +339,7 @@ class Measure:
 
 
 def _residual(scores: Array) -> float:
-    """Return the variance of a score that neither its pair nor its run explains, [K, N]."""
+    """Return the variance in scores [K, N] that neither the pair nor the run explains."""
     num_seeds, num_pairs = scores.shape
     if num_seeds == 1 or num_pairs == 1:
         return 0.0
@@ -329,7 +348,7 @@ def _residual(scores: Array) -> float:
 
 
 def _smallest(power: Callable[[int], float], low: int, high: int) -> int | None:
-    """Return the smallest number from `low` to `high` with enough power; None: there is none."""
+    """Return the smallest number from `low` to `high` with power POWER or more; None: no number."""
     if power(high) < POWER:
         return None
     while low < high:
@@ -340,80 +359,84 @@ def _smallest(power: Callable[[int], float], low: int, high: int) -> int | None:
 
 @dataclass(frozen=True)
 class Quality:
-    """A figure that a higher preference accuracy must not be bought with."""
+    """A figure at whose cost preference accuracy must not rise."""
 
     name: str
     unit: str
-    """Of the margin; empty: none."""
+    """Unit of the margin; empty: there is no unit."""
     measure: Measure
     margin: float
-    """How much below the best setting's still counts as not worse."""
+    """How far below the best setting's a value may be and still count as not worse."""
     sign: int = 1
-    """-1: people read it with the opposite sign, lower is better."""
+    """-1: reports show the figure with the opposite sign, and lower is better there."""
 
 
 @dataclass(frozen=True)
 class Standing:
-    """Where one setting stands in quality."""
+    """The qualities of one setting, and how they compare with those of the best settings."""
 
     intervals: list[Interval]
     worse_in: list[str]
-    """Qualities shown to be worse than the best's, and by more than the margin in the estimate."""
+    """Qualities whose estimate is worse by more than the margin, and that are shown to be worse."""
     doubtful_in: list[str]
-    """Qualities below the margin in the estimate, while the difference may be chance."""
+    """Qualities whose estimate is worse by more than the margin, but perhaps by chance."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the evidence says."""
+    """The result of a comparison; settings are given by their numbers."""
 
     winner: int | None
-    """The setting that wins; None: the evidence does not name one."""
+    """The setting that wins; None: the evidence does not name a winner."""
     leader: int
-    """The highest preference accuracy among the settings whose quality is not worse."""
+    """The setting with the highest preference accuracy among those of good quality."""
     accuracies: list[Interval]
     """Preference accuracy of every setting."""
     qualities: list[Standing]
     unbeaten: list[int]
     """Settings of good quality that the leader is not shown to beat."""
     nearest: int | None
-    """The highest of these, or of those beaten; None: nothing else is of good quality."""
+    """The highest of `unbeaten` with several seeds; without such, the highest beaten setting. None:
+    there is neither."""
     lead: Interval | None
-    """How far the leader is above the nearest."""
+    """How far the leader is above `nearest`."""
     one_seed: list[int]
     """Settings of good quality with one seed, which can neither win nor be beaten."""
     contest: Measure
     """Preference accuracy of the settings of good quality."""
     open_gap: tuple[int, int] | None
-    """The leader and the nearest in `contest`, where more seeds or pairs may tell them apart."""
+    """Numbers in `contest` of the leader and of `nearest`, if more seeds or pairs may separate
+    them."""
 
     @cached_property
     def seeds_needed(self) -> int | None:
-        """Seeds per setting that would show the smallest gap; None: not to be had."""
+        """Number of seeds per setting that would show the smallest gap; None: too many."""
         return self.contest.seeds_needed(*self.open_gap) if self.open_gap else None
 
     @cached_property
     def pairs_needed(self) -> int | None:
-        """Held-out pairs that would, with as many seeds as now; None: no number of pairs would."""
+        """Number of held-out pairs that would show this gap with the present seeds; None: no number
+        would."""
         return self.contest.pairs_needed(*self.open_gap) if self.open_gap else None
 
 
 def decide(accuracy: Measure, qualities: Sequence[Quality]) -> Verdict:
-    """Name the setting of highest preference accuracy among those of good quality, or none.
+    """Compare settings: name the winner, or say that the evidence names none.
 
-    A setting is out where one of its qualities is worse than the best setting's: by more than the
-    margin in the estimate, and shown to be below some setting's. The leader is the highest of the
-    others. It wins where it is shown to be above each of them and none of its own qualities is
-    below the margin. A setting with one seed can neither win nor be beaten.
+    A setting is out if one of its qualities is worse: the estimate is below the best setting's by
+    more than the margin, and the quality is shown to be below that of some setting. All other
+    settings are of good quality. The leader is the one of them with the highest preference
+    accuracy. The leader wins if it is shown to be above each of the others, and none of its own
+    qualities is below the margin. A setting with one seed can neither win nor be beaten.
 
     Args:
         accuracy: per-pair preference accuracy, 0 or 1, of every setting.
-        qualities: of the same settings in the same order.
+        qualities: the qualities of the same settings, in the same order.
     """
     everyone = range(len(accuracy.scores))
     quality_of = [_quality_of(number, qualities) for number in everyone]
     candidates = [number for number in everyone if not quality_of[number].worse_in]
-    # Without those that are out: what seeds do to them says nothing of the others
+    # Settings that are out do not take part: their variance says nothing about the others
     contest = Measure(
         [accuracy.scores[number] for number in candidates], is_share=accuracy.is_share
     )
@@ -421,7 +444,7 @@ def decide(accuracy: Measure, qualities: Sequence[Quality]) -> Verdict:
     others = [number for number in range(len(candidates)) if number != first]
     unbeaten = [number for number in others if not contest.is_above(first, number)]
     one_seed = [number for number in range(len(candidates)) if contest.num_seeds[number] == 1]
-    # Those that another seed or pair could tell from the leader, and those that are told already
+    # Settings that more seeds or pairs could separate from the leader, then the separated ones
     open_ = [] if first in one_seed else [number for number in unbeaten if number not in one_seed]
     beaten = [number for number in others if number not in unbeaten]
     nearest = max(open_ or beaten, key=lambda number: contest.means[number], default=None)
@@ -458,13 +481,15 @@ def _quality_of(number: int, qualities: Sequence[Quality]) -> Standing:
 
 
 def overoptimised(order: Sequence[int], accuracy: Measure, quality: Quality) -> int | None:
-    """Return the first setting whose accuracy still rises while its quality is lost, if any.
+    """Return the first setting whose accuracy still rises while its quality is lost; None: none.
+
+    A quality is lost if its estimate is below the best of the settings before by more than the
+    margin, and if it is shown to be below that setting's.
 
     Args:
-        order: settings that differ in beta alone, the one with the least preference first.
+        order: settings that differ in beta alone, the setting with the least preference first.
         accuracy: preference accuracy of all settings.
-        quality: lost where it is shown to be below the best of those before, by more than the
-            margin in the estimate.
+        quality: a quality of all settings.
     """
     measure = quality.measure
     for place in range(1, len(order)):

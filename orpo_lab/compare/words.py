@@ -41,7 +41,7 @@ def verdict_text(comparison: Comparison) -> list[str]:
 
 
 def tied(verdict: Verdict) -> list[int]:
-    """Return the settings of good quality with the leader's very preference accuracy."""
+    """Return the settings of good quality whose preference accuracy equals the leader's."""
     highest = verdict.accuracies[verdict.leader].estimate
     standings = zip(verdict.accuracies, verdict.qualities, strict=True)
     return [

@@ -1,15 +1,15 @@
-"""Names, types and ranges of every configuration key; the values stand in `conf/`.
+"""Names, types and ranges of every configuration key; the values are in `conf/`.
 
-Each config group has a module of the same name here; `Config` puts them together.
+Each config group has a module of the same name in this package. `Config` puts the groups together.
 
-`register` makes the dataclasses known to Hydra, so that a misspelt key or a value of the wrong type
-is refused while the configuration is composed. `load` turns the composed configuration into plain
-dataclasses, once; everything after it sees dataclasses only.
+`register` makes the dataclasses known to Hydra. Then Hydra refuses a misspelt key or a value of the
+wrong type while it composes the configuration. `load` turns the composed configuration into plain
+dataclasses, once. All code after that works with dataclasses only.
 
-A dataclass checks its own ranges in `__post_init__`; `Config.__post_init__` checks what must fit
-together. Both raise a `ValueError` that names the key to change.
+A dataclass checks its own ranges in `__post_init__`. `Config.__post_init__` checks that the groups
+fit together. Both raise a `ValueError` that names the key to change.
 
-Beside each key stands its policy: what it means to a run's identity (`policy`, `identity`).
+Each key has a policy beside it: what the key means to a run's identity (`policy`, `identity`).
 """
 
 import functools
@@ -46,7 +46,7 @@ from orpo_lab.errors import UserError, one_line
 
 @dataclass(kw_only=True)
 class Config:
-    """A whole run."""
+    """The configuration of a run."""
 
     name: str | None = free()
     seed: int = setting()
@@ -119,8 +119,8 @@ class Config:
             )
 
 
-# Each option of a group and the dataclass that types it. Options that share a dataclass (the named
-# models, the hub datasets) share a schema, under the name that stands here.
+# For each group, its options and the dataclass with the types of each option. Options that share a
+# dataclass (the named models, the hub datasets) share a schema, under the name given here.
 SCHEMAS: dict[str, dict[str, type]] = {
     "model": {"model": Model},
     "quantization": {"nf4": Nf4, "int8": Int8, "none": Unquantized},
@@ -147,7 +147,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
 
 @functools.cache
 def all_fields() -> dict[str, Field[Any]]:
-    """Return the field of every key, e.g. of `train.max_steps`; of a group: of what is chosen."""
+    """Return the dataclass field of every key, such as `train.max_steps`, and of every group."""
     found = dict(_fields_in(Config, ""))
     for group, options in SCHEMAS.items():
         for schema in options.values():
@@ -163,10 +163,10 @@ def _fields_in(schema: type[Any], prefix: str) -> Iterator[tuple[str, Field[Any]
 
 
 def kind(section: Any) -> str:
-    """Return the option's name that a typed section came from, e.g. `galore`.
+    """Return the name of the option that a typed section belongs to, such as `galore`.
 
     Raises:
-        KeyError: the section is of a type that no group offers.
+        KeyError: no group has an option of the section's type.
     """
     for options in SCHEMAS.values():
         for name, schema in options.items():
@@ -176,7 +176,7 @@ def kind(section: Any) -> str:
 
 
 def register() -> None:
-    """Make the schemas and our resolvers known to Hydra. Calling it twice does no harm."""
+    """Make the schemas and our resolvers known to Hydra; a second call does no harm."""
     store = ConfigStore.instance()
     store.store(group="schema", name="config", node=Config, package="_global_")
     for group, options in SCHEMAS.items():
@@ -190,8 +190,8 @@ def load(composed: DictConfig) -> Config:
     """Check a composed configuration and return it as dataclasses.
 
     Raises:
-        UserError: a key that no dataclass has, a value out of its range, a missing value, or
-            choices that do not fit together; the message names the key to change.
+        UserError: a key is unknown, a value is missing or out of range, or choices do not fit
+            together; the message names the key to change.
     """
     try:
         unknown = sorted(_unknown_keys(composed, ""))
@@ -208,7 +208,7 @@ def load(composed: DictConfig) -> Config:
 
 
 def _unknown_keys(node: DictConfig, prefix: str) -> Iterator[str]:
-    """Yield the keys that `+key=value` added beside a node's dataclass fields."""
+    """Yield the keys that `+key=value` added to a node, and that its dataclass does not have."""
     schema = OmegaConf.get_type(node)
     if schema is None or not is_dataclass(schema):
         return

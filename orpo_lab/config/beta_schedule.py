@@ -1,4 +1,4 @@
-"""Keys of `beta_schedule`: how beta moves in a run."""
+"""Keys of `beta_schedule`: how beta changes in a run."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,12 @@ from orpo_lab.config.policy import setting
 
 @dataclass(kw_only=True)
 class BetaSchedule:
-    """How beta moves from `beta` to `beta_end`; alone it is never used."""
+    """Base class of the schedules, which change beta from `beta` to `beta_end`."""
 
 
 @dataclass(kw_only=True)
 class Constant(BetaSchedule):
-    """beta throughout; beta_end is not read."""
+    """beta stays the same in the whole run; `beta_end` is not used."""
 
 
 @dataclass(kw_only=True)
@@ -23,7 +23,7 @@ class Linear(BetaSchedule):
 
 @dataclass(kw_only=True)
 class Cosine(BetaSchedule):
-    """Half a cosine: slow, fast, slow."""
+    """Half a period of a cosine: slow at first, then fast, slow at the end."""
 
 
 @dataclass(kw_only=True)

@@ -1,8 +1,8 @@
-"""What people type: text that stays as it was typed, and errors that name the key.
+"""The command line: keep text as the user typed it, and let errors name the key to change.
 
-Hydra reads every value by a grammar of its own, in which `1.10` is a number, `~` and `ü` are no
-characters of a path, and `=` or a comma ends one. `as_typed` puts quotes where the key's type says
-that the value is text; what is typed in Hydra's own syntax keeps its meaning.
+Hydra reads every value by its own grammar. In this grammar `1.10` is a number, `~` and `ü` are not
+allowed in a path, and `=` or a comma ends a path. `as_typed` puts quotes around a value if the type
+of its key says that the value is text. Values in Hydra's own syntax keep their meaning.
 """
 
 import difflib
@@ -26,15 +26,15 @@ from orpo_lab.errors import UserError, one_line
 
 TEXT: tuple[Any, ...] = (str, str | None)
 TEXTS: tuple[Any, ...] = (list[str], list[str] | None)
-# Folders that are no keys of ours, or no locations of what a run reads
+# Keys that name a folder, but are not our keys, or are not locations that a run reads
 FOLDERS = ("resume", "hydra.run.dir", "hydra.sweep.dir")
 NONE_IS_AN_OPTION = ("quantization", "tracker")
-# What Hydra and what it stands on raise where a configuration cannot be composed; see `explain`
+# Exceptions of Hydra and its libraries if a configuration cannot be composed; see `explain`
 NOT_COMPOSED = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
-# A quoted text, or what stands between Hydra's own signs
+# A quoted text, or a text between characters that Hydra's grammar reserves
 TOKEN = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^,\[\]()'"]+""")
 
-# What other trainers call it: transformers, TRL, PEFT, axolotl, the paper
+# Names that other trainers (transformers, TRL, PEFT, axolotl) and the paper use, and our keys
 ALSO_CALLED = {
     "attn_implementation": "model.attention",
     "base_model": "model.path",
@@ -76,7 +76,7 @@ ALSO_CALLED = {
 
 @functools.cache
 def text_keys() -> dict[str, bool]:
-    """Return the keys whose values are text, and whether they are lists of it."""
+    """Return the keys whose values are text; True: the value is a list of texts."""
     types = {key: field.type for key, field in config.all_fields().items()}
     found = {key: of in TEXTS for key, of in types.items() if of in (*TEXT, *TEXTS)}
     return found | dict.fromkeys(FOLDERS, False)
@@ -88,9 +88,9 @@ def _is_path(key: str) -> bool:
 
 
 def as_typed(arguments: Sequence[str]) -> list[str]:
-    """Return a command line whose texts Hydra reads as they stand there.
+    """Return a command line with quotes, so that Hydra reads texts as the user typed them.
 
-    Where one of `train.max_steps` and `train.num_epochs` is given, the other is not asked for.
+    If only one of `train.max_steps` and `train.num_epochs` is given, the other is set to null.
 
     Raises:
         UserError: see `_check`.
@@ -111,10 +111,11 @@ def as_typed(arguments: Sequence[str]) -> list[str]:
 
 
 def _check(arguments: Sequence[str]) -> None:
-    """Refuse what Hydra takes, and then misreads or says in words of its own.
+    """Refuse arguments that Hydra would misread, or refuse in a message that is hard to understand.
 
     Raises:
-        UserError: a group is given no option, a key is to be taken away, or something is no text.
+        UserError: an argument sets a group to null, uses the old group `objective`, deletes a key,
+            or holds bytes that are not text.
     """
     for group in (*config.SCHEMAS, "experiment"):
         if f"{group}=null" in arguments:
@@ -131,7 +132,7 @@ def _check(arguments: Sequence[str]) -> None:
         key = argument.removeprefix("~").partition("=")[0]
         if argument.startswith("~") and key in config.all_fields():
             raise UserError(f"{argument}: no key can be taken away; give it a value, {key}=...")
-        # The library that saves tokenizers takes no such name, and that comes after training
+        # The library that saves tokenizers refuses such names, but only after training
         if re.search("[\ud800-\udfff]", argument):
             raise UserError(
                 f"{argument} holds bytes that are no text in {sys.getfilesystemencoding()}; give "
@@ -165,7 +166,7 @@ def _parse(override: str) -> Override | None:
 
 
 def _is_one_path(key: str, value: str, parsed: Override | None, *, is_sweep: bool) -> bool:
-    """Return whether a value is one path with a comma in it, and not a list to sweep over."""
+    """Return whether a value is a single path that holds a comma, not a list to sweep over."""
     if not _is_path(key):
         return False
     if parsed is None:
@@ -176,7 +177,7 @@ def _is_one_path(key: str, value: str, parsed: Override | None, *, is_sweep: boo
 
 
 def _numbers_quoted(value: str) -> str:
-    """Return a value of Hydra's grammar with its numbers and booleans as text."""
+    """Return a value of Hydra's grammar, with quotes around its numbers and booleans."""
 
     def quoted(token: re.Match[str]) -> str:
         text = token[0].strip()
@@ -190,13 +191,13 @@ def _numbers_quoted(value: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Return a text in Hydra's quotes: a backslash counts before a quote only."""
+    """Return a text in Hydra's quotes, in which a backslash has a meaning only before a quote."""
     inner = re.sub(r"(\\*)'", r"\1\1\\'", text)
     return "'" + re.sub(r"(\\+)$", r"\1\1", inner) + "'"
 
 
 def explain(error: Exception) -> str:
-    """Return an error of Hydra's or OmegaConf's as one line that names the key."""
+    """Return an error of Hydra or OmegaConf as one line that names the key."""
     text = str(error)
     if isinstance(error.__cause__, OmegaConfBaseException):
         text += f"\n{error.__cause__}"
@@ -208,11 +209,15 @@ def explain(error: Exception) -> str:
 
 
 def did_you_mean(text: str) -> str:
-    """Return a sentence on the key or option that an error says there is none of; or nothing."""
+    """Return a sentence that helps with an unknown key or option; empty: there is no such help.
+
+    Args:
+        text: the error of Hydra that names the unknown key or option.
+    """
     unknown = re.search(r"Could not (?:override|find|append to config group) '(.+?)'", text)
     if unknown is None:
         return ""
-    options = re.findall(r"^\t(.+)$", text, flags=re.MULTILINE)  # those Hydra listed
+    options = re.findall(r"^\t(.+)$", text, flags=re.MULTILINE)  # the options that Hydra lists
     typed = unknown[1].rsplit("/", 1)[-1] if options else unknown[1]
     if typed in config.all_fields():
         group, _, name = typed.partition(".")
@@ -229,7 +234,11 @@ def _names(schema: type[Any]) -> list[str]:
 
 
 def _closest(typed: str, options: Sequence[str]) -> str | None:
-    """Return the key that was meant: by another trainer's name, by its last part, by its looks."""
+    """Return the key or option that the user probably meant; None: there is none.
+
+    Tried in this order: another trainer's name, the last part of a key, a similar spelling. With
+    `options`, only a similar spelling among these.
+    """
     if options:
         return next(iter(difflib.get_close_matches(typed, options, n=1)), None)
     last = typed.rsplit(".", 1)[-1]
@@ -247,10 +256,10 @@ def _closest(typed: str, options: Sequence[str]) -> str | None:
 
 
 class _Output(io.TextIOWrapper):
-    """A stream whose reader may go away, as `head` does: what is left is then not written."""
+    """A stream whose reader may end early, as `head` does; the rest of the output is dropped."""
 
     def write(self, text: str) -> int:
-        """Write a text; characters that the stream has none of are written as escapes."""
+        """Write a text; characters that the stream cannot encode are written as escapes."""
         try:
             return super().write(text)
         except BrokenPipeError:
@@ -258,7 +267,7 @@ class _Output(io.TextIOWrapper):
             return len(text)
 
     def flush(self) -> None:
-        """Hand on what was written."""
+        """Flush the stream; drop the output if the reader has ended."""
         try:
             super().flush()
         except BrokenPipeError:
@@ -271,12 +280,12 @@ class _Output(io.TextIOWrapper):
 
 
 def open_streams() -> None:
-    """Give the process an output and an error stream that take any text, whatever the shell did."""
+    """Let the output and error streams take any text, and replace streams that are closed."""
     for name in ("stdin", "stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # closed; the next file that is opened would have its number
+        if stream is None:  # closed; the next file to be opened would get its file descriptor
             mode = "r" if name == "stdin" else "w"
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  (for as long as we live)
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  (stays open to the end)
         elif type(stream) is io.TextIOWrapper and name != "stdin":
             settings: dict[str, Any] = {
                 "encoding": stream.encoding,

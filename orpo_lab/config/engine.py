@@ -1,4 +1,4 @@
-"""Keys of `engine`: what computes a step."""
+"""Keys of `engine`: how an optimizer step is computed."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,12 @@ from orpo_lab.config.policy import setting
 
 @dataclass(kw_only=True)
 class Engine:
-    """What computes one optimizer step; alone it is never used."""
+    """Base class of the engines; never used itself. An engine computes the gradient of a step."""
 
 
 @dataclass(kw_only=True)
 class SharedPrefixEngine(Engine):
-    """Our own step: prompts once, packed rows, no logits."""
+    """Our own step: it reads each prompt once, packs pairs into rows, and keeps no full logits."""
 
     tokens_per_microbatch: int | None = setting()
 

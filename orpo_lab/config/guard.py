@@ -1,8 +1,9 @@
-"""What Hydra may be told: names of known parts, and nothing to call.
+"""Guard Hydra: a configuration may name known parts only, and no other code to call.
 
-Our own groups name no callable, but Hydra has settings that do: launchers, sweepers, callbacks and
-logging handlers are called by the name that a command line or a config file gives, before a job
-sees its configuration. Hydra 1.3 keeps a list of what it refuses; here is a list of what it takes.
+Our own groups name nothing to call, but some settings of Hydra do. Launchers, sweepers, callbacks
+and logging handlers are called by the name that a command line or a config file gives, before a job
+sees its configuration. Hydra 1.3 has a list of names to refuse. This module has a list of names to
+accept.
 """
 
 import inspect
@@ -34,22 +35,23 @@ KNOWN = {
         "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",
     ),
 }
-# Told of a sweep: the number of its jobs, and a line for each that cannot be composed
+# Called with the number of a sweep's jobs, and a line for each job that cannot be composed
 Count = Callable[[int, list[str]], None]
-# One name: made safe by `slug`, or of safe characters and the job's number
+# A single folder name: made safe by `slug`, or of safe characters and the number of the job
 SUBDIR = re.compile(
     r"\$\{slug:([^/{}]|\$\{[\w.]+\})*\}|(\$\{hydra\.job\.num\}|[\w=+,-]|(?<=\w)\.(?=\w))+"
 )
 
 
 def install(count: Count) -> None:
-    """Let Hydra compose and save through this module, once the flags are known to be harmless.
+    """Check Hydra's flags, and let Hydra compose and save through this module.
 
     Args:
-        count: is told how many jobs a sweep has, and a line for each that cannot be composed.
+        count: called with the number of a sweep's jobs, and a line for each job that cannot be
+            composed.
 
     Raises:
-        UserError: a flag is unknown, or would have a pickle or a Python package loaded.
+        UserError: a flag is unknown, or would load a pickle or a Python package.
     """
     flags, unknown = get_args_parser().parse_known_intermixed_args()
     if unknown:
@@ -60,7 +62,7 @@ def install(count: Count) -> None:
             "stand in the run's choices.yaml"
         )
     _check_place("--config-path", flags.config_path)
-    # Hydra takes no flag between two overrides
+    # Hydra accepts no flag between two overrides, so put all flags first
     others = [argument for argument in sys.argv[1:] if argument not in flags.overrides]
     sys.argv[1:] = [*others, *flags.overrides]
     check_what_is_composed()
@@ -78,10 +80,14 @@ def check_what_is_composed() -> None:
 
 
 def leave_out_what_cannot_be(sweeper: Any, batch: list[list[str]]) -> tuple[int, list[str]]:
-    """Take the combinations that cannot be composed out of a sweep, and say so; the others run.
+    """Remove the combinations that cannot be composed from a sweep, and print why; the others run.
+
+    Args:
+        sweeper: Hydra's sweeper.
+        batch: the overrides of each job; changed in place.
 
     Returns:
-        The number of jobs that are left, and a line for each combination that is not among them.
+        The number of jobs that are left, and a line for each combination that was removed.
 
     Raises:
         UserError: the sweep has no job.
@@ -111,7 +117,10 @@ def leave_out_what_cannot_be(sweeper: Any, batch: list[list[str]]) -> tuple[int,
 
 
 class CheckedLoader(ConfigLoaderImpl):
-    """Hydra's way to a configuration, for runs, sweeps and each of their jobs."""
+    """The loader that composes every configuration: of runs, of sweeps, and of each of their jobs.
+
+    It checks each configuration before anything named in it is called.
+    """
 
     def load_configuration(self, *args: Any, **kwargs: Any) -> DictConfig:
         """Compose as Hydra does, and check the result before anything in it is called.
@@ -121,13 +130,13 @@ class CheckedLoader(ConfigLoaderImpl):
         """
         composed = super().load_configuration(*args, **kwargs)
         given = inspect.signature(super().load_configuration).bind(*args, **kwargs).arguments
-        # Without a name Hydra shows its own settings (--hydra-help), and calls nothing in them
+        # Without a name Hydra only shows its own settings (--hydra-help), and calls nothing
         if given["config_name"]:
             check(composed)
         return composed
 
     def _load_single_config(self, default: Any, repo: Any) -> Any:
-        """Refuse a number in a file where a key holds text: which digits stood there is lost."""
+        """Load a file, but refuse a number where a key holds text: its digits as typed are lost."""
         loaded = super()._load_single_config(default, repo)
         if not loaded.is_schema_source:
             folder = loaded.path.removeprefix("file://")
@@ -137,7 +146,7 @@ class CheckedLoader(ConfigLoaderImpl):
     def _process_config_searchpath(
         self, config_name: str | None, parsed_overrides: Any, repo: Any
     ) -> None:
-        """Check the places that Hydra is about to add: looking for a package imports it."""
+        """Check the search paths that Hydra is about to add: to find a package, it is imported."""
         primary = repo.load_config(config_path=config_name) if config_name else None
         places = [OmegaConf.select(primary.config, "hydra.searchpath") if primary else None]
         places += [
@@ -151,11 +160,14 @@ class CheckedLoader(ConfigLoaderImpl):
 
 
 class RedactingOmegaConf(OmegaConf):
-    """What Hydra's sweeper writes `multirun.yaml` with: every override stands in it as typed."""
+    """The `OmegaConf` with which Hydra's sweeper writes `multirun.yaml`; it redacts secrets.
+
+    Hydra writes every override into that file as typed.
+    """
 
     @staticmethod
     def save(config: Any, f: Any, resolve: bool = False) -> None:
-        """Write a configuration to a file, secrets redacted."""
+        """Write a configuration to a file, with secrets redacted."""
         plain = redact(OmegaConf.to_container(config, resolve=resolve))
         OmegaConf.save(OmegaConf.create(plain), f)
 
@@ -173,10 +185,12 @@ def _check_texts(file: str, loaded: Any) -> None:
 
 
 def check(composed: DictConfig) -> None:
-    """Refuse a configuration that is not ours, and what Hydra would call, write or change unasked.
+    """Refuse a configuration that is not ours, and settings with which Hydra could do harm.
+
+    Such settings would call other code, write secrets, or leave the folders of runs and options.
 
     Raises:
-        UserError: which, and what to do instead.
+        UserError: there is such a setting; the text names it and says what to do instead.
     """
     if OmegaConf.get_type(composed) is not Config:
         raise UserError(
@@ -220,7 +234,7 @@ def check(composed: DictConfig) -> None:
             "${hydra.job.num}, without a slash, or ${slug:...}"
         )
     for group, option in settings["runtime"]["choices"].items():
-        if option and ".." in Path(option).parts:  # an absolute path is looked for in the folder
+        if option and ".." in Path(option).parts:  # Hydra looks for absolute paths in the folder
             raise UserError(
                 f"{group}={option} leads out of the folder of options; name one in it, or add a "
                 "folder of your own with --config-dir"
@@ -228,7 +242,7 @@ def check(composed: DictConfig) -> None:
 
 
 def _targets(node: Any) -> Iterator[str]:
-    """Yield every `_target_` below a node, interpolations resolved as Hydra will."""
+    """Yield every `_target_` below a node, with interpolations resolved as Hydra resolves them."""
     plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     if isinstance(plain, dict):
         for key, value in plain.items():
@@ -242,6 +256,6 @@ def _targets(node: Any) -> Iterator[str]:
 
 
 def _check_place(key: str, place: str | None) -> None:
-    """Refuse to look for options in a Python package, which would be imported."""
+    """Refuse a search path that is a Python package, since Hydra would import the package."""
     if place and "pkg:" in place:
         raise UserError(f"{key}={place} imports a Python package; give a folder")

@@ -1,6 +1,7 @@
-"""What identifies a run: its settings, and what its data and model hold, wherever they lie.
+"""The identity of a run: its settings, and the content of its data and model files in any place.
 
-The policies beside the keys in `config` say which keys these are. Nothing here imports torch.
+The policies of the keys in `config` say which keys belong to the identity. This module does not
+import torch.
 """
 
 import functools
@@ -14,12 +15,13 @@ from orpo_lab.config import SCHEMAS, Config, all_fields, kind
 from orpo_lab.config.model import local_path
 from orpo_lab.config.policy import Policy
 
-# Of a file of weights so many evenly spaced blocks are read: whole, a model of 70B takes minutes
+# How many evenly spaced blocks of a file of weights are read, and their size. To read a model of
+# 70B parameters whole takes minutes
 NUM_BLOCKS, BLOCK_BYTES = 1024, 4096
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested dictionaries as one, with keys like `train.max_steps`."""
+    """Return nested dictionaries as one dictionary, with keys like `train.max_steps`."""
     pairs: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -36,14 +38,14 @@ def policies() -> dict[str, Policy]:
 
 
 def kinds(config: Config) -> dict[str, str]:
-    """Return what was chosen in each group that a run's result depends on."""
+    """Return the chosen option of each group that a run's result depends on."""
     return {
         group: kind(getattr(config, group)) for group in SCHEMAS if policies()[group].kind != "free"
     }
 
 
 def values(config: Config) -> dict[str, Any]:
-    """Return a configuration flat, with what was chosen in each group."""
+    """Return a flat configuration, together with the chosen option of each group."""
     return flat(asdict(config)) | kinds(config)
 
 
@@ -51,8 +53,8 @@ def settings(values: dict[str, Any]) -> dict[str, Any]:
     """Return the values that a run's result depends on; locations are left out.
 
     Args:
-        values: as `values` returns them, also of a run that an earlier version made: a key that is
-            not known now counts.
+        values: what `values` returns. The run may have been made by an earlier version; a key that
+            is not known now counts as a setting.
     """
     return {key: value for key, value in values.items() if _is_setting(key, values)}
 
@@ -67,7 +69,7 @@ def _is_setting(key: str, values: dict[str, Any]) -> bool:
 
 
 def locations(config: Config) -> dict[str, str]:
-    """Return the locations of a run, a local one as its absolute path."""
+    """Return the locations of a run by key; a local location is an absolute path."""
     given = {
         key: value
         for key, value in flat(asdict(config)).items()
@@ -82,7 +84,10 @@ def _absolute(value: str, policy: Policy) -> str:
 
 
 def contents(config: Config) -> dict[str, str]:
-    """Return what lies at the locations of a run: a hash, or the name of what is not here."""
+    """Return the content at each location of a run: a hash of the files, or a name.
+
+    A name is returned for what is not on this machine, and for what cannot be read.
+    """
     return {key: _content(place, policies()[key].files) for key, place in locations(config).items()}
 
 
@@ -95,12 +100,15 @@ def _content(place: str, patterns: tuple[str, ...]) -> str:
         for name, file in _files(path, patterns):
             digest.update(f"{name}\0{_digest_now(file)}\0".encode())
     except OSError:
-        return place  # what cannot be read is said where it is needed
+        return place  # the code that needs the file reports the error
     return digest.hexdigest()
 
 
 def _files(path: Path, patterns: tuple[str, ...]) -> list[tuple[str, Path]]:
-    """Return what is read at a path, with its name there; of a single file the suffix is read."""
+    """Return the files that are read at a path, with their names in it.
+
+    The name of a single file is its suffix alone, since readers use nothing else of its name.
+    """
     if path.is_file():
         return [(path.suffix, path)]
     found = {file for pattern in patterns for file in path.glob(pattern) if file.is_file()}
@@ -109,7 +117,7 @@ def _files(path: Path, patterns: tuple[str, ...]) -> list[tuple[str, Path]]:
 
 
 def _digest_now(file: Path) -> str:
-    """Return the hash of a file as it is now; an unchanged file is read once."""
+    """Return the hash of a file's present content; an unchanged file is read only once."""
     now = file.stat()
     return _digest(file, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
 
@@ -127,12 +135,12 @@ def _digest(file: Path, size: int, mtime_ns: int, ctime_ns: int) -> str:
 
 
 def identity(config: Config, *groups: str) -> str:
-    """Return a hash of all that a run's result depends on, or of what stands in some groups."""
+    """Return a hash of all that a run's result depends on, or only of the keys of some groups."""
     return _hash([_of(settings(values(config)), groups), _of(contents(config), groups)])
 
 
 def name_of(config: Config, *groups: str) -> str:
-    """Return a hash of what was asked for in some groups: settings and places, not contents."""
+    """Return a hash of the settings and locations of some groups; contents are not read."""
     return _hash([_of(settings(values(config)), groups), _of(locations(config), groups)])
 
 

@@ -1,4 +1,4 @@
-"""Keys of `method`: what is optimised."""
+"""Keys of `method`: which objective is optimised."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,16 +9,16 @@ from orpo_lab.config.policy import setting
 
 @dataclass(kw_only=True)
 class Method:
-    """A method of alignment; alone it is never used."""
+    """Base class of the methods of alignment; never used itself."""
 
     more_beta_is_more_preference: ClassVar[bool] = True
-    """Whether a higher beta trains further towards the preferred answers, as ORPO's weight of a
-    loss does. Where beta holds the model to its start, as DPO's does, it is the other way round."""
+    """Whether a higher beta moves the model further towards the chosen answers. True for ORPO,
+    where beta is the weight of a loss. False for DPO, where beta keeps the model near its start."""
 
 
 @dataclass(kw_only=True)
 class OrpoMethod(Method):
-    """ORPO, and which reading of its equations is optimised (see docs/method.md)."""
+    """ORPO, with the choice of how its equations are read (see docs/method.md)."""
 
     nll_scope: str = setting()
     nll_mean: str = setting()

@@ -1,4 +1,4 @@
-"""Keys of `model`: which causal language model, and where it lies."""
+"""Keys of `model`: which causal language model is used, and where its files are."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,9 +6,9 @@ from pathlib import Path
 from orpo_lab.config.checks import check, one_of
 from orpo_lab.config.policy import free, lasting, location
 
-# conf/model/tiny.yaml names the embedded model by its place in the package
+# The name of the embedded model in conf/model/tiny.yaml: its folder in the package
 EMBEDDED = "orpo_lab/tiny"
-# What a model is loaded from; checkpoints and a README beside it are not read
+# The files that a model is loaded from; checkpoints and a README in the folder are not read
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 
 
@@ -21,7 +21,7 @@ class Model:
     attention: str = lasting()
     dtype: str = lasting()
     trust_remote_code: bool = lasting()
-    # Read by other keys only: what a run takes of them stands in optimizer.learning_rate
+    # Only other keys read these two; the value that a run uses is optimizer.learning_rate
     learning_rate: float = free()
     full_learning_rate: float = free()
 
@@ -32,7 +32,7 @@ class Model:
 
 
 def local_path(path: str) -> Path:
-    """Return where a path lies that is not on the hub; whether something does is another matter."""
+    """Return the local path of `model.path` or of a dataset; the path need not exist."""
     if path == EMBEDDED:
         return Path(__file__).parents[1] / "tiny"
     return Path(path).expanduser()

@@ -1,4 +1,4 @@
-"""Keys of `optimizer`: what is trained, and how."""
+"""Keys of `optimizer`: which weights are trained, and how."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from orpo_lab.config.policy import lasting, setting
 
 @dataclass(kw_only=True)
 class Optimizer:
-    """What every optimizer has; alone it is never used."""
+    """Base class of all optimizers; never used itself."""
 
     learning_rate: float = setting()
     weight_decay: float = setting()
@@ -45,17 +45,17 @@ class Lora(Optimizer):
 
 @dataclass(kw_only=True)
 class Qlora(Lora):
-    """The same adapters on a quantized base."""
+    """Low-rank adapters on a quantized base (Dettmers et al. 2023, arXiv:2305.14314)."""
 
 
 @dataclass(kw_only=True)
 class AdamW(Optimizer):
-    """Full parameters, fp32 master weights."""
+    """AdamW on all parameters, with fp32 master weights."""
 
 
 @dataclass(kw_only=True)
 class Galore(Optimizer):
-    """Full parameters with low-rank gradients (Zhao et al. 2024, arXiv:2403.03507)."""
+    """GaLore: all parameters, with low-rank gradients (Zhao et al. 2024, arXiv:2403.03507)."""
 
     implementation: str = lasting()
     rank: int | None = lasting()
@@ -81,7 +81,7 @@ class Galore(Optimizer):
             self._check_galore_torch()
 
     def _check_galore_torch(self) -> None:
-        """Refuse what galore-torch 1.0 would drop, or do wrong."""
+        """Refuse settings that galore-torch 1.0 would ignore or apply wrongly."""
         check(
             self.bits == 32,
             "optimizer.implementation=galore_torch cannot do optimizer.bits=8: its 8-bit class "

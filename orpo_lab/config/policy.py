@@ -1,8 +1,11 @@
-"""What a key of the configuration means to a run's identity; `config` puts one beside each key.
+"""Policies: what a key of the configuration means to a run's identity.
 
-A key is a *setting* (the result depends on it), a *lasting* setting (no checkpoint fits another
-value of it), a *location* (says where something lies: what lies there identifies the run, not the
-place) or *free* (it moves no weight and no held-out figure). `identity` reads these policies.
+`config` gives each key a policy, and `identity` reads the policies. There are four kinds:
+
+- *setting*: the run's result depends on the key.
+- *lasting*: a setting that cannot change, since no checkpoint fits another value.
+- *location*: the key says where something is. The content there identifies the run, not the place.
+- *free*: the key changes no weight and no held-out figure.
 """
 
 from collections.abc import Callable
@@ -20,9 +23,11 @@ class Policy:
 
     kind: Kind
     unread_under: tuple[str, Any] | None = None
-    """A key and its value under which a run never reads this one: then it identifies nothing."""
+    """Another key and its value. With that value a run never reads this key, so this key does not
+    identify the run."""
     files: tuple[str, ...] = ()
-    """Of a location: the files that are read of a folder there; none: it is a name, not a path."""
+    """For a location: patterns of the files that are read from a folder there. Empty: the location
+    is a name, not a path."""
 
 
 def _field(policy: Policy, factory: Callable[[], Any] | None = None) -> Any:
@@ -35,30 +40,32 @@ def _field(policy: Policy, factory: Callable[[], Any] | None = None) -> Any:
 def setting(
     *, unread_under: tuple[str, Any] | None = None, factory: Callable[[], Any] | None = None
 ) -> Any:
-    """Return a field that a run's result depends on; a resumed run may change it if told to.
+    """Return a field that a run's result depends on.
+
+    A resumed run may change the value with `accept_changes=true`.
 
     Args:
-        unread_under: a key and its value under which no run reads this one.
-        factory: makes the default; None: the value is missing until a YAML file gives it.
+        unread_under: another key and its value, with which no run reads this key.
+        factory: makes the default value. None: a YAML file must give the value.
     """
     return _field(Policy("setting", unread_under=unread_under), factory)
 
 
 def lasting() -> Any:
-    """Return a field that the states in a checkpoint depend on: no resumed run may change it."""
+    """Return a field on which the states in a checkpoint depend; no resumed run may change it."""
     return _field(Policy("lasting"))
 
 
 def location(*files: str) -> Any:
-    """Return a field that says where something lies.
+    """Return a field that says where something is.
 
     Args:
-        files: patterns of the files that are read of a folder there; none: it is the name of
-            something on the hub, and no path.
+        files: patterns of the files that are read from a folder there. None given: the value is a
+            name, such as a revision on the hub, and not a path.
     """
     return _field(Policy("location", files=files))
 
 
 def free() -> Any:
-    """Return a field that moves no weight and no held-out figure: it may change at any time."""
+    """Return a field that changes no weight and no held-out figure; it may change at any time."""
     return _field(Policy("free"))

@@ -7,14 +7,15 @@ from typing import Any
 
 from orpo_lab.redaction import redact
 
-# `resume=auto`: go on with the run in hydra.run.dir, or begin it
+# `resume=auto`: go on with the run in hydra.run.dir, or begin a new run there
 AUTO = "auto"
 
 
 def slug(text: str) -> str:
     """Return `text` as one safe folder name of at most 120 characters.
 
-    A cut name ends in a hash of the whole, so that two long names stay apart. Secrets are left out.
+    A name that is cut ends in a hash of the whole text, so that two long names stay different.
+    Secrets are left out.
     """
     plain = re.sub("[\"']", "", redact(text))
     safe = re.sub(r"[^A-Za-z0-9=.,+_-]+", "-", plain).strip("-.") or "run"
@@ -24,7 +25,7 @@ def slug(text: str) -> str:
 
 
 def fresh_or_resumed(resume: str | None, fresh: str) -> str:
-    """Return the folder a run writes to: the one it resumes, or a fresh one."""
+    """Return the folder that a run writes to: the folder to resume, or `fresh` with safe names."""
     if resume is not None and resume != AUTO:
         return resume
     return "/".join(slug(part) for part in fresh.split("/"))
@@ -36,11 +37,14 @@ def largest_divisor(number: int, limit: int) -> int:
 
 
 def prompt_limit(usual: int, max_length: int) -> int:
-    """Return the longest prompt's length: the usual one, or half of a `max_length` not above it."""
+    """Return the largest length of a prompt in tokens.
+
+    The result is `usual` if this is below `max_length`, else half of `max_length`.
+    """
     return usual if usual < max_length else max_length // 2
 
 
-# Under the names that `conf/` calls them by
+# The functions, by the names under which `conf/` calls them
 RESOLVERS: dict[str, Callable[..., Any]] = {
     "slug": slug,
     "half": lambda length: length // 2,

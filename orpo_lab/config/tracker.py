@@ -1,4 +1,4 @@
-"""Keys of `tracker`: where a run is logged beside its own folder."""
+"""Keys of `tracker`: where a run is logged in addition to its own folder."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from orpo_lab.config.policy import free
 
 @dataclass(kw_only=True)
 class Tracker:
-    """Where a run is logged beside its own folder."""
+    """Base class of the trackers: where a run is logged in addition to its own folder."""
 
 
 @dataclass(kw_only=True)

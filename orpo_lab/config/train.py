@@ -1,4 +1,4 @@
-"""Keys of `train`: length, batch and rhythm of a run."""
+"""Keys of `train`: length, batch size and intervals of a run."""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from orpo_lab.config.policy import free, setting
 
 @dataclass(kw_only=True)
 class Train:
-    """Length, batch and rhythm of a run."""
+    """Length, batch size and intervals of a run."""
 
     max_steps: int | None = setting()
     num_epochs: float | None = setting()

@@ -1,9 +1,9 @@
 """Preference data: rows -> pairs -> token ids, with every fault counted and reported.
 
 A row passes through `sources` and `files` (raw rows), `pairs` or `trees` (prompt, chosen and
-rejected), `splits` (what it shares with other rows, what is held out), `render` (the chat template)
-and `encode` (ids). What can be wrong on the way is a `Fault`, and `dataset.faults` says what
-becomes of it; `warn` says what is no fault of a row and still not what people expect.
+rejected), `splits` (repeated rows and held-out rows), `render` (the chat template) and `encode`
+(token ids). Anything wrong with a row is a `Fault`; `dataset.faults` says what happens to the row.
+`warn` logs what is not a fault of a row, but may not be what the user expects.
 """
 
 import hashlib
@@ -36,15 +36,15 @@ from orpo_lab.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# What the answers to embedded prompts are checked with
+# Columns with which the answers to embedded prompts are checked
 CHECKS = ("answer", "family", "wording")
 
 
 @dataclass(frozen=True)
 class Data:
-    """Tokenized pairs: `prompt_ids`, `chosen_ids`, `rejected_ids` and the texts for people.
+    """Tokenized pairs: columns `prompt_ids`, `chosen_ids`, `rejected_ids`, and texts to read.
 
-    The held-out rows of the embedded dataset also have what their answers are checked with.
+    The rows of the embedded dataset also have the columns with which answers are checked.
     """
 
     train: datasets.Dataset
@@ -53,7 +53,7 @@ class Data:
     checkable: bool
 
     def save(self, folder: Path) -> None:
-        """Write it all to a folder."""
+        """Write the pairs and their report to a folder."""
         self.train.save_to_disk(folder / "train")
         self.held_out.save_to_disk(folder / "held_out")
         rest = {"report": self.report, "checkable": self.checkable}
@@ -72,9 +72,9 @@ def load(config: Dataset, tokenizer: PreTrainedTokenizerBase, *, today: date | N
     """Read, check and tokenize the training pairs and the held-out pairs.
 
     Args:
-        config: the source, and what becomes of its faults.
-        tokenizer: the model's.
-        today: the date that chat templates which ask for one are given; None: the clock's.
+        config: the source of the rows, and what happens to rows with a fault.
+        tokenizer: the model's tokenizer.
+        today: the date for chat templates that ask for a date; None: the date of the clock.
 
     Raises:
         UserError: the source cannot be read, a row has a fault that `config.faults` refuses, or no
@@ -99,7 +99,7 @@ def load(config: Dataset, tokenizer: PreTrainedTokenizerBase, *, today: date | N
 def _read(
     name: str, source: Source, config: Dataset, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Split, dict[str, Any]]:
-    """Return a split's pairs, and what its report has to say beside them."""
+    """Return the pairs of a split, and what its report says in addition to `Split.report`."""
     find = partial(find_faults, special_tokens=special_tokens(tokenizer))
     split = Split(name, source, config.faults)
     about: dict[str, Any] = {}

@@ -1,8 +1,8 @@
-"""A preference pair -> token ids that fit, or the fault for which it is dropped.
+"""Tokenize a preference pair: return token ids that fit, or the fault for which it is dropped.
 
-For pairs that fit, the ids are those of TRL's `ORPOTrainer` on the same row; a test holds them
-against it. What TRL does with the others (completions cut to nothing, which turn every weight to
-NaN) does not happen here: see `fit`.
+For pairs that fit, the ids are the same as those of TRL's `ORPOTrainer` for the same row; a test
+compares the two. TRL cuts longer pairs so that a completion may become empty, which makes every
+weight NaN. This does not happen here: see `fit`.
 """
 
 import json
@@ -23,12 +23,12 @@ from orpo_lab.errors import UserError, one_line
 
 Ids = list[int]
 
-# Columns beside ids and texts that say how a pair was tokenized
+# Columns that say how a pair was tokenized, in addition to its ids and texts
 FOUND = ("num_tokens", "num_prompt_tokens", "unused_ending")
 
 
 class Encoder:
-    """Tokenizes rows in processes, each once, and hands out those that are wanted in the end."""
+    """Tokenizes each row once, in several processes, and returns the tokenized rows on request."""
 
     def __init__(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, today: date) -> None:
         self._dataset = dataset
@@ -37,10 +37,10 @@ class Encoder:
         self._size = 0
 
     def encode(self, rows: list[Row]) -> None:
-        """Tokenize rows that are not yet; each then has a `place`, and in `found` its faults.
+        """Tokenize the rows that are not tokenized yet; set their `place` and faults (`found`).
 
         Raises:
-            UserError: a process has died.
+            UserError: a process that tokenizes has died.
         """
         rows = [row for row in rows if row.place is None]
         if not rows:
@@ -53,7 +53,7 @@ class Encoder:
         self._size += len(block)
 
     def encoded(self, rows: list[Row]) -> datasets.Dataset:
-        """Return what `encode_row` makes of rows, in their order."""
+        """Return the results of `encode_row` for tokenized rows, in the order of `rows`."""
         return datasets.concatenate_datasets(self._blocks).select([row.place for row in rows])
 
     def _map(self, rows: list[Row]) -> datasets.Dataset:
@@ -72,7 +72,7 @@ class Encoder:
         except RuntimeError as error:
             if "abruptly died" not in str(error):
                 raise
-            # It was killed, as when memory runs out
+            # The process was killed, for example because memory ran out
             raise UserError(
                 f"a process that tokenizes has died ({one_line(error)[:200]}); lower "
                 "dataset.num_proc, or set it to null"
@@ -80,25 +80,29 @@ class Encoder:
 
 
 def to_json(pair: Pair) -> str:
-    """Return what `encode_row` reads of a pair: no two rows need have columns of one type."""
+    """Return a pair as JSON for `encode_row`; so rows may hold values of different types."""
     return json.dumps([pair.prompt, pair.chosen, pair.rejected, pair.context])
 
 
 def encode_row(
     row: Mapping[str, Any], *, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, today: date
 ) -> dict[str, Any]:
-    """Return a pair's `prompt_ids`, `chosen_ids`, `rejected_ids` and what was found on the way.
-
-    `faults` are names and details as JSON; where one leaves no pair, the ids are empty. `cut` is a
-    flag; `num_prompt_tokens` and `num_tokens` (prompt and longer completion) are those before any
-    cut, 0 where there are no tokens; `unused_ending` is that of `Rendered`; `prompt_text` and
-    `chosen_text` are for people.
+    """Return the token ids of a pair, and what was found while tokenizing.
 
     Args:
-        row: its `pair` is a `Pair`'s prompt, chosen, rejected and context as JSON.
+        row: its `pair` holds prompt, chosen, rejected and context of a `Pair` as JSON.
         dataset: says how long a pair may be.
-        tokenizer: the model's, with a chat template if there are messages.
-        today: the date that templates are given.
+        tokenizer: the model's tokenizer, with a chat template if there are messages.
+        today: the date for templates that ask for a date.
+
+    Returns:
+        `prompt_ids`, `chosen_ids`, `rejected_ids`: empty if a fault leaves no pair.
+        `prompt_text`, `chosen_text`: the rendered texts, for people.
+        `unused_ending`: see `Rendered`.
+        `num_prompt_tokens`, `num_tokens`: numbers of tokens of the prompt, and of the prompt with
+        the longer completion. Both are counted before any cut, and 0 if there are no tokens.
+        `cut`: whether the pair was cut.
+        `faults`: names and details of the faults, as JSON.
     """
     prompt, chosen, rejected, context = json.loads(row["pair"])
     pair = Pair(prompt, chosen, rejected, context=context)
@@ -128,29 +132,29 @@ def encode_row(
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Return what matches the text of any token that controls the model."""
+    """Return a pattern that matches the text of any token that controls the model."""
     added = tokenizer.added_tokens_decoder.values()
     texts = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
-    # Nothing matches where there are none
+    # Without such tokens the pattern matches nothing
     return re.compile("|".join(map(re.escape, sorted(texts))) or r"(?!)")
 
 
 def tokenize(
     prompt: str, chosen: str, rejected: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Ids, Ids, Ids]:
-    """Return the ids of prompt and completions: one BOS in front, an EOS behind each completion.
+    """Return the ids of prompt and completions, with one BOS in front and an EOS at each end.
 
-    A tokenizer may merge the prompt's last characters with an answer's first; the prompt is then
-    what all three tokenizations share.
+    A tokenizer may merge the last characters of the prompt with the first characters of an answer.
+    Then the prompt is what all three tokenizations (prompt, with chosen, with rejected) share.
 
     Raises:
-        Fault: the tokenizer makes nothing of a completion, or the same of both, or nothing is left
-            of the prompt (no BOS, and every character merged into the answer's first token), behind
-            which nothing would predict that first token.
+        Fault: a completion has no tokens, both completions have the same tokens, or the prompt has
+            no tokens. A prompt has none if the tokenizer has no BOS and merges all of the prompt
+            into the answer's first token, which nothing could predict then.
     """
 
     def ids(text: str) -> Ids:
-        # Not verbose: what is too long for the model is told by `fit`
+        # Not verbose: `fit` reports a pair that is too long for the model
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     alone, with_chosen, with_rejected = ids(prompt), ids(prompt + chosen), ids(prompt + rejected)
@@ -175,18 +179,18 @@ def tokenize(
 def fit(
     prompt: Ids, chosen: Ids, rejected: Ids, dataset: Dataset
 ) -> tuple[tuple[Ids, Ids, Ids], bool]:
-    """Make a pair fit by `dataset.overlong`: return its ids and whether it was cut.
+    """Make a pair fit by `dataset.overlong`; return its ids, and whether the pair was cut.
 
     - `drop`: no pair is cut.
-    - `cut_prompt`: the prompt loses its beginning (not its BOS), down to `max_prompt_length` and
-      to the room the longer completion leaves.
-    - `cut_completion`: a completion loses its end, and its EOS with it, where prompt and
-      completion exceed `max_length`; a prompt above `max_prompt_length` is still dropped.
+    - `cut_prompt`: the beginning of the prompt is cut off, but not its first token (the BOS). The
+      prompt then fits `max_prompt_length`, and leaves room for the longer completion.
+    - `cut_completion`: if prompt and completion exceed `max_length`, the end of the completion is
+      cut off, with its EOS. A pair with a prompt above `max_prompt_length` is still dropped.
 
-    Neither side is ever cut to nothing.
+    No prompt and no completion is ever cut to nothing.
 
     Raises:
-        Fault: the pair does not fit, or the cut has made both completions the same.
+        Fault: the pair does not fit, or the cut makes both completions the same.
     """
     longest = max(len(chosen), len(rejected))
     room = min(dataset.max_prompt_length, dataset.max_length - longest)

@@ -1,4 +1,4 @@
-"""What can be wrong with a row, and what becomes of it by `dataset.faults`."""
+"""Faults of rows, and what happens to a row with a fault according to `dataset.faults`."""
 
 from collections import defaultdict
 from typing import Any
@@ -6,14 +6,19 @@ from typing import Any
 from orpo_lab.config.dataset import Faults
 from orpo_lab.errors import UserError
 
-# Row numbers listed per fault in the report; the count beside them is of all
+# How many row numbers the report lists per fault; its count is of all such rows
 NUM_ROWS_LISTED = 20
-# Characters of a row quoted in a message
+# How many characters of a row a message quotes
 NUM_QUOTED = 40
 
 
-class Fault(Exception):  # noqa: N818  # it is one of the data, not of the program
-    """What is wrong with a row: the fault's name, and a line that says it of this row."""
+class Fault(Exception):  # noqa: N818  # a fault of the data, not of the program
+    """What is wrong with a row.
+
+    Args:
+        name: the name of the fault, as in `dataset.faults`.
+        detail: a line that says what is wrong with this row.
+    """
 
     def __init__(self, name: str, detail: str) -> None:
         super().__init__(name, detail)
@@ -22,19 +27,19 @@ class Fault(Exception):  # noqa: N818  # it is one of the data, not of the progr
 
 
 def quote(value: str) -> str:
-    """Return the beginning of a text of the data as one line that any terminal can print."""
+    """Return the beginning of a text of the data, as one line that any terminal can print."""
     return ascii(value if len(value) <= NUM_QUOTED else value[:NUM_QUOTED] + "...")[1:-1]
 
 
 class Tally:
-    """Numbers of rows by reason, with an example of each."""
+    """Row numbers by reason, with an example for each reason."""
 
     def __init__(self) -> None:
         self._rows: dict[str, list[int]] = defaultdict(list)
         self._examples: dict[str, str] = {}
 
     def add(self, reason: str, number: int, detail: str = "") -> None:
-        """Count a row; the first detail of a reason is its example."""
+        """Count a row for a reason; the first `detail` of a reason becomes the example."""
         self._rows[reason].append(number)
         if detail:
             self._examples.setdefault(reason, detail)
@@ -44,7 +49,7 @@ class Tally:
         return len(self._rows.get(reason, ()))
 
     def report(self) -> dict[str, dict[str, Any]]:
-        """Return, per reason, `num`, the first row numbers and the example if there is one."""
+        """Return for each reason `num`, the lowest row numbers, and the example if it has one."""
         return {
             reason: {"num": len(rows), "rows": sorted(set(rows))[:NUM_ROWS_LISTED]}
             | ({"example": self._examples[reason]} if reason in self._examples else {})
@@ -64,12 +69,17 @@ class Tally:
 
 
 def keeps(fault: Fault, where: str, policies: Faults) -> bool:
-    """Return whether a row is kept in spite of its fault.
+    """Return whether a row is kept in spite of its fault; False: the row is dropped.
 
-    A fault without a policy of its own (a pair too long for `dataset.overlong`) drops the row.
+    A fault without a policy (a pair too long for `dataset.overlong`) drops the row.
+
+    Args:
+        fault: what is wrong with the row.
+        where: names the row in a message.
+        policies: the policy for each fault.
 
     Raises:
-        UserError: the policy is to refuse; `where` names the row.
+        UserError: the policy of the fault is `refuse`.
     """
     match getattr(policies, fault.name, "drop"):
         case "refuse":

@@ -1,6 +1,6 @@
-"""Rows of a file, whose suffix says how they are written: JSON lines, JSON, CSV or Parquet.
+"""Read the rows of a file. Its suffix says the format: JSON lines, JSON, CSV or Parquet.
 
-A row that cannot be read is yielded as its `Fault`; a file that cannot be read is a `UserError`.
+A row that cannot be read is yielded as a `Fault`. A file that cannot be read raises a `UserError`.
 """
 
 import csv
@@ -22,10 +22,10 @@ from orpo_lab.data.pairs import CONTEXT
 from orpo_lab.errors import UserError, one_line
 
 Rows = Iterator[tuple[int, Any]]
-# The number of a line counts from 1, as editors do; that of a row from 0, as pandas and datasets do
+# Lines are numbered from 1, as in editors; rows are numbered from 0, as in pandas and datasets
 Unit = Literal["line", "row"]
 
-# A longer line is no pair and no tree; it is not held in memory
+# A longer line is not a pair or a tree, and is not held in memory
 MAX_LINE_BYTES = 4 * 2**20
 _HINT = "if it has one object a line, name it .jsonl"
 _ON_HUB = "hf://datasets/"
@@ -34,29 +34,28 @@ ROWS_PER_BATCH = 256
 
 @dataclass(frozen=True)
 class Source:
-    """Numbered rows, or the fault of a row that cannot be read, and what to call them."""
+    """Numbered rows, and their names for messages; a row that cannot be read is a `Fault`."""
 
     name: str
     unit: Unit
     rows: Rows
-    # Columns that are there and not read, known once the rows are read
+    # Columns of the source that are not read; known after the rows are read
     unread: set[str] = field(default_factory=set)
 
     def where(self, number: int) -> str:
-        """Name a row in a message."""
+        """Return the name of a row for a message."""
         return f"{self.name}, {self.unit} {number}"
 
 
 def read_file(path: str, columns: list[str] | None) -> Source:
-    """Return a file's rows, read as they are asked for.
+    """Return the rows of a file; each row is read when it is asked for.
 
     Args:
         path: a file, or `hf://datasets/org/name/file` on the hub.
-        columns: the ones that are needed; None where rows are no tables (JSON lines only).
+        columns: the columns that are needed. None: the file is not a table (JSON lines only).
 
     Raises:
-        UserError: the suffix is unknown; reading a row also raises it where the file cannot be
-            read on.
+        UserError: the suffix is unknown. Reading the rows raises it if the file cannot be read.
     """
     kind = "".join(Path(path).suffixes[-2:]) if path.endswith(".gz") else Path(path).suffix
     match kind.removesuffix(".gz"):
@@ -76,7 +75,7 @@ def read_file(path: str, columns: list[str] | None) -> Source:
 
 
 def read_table(batches: Iterator[pa.Table]) -> Rows:
-    """Yield the rows of Arrow tables; text that is not UTF-8 is the fault of its row."""
+    """Yield the numbered rows of Arrow tables; a row with text that is not UTF-8 is a `Fault`."""
     number = 0
     for batch in batches:
         try:
@@ -91,8 +90,8 @@ def read_table(batches: Iterator[pa.Table]) -> Rows:
 def _without_fillers(row: Any) -> Any:
     """Return a row without the nulls inside its values.
 
-    All messages of a table have the same keys, and so have all calls' arguments: what one of them
-    lacks is null there.
+    In a table all messages have the same keys, and all arguments of tool calls too. A key that a
+    message does not have is null there.
     """
     if not isinstance(row, dict):
         return row
@@ -108,7 +107,12 @@ def _without_nulls(value: Any) -> Any:
 
 
 def check_columns(present: list[str], wanted: list[str], name: str) -> None:
-    """Refuse a table without a column that is needed.
+    """Refuse a table that lacks a column that is needed.
+
+    Args:
+        present: the columns of the table.
+        wanted: the columns that are needed.
+        name: the name of the table, for the message.
 
     Raises:
         UserError: the table lacks such a column.
@@ -122,7 +126,7 @@ def check_columns(present: list[str], wanted: list[str], name: str) -> None:
 
 
 def choose_columns(present: list[str], wanted: list[str], name: str, unread: set[str]) -> list[str]:
-    """Return the columns of a table to read; those left aside are added to `unread`.
+    """Return the columns of a table that are to be read; add all other columns to `unread`.
 
     Raises:
         UserError: the table lacks a column that is needed.
@@ -134,7 +138,7 @@ def choose_columns(present: list[str], wanted: list[str], name: str, unread: set
 
 
 def errors_said(name: str, rows: Rows) -> Rows:
-    """Yield the rows of a reader; what it raises, or that there are none, is a `UserError`."""
+    """Yield the rows of a reader; if it fails or yields no rows, raise a `UserError`."""
     is_empty = True
     try:
         for row in rows:
@@ -209,10 +213,10 @@ def _read_json(path: str) -> Rows:
 
 
 def _read_csv(path: str, columns: list[str]) -> Rows:
-    # Above it the file is refused: where such a field ends is not told without holding it
+    # A file with a longer field is refused: to find the field's end it would have to be in memory
     csv.field_size_limit(MAX_LINE_BYTES)
     with _open(path) as file:
-        # Bytes that are not UTF-8 become surrogates, for a row to be told from the others
+        # Bytes that are not UTF-8 become surrogates, so that only the row with them is a fault
         text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
         reader = csv.reader(text, strict=True)
         header = next(reader, [])

@@ -1,11 +1,11 @@
 """One row of a preference dataset -> prompt, chosen and rejected, as text or as messages.
 
-The prompt is what both sides share. A row can state it (`prompt`), or hold two whole conversations
-or texts that begin alike. Where a row says two things about its prompt, what both sides share wins
-and the contradiction is counted.
+The prompt is what both sides share. A row can state its prompt (`prompt`), or hold two whole
+conversations or texts that begin alike. If a stated prompt differs from what both sides share, the
+shared beginning is used and the contradiction is counted.
 
-What is wrong with a row is raised (`to_pair`, `from_transcripts`: there is no pair) or yielded
-(`find_faults`: there is one) as a `Fault`.
+What is wrong with a row is a `Fault`. If the row gives no pair, `to_pair` and `from_transcripts`
+raise the fault. If the row gives a pair, `find_faults` yields its faults.
 """
 
 import json
@@ -17,19 +17,19 @@ from typing import Any
 from orpo_lab.config.dataset import Columns
 from orpo_lab.data.faults import Fault, quote
 
-# With a `role`, mostly a `content`, and what else the chat template may read (tool_calls, ...)
+# Has a `role`, mostly a `content`, and other keys that a chat template may read (tool_calls, ...)
 Message = dict[str, Any]
 Content = str | list[Message]
 
-# Longer than any context, and a second to tokenize
+# The largest size of a row: longer than any context, and takes about a second to tokenize
 MAX_CHARACTERS = 2**20
-# Schemas of tools nest some ten levels
+# The deepest nesting of a row's values; schemas of tools nest about ten levels
 MAX_DEPTH = 50
-# Columns beside the messages that chat templates read; transformers gives them these names
+# Columns that chat templates read in addition to the messages; the names are those of transformers
 CONTEXT = ("tools", "documents")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
-# Where a turn of a transcript begins, and whose it is (Bai et al. 2022, arXiv:2204.05862)
+# The beginning of a turn of a transcript, and its speaker (Bai et al. 2022, arXiv:2204.05862)
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -37,16 +37,16 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Pair:
-    """A preference pair; all three are strings, or all three are lists of messages."""
+    """A preference pair: three strings, or three lists of messages."""
 
     prompt: Content
     chosen: Content
     rejected: Content
-    # What the chat template reads beside the messages, by the names in CONTEXT
+    # What the chat template reads in addition to the messages, by the names in CONTEXT
     context: dict[str, Any] = field(default_factory=dict)
-    # The row's own prompt says something else than what both sides share
+    # Whether the row's own prompt differs from what both sides share
     contradicted: bool = False
-    # Both sides repeat the row's own prompt; it would have been trained twice
+    # Whether both sides repeated the row's own prompt, which would have been trained twice
     repeated: bool = False
 
 
@@ -54,8 +54,8 @@ def to_pair(row: Any, columns: Columns) -> Pair:
     """Return the pair that a row holds in its columns.
 
     Raises:
-        Fault: a column is missing or holds neither a string nor messages, or there is no prompt
-            that both sides answer.
+        Fault: a column is missing or holds neither a string nor messages, the row is too large, or
+            the two sides do not answer the same prompt.
     """
     contents = {
         key: to_content(_value_of(row, name, key), name)
@@ -72,11 +72,11 @@ def to_pair(row: Any, columns: Columns) -> Pair:
 
 
 def from_transcripts(row: Any, columns: Columns) -> Pair:
-    """Return the pair of two transcripts: the prompt is all before the last assistant turn.
+    """Return the pair of two transcripts; the prompt is the text before the last assistant turn.
 
     Raises:
-        Fault: a column is missing or no string, the turns do not alternate or do not end in the
-            assistant's, or the two differ before their last turn.
+        Fault: a column is missing or not a string, the turns do not alternate, the last turn is not
+            the assistant's, or the two transcripts differ before their last turn.
     """
     chosen, rejected = (
         _to_messages(_value_of(row, name, key), name)
@@ -108,10 +108,14 @@ def _check_size(contents: list[Any]) -> None:
 
 
 def to_content(value: Any, name: str) -> Content:
-    """Return a row's value as a string or as messages, with all keys that hold something.
+    """Return a row's value as a string or as messages, without keys that hold nothing.
+
+    Args:
+        value: the value of the row in one column.
+        name: the column's name, for the message of a fault.
 
     Raises:
-        Fault: the value is neither; `name` is the column's.
+        Fault: the value is neither a string nor a list of messages.
     """
     if isinstance(value, str):
         return value
@@ -122,7 +126,13 @@ def to_content(value: Any, name: str) -> Content:
 
 
 def _to_message(value: Any, name: str) -> Message:
-    """Return a message without the keys that say nothing: tables fill in `tool_calls: null`."""
+    """Return a message without the keys that hold null or an empty list.
+
+    Tables fill in such keys (`tool_calls: null`) where other messages have a value.
+
+    Raises:
+        Fault: the message has no role, a content that is not a string, or nothing but a role.
+    """
     if not (isinstance(value, Mapping) and isinstance(value.get("role"), str)):
         raise Fault("wrong_type", f"{name} holds a message without a role that is a string")
     message = {key: item for key, item in value.items() if item is not None and item != []}
@@ -134,10 +144,12 @@ def _to_message(value: Any, name: str) -> Message:
 
 
 def _to_objects(value: Any, name: str) -> list[Any]:
-    """Return the tools or documents of a row, which TRL's data sets also hold as JSON in a string.
+    """Return the tools or documents of a row as a list of objects.
+
+    The value may be a list, or JSON in a string, as in TRL's data sets.
 
     Raises:
-        Fault: the value is no list of objects.
+        Fault: the value is not a list of objects.
     """
     try:
         listed = json.loads(value) if isinstance(value, str) else value
@@ -166,11 +178,11 @@ def _to_messages(text: Any, name: str) -> list[Message]:
 
 
 def split(prompt: Content | None, chosen: Content, rejected: Content) -> Pair:
-    """Tell a row's prompt from its two completions.
+    """Split a row into prompt and two completions.
 
     Raises:
-        Fault: one side is a string and the other a list of messages, or the two sides are the same
-            or begin differently where only their beginning would tell the prompt.
+        Fault: one side is a string and the other a list of messages; or the row states no prompt,
+            and the two sides are the same text or do not begin alike.
     """
     if isinstance(chosen, str) and isinstance(rejected, str):
         if isinstance(prompt, list):
@@ -208,7 +220,7 @@ def _split_messages(prompt: Content | None, chosen: list[Message], rejected: lis
         if not _begin_alike_with_a_question(chosen, rejected):
             return Pair(prompt, chosen, rejected)
         return replace(_split_messages(None, chosen, rejected), contradicted=True)
-    # Identical conversations share everything; their last turn still is the completion
+    # Identical conversations share all messages; their last turn is still the completion
     size = min(num_shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
     if size <= 0:
         asked = [{"role": "user", "content": prompt}] if prompt else []
@@ -220,17 +232,18 @@ def _split_messages(prompt: Content | None, chosen: list[Message], rejected: lis
 
 
 def _begin_alike_with_a_question(chosen: list[Message], rejected: list[Message]) -> bool:
-    """Whether both sides are whole conversations rather than answers."""
+    """Return whether both sides are whole conversations, not answers."""
     return chosen[:1] == rejected[:1] and bool(chosen) and chosen[0]["role"] != "assistant"
 
 
 def find_faults(pair: Pair, special_tokens: re.Pattern[str]) -> Iterator[Fault]:
-    """Yield what is wrong with a pair before it is tokenized, the worst first.
+    """Yield the faults of a pair that show before tokenizing, the worst fault first.
 
-    Each fault presumes that none of those above it has ended the row that cannot be kept.
+    The caller drops a row at the first fault that cannot be kept. So a check may rely on the checks
+    above it.
 
     Args:
-        pair: as `to_pair` returns it.
+        pair: a pair that `to_pair` or `from_transcripts` returned.
         special_tokens: matches the text of a token that controls the model.
     """
     contents = (pair.prompt, pair.chosen, pair.rejected)
@@ -266,10 +279,10 @@ def find_faults(pair: Pair, special_tokens: re.Pattern[str]) -> Iterator[Fault]:
 
 
 def _texts(value: Any, depth: int = 0) -> Iterator[str]:
-    """Yield every text inside a prompt or completion; roles and keys too: templates print them.
+    """Yield every text inside a prompt or completion, also roles and keys: templates print them.
 
     Raises:
-        Fault: the value is nested more deeply than any tool call.
+        Fault: the value is nested more than MAX_DEPTH levels deep.
     """
     if depth > MAX_DEPTH:
         raise Fault("wrong_type", f"is nested more than {MAX_DEPTH} levels deep")
@@ -285,7 +298,7 @@ def _texts(value: Any, depth: int = 0) -> Iterator[str]:
 
 
 def text_of(content: Content) -> str:
-    """Return the text of a prompt or completion; other keys of messages are added as JSON."""
+    """Return the text of a prompt or completion; keys other than content are added as JSON."""
     if isinstance(content, str):
         return content
     return "\n".join(text for message in content for text in _said(message))
@@ -310,7 +323,7 @@ def _is_prefilled(pair: Pair) -> bool:
 
 
 def _other_turn(completion: Content) -> str | None:
-    """Return who has a turn between the assistant's."""
+    """Return the role of a turn in a completion that is not the assistant's; None: no such turn."""
     if isinstance(completion, str):
         return None
     return next((message["role"] for message in completion if message["role"] != "assistant"), None)

@@ -1,7 +1,7 @@
-"""A pair's messages -> text, through the model's chat template; and whether that text is the row's.
+"""Render a pair's messages as text by the model's chat template, and check the text.
 
-A template may leave text out, move text, or render a prompt otherwise once an answer follows. What
-is trained would then not be what the row says, so this is found here and is a `Fault` of the row.
+A template may leave text out, move text, or render a prompt differently once an answer follows. The
+model would then be trained on something that the row does not say. So this is a `Fault` of the row.
 """
 
 import itertools
@@ -19,9 +19,10 @@ from orpo_lab.data.pairs import Message, Pair, num_shared
 from orpo_lab.errors import one_line
 from orpo_lab.upstream import fix_clock
 
-# Zephyr's layout, which the ORPO authors give to models without a template of their own. It needs
-# no new tokens: untrained embeddings would be frozen under LoRA. The BOS in front is ours: it is
-# trained wherever a tokenizer has one, so who asks the model by this template has to start from it.
+# The format of Zephyr, which the ORPO authors use for models without a chat template. The format
+# needs no new tokens, whose untrained embeddings would be frozen under LoRA. We added the BOS at
+# the beginning: training puts a BOS there if the tokenizer has one, so other users of this template
+# must begin with a BOS too.
 DEFAULT_CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
@@ -30,10 +31,10 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 
-# Keys of messages and tool calls that refer to something and say nothing themselves
+# Keys of messages and tool calls that only refer to something, and have no text of their own
 REFERENCES = ("role", "id", "type", "tool_call_id")
-# Whose text the template may put anywhere: some put a system message into the last user's turn. The
-# row's own are its tools and documents.
+# Roles whose text the template may put anywhere: some templates put a system message into the last
+# turn of the user. "row" stands for the tools and documents of the row
 PLACED_ANYWHERE = ("system", "developer", "row")
 
 
@@ -44,24 +45,24 @@ class Rendered:
     prompt: str
     chosen: str
     rejected: str
-    # The end of the generation prompt that no answer stands behind in a whole conversation
+    # The end of the generation prompt that the template leaves out once an answer follows
     unused_ending: str = ""
 
 
 def render(pair: Pair, tokenizer: PreTrainedTokenizerBase, today: date) -> Rendered:
-    """Return a pair as text, messages through the chat template.
+    """Return a pair as text; messages are rendered by the chat template.
 
-    The template is applied once to the whole conversation; the prompt ends in the generation
-    prompt, as it will when the model is asked.
+    The template is applied to each whole conversation at once. The prompt ends in the generation
+    prompt, as it does when the model is asked later.
 
     Args:
-        pair: strings, which stay as they are, or messages.
-        tokenizer: the model's, with a chat template if there are messages.
-        today: the date that a template which asks for one is given.
+        pair: strings, which are not changed, or messages.
+        tokenizer: the model's tokenizer, with a chat template if there are messages.
+        today: the date for templates that ask for a date.
 
     Raises:
-        Fault: the template refuses the conversation, renders the prompt otherwise once an answer
-            follows, or ends an answer by asking for the next one.
+        Fault: the template refuses the conversation, renders the prompt differently once an answer
+            follows, or ends an answer with a generation prompt.
     """
     if isinstance(pair.prompt, str):
         return Rendered(pair.prompt, str(pair.chosen), str(pair.rejected))
@@ -91,7 +92,7 @@ def _apply(
         text = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=ask, **context
         )
-    # A template is a program: it also indexes what is not there, and divides by it
+    # A template is a program: index errors and division by zero are possible too
     except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
         detail = f"the model's chat template refuses it: {one_line(error)[:200]}"
         raise Fault("template_error", detail) from error
@@ -101,27 +102,27 @@ def _apply(
 def _divide(
     pair: Pair, prompt: str, chosen: str, rejected: str, apply: Callable[..., str]
 ) -> Rendered:
-    """Divide two whole conversations into prompt and completions.
+    """Divide two rendered conversations into the prompt and the two completions.
 
     Args:
         pair: the messages.
-        prompt: the prompt alone, with the generation prompt.
-        chosen: the whole conversation.
-        rejected: the same with the other answer.
+        prompt: the prompt alone, rendered with the generation prompt.
+        chosen: the conversation that ends in the chosen answer, rendered.
+        rejected: the conversation that ends in the rejected answer, rendered.
         apply: renders messages.
 
     Raises:
-        Fault: prompt and completion cannot be told apart.
+        Fault: the end of the prompt cannot be found in the conversations.
     """
     if chosen.startswith(prompt) and rejected.startswith(prompt):
         return Rendered(prompt, chosen[len(prompt) :], rejected[len(prompt) :])
-    # Some templates add to the generation prompt what they leave out before an answer
+    # Some templates end the generation prompt with text that they leave out before an answer
     unasked = apply(pair.prompt)
     size = min(num_shared(prompt, chosen), num_shared(prompt, rejected))
     if size >= len(unasked) and prompt.startswith(unasked):
         return Rendered(prompt[:size], chosen[size:], rejected[size:], prompt[size:])
-    # Others put the system message or the tools into the last turn, which is another one once there
-    # is an answer. The model is asked by the prompt alone; that is what it has to be trained on.
+    # Other templates put the system message or the tools into the last turn. With an answer, that
+    # is another turn. The model will be asked with the prompt alone, so train it on that prompt
     ending = _last_text(pair.prompt, prompt)
     found = chosen[: num_shared(chosen, rejected)].rfind(ending) if ending else -1
     if found < 0 or len(pair.chosen) > 1 or len(pair.rejected) > 1:
@@ -135,17 +136,17 @@ def _divide(
 
 
 def _check_ending(pair: Pair, prompt: str, chosen: str, apply: Callable[..., str]) -> None:
-    """Check that an answer ends in nothing that asks for the next one.
+    """Check that the chosen answer does not end in a generation prompt.
 
     Raises:
-        Fault: the answer does, since the template ignores `add_generation_prompt`.
+        Fault: it does, because the template ignores `add_generation_prompt`.
     """
     assert isinstance(pair.chosen, list)
     asking = _asking(pair, prompt).rstrip()
     shared = num_shared(asking[::-1], chosen.rstrip()[: -len(asking) - 1 : -1])
     if not any(map(str.isalnum, asking[len(asking) - shared :])):
         return
-    # Where all turns end alike, what follows goes on from there
+    # If the shared ending only ends a turn, the next turn is rendered behind this ending
     following = [*pair.prompt, *pair.chosen, {"role": "user", "content": "and then?"}]
     if not apply(following).startswith(chosen):
         raise Fault(
@@ -156,14 +157,14 @@ def _check_ending(pair: Pair, prompt: str, chosen: str, apply: Callable[..., str
 
 
 def _last_text(messages: Any, prompt: str) -> str:
-    """Return a rendered prompt from its last message's text on; empty: that is not to be found."""
+    """Return the end of a rendered prompt, from the last message's text on; empty: not found."""
     said = _content(messages)
     at = prompt.rfind(said) if said else -1
     return prompt[at:] if at >= 0 else ""
 
 
 def _asking(pair: Pair, prompt: str) -> str:
-    """Return what of a rendered prompt stands behind its last text."""
+    """Return the end of a rendered prompt, behind the last message's text."""
     return _last_text(pair.prompt, prompt)[len(_content(pair.prompt)) :]
 
 
@@ -174,16 +175,18 @@ def _content(messages: Any) -> str:
 def find_unrendered(
     pair: Pair, rendered: Rendered, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[Fault]:
-    """Yield a fault if the rendering lacks what the row says; white space at its ends is no loss.
+    """Yield a fault if the rendered text lacks a text of the row.
 
-    The prompt's messages have to stand in the prompt and an answer's in the completion, in their
-    order; so have names and arguments of tool calls, reasoning and all other keys.
+    The texts of the prompt's messages must be in the rendered prompt, and the texts of an answer in
+    its completion, in their order. This holds for content, names and arguments of tool calls,
+    reasoning and all other keys. White space at the ends of a text may be lost.
     """
     if isinstance(pair.prompt, str):
         return
     template = tokenizer.get_chat_template(tools=pair.context.get("tools"))
     placed: list[Message] = [{"role": "row", key: value} for key, value in pair.context.items()]
-    # Some generation prompts begin the answer: with <think>, which may be the row's own
+    # Some generation prompts begin the answer, with <think> for example. The row's answer may begin
+    # with the same text
     asking = _asking(pair, rendered.prompt)
     for messages, before, text in (
         (placed + pair.prompt, "", rendered.prompt),
@@ -205,13 +208,13 @@ def find_unrendered(
 
 
 def _find_lost(messages: Any, before: str, text: str, form: Callable[[str], str]) -> str:
-    """Return what of the messages a text lacks, in words; empty: nothing.
+    """Return in words which text of the messages is lost; empty: no text is lost.
 
     Args:
-        messages: of the prompt or of a completion.
-        before: what stands before the text, and may hold a beginning of what it says.
-        text: their rendering.
-        form: what both are compared in.
+        messages: the messages of the prompt or of a completion.
+        before: the text in front of `text`, where the first text of the messages may begin.
+        text: the rendering of the messages.
+        form: applied to all texts before they are compared.
     """
     least = len(form(before))
     text = form(before) + form(text)
@@ -229,9 +232,10 @@ def _find_lost(messages: Any, before: str, text: str, form: Callable[[str], str]
 
 
 def _end_of(said: str, text: str, start: int, least: int, form: Callable[[str], str]) -> int:
-    """Return where a text that is rendered as it is, or inside JSON, ends; -1: it is not there.
+    """Return the index in `text` where `said` ends; -1: `said` was not found.
 
-    The search is from `start` on, for an end above `least`.
+    `said` may be rendered unchanged, or inside JSON. The search begins at `start`, for an end above
+    `least`.
     """
     said = said.strip()
     if not said:
@@ -249,9 +253,9 @@ def _without_spaces(text: str) -> str:
 
 
 def _texts(message: Message) -> Iterator[tuple[str, str]]:
-    """Yield every text of a message with the key that holds it."""
+    """Yield every text of a message, together with the key that holds this text."""
     for key, value in message.items():
-        # A tool's answer need not repeat which tool it is by
+        # An answer of a tool need not repeat the name of the tool
         if key in REFERENCES or (key == "name" and message["role"] == "tool"):
             continue
         if isinstance(value, str):
@@ -281,7 +285,7 @@ def _inner_texts(value: Any, key: str) -> Iterator[str]:
 
 
 def _parsed(arguments: str) -> Any:
-    """Return the arguments of a tool call, which some write as JSON inside a string."""
+    """Return the arguments of a tool call; some data sets write them as JSON inside a string."""
     try:
         return json.loads(arguments)
     except ValueError:
@@ -289,7 +293,7 @@ def _parsed(arguments: str) -> Any:
 
 
 def _find_unread(messages: Any, template: str) -> str:
-    """Name a key of a message, a flag or a number, that the template does not read."""
+    """Return in words a key, with a flag or a number, that the template does not read."""
     for message in messages:
         for key, value in message.items():
             if isinstance(value, int | float) and key not in template:

@@ -1,4 +1,4 @@
-"""Where rows come from: the embedded generator, the Hugging Face hub, files."""
+"""The sources of rows: the embedded generator, the Hugging Face hub, files."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,16 +27,19 @@ from orpo_lab.data.files import (
 )
 from orpo_lab.errors import UserError, one_line
 
-# The embedded pairs are the same in every run: what differs between seeds is training alone
+# The embedded pairs are the same in every run, so runs with other seeds differ in training only
 EMBEDDED_SEED = 0
 EMBEDDED_COLUMNS = Columns(prompt="prompt", chosen="chosen", rejected="rejected")
 
 
 def read(config: Dataset) -> tuple[Source, Source | None]:
-    """Return the rows to train on and those held out; None where they are to be held out of them.
+    """Return the rows to train on, and the held-out rows.
+
+    None as the second value: the held-out rows must be taken from the rows to train on.
 
     Raises:
-        UserError: the source cannot be reached, is empty, or lacks a column; so does reading it.
+        UserError: the source cannot be reached, is empty, or lacks a column. Reading the returned
+            rows raises it too.
     """
     match config:
         case EmbeddedDataset():
@@ -55,7 +58,7 @@ def read(config: Dataset) -> tuple[Source, Source | None]:
 
 
 def needed(config: TableDataset) -> list[str]:
-    """Return the columns that a pair is read from."""
+    """Return the names of the columns that a pair is read from."""
     return [name for name in vars(config.columns).values() if name is not None]
 
 
@@ -73,8 +76,8 @@ def _read_hub(config: HubDataset, split: str) -> Source:
     is_local = Path(config.path).is_dir()
     name = config.path if is_local else f"dataset.path={config.path}"
     try:
-        # datasets keeps a copy of what it has read, and takes a folder for unchanged as long as its
-        # files have the same times; a stream has no copy
+        # `datasets` keeps a copy of the data it has read. It takes a folder for unchanged as long
+        # as its files have the same times. A stream has no copy
         rows = datasets.load_dataset(
             config.path, revision=config.revision, split=split, streaming=is_local
         )
@@ -94,7 +97,7 @@ def _read_hub(config: HubDataset, split: str) -> Source:
 
 
 def _column_names(rows: Any) -> list[str]:
-    """Return a table's columns; those of a stream may take its first rows to be known."""
+    """Return the column names of a table; for a stream the first rows may have to be read."""
     if rows.column_names is None:
         rows = rows._resolve_features()
     return list(rows.column_names)

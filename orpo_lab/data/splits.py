@@ -1,5 +1,6 @@
-"""The rows of a split: what of them is kept, what they share with each other and with the other
-split, and how a part of them is held out or drawn.
+"""The rows of a split: which rows are kept, held out or drawn.
+
+Rows are compared with each other (repeats) and with the other split (leaks).
 """
 
 import hashlib
@@ -23,31 +24,31 @@ from orpo_lab.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# What is held out where `dataset.num_eval` does not say: so many, but no more than a fifth
+# Without `dataset.num_eval`, NUM_EVAL prompts are held out, but at most 1 / LARGEST_SHARE of them
 NUM_EVAL, LARGEST_SHARE = 256, 5
 
 
 @dataclass(eq=False)
 class Row:
-    """A pair, its row's number in the source, and the faults it was kept in spite of."""
+    """A pair, the number of its row in the source, and the faults despite which it is kept."""
 
     number: int
     pair: Pair
-    # Columns of the embedded rows that say how an answer is checked
+    # Columns of the embedded rows with which an answer is checked
     checks: dict[str, Any]
     kept_despite: list[Fault] = field(default_factory=list)
-    # Once it is tokenized: its place among all that are, and the faults that only this shows
+    # After tokenizing: the place of the row among all tokenized rows, and the faults found then
     place: int | None = None
     found: list[Fault] = field(default_factory=list)
 
     @cached_property
     def normalized_prompt(self) -> bytes:
-        """Digest of what the prompt says, whatever its case, white space and Unicode form."""
+        """Digest of the prompt's text in the form of `normalize`."""
         return _digest(normalize(text_of(self.pair.prompt)))
 
     @cached_property
     def answers(self) -> tuple[bytes, bytes]:
-        """Digests of chosen and rejected."""
+        """Digests of the chosen and the rejected answer."""
         return _digest(text_of(self.pair.chosen)), _digest(text_of(self.pair.rejected))
 
     @cached_property
@@ -57,13 +58,20 @@ class Row:
 
 
 def normalize(text: str) -> str:
-    """Return a text without what case, white space and Unicode form (NFKC) make of it."""
+    """Return a text without differences in case, white space and Unicode form (NFKC)."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(unicodedata.normalize("NFKC", folded).split())
 
 
 def _beginnings(prompt: Content, form: Callable[[str], str] = normalize) -> Iterator[bytes]:
-    """Yield the digest of every beginning of a conversation in some form, itself included."""
+    """Yield the digest of every beginning of a conversation, shortest first, the whole one last.
+
+    A beginning is the first messages of the conversation. A string has only itself.
+
+    Args:
+        prompt: the conversation.
+        form: applied to each text before its digest is computed.
+    """
     if isinstance(prompt, str):
         yield _digest(form(prompt))
     else:
@@ -77,9 +85,9 @@ def _digest(text: str) -> bytes:
 
 @dataclass
 class Split:
-    """Rows of one source with one use, and the count of those left out.
+    """Rows of one source for one use (training or held out), and the counts of rows left out.
 
-    At any time `num_rows` is the number of `rows` and of those `dropped`.
+    At any time `num_rows` is the number of kept `rows` plus the number of `dropped` rows.
     """
 
     name: str
@@ -89,14 +97,14 @@ class Split:
     num_not_drawn: int = 0
     rows: list[Row] = field(default_factory=list)
     dropped: Tally = field(default_factory=Tally)
-    # Columns that hold something which no pair is made of
+    # Columns that hold a value but are not used for any pair
     unread: set[str] = field(default_factory=set)
 
     def judge(self, number: int, faults: Iterable[Fault]) -> list[Fault] | None:
-        """Return the faults that a row is kept in spite of; None if it is dropped, and counted.
+        """Return the faults despite which a row is kept; None: the row is dropped, and counted.
 
         Raises:
-            UserError: the policy on one of them is to refuse.
+            UserError: the policy of one of the faults is `refuse`.
         """
         kept_despite = []
         for fault in faults:
@@ -107,7 +115,7 @@ class Split:
         return kept_despite
 
     def filter(self, find: Callable[[Row], Iterable[Fault]]) -> None:
-        """Judge every row by the faults that `find` yields for it."""
+        """Keep or drop every row by the faults that `find` yields for the row."""
         kept = []
         for row in self.rows:
             despite = self.judge(row.number, find(row))
@@ -124,17 +132,17 @@ class Split:
         columns: Iterable[str] | None = None,
         checks: tuple[str, ...] = (),
     ) -> None:
-        """Read the source's rows.
+        """Read the rows of the source.
 
         Args:
-            parse: makes pairs of a raw row and its number, or raises its `Fault`.
-            find: yields what is wrong with a pair.
-            columns: those that a pair is read from, beside those of its context; None where a row
-                is no row of a table.
-            checks: columns of the raw row to keep beside the pair.
+            parse: makes pairs from a raw row and its number, or raises a `Fault`.
+            find: yields the faults of a pair.
+            columns: the columns that a pair is read from, without those of its context. None: the
+                rows are not rows of a table.
+            checks: columns of the raw row to keep together with the pair.
 
         Raises:
-            UserError: the source cannot be read, or the policy on a fault is to refuse.
+            UserError: the source cannot be read, or the policy of a fault is `refuse`.
         """
         named = None if columns is None else {*columns, *checks}
         for number, raw in self.source.rows:
@@ -158,7 +166,10 @@ class Split:
         self.unread |= self.source.unread
 
     def drop_repeats(self) -> None:
-        """Judge pairs that contradict another by preferring its rejected answer, and repeats."""
+        """Keep or drop pairs that repeat another pair, or that contradict another pair.
+
+        Two pairs contradict each other if each prefers the answer that the other rejects.
+        """
         by_key: dict[tuple[bytes, ...], Row] = {}
         for row in self.rows:
             by_key.setdefault((row.normalized_prompt, row.context, *row.answers), row)
@@ -177,9 +188,10 @@ class Split:
         self.filter(find_duplicate)
 
     def drop_leaks(self, held_out: "Split") -> None:
-        """Judge rows whose prompt is that of a row held out, goes on from it or begins it.
+        """Keep or drop rows whose prompt leaks a held-out prompt.
 
-        A conversation that goes on from another quotes an answer to it.
+        A prompt leaks a held-out prompt if the two are the same, or if one of them is the beginning
+        of the other. A longer conversation quotes an answer to the shorter one.
         """
         exact, normalized = (_Leaks(held_out.rows, form) for form in (str, normalize))
 
@@ -194,18 +206,18 @@ class Split:
         self.filter(find)
 
     def hold_out(self, num: int | None, encode: Callable[[list[Row]], None]) -> "Split":
-        """Move the rows of `num` prompts, chosen by hash, to a split of their own and return it.
+        """Move the rows of `num` prompts, chosen by hash, to a new split, and return that split.
 
-        Each of these prompts has a good pair; those that have none and come before the last of them
-        move too. A prompt that goes on from another's (and quotes an answer to it) goes with that
-        one.
+        Only prompts with a good pair count. Prompts without a good pair that come earlier in the
+        order of hashes move too. A longer conversation, which goes on from another prompt and
+        quotes an answer to it, moves together with that prompt.
 
         Args:
-            num: how many prompts; None: `NUM_EVAL`, or a fifth of few.
-            encode: tokenizes rows, and leaves in them what is wrong with them.
+            num: number of prompts; None: `NUM_EVAL`, or a fifth if there are few prompts.
+            encode: tokenizes rows, and writes the faults it finds into the rows.
 
         Raises:
-            UserError: there are not more prompts than that, or not as many with a good pair.
+            UserError: there are too few prompts, or too few prompts with a good pair.
         """
         by_root = self._by_root()
         ranked = sorted(by_root)
@@ -226,7 +238,7 @@ class Split:
         return Split("held_out", self.source, self.policies, num_rows=len(rows), rows=rows)
 
     def _by_root(self) -> dict[bytes, list[Row]]:
-        """Return the rows by the first prompt that their conversation goes on from."""
+        """Return the rows by their root: the shortest prompt that begins their conversation."""
         prompts = {row.normalized_prompt for row in self.rows}
         by_root: dict[bytes, list[Row]] = defaultdict(list)
         for row in self.rows:
@@ -263,17 +275,17 @@ class Split:
         return all(getattr(self.policies, fault.name, "drop") == "keep" for fault in row.found)
 
     def draw(self, num: int | None, encode: Callable[[list[Row]], None]) -> list[Row]:
-        """Draw `num` good rows, the same rows in every run, and return all that were looked at.
+        """Draw `num` good rows, the same rows in every run, and return all rows that were judged.
 
-        Rows are judged in the order drawn until there are enough. Those behind are not drawn: how
-        many were tokenized at a time does not show.
+        Rows are judged in a drawn order until there are enough good ones. The rows after that are
+        not judged, so the result does not depend on how many rows are tokenized at a time.
 
         Args:
-            num: how many; None: all.
-            encode: tokenizes rows, and leaves in them what is wrong with them.
+            num: number of rows to draw; None: all rows.
+            encode: tokenizes rows, and writes the faults it finds into the rows.
 
         Raises:
-            UserError: the policy on a fault of a row that is drawn is to refuse.
+            UserError: a judged row has a fault whose policy is `refuse`.
         """
         rows = self.rows
         if num is not None and num < len(rows):
@@ -282,7 +294,7 @@ class Split:
         judged = 0
         self.rows = []
         while judged < len(rows) and len(self.rows) < wanted:
-            # As many as are missing, by the share that was good so far
+            # As many rows as will give the missing good rows, at the share of good rows so far
             share = len(self.rows) / judged if self.rows else 1.0
             block = rows[judged : judged + math.ceil((wanted - len(self.rows)) / share)]
             encode(block)
@@ -299,7 +311,10 @@ class Split:
         return rows[:judged]
 
     def report(self) -> dict[str, Any]:
-        """Return what became of the rows; `num_rows` is `num_kept` and all that was `dropped`."""
+        """Return the counts of rows kept, dropped and not drawn, as in `data_report.json`.
+
+        `num_rows` is `num_kept` plus the number of `dropped` rows.
+        """
         despite = Tally()
         for row in self.rows:
             for fault in row.kept_despite:
@@ -316,14 +331,14 @@ class Split:
 
 
 class _Leak(NamedTuple):
-    """What a prompt has to do with one held out, and that row's number."""
+    """How a prompt leaks a held-out prompt, and the number of the held-out row."""
 
     how: str
     number: int
 
 
 class _Leaks:
-    """Prompts held out, by which those that lead to them or on from them are found."""
+    """Held-out prompts, in some form; finds whether another prompt leaks one of them."""
 
     def __init__(self, rows: list[Row], form: Callable[[str], str]) -> None:
         self._form = form
@@ -335,7 +350,7 @@ class _Leaks:
             self._begun |= dict.fromkeys(begun, row.number)
 
     def find(self, prompt: Content) -> _Leak | None:
-        """Return what a prompt has to do with one of them; None: nothing."""
+        """Return how a prompt leaks a held-out prompt; None: it leaks none."""
         *begun, whole = _beginnings(prompt, self._form)
         if whole in self._whole:
             return _Leak("has", self._whole[whole])

@@ -1,7 +1,7 @@
 """OpenAssistant's conversation trees (Köpf et al. 2023, arXiv:2304.07327) -> preference pairs.
 
-A tree is a message with `replies`, each a message again. People have ranked the assistant's replies
-to one message; two of them, differently ranked, are a pair.
+A tree is a message with `replies`; each reply is a message with `replies` again. People have ranked
+the assistant's replies to the same message. Two replies with different ranks make a pair.
 """
 
 import itertools
@@ -16,7 +16,7 @@ _ROLES = {"prompter": "user", "assistant": "assistant"}
 
 
 class Trees:
-    """Makes pairs of trees and counts every reply of the assistant: paired, or why it is not."""
+    """Makes pairs from trees, and counts every reply of the assistant as paired or as left out."""
 
     def __init__(self, config: OasstDataset) -> None:
         self._config = config
@@ -24,17 +24,22 @@ class Trees:
         self._left_out = Tally()
 
     def pairs(self, tree: Any, number: int) -> list[Pair]:
-        """Return a tree's pairs; `number` is its line, for the count of what is left out.
+        """Return the pairs of a tree.
+
+        Args:
+            tree: the raw value of a row.
+            number: line number of the row, for the report of replies that are left out.
 
         Raises:
-            Fault: the value is no tree, or its turns do not alternate. Then no reply is counted.
+            Fault: the value is not a tree, or its turns do not alternate. Then no reply of the row
+                is counted.
         """
         if not isinstance(tree, Mapping):
             raise Fault("wrong_type", "is no tree: it is no object with a prompt")
         pairs: list[Pair] = []
         left_out: list[str] = []
         num_replies = 0
-        # A prompter's message, what was said before it, and whether that is good to be read
+        # A message of the user, the messages before it, and whether all of those may be in a prompt
         stack: list[tuple[Any, list[Message], bool]] = [(tree.get("prompt"), [], True)]
         while stack:
             message, before, good = stack.pop()
@@ -64,7 +69,7 @@ class Trees:
         return pairs
 
     def _flaw(self, message: Mapping[str, Any]) -> str:
-        """Return why a message is neither to be learnt nor to be read in a prompt, if it is so."""
+        """Return why a message may be neither an answer nor in a prompt; empty: it may be both."""
         if message.get("deleted"):
             return "deleted"
         if message.get("review_result") is None:
@@ -80,7 +85,7 @@ class Trees:
         return "unranked" if reply.get("rank") is None else ""
 
     def _choose(self, ranked: list[tuple[int, Message]]) -> list[tuple[Message, Message]]:
-        """Return which replies to one message make pairs, the better one first."""
+        """Return the pairs of replies to one message, the better reply of each pair first."""
         ranked = sorted(ranked, key=lambda ranked_reply: ranked_reply[0])
         match self._config.pairing:
             case "best_worst":
@@ -92,7 +97,7 @@ class Trees:
         return [(better[1], worse[1]) for better, worse in candidates if better[0] < worse[0]]
 
     def report(self) -> dict[str, Any]:
-        """Return `num_replies`, `num_paired` and what is `left_out`; they add up."""
+        """Return `num_replies`, which is `num_paired` plus the count of what was `left_out`."""
         left_out = self._left_out.report()
         num_left_out = sum(tally["num"] for tally in left_out.values())
         return {

@@ -1,4 +1,4 @@
-"""What is no fault of a row, and still not what people expect of their data: one line each."""
+"""Warnings, one line each, about data that have no fault but may not be what the user expects."""
 
 import logging
 
@@ -12,16 +12,16 @@ from orpo_lab.data.splits import Split
 
 log = logging.getLogger(__name__)
 
-# Above this share of a split's rows, what is lost is said as a warning
+# If more than this share of a split's rows is lost, a warning says so
 LARGE_SHARE = 0.1
-# Which share of the rows the lengths that are proposed would keep, in percent
+# The share of the rows that the proposed lengths would keep, in percent
 KEPT_PERCENT = 95
-# Columns by which other tools build a prompt
+# Columns from which other tools build a prompt
 LIKELY_PROMPTS = ("system", "system_prompt", "instruction", "input", "context", "history")
 
 
 def warn_of_unread(split: Split) -> None:
-    """Name the columns that are not used: where a column is part of a prompt, its text is lost."""
+    """Log the columns that are not used; warn of those that are likely a part of the prompt."""
     if not split.unread:
         return
     names = ", ".join(sorted(split.unread)[:20])
@@ -39,7 +39,7 @@ def warn_of_unread(split: Split) -> None:
 
 
 def warn_of_plain_text(split: Split, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Say that texts are trained as they are although the model has a chat template of its own."""
+    """Warn if plain texts are trained unchanged although the model has its own chat template."""
     num = sum(isinstance(row.pair.prompt, str) for row in split.rows)
     if num and tokenizer.chat_template not in (None, DEFAULT_CHAT_TEMPLATE):
         log.warning(
@@ -52,19 +52,19 @@ def warn_of_plain_text(split: Split, tokenizer: PreTrainedTokenizerBase) -> None
 
 
 def warn_of_lengths(split: Split, judged: datasets.Dataset, config: Dataset) -> None:
-    """Say which lengths would keep most rows, where many are too long.
+    """Warn if many pairs are too long, and propose lengths that would keep most pairs.
 
     Args:
-        split: its rows are drawn.
-        judged: what tokenizing made of those that were looked at.
-        config: the lengths.
+        split: a split whose rows are drawn already.
+        judged: the tokenized rows that were judged while drawing.
+        config: says how long a pair may be.
     """
     num_lost = sum(split.dropped.num(fault) for fault in ("prompt_too_long", "pair_too_long"))
     tokens, prompts = (np.array(judged[name]) for name in ("num_tokens", "num_prompt_tokens"))
     tokens, prompts = tokens[tokens > 0], prompts[tokens > 0]
     if num_lost <= LARGE_SHARE * len(tokens):
         return
-    # Whole lengths: the next one that a row really has
+    # "higher" gives a length that a row really has
     middle, most = np.percentile(tokens, [50, KEPT_PERCENT], method="higher")
     prompt = np.percentile(prompts, KEPT_PERCENT, method="higher")
     log.warning(
@@ -88,7 +88,7 @@ def warn_of_lengths(split: Split, judged: datasets.Dataset, config: Dataset) -> 
 
 
 def warn_of_losses(split: Split) -> None:
-    """Say what a chat template costs, where it is much."""
+    """Warn if the chat template makes many rows be dropped."""
     for fault in ("template_error", "misrendered", "unrendered_text", "prefilled_answer"):
         num = split.dropped.num(fault)
         if num > LARGE_SHARE * split.num_rows:
@@ -103,7 +103,7 @@ def warn_of_losses(split: Split) -> None:
 
 
 def warn_of_unused_ending(split: Split, kept: datasets.Dataset) -> None:
-    """Say that answers do not stand behind all of the generation prompt."""
+    """Warn if the template leaves out the end of the generation prompt before an answer."""
     endings = [ending for ending in kept["unused_ending"] if ending]
     if endings:
         log.warning(

@@ -1,4 +1,4 @@
-"""What computes the gradient of an optimizer step: `check` a model, then `build` its engine."""
+"""Engines compute the gradient of an optimizer step: `check` a model, then `build` its engine."""
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -12,10 +12,13 @@ from orpo_lab.upstream import hidden
 
 
 def check(config: Config, model: CausalModel, dtype: torch.dtype) -> None:
-    """Refuse a model that the engine would train on something else than its sequences.
+    """Refuse a model that the engine would not train correctly.
+
+    Only `shared_prefix` has a check: the model must read a row of pairs as it reads each sequence
+    alone.
 
     Args:
-        config: the run.
+        config: the run's configuration.
         model: on its device, with adapters if it has any.
         dtype: precision of the arithmetic.
 
@@ -34,10 +37,10 @@ def build(
     """Return the engine of a run.
 
     Args:
-        config: the run.
-        model: on its device, with adapters if it has any; `check` has passed it.
+        config: the run's configuration.
+        model: on its device, with adapters if it has any; `check` has accepted the model.
         tokenizer: with a pad token.
-        devices: where the model computes.
+        devices: the device that the model computes on.
     """
     match config.engine:
         case SharedPrefixEngine():
@@ -45,7 +48,8 @@ def build(
 
             return shared_prefix.build(config, model=model, tokenizer=tokenizer, devices=devices)
         case TrlEngine():
-            # TRL imports wandb wherever it is installed; its own logging is off, and ours may be
+            # TRL imports wandb wherever wandb is installed. Nothing here needs that import: TRL's
+            # own logging is off, and the run may have another tracker or none
             with hidden("wandb"):
                 from orpo_lab.engine import trl
 

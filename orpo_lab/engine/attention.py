@@ -1,9 +1,12 @@
-"""Who sees whom in a row of pairs `[prompt | chosen | rejected]`, for the models' own layers.
+"""Attention between the tokens of a row of pairs `[prompt | chosen | rejected]`.
 
-On a GPU flex attention skips what a block mask says nobody sees. Elsewhere every pair's completions
-are read by a call of their own, so that nothing masked is computed. Either takes the place of the
-attention mask: transformers hands a ready one of four dimensions on as it is. Position ids without
-one would be taken for packed sequences, which cuts the rejected completion off its prompt.
+The models keep their own layers. On a GPU flex attention skips the blocks that a block mask hides.
+Elsewhere an attention call of its own reads each completion of a pair, so that nothing masked is
+computed.
+
+Both ways pass a tensor or block mask as `attention_mask`: transformers passes a ready mask of four
+dimensions on unchanged. Without a mask, transformers would take the restarting position ids for
+packed sequences, and the rejected completion would not see its prompt.
 """
 
 import inspect
@@ -21,19 +24,20 @@ from orpo_lab.errors import UserError
 
 FLEX = "flex_attention"
 BY_PAIR = "orpo_lab_by_pair"
-# What flex attention works in; rows of other lengths would be compiled anew each
+# Tokens in a block of flex attention. Rows of other lengths would each need a new compilation
 BLOCK = 128
-# Smaller heads are beyond its kernels
+# The smallest head size that the kernels of flex attention support
 MIN_FLEX_HEAD = 16
-# Kinds of layers that can be told by who sees whom
+# Kinds of layers whose attention a mask over pairs of tokens describes fully
 EXPRESSIBLE = {"full_attention", "sliding_attention"}
 
 
 def check(model: PreTrainedModel) -> None:
-    """Refuse a model that would read a row otherwise than its sequences one by one.
+    """Refuse a model that would read a row differently from each of its sequences alone.
 
     Raises:
-        UserError: its attention cannot be told by who sees whom and by positions; says why.
+        UserError: a mask and position ids cannot describe the model's attention, or the model's
+            loss has another part; the text says which.
     """
     config = model.config.get_text_config()
     parameters = inspect.signature(type(model).forward).parameters
@@ -57,7 +61,7 @@ def check(model: PreTrainedModel) -> None:
 
 
 def choose(model: PreTrainedModel) -> str:
-    """Return the implementation that rows are read with: FLEX where it runs, else BY_PAIR."""
+    """Return the attention implementation for rows: FLEX where it runs, else BY_PAIR."""
     config = model.config.get_text_config()
     head_size = (
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -74,16 +78,16 @@ def choose(model: PreTrainedModel) -> str:
 def mask(
     implementation: str, micro_batch: Mapping[str, Any], config: PretrainedConfig
 ) -> Tensor | BlockMask | dict[str, BlockMask]:
-    """Return what the model takes as `attention_mask`.
+    """Return the `attention_mask` of a micro-batch, as the model takes it.
 
     Args:
-        implementation: as `choose` returns it.
+        implementation: the name that `choose` returns.
         micro_batch: `sizes`, `parts` and `position_ids` as `packing.Collator` lays them out.
-        config: of the model: how far its layers see.
+        config: of the model; says how many tokens back each layer attends to.
 
     Returns:
-        For BY_PAIR the sizes, [1, 1, B, 3], on the host. For FLEX a block mask [1, 1, T, T], or one
-        for each kind of layer where a model has several.
+        For BY_PAIR the sizes, [1, 1, B, 3], on the host. For FLEX a block mask [1, 1, T, T]. Where
+        a model has several kinds of layers, a block mask for each kind.
     """
     sizes = micro_batch["sizes"]
     if implementation == BY_PAIR:
@@ -93,13 +97,13 @@ def mask(
     masks: dict[str, BlockMask] = {}
     for layer, kind in enumerate(getattr(text, "layer_types", None) or [""]):
         window = _window(text, layer)
-        within = window is None or window >= longest  # then it hides nothing
+        within = window is None or window >= longest  # then the window hides nothing
         masks[kind] = masks.get(kind) or _block_mask(micro_batch, None if within else window)
     return masks if len(masks) > 1 else masks.popitem()[1]
 
 
 def _window(config: PretrainedConfig, layer: int) -> int | None:
-    """Return how many tokens a layer sees, the token itself included; None: all before it."""
+    """Return how many tokens a token attends to, itself included; None: all tokens before it."""
     kinds = getattr(config, "layer_types", None)
     if kinds and kinds[layer] != "sliding_attention":
         return None
@@ -112,7 +116,7 @@ def _block_mask(micro_batch: Mapping[str, Tensor], window: int | None) -> BlockM
 
     def sees(row: Any, head: Any, query: Any, key: Any) -> Any:
         own, other = parts[query], parts[key]
-        # Of its own pair, the rejected completion (2) does not see the chosen one (1)
+        # The rejected completion (part 2) does not see the chosen one (part 1) of the same pair
         seen = (query >= key) & (own // 3 == other // 3) & ~((own % 3 == 2) & (other % 3 == 1))
         if window is not None:
             seen = seen & (positions[0, query] - positions[0, key] < window)
@@ -131,23 +135,25 @@ def by_pair(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Read each completion of each pair behind its prompt; an attention function of transformers.
+    """Compute the attention of each completion of each pair behind its prompt, in separate calls.
+
+    The signature is that of an attention function of transformers.
 
     Args:
-        module: the attention layer, whose `config` says how far it sees.
+        module: the attention layer; its `config` says how many tokens back the layer attends to.
         query: [1, heads, T, D].
         key: [1, key heads, T, D].
-        value: likewise.
+        value: [1, key heads, T, D].
         attention_mask: the sizes of each pair's parts, [1, 1, B, 3], as `mask` returns them.
-        scaling: scores are multiplied by it.
-        softcap: scores are kept within it by tanh.
-        others: not used.
+        scaling: factor of the attention scores.
+        softcap: tanh bounds the scores to +-softcap; None: no bound.
+        others: not used, except to refuse what is not supported.
 
     Returns:
-        The output, [1, T, heads, D], and no attention weights.
+        The output, [1, T, heads, D], and None in place of the attention weights.
 
     Raises:
-        UserError: the layer asks for more than that, such as attention sinks.
+        UserError: the layer needs `s_aux` (attention sinks) or `position_bias`.
     """
     for extra in ("s_aux", "position_bias"):
         if others.get(extra) is not None:
@@ -155,7 +161,7 @@ def by_pair(
     window = _window(module.config, module.layer_idx)
 
     def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """The queries are the last of the tokens that the keys are of."""
+        """Return the attention output; the queries belong to the last tokens of the keys."""
         num, num_keys = queries.shape[2], keys.shape[2]
         seen = None
         if num < num_keys or window is not None or softcap is not None:
@@ -185,7 +191,7 @@ def by_pair(
 def _softcapped(
     query: Tensor, key: Tensor, value: Tensor, seen: Any, scaling: Any, softcap: float
 ) -> Tensor:
-    """Attention with scores kept within `softcap` (Gemma 2), which sdpa does not offer."""
+    """Compute attention with scores bounded to +-softcap (Gemma 2); sdpa cannot bound scores."""
     key, value = (repeat_kv(heads, query.shape[1] // heads.shape[1]) for heads in (key, value))
     scores = softcap * torch.tanh(query @ key.mT * (scaling / softcap))
     weights = scores.masked_fill(~seen, -torch.inf).softmax(-1, torch.float32).to(query.dtype)

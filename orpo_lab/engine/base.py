@@ -1,4 +1,4 @@
-"""What the training loop asks of an engine."""
+"""The interface through which the training loop calls an engine."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -15,17 +15,17 @@ MicroBatch = dict[str, Any]
 
 @dataclass(frozen=True)
 class Sums:
-    """Metrics of some pairs, added up on the device; M metrics."""
+    """M metrics of some pairs, each summed over the pairs, on the device."""
 
     names: tuple[str, ...]
     values: Tensor
-    """Of each metric the sum over the pairs, [M]; without a graph."""
+    """The sum of each metric over the pairs, [M], without an autograd graph."""
     num_pairs: int
 
 
 @dataclass(frozen=True)
 class Score:
-    """What an engine makes of a micro-batch."""
+    """The result of scoring one micro-batch."""
 
     loss: Tensor
     """The micro-batch's share of the step's loss, a scalar: the shares add up to the loss."""
@@ -35,34 +35,34 @@ class Score:
 class Engine(Protocol):
     """Lays out the pairs of a step, and scores them.
 
-    Its metrics have TRL's names, and `preference_accuracy`, `logp_margin` and `odds_ratio_loss`,
-    which are free of beta.
+    The metrics have TRL's names. `preference_accuracy`, `logp_margin` and `odds_ratio_loss` are
+    added to TRL's metrics, and do not depend on beta.
     """
 
     token_budget: int | None
-    """Tokens of a micro-batch, where memory ran out with those of the configuration."""
+    """The lowered token budget, after memory ran out. None: the configuration's is in use."""
 
     def micro_batches(self, pairs: Sequence[Pair]) -> list[MicroBatch]:
-        """Return all pairs of a step, or of an evaluation's batch, on the device."""
+        """Return all pairs of a step, or of an evaluation batch, as micro-batches on the device."""
 
     def reading(self) -> AbstractContextManager[None]:
-        """Return a context in which the model reads this engine's micro-batches."""
+        """Return a context manager, inside which the model can read this engine's micro-batches."""
 
     def score(self, micro_batch: MicroBatch, beta: float) -> Score:
         """Return the micro-batch's share of the loss, and its metrics.
 
         Args:
-            micro_batch: of `micro_batches`.
+            micro_batch: one of the micro-batches that `micro_batches` returned.
             beta: weight of the odds-ratio loss.
         """
 
     def halve_budget(self, micro_batches: Sequence[MicroBatch], step: int) -> bool:
-        """Lay out all that follows in micro-batches of half the tokens, and say so.
+        """Halve the token budget of all later micro-batches, and log a warning.
 
         Args:
-            micro_batches: of the step that found no memory.
-            step: its number, 1 for the first.
+            micro_batches: those of the step that ran out of memory.
+            step: the number of that step, 1 for the first.
 
         Returns:
-            False where micro-batches cannot be made smaller.
+            Whether the budget was halved; False: the micro-batches cannot be made smaller.
         """

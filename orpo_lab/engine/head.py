@@ -1,4 +1,4 @@
-"""The output head without its logits: log-probabilities of the tokens that carry a loss."""
+"""Log-probabilities of scored tokens from the output head, without all logits in memory."""
 
 import functools
 import types
@@ -13,31 +13,36 @@ from transformers import PretrainedConfig, PreTrainedModel
 from orpo_lab.model.causal import CausalModel
 from orpo_lab.upstream import hidden
 
-# Rows of logits that exist at once on a CPU
+# The number of rows of logits that exist at once on a CPU
 CHUNK = 256
-# Chunks whose slopes are kept for the backward pass where the head is trained; those of the others
-# are computed again. A chunk saves a product of the size of its logits, and costs their memory.
+# Where the head is trained, the number of chunks whose slopes (see `_slopes`) are kept for the
+# backward pass. The slopes of other chunks are computed again. Each kept chunk saves one matrix
+# product, and costs the memory of the chunk's logits.
 NUM_KEPT = 4
-# Columns of the vocabulary in a tile of TRL's kernel, its own choice
+# Vocabulary columns in a tile of TRL's kernel; TRL's own choice
 TILE = 32768
-# A sequence to try a model on
+# Token ids of the sequence that `has_plain_head` tries a model on
 PROBE = list(range(3, 17))
-# Nats a token that rounding may set two ways to a log-probability apart in fp32
+# The largest difference, in nats a token, that rounding in fp32 may cause between two ways to
+# compute a log-probability
 MAX_APART = 1e-3
 
 
 def add_scoring(model: PreTrainedModel) -> None:
     """Let `model(..., sources=..., targets=...)` return log-probabilities, [N], instead of logits.
 
-    `sources` are places in the flattened input, `targets` the token ids whose log-probability the
-    hidden states there give. Any other call is what it was. Goes through the model's own forward,
-    so that wrappers (peft, DistributedDataParallel, autocast) see it. A second call does nothing.
+    `sources` [N] are places in the flattened input. `targets` [N] are the token ids whose
+    log-probabilities are computed from the hidden states at these places. A call without `sources`
+    works as before.
+
+    The model's own `forward` is replaced, so that wrappers (peft, DistributedDataParallel,
+    autocast) call the new one. A second `add_scoring` does nothing.
     """
     plain = model.forward
     if hasattr(plain, "adds_scoring"):
         return
 
-    @functools.wraps(type(model).forward)  # generation asks for its signature
+    @functools.wraps(type(model).forward)  # generation reads the signature of `forward`
     def forward(
         self: Any, *args: Any, sources: Any = None, targets: Any = None, **kwargs: Any
     ) -> Any:
@@ -53,16 +58,17 @@ def add_scoring(model: PreTrainedModel) -> None:
 def score(
     model: CausalModel, sources: Tensor, targets: Tensor, *args: Any, **inputs: Any
 ) -> Tensor:
-    """Return log-probabilities of tokens, [N], without logits.
+    """Return log-probabilities of N tokens, [N], in nats, without all logits in memory.
 
-    Right for models that are a base and an output head; `has_plain_head` tries whether one is.
+    The result is right for a model whose logits are its output head applied to its last hidden
+    states. `has_plain_head` tries whether a model is of this kind.
 
     Args:
-        model: with the output head, not an adapter around it.
+        model: the model with the output head, not an adapter around this model.
         sources: places in the flattened input, [N].
-        targets: ids of the tokens whose log-probabilities the hidden states there give, [N].
-        args: of the model's forward pass.
-        inputs: the same, by name.
+        targets: ids of the tokens that the hidden states at these places predict, [N].
+        args: positional arguments of the model's forward pass.
+        inputs: keyword arguments of the model's forward pass.
     """
     states = model.base_model(*args, use_cache=False, **inputs).last_hidden_state
     head, config = model.get_output_embeddings(), model.config.get_text_config()
@@ -79,13 +85,13 @@ def score(
 def score_by_logits(
     model: CausalModel, sources: Tensor, targets: Tensor, **inputs: Tensor
 ) -> Tensor:
-    """Return what `score` returns, of any model, from the logits of one sequence at a time.
+    """Return what `score` returns, but for any model; computes the logits of each sequence in turn.
 
     Args:
-        model: may be an adapter around another.
+        model: any causal language model, also an adapter around a model.
         sources: places in the flattened input, [N], ascending.
-        targets: ids of the tokens whose log-probabilities are asked for, [N].
-        inputs: of the model's forward pass, each [B, T].
+        targets: ids of the tokens that the hidden states at these places predict, [N].
+        inputs: keyword arguments of the model's forward pass, each [B, T].
     """
     width = inputs["input_ids"].shape[1]
     logps = []
@@ -101,10 +107,10 @@ def score_by_logits(
 
 
 def has_plain_head(model: CausalModel) -> bool:
-    """Return whether `score` gives what a model's own logits do, tried on one sequence.
+    """Return whether `score` agrees with a model's own logits, tried on one sequence.
 
-    False of a model that does more between its base and its logits than its configuration tells of
-    (ModernBERT decoders), or whose head is no matrix of numbers.
+    The result is False for a model that computes more between its base and its logits than its
+    configuration says (ModernBERT decoders), and for a head that is not a plain weight matrix.
     """
     ids = torch.tensor([PROBE], device=model.device)
     mask, sources = torch.ones_like(ids), torch.arange(len(PROBE) - 1, device=model.device)
@@ -115,17 +121,17 @@ def has_plain_head(model: CausalModel) -> bool:
             seen = score(model, sources, ids[0, 1:], input_ids=ids, attention_mask=mask)
         except (AttributeError, RuntimeError, TypeError):
             return False
-    # Kernels round a product differently; in 16 bits a logit's rounding is larger
+    # Kernels round matrix products differently. In 16 bits the rounding of a logit is larger
     limit = max(MAX_APART, float(torch.finfo(logits.dtype).eps * logits.abs().max()))
     apart = float((seen - expected).abs().mean())
-    # Of damaged weights nothing is finite, and that is not the head's doing
+    # With damaged weights no log-probability is finite. The head is not the cause of that
     return apart <= limit or not bool(torch.isfinite(expected).all())
 
 
 def logit_scale(config: PretrainedConfig) -> float:
-    """Return what a model multiplies its logits by; each family has a name of its own for it."""
+    """Return the factor of a model's logits; each family of models has its own name for it."""
     if getattr(config, "logits_scaling", None) is not None:
-        # Granite and its kin divide, HyperCLOVA X multiplies
+        # Granite and related models divide by this number, HyperCLOVA X multiplies by it
         multiplies = config.model_type == "hyperclovax"
         return config.logits_scaling if multiplies else 1 / config.logits_scaling
     scale = getattr(config, "logit_scale", None)
@@ -141,19 +147,21 @@ def token_logps(
     scale: float,
     softcap: float | None,
 ) -> Tensor:
-    """Return log-probabilities of tokens, [N], in fp32 or wider.
+    """Return log-probabilities of N tokens, [N], in nats, in fp32 or wider.
 
-    Never [N, V] logits: TRL's fused kernel on a GPU, elsewhere chunks that are recomputed.
+    The full logits [N, V] never exist. A GPU uses TRL's fused kernel. Other devices compute the
+    logits in chunks, and most chunks again in the backward pass.
 
     Args:
-        states: hidden states that predict them, [N, H].
+        states: hidden states that predict the tokens, [N, H].
         weight: of the output head, [V, H].
-        bias: of the output head, [V].
+        bias: of the output head, [V], if the head has one.
         targets: ids of the tokens, [N].
-        scale: logits are multiplied by it.
-        softcap: logits are kept within it by tanh.
+        scale: factor of the logits.
+        softcap: tanh bounds the scaled logits to +-softcap; None: no bound.
     """
-    if not torch.is_grad_enabled():  # autograd tells its functions of gradients nobody will ask for
+    # Under no_grad autograd functions still see that the head's weights require gradients
+    if not torch.is_grad_enabled():
         weight, bias = weight.detach(), None if bias is None else bias.detach()
     if states.is_cuda:
         return _fused_logps(states, weight, bias, targets, scale, softcap)
@@ -171,7 +179,7 @@ def _fused_logps(
     scale: float,
     softcap: float | None,
 ) -> Tensor:
-    temperature, outputs = 1.0, ()  # none beside the log-probabilities
+    temperature, outputs = 1.0, ()  # no outputs beside the log-probabilities
     return _trl_kernel().apply(
         states, weight, bias, targets, temperature, TILE, softcap, scale, outputs
     )[0]
@@ -181,32 +189,38 @@ def _fused_logps(
 def _trl_kernel() -> Any:
     with hidden("wandb"):  # see engine.build
         from trl.kernels import ChunkedLogProbFunction
-        from trl.trainer import utils  # noqa: F401  (its backward pass does)
+        from trl.trainer import utils  # noqa: F401  (the kernel's backward pass uses it)
     return ChunkedLogProbFunction
 
 
 @dataclass(frozen=True)
 class _Head:
-    """What turns hidden states into logits, but for its weights."""
+    """How an output head computes logits from hidden states; the weights are passed separately."""
 
     dtype: torch.dtype
-    """Of the matrix products."""
+    """Precision of the matrix products."""
     scale: float
     softcap: float | None
 
     @property
     def wide(self) -> torch.dtype:
-        """Of everything else, and of sums of products."""
+        """Precision of everything else, and of sums of matrix products."""
         return torch.promote_types(self.dtype, torch.float32)
 
     def buffer(self, num: int, weight: Tensor) -> Tensor:
-        """Return room for the products of a chunk: allocating it anew costs as much as a pass."""
+        """Return an empty buffer for the logits of one chunk, [min(num, CHUNK), V].
+
+        Chunks share the buffer, since a new allocation takes as long as a pass over the logits.
+        """
         return weight.new_empty(min(num, CHUNK), len(weight), dtype=self.dtype)
 
     def logits(
         self, states: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Return logits [N, V] and their derivative by the plain product; None: it is 1."""
+        """Return logits [N, V], and their derivative by the plain matrix product.
+
+        The derivative is [N, V] or a scalar; None: the derivative is 1.
+        """
         output = torch.mm(states.to(self.dtype), weight.mT, out=buffer[: len(states)])
         output = output.to(self.wide)
         if bias is not None:
@@ -220,10 +234,10 @@ class _Head:
 
 
 class _ChunkedLogps(torch.autograd.Function):
-    """Log-probabilities by chunks of rows, most of whose logits are computed again going backward.
+    """Log-probabilities in chunks of rows; the backward pass computes most logits again.
 
-    What the same chunks would compute under `torch.utils.checkpoint`, and faster: beside the matrix
-    products only passes in place are left, and the first chunks keep what they came to.
+    The result is that of the same chunks under `torch.utils.checkpoint`. This class is faster:
+    beside the matrix products all operations are in place, and the first chunks keep their slopes.
     """
 
     @staticmethod
@@ -236,8 +250,8 @@ class _ChunkedLogps(torch.autograd.Function):
         buffer = head.buffer(len(states), weight)
         of_states, of_weight, of_bias = ctx.needs_input_grad[:3]
         trains_head = of_weight or of_bias
-        # A frozen head needs no second look at its logits: what the states' gradient is but for a
-        # factor a row can be had from the first
+        # With a frozen head the logits are not computed again: the gradient of the states, up to
+        # one factor for each row, is known in the forward pass
         by_row = torch.empty_like(states) if of_states and not trains_head else None
         kept: dict[int, Tensor] = {}
         for rows in _chunks(len(states)):
@@ -295,9 +309,14 @@ class _ChunkedLogps(torch.autograd.Function):
 
 
 def _slopes(probabilities: Tensor, targets: Tensor, derivative: Tensor | None) -> Tensor:
-    """Return d log p(target) / d output of the head, [N, V], in the place of the probabilities.
+    """Return d log p(target) / d (plain matrix product of the head), [N, V].
 
-    By the logits it is onehot(target) - p.
+    The result overwrites the probabilities. The derivative by the logits is onehot(target) - p.
+
+    Args:
+        probabilities: softmax of the logits, [N, V].
+        targets: ids of the tokens, [N].
+        derivative: of the logits by the matrix product, as `_Head.logits` returns it.
     """
     slopes = probabilities.neg_()
     slopes.scatter_add_(1, targets[:, None], slopes.new_ones(()).expand(len(slopes), 1))

@@ -1,8 +1,11 @@
-"""Preference pairs -> rows of tokens for a micro-batch each: every prompt once, no padding.
+"""Pack preference pairs into rows of tokens, a row for each micro-batch.
 
-A pair is laid out as `[prompt | chosen | rejected]`. The rejected completion's positions restart at
-the prompt's end, and it never sees the chosen one (`engine.attention`); so both are read as if each
-stood alone behind the prompt. The prompt's last token predicts the first one of both.
+Every prompt is in the row once, and there is no padding between pairs.
+
+A pair is laid out as `[prompt | chosen | rejected]`. The position ids of the rejected completion
+restart at the prompt's end, and the rejected completion never attends to the chosen one
+(`engine.attention`). So the model reads each completion as if it stood alone behind the prompt. The
+prompt's last token predicts the first token of both completions.
 """
 
 from collections.abc import Sequence
@@ -17,8 +20,8 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Distribute pairs over rows: longest first, each into the first row with room.
 
     Args:
-        lengths: tokens of each pair.
-        budget: tokens of a row; a longer pair has one to itself.
+        lengths: the number of tokens of each pair.
+        budget: the largest number of tokens in a row; a longer pair gets a row of its own.
 
     Returns:
         Rows of indices into `lengths`.
@@ -38,29 +41,34 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 @dataclass
 class Collator:
-    """Makes an optimizer step's pairs micro-batches."""
+    """Lays out the pairs of an optimizer step as micro-batches."""
 
     budget: int
-    """Tokens of a micro-batch."""
+    """The token budget: a micro-batch has at most so many tokens, unless it is a single pair."""
     multiple: int
-    """Rows are padded to a multiple of so many tokens."""
+    """Rows are padded to a multiple of this number of tokens."""
     prompt_is_scored: bool
-    """Whether the objective needs the prompt's log-probabilities."""
+    """Whether the loss needs the prompt's log-probabilities."""
     pad_token_id: int
 
     def __call__(self, pairs: Sequence[Pair]) -> list[MicroBatch]:
-        """Return an optimizer step's micro-batches."""
+        """Return the micro-batches of an optimizer step."""
         rows = pack([sum(sizes_of(pair)) for pair in pairs], self.budget)
         return [self.lay_out([pairs[i] for i in row]) for row in rows]
 
     def lay_out(self, pairs: Sequence[Pair]) -> MicroBatch:
-        """Return one micro-batch: B pairs in a row of T tokens.
+        """Return one micro-batch: B pairs in a row of T tokens, N of which are scored.
 
-        `sizes` are the tokens of prompt, chosen and rejected of each pair. `input_ids` and
-        `position_ids` are [1, T]; `parts` [T] numbers the parts, three to a pair, and the padding.
-        What is scored is a flat list of N tokens, by pair and by part: `sources` is the place whose
-        hidden state predicts it, `targets` its id, `sums` the place in the flattened [B * 3] that
-        its log-probability is added to; `counts` [B, 3] says how many each gets.
+        Returns:
+            `sizes`: for each pair the numbers of tokens of prompt, chosen and rejected.
+            `input_ids`, `position_ids`: [1, T].
+            `parts`: the number of each token's part, [T]. Each pair has three parts (prompt,
+            chosen, rejected), numbered through the row; the padding is the last part.
+            `sources`: for each scored token the place whose hidden state predicts it, [N].
+            `targets`: the id of each scored token, [N].
+            `sums`: for each scored token the index, in a flattened [B, 3], of the sum that its
+            log-probability belongs to, [N].
+            `counts`: how many scored tokens each of these sums has, [B, 3].
         """
         sizes = [sizes_of(pair) for pair in pairs]
         input_ids: list[int] = []
@@ -71,8 +79,8 @@ class Collator:
             start = len(input_ids)
             input_ids += [*pair["prompt_ids"], *pair["chosen_ids"], *pair["rejected_ids"]]
             position_ids += [*range(prompt + chosen), *range(prompt, prompt + rejected)]
-            # A token is predicted at the place before it; the rejected completion's first one, as
-            # the chosen one's, at the prompt's last
+            # A token is predicted at the place before it. The first token of either completion is
+            # predicted at the prompt's last token
             last = start + prompt - 1
             if self.prompt_is_scored:
                 sources += range(start, last)
@@ -97,15 +105,15 @@ class Collator:
 
 
 def sizes_of(pair: Pair) -> tuple[int, int, int]:
-    """Return the tokens of a pair's prompt, chosen and rejected."""
+    """Return the numbers of tokens of a pair's prompt, chosen and rejected completion."""
     return len(pair["prompt_ids"]), len(pair["chosen_ids"]), len(pair["rejected_ids"])
 
 
 def tokens_of(micro_batch: MicroBatch) -> int:
-    """Return the tokens of a micro-batch, without padding."""
+    """Return the number of tokens of a micro-batch, without padding."""
     return sum(sum(sizes) for sizes in micro_batch["sizes"])
 
 
 def is_one_pair(micro_batch: MicroBatch) -> bool:
-    """Return whether a micro-batch cannot be made smaller."""
+    """Return whether a micro-batch is a single pair, which cannot be made smaller."""
     return len(micro_batch["sizes"]) == 1

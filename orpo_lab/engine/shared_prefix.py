@@ -1,7 +1,10 @@
-"""The fast step: every prompt once, packed rows, no logits, no synchronisation.
+"""The fast optimizer step: it reads every prompt once, and packs pairs into rows of tokens.
 
-The pairs of an optimizer step are packed into micro-batches (`engine.packing`), whose losses are
-shares of the step's (`methods`): so the gradient does not depend on the packing.
+The step never holds the logits of all tokens, and never makes the host wait for the device.
+
+The pairs of an optimizer step are packed into micro-batches (`engine.packing`). The loss of a
+micro-batch is a share of the step's loss (`methods`), so the gradient does not depend on the
+packing.
 """
 
 import contextlib
@@ -28,23 +31,26 @@ from orpo_lab.training.devices import OneDevice
 
 log = logging.getLogger(__name__)
 
-# Tokens of a micro-batch below which its fixed costs show
+# The smallest default token budget. With fewer tokens, the fixed costs of a micro-batch weigh more
 MIN_BUDGET = 1024
-# A pair to try a model on: prompt, chosen, rejected
+# Token ids of the pair that `check` tries a model on: prompt, chosen, rejected
 PROBE = [3, 4, 5, 6], [7, 8, 9, 10, 11, 12], [13, 14, 15, 16, 17]
-# Nats a token that rounding may set two readings of it apart; a wrong one is off by more
+# The largest difference, in nats a token, that rounding may cause between two readings of PROBE.
+# A wrong reading differs by more.
 MAX_APART = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.25, torch.int8: 0.25}
 
 
 class SharedPrefix:
-    """Our own step: see `engine.base.Engine`; its metrics are TRL's but for the logits'.
+    """Our own engine, with the methods of `engine.base.Engine`.
+
+    The metrics are those of TRL, except TRL's metrics of the logits.
 
     Args:
         model: on its device, with adapters if it has any.
         collator: lays pairs out in rows.
-        method: makes the loss and its terms of the sums of log-probabilities.
-        attention_implementation: as `attention.choose` returns it.
-        devices: where the model computes.
+        method: computes the loss and its terms from the sums of log-probabilities.
+        attention_implementation: the name that `attention.choose` returns.
+        devices: the device that the model computes on.
     """
 
     def __init__(
@@ -64,7 +70,7 @@ class SharedPrefix:
 
     @property
     def token_budget(self) -> int | None:
-        """Tokens of a micro-batch, where memory ran out with those of the configuration."""
+        """The lowered token budget, after memory ran out. None: the configuration's is in use."""
         return self._token_budget
 
     @token_budget.setter
@@ -74,9 +80,11 @@ class SharedPrefix:
             self.collator.budget = min(budget, self.collator.budget)
 
     def micro_batches(self, pairs: Sequence[Pair]) -> list[MicroBatch]:
-        """Return all pairs, packed, each micro-batch with the totals that its loss is a share of.
+        """Return all pairs, packed into micro-batches, each with the totals of the step.
 
-        Where several processes average their gradients, the totals are those of all of them.
+        The totals `num_tokens` (supervised tokens) and `num_pairs` are scalars. With them the loss
+        of a micro-batch is computed as a share of the step's loss. Where several processes average
+        their gradients, the totals are averaged over the processes too.
         """
         laid_out = self.collator(pairs)
         counts = torch.cat([micro_batch["counts"] for micro_batch in laid_out])
@@ -88,11 +96,11 @@ class SharedPrefix:
         ]
 
     def reading(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which the model reads rows of pairs."""
+        """Return a context manager, inside which the model reads rows of pairs."""
         return reading_rows(self._base, self.attention_implementation)
 
     def score(self, micro_batch: MicroBatch, beta: float) -> Score:
-        """Return the micro-batch's share of the loss, and its metrics."""
+        """Return the micro-batch's share of the step's loss, and the micro-batch's metrics."""
         with self.devices.precision():
             scored = scored_logps(
                 self.model, micro_batch, self.attention_implementation, self._base.config
@@ -111,10 +119,13 @@ class SharedPrefix:
         return Score(losses.loss, Sums(tuple(losses.terms), sums, len(counts)))
 
     def halve_budget(self, micro_batches: Sequence[MicroBatch], step: int) -> bool:
-        """Lower the budget to half of the step's widest micro-batch, or of what it was.
+        """Set the budget to half of the old one, or of the widest micro-batch if that is smaller.
 
-        The gradient does not depend on the packing, but for adapters' dropout, whose random numbers
-        fall on other tokens then.
+        The gradient does not depend on the packing, except through the dropout of adapters: with
+        another packing its random numbers fall on other tokens.
+
+        Returns:
+            False where every micro-batch holds a single pair: then the budget stays.
         """
         if all(map(is_one_pair, micro_batches)):
             return False
@@ -133,7 +144,7 @@ class SharedPrefix:
 def build(
     config: Config, *, model: CausalModel, tokenizer: PreTrainedTokenizerBase, devices: OneDevice
 ) -> SharedPrefix:
-    """Return our own engine; the parts are those of `engine.build`."""
+    """Return our own engine; the arguments are those of `engine.build`."""
     assert isinstance(config.engine, SharedPrefixEngine)
     method, implementation = methods.build(config), attention.choose(without_adapters(model))
     collator = Collator(
@@ -152,16 +163,17 @@ def build(
 
 
 def check(model: CausalModel, dtype: torch.dtype) -> None:
-    """Read a pair both as a row and as two sequences, and refuse a model that sees a difference.
+    """Refuse a model that reads a pair differently as one row and as two sequences.
 
-    What is known of its attention is asked first, for a clearer reason (`attention.check`).
+    `attention.check` comes first: it knows some architectures, and gives a clearer reason.
 
     Args:
-        model: on its device, with adapters if it has any; left in the mode it came in.
+        model: on its device, with adapters if it has any; stays in training or evaluation mode.
         dtype: precision of the arithmetic.
 
     Raises:
         UserError: the model cannot be trained on rows.
+        NonFiniteError: the untrained model's log-probabilities are not finite.
     """
     base = without_adapters(model)
     attention.check(base)
@@ -186,7 +198,7 @@ def check(model: CausalModel, dtype: torch.dtype) -> None:
             f"{name} predicts nothing finite (a mean log-probability is {apart}) before it is "
             "trained: its weights are damaged, or model.dtype is too narrow for them"
         )
-    # In 8 bits a token's rounding depends on the tokens beside it, whatever the rest computes in
+    # With 8-bit weights the rounding of a token depends on the tokens beside it, in any dtype
     in_8_bits = any(weight.dtype == torch.int8 for weight in base.parameters())
     if not apart < MAX_APART[torch.int8 if in_8_bits else dtype]:
         raise UserError(
@@ -196,7 +208,10 @@ def check(model: CausalModel, dtype: torch.dtype) -> None:
 
 
 def _apart(base: Any) -> float:
-    """Return how far a row and its two sequences are apart, in nats a token."""
+    """Return how much PROBE differs as one row and as two sequences.
+
+    The result is the mean absolute difference of the log-probabilities, in nats a token.
+    """
     prompt, chosen, rejected = PROBE
     pair = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
     collator = Collator(
@@ -219,7 +234,7 @@ def _apart(base: Any) -> float:
 
 @contextlib.contextmanager
 def reading_rows(base: Any, implementation: str) -> Iterator[None]:
-    """Give a model the attention that reads a row of pairs; afterwards its own again."""
+    """Give a model the attention that reads rows of pairs; restore its own attention at the end."""
     before = base.config._attn_implementation
     base.set_attn_implementation(implementation)
     try:
@@ -231,7 +246,7 @@ def reading_rows(base: Any, implementation: str) -> Iterator[None]:
 def scored_logps(
     model: CausalModel, micro_batch: dict[str, Any], implementation: str, config: PretrainedConfig
 ) -> Tensor:
-    """Return the log-probabilities of what is scored of a micro-batch, [N]."""
+    """Return the log-probabilities of a micro-batch's N scored tokens, [N], in nats."""
     return model(
         input_ids=micro_batch["input_ids"],
         position_ids=micro_batch["position_ids"],
@@ -242,5 +257,5 @@ def scored_logps(
 
 
 def default_budget(max_length: int) -> int:
-    """Return twice the longest sequence, which any pair fits, and at least MIN_BUDGET."""
+    """Return the default token budget: 2 * `max_length` fits any pair; at least MIN_BUDGET."""
     return max(MIN_BUDGET, 2 * max_length)

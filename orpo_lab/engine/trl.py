@@ -1,4 +1,4 @@
-"""TRL's own ORPO step, fed with our token ids. The only module that imports its trainer."""
+"""TRL's own ORPO step, fed with our token ids. No other module imports TRL's trainer."""
 
 import contextlib
 import tempfile
@@ -17,10 +17,10 @@ from orpo_lab.training.devices import OneDevice
 
 
 class TrlTrainer(ORPOTrainer):
-    """TRL's trainer, on rows tokenized already, with metrics that beta cannot scale."""
+    """TRL's trainer, for rows that are tokenized already, with added metrics free of beta."""
 
     def tokenize_row(self, feature: Pair, model: Any = None) -> dict[str, list[int]]:
-        """Return our ids under TRL's names; every row fits, so TRL has nothing to cut."""
+        """Return our token ids under TRL's names; every row fits, so TRL cuts nothing off."""
         prompt = feature["prompt_ids"]
         row = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
         for side in ("chosen", "rejected"):
@@ -31,7 +31,10 @@ class TrlTrainer(ORPOTrainer):
         return row
 
     def odds_ratio_loss(self, policy_chosen_logps: Any, policy_rejected_logps: Any) -> Any:
-        """Keep what TRL's metrics lose: at beta = 0 its rewards, and so its accuracy, are all 0."""
+        """Return what TRL returns, and keep the metrics that TRL's own lose at beta = 0.
+
+        TRL multiplies the rewards by beta, so at beta = 0 its rewards and accuracy are all 0.
+        """
         with torch.no_grad():
             self._beta_free = {
                 "preference_accuracy": (policy_chosen_logps > policy_rejected_logps).float().mean(),
@@ -42,35 +45,36 @@ class TrlTrainer(ORPOTrainer):
     def get_batch_loss_metrics(
         self, model: Any, batch: dict[str, Any], train_eval: str = "train"
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """TRL's loss and metrics, and those that beta cannot scale."""
+        """Return TRL's loss, and TRL's metrics together with those that are free of beta."""
         loss, metrics = super().get_batch_loss_metrics(model, batch, train_eval)
         metrics |= {key: value.item() for key, value in self._beta_free.items()}
-        # TRL's log_odds_ratio is the log-sigmoid of it, negative; this is Eq. 7
+        # TRL's log_odds_ratio is the log-sigmoid of the log odds ratio; Eq. 7 is its negative
         metrics["odds_ratio_loss"] = -metrics["log_odds_ratio"]
         return loss, metrics
 
 
 class Trl:
-    """TRL's step: see `engine.base.Engine`. Its micro-batches are of so many pairs.
+    """TRL's engine, with the methods of `engine.base.Engine`; micro-batches have a fixed size.
 
     Args:
-        trainer: computes loss and metrics of a micro-batch; takes no step of its own.
-        micro_batch_size: pairs of a micro-batch.
-        devices: where the model computes.
+        trainer: computes loss and metrics of a micro-batch; its own training loop is not used.
+        micro_batch_size: the number of pairs in a micro-batch.
+        devices: the device that the model computes on.
     """
 
     token_budget: int | None = None
-    """None: its micro-batches cannot be made smaller."""
+    """None: the micro-batches of this engine cannot be made smaller."""
 
     def __init__(self, trainer: TrlTrainer, micro_batch_size: int, devices: OneDevice) -> None:
         self.trainer, self.micro_batch_size, self.devices = trainer, micro_batch_size, devices
-        # As transformers' loop does it: the forward pass in the run's precision, its results wide
+        # As in transformers' loop: the forward pass runs in the run's precision and returns fp32
         self.model = trainer.accelerator.prepare_model(trainer.model)
 
     def micro_batches(self, pairs: Sequence[Pair]) -> list[MicroBatch]:
         """Return the pairs as TRL's batches, padded.
 
-        `num_shares` is how many losses of a micro-batch's size make the loss of all pairs.
+        Added to a batch are `num_pairs`, its number of pairs, and `num_shares`: the number by which
+        its mean loss is divided to get its share of the step's loss.
         """
         size = self.micro_batch_size
         parts = [pairs[start : start + size] for start in range(0, len(pairs), size)]
@@ -82,11 +86,11 @@ class Trl:
         return found
 
     def reading(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context that does nothing: TRL's batches are plain sequences."""
+        """Return a context manager that does nothing: TRL's batches are plain sequences."""
         return contextlib.nullcontext()
 
     def score(self, micro_batch: MicroBatch, beta: float) -> Score:
-        """Return the mean loss of the micro-batch as a share of the step's, and its metrics."""
+        """Return the micro-batch's share of the step's loss, and the micro-batch's metrics."""
         self.trainer.beta = beta
         loss, metrics = self.trainer.get_batch_loss_metrics(self.model, micro_batch)
         num_pairs = micro_batch["num_pairs"]
@@ -94,14 +98,14 @@ class Trl:
         return Score(loss / micro_batch["num_shares"], Sums(tuple(metrics), sums, num_pairs))
 
     def halve_budget(self, micro_batches: Sequence[MicroBatch], step: int) -> bool:
-        """Return False: the mean of two smaller micro-batches is not TRL's loss of both."""
+        """Return False: the mean loss of two halves is not TRL's loss of the whole micro-batch."""
         return False
 
 
 def build(
     config: Config, *, model: Any, tokenizer: PreTrainedTokenizerBase, devices: OneDevice
 ) -> Trl:
-    """Return TRL's engine; the parts are those of `engine.build`."""
+    """Return TRL's engine; the arguments are those of `engine.build`."""
     assert isinstance(config.engine, TrlEngine)
     with tempfile.TemporaryDirectory() as folder, _no_bars():
         trainer = TrlTrainer(
@@ -109,7 +113,8 @@ def build(
             args=ORPOConfig(
                 output_dir=folder,
                 max_length=config.dataset.max_length,
-                # TRL would zero the adapters' dropout too; that of the base is off since model.load
+                # TRL would switch off the adapters' dropout too. `load_model` has switched off the
+                # dropout of the base already
                 disable_dropout=False,
                 remove_unused_columns=False,
                 gradient_checkpointing=config.train.gradient_checkpointing,
@@ -119,7 +124,7 @@ def build(
                 report_to="none",
                 disable_tqdm=True,
             ),
-            # TRL asks for a dataset, of which it trains on nothing here
+            # TRL requires a dataset; nothing is trained on this one
             train_dataset=datasets.Dataset.from_list([{name: [0] for name in COLUMNS}]),
             processing_class=tokenizer,
         )
@@ -128,7 +133,7 @@ def build(
 
 @contextlib.contextmanager
 def _no_bars() -> Iterator[None]:
-    """Show no bars of datasets meanwhile: TRL maps its dataset three times."""
+    """Hide the progress bars of `datasets` inside this context: TRL maps its dataset 3 times."""
     bars = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:

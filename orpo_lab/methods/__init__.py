@@ -1,7 +1,7 @@
 """Methods of alignment: pure functions from the sums of a batch to its loss and named terms.
 
-No other room knows a method by its name: an engine sums log-probabilities, asks the method for the
-loss, and logs the terms that the method returns.
+No other package knows a method by its name. An engine sums log-probabilities, calls the method for
+the loss, and logs the terms that the method returns.
 """
 
 from orpo_lab.config import Config

@@ -16,7 +16,7 @@ class Orpo:
     """L = L_SFT + beta L_OR (Eq. 6); beta is the paper's lambda."""
 
     config: OrpoMethod
-    """Which tokens L_SFT is over, how they are averaged, and the penalty."""
+    """Which tokens L_SFT covers, how L_SFT averages over them, and which penalty is used."""
 
     @property
     def scores_prompt(self) -> bool:
@@ -24,7 +24,7 @@ class Orpo:
         return self.config.nll_scope == "prompt_and_completion"
 
     def num_supervised(self, counts: Tensor) -> Tensor:
-        """Return the tokens of each pair that L_SFT is over, [B]."""
+        """Return how many tokens of each pair L_SFT covers, [B]."""
         return supervised(counts, self.config)
 
     def losses(
@@ -36,7 +36,7 @@ class Orpo:
         num_tokens: Tensor,
         num_pairs: Tensor,
     ) -> Losses:
-        """Return the objective of some pairs, as their share of a step; see `Method.losses`.
+        """Return the share of some pairs in the step's ORPO loss; see `Method.losses`.
 
         The terms have TRL's names; `odds_ratio_loss` is L_OR (Eq. 7) of each pair.
         """
@@ -55,7 +55,7 @@ class Orpo:
             "rewards/rejected": beta * rejected,
             "rewards/accuracies": (beta * chosen > beta * rejected).to(chosen),
             "rewards/margins": beta * (chosen - rejected),
-            # The mean of a share of L_SFT over its pairs is that share of the step's pairs
+            # Scaled so that the mean over all pairs of the step is L_SFT of the step
             "nll_loss": (nll * num_pairs / len(chosen)).expand_as(chosen),
             "log_odds_ratio": log_sigmoid,
             "log_odds_chosen": log_odds,
@@ -65,21 +65,28 @@ class Orpo:
 
 
 def supervised(sums: Tensor, config: OrpoMethod) -> Tensor:
-    """Add up the columns of [B, 3] (prompt, chosen, rejected) that L_SFT is over, [B]."""
+    """Return the sum of the columns that L_SFT covers, [B].
+
+    Args:
+        sums: columns of prompt, chosen and rejected, [B, 3].
+        config: says whether L_SFT covers the prompt too.
+    """
     if config.nll_scope == "prompt_and_completion":
         return sums[:, 0] + sums[:, 1]
     return sums[:, 1]
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """Return log(1 - exp(x)) for x <= 0, any shape, finite in value and in gradient.
+    """Return log(1 - exp(x)) for x <= 0, of any shape; value and gradient are finite.
 
-    The split at -ln 2, against cancellation as x nears 0, is that of Maechler 2012, "Accurately
-    computing log(1 - exp(-|a|))". Each form sees only what it is for: the gradient of a form that
-    `where` leaves out would be multiplied by 0, and 0 times infinity is NaN.
+    Two formulas avoid cancellation as x nears 0, split at x = -ln 2 (Maechler 2012, "Accurately
+    computing log(1 - exp(-|a|))"). Each formula gets only values of x that it is meant for.
+    Otherwise the gradient of the formula that `where` leaves out would be multiplied by 0, and 0
+    times infinity is NaN.
 
-    P = exp(x) = 1 has no odds. There x is taken for the nearest normal number below 0, of which
-    value and slope are finite; x itself gets no gradient. docs/method.md says why.
+    At P = exp(x) = 1 the odds are not defined. There x is replaced by the nearest normal number
+    below 0, where value and slope are finite, and x itself gets no gradient. docs/method.md says
+    why.
     """
     split, nearest = -math.log(2), -torch.finfo(x.dtype).tiny
     small = torch.log1p(-torch.exp(x.clamp(max=split)))
@@ -92,7 +99,7 @@ def log_odds_ratio(chosen_logps: Tensor, rejected_logps: Tensor) -> Tensor:
 
     Args:
         chosen_logps: log P(y_w|x), the mean log-probability of a token (Eq. 3), [B], in nats.
-        rejected_logps: the same of the rejected completion, [B].
+        rejected_logps: log P(y_l|x), likewise of the rejected completion, [B], in nats.
     """
     wide = torch.promote_types(chosen_logps.dtype, torch.float32)
     chosen, rejected = chosen_logps.to(wide), rejected_logps.to(wide)

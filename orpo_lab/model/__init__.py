@@ -1,1 +1,1 @@
-"""From a folder or a hub name to a model that can be trained, and its tokenizer."""
+"""Load a model that can be trained, and its tokenizer, from a folder or from the hub."""

@@ -17,10 +17,10 @@ log = logging.getLogger(__name__)
 def attach(model: PreTrainedModel, lora: Lora, *, gradient_checkpointing: bool) -> PeftModel:
     """Return the model with fp32 adapters on every attention and MLP projection, base frozen.
 
-    The caller seeds torch first: A is drawn at random (B starts at zero).
+    The caller must seed torch first: the matrix A of an adapter is random (B is zero at first).
 
     Raises:
-        UserError: the model has no such projections, or layers that peft cannot adapt.
+        UserError: the model has no such projections, or has layers that peft cannot adapt.
     """
     if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(
@@ -37,7 +37,7 @@ def attach(model: PreTrainedModel, lora: Lora, *, gradient_checkpointing: bool) 
                 lora_alpha=lora.alpha,
                 lora_dropout=lora.dropout,
                 target_modules=targets,
-                # GPT-2's layers hold their weights transposed
+                # The layers of GPT-2 hold their weights transposed
                 fan_in_fan_out=all(isinstance(layer, Conv1D) for layer in layers.values()),
             ),
         )
@@ -57,7 +57,11 @@ def attach(model: PreTrainedModel, lora: Lora, *, gradient_checkpointing: bool) 
 
 
 def _names(model: PreTrainedModel, layers: Collection[str]) -> list[str]:
-    """Return what tells peft of these layers: their last names, where no other layer has one."""
+    """Return names by which peft finds exactly these layers.
+
+    These are the last parts of the layers' names, if no other layer has such a last part; otherwise
+    the full names.
+    """
     last = {name.rsplit(".", 1)[-1] for name in layers}
     meant = {name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in last}
     return sorted(last) if meant == set(layers) else sorted(layers)

@@ -1,4 +1,4 @@
-"""What the lab uses of a causal language model."""
+"""The part of a causal language model's interface that this package uses."""
 
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -11,8 +11,8 @@ from transformers import GenerationConfig, PretrainedConfig
 class CausalModel(Protocol):
     """A causal language model of transformers, or adapters of PEFT around such a model.
 
-    A reader of the engine and of the evaluation need not know more of a model; neither need a
-    stand-in for a model.
+    The engine and the evaluation use only these members. A stand-in for a model (in a test, for
+    example) needs no others.
     """
 
     config: PretrainedConfig
@@ -21,7 +21,7 @@ class CausalModel(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the model's weights lie."""
+        """The device of the model's weights."""
 
     @property
     def base_model(self) -> Any:
@@ -34,19 +34,19 @@ class CausalModel(Protocol):
         """Return `logits` [B, T, V] of `input_ids` [B, T]."""
 
     def generate(self, **settings: Any) -> torch.Tensor:
-        """Return the ids of prompts and answers, [B, T]."""
+        """Return the ids of prompts and generated answers, [B, T]."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Return all weights."""
 
     def train(self, mode: bool = True) -> Any:
-        """Switch to training, where dropout acts, or back."""
+        """Switch to training mode, in which dropout acts, or to evaluation mode."""
 
     def eval(self) -> Any:
-        """Switch to evaluation."""
+        """Switch to evaluation mode."""
 
 
 def without_adapters(model: CausalModel) -> Any:
-    """Return the model inside the adapters; a model without adapters is returned as it is."""
+    """Return the model inside the adapters; without adapters, return the model itself."""
     wrapped = getattr(model, "get_base_model", None)
     return model if wrapped is None else wrapped()

@@ -1,4 +1,4 @@
-"""Device, precision of weights and arithmetic, and the attention kernel."""
+"""Choose the device, the precision of weights and arithmetic, and the attention kernel."""
 
 import importlib.util
 import logging
@@ -18,7 +18,10 @@ def resolve_device() -> torch.device:
 
 
 def resolve_dtype(name: str, on: torch.device) -> torch.dtype:
-    """Return the precision to compute in: `name`, or the next of bf16, fp16, fp32 that `on` has."""
+    """Return the precision of the arithmetic: `name`, if the device supports this precision.
+
+    Otherwise return the next supported precision of bf16, fp16, fp32.
+    """
     chain = list(DTYPES)
     for candidate in chain[chain.index(name) :]:
         if _has_dtype(candidate, on):
@@ -33,20 +36,20 @@ def _has_dtype(name: str, on: torch.device) -> bool:
         return True
     if on.type == "cuda":
         return name == "fp16" or torch.cuda.is_bf16_supported(including_emulation=False)
-    # fp16 training needs loss scaling, which transformers offers on GPUs only
+    # Training in fp16 needs loss scaling, which transformers offers on GPUs only
     return name == "bf16" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def resolve_attention(
     name: str, on: torch.device, dtype: torch.dtype, *, has_flash: bool = True
 ) -> str | None:
-    """Return the attention kernel: flash_attention_2 where asked for or automatic, and possible.
+    """Return the attention kernel: flash_attention_2, if `name` allows it and it is possible.
 
     Args:
-        name: `model.attention`.
+        name: the value of `model.attention`.
         on: the device.
         dtype: precision of the arithmetic.
-        has_flash: whether the architecture knows flash attention.
+        has_flash: whether the model's architecture supports flash attention.
 
     Returns:
         The kernel's name. None: transformers chooses sdpa, or eager for a model that has no sdpa.
@@ -68,10 +71,11 @@ def resolve_attention(
 
 
 def weight_dtype(optimizer: Optimizer, dtype: torch.dtype) -> torch.dtype:
-    """Return the precision to keep the weights in, for arithmetic in `dtype`.
+    """Return the precision in which the weights are stored, for arithmetic in `dtype`.
 
-    Frozen weights are kept in `dtype`. Trained ones are fp32 (master weights), since a bf16 weight
-    loses small updates, unless the optimizer rounds them stochastically: our GaLore.
+    Frozen weights are stored in `dtype`. Trained weights are stored in fp32 (master weights), since
+    a bf16 weight loses small updates. Our GaLore is an exception: it rounds bf16 weights
+    stochastically, so no update is lost on average.
     """
     match optimizer:
         case Lora():

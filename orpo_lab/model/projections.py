@@ -1,4 +1,4 @@
-"""The linear layers that adapters adapt and that GaLore projects."""
+"""Find the linear layers of a model that LoRA adapts and that GaLore projects."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,19 +10,19 @@ from transformers.pytorch_utils import Conv1D
 
 from orpo_lab.errors import UserError
 
-# Share of a model's layers that may lie outside linear layers: routers, scans
+# The largest share of the layers' weights that may be outside linear layers: routers, scans
 MAX_OUTSIDE = 0.1
 
 
 def projections(model: nn.Module) -> dict[str, Any]:
-    """Return the linear layers of attention and MLP by name: all but the output head.
+    """Return the linear layers of attention and MLP by name: all linear layers but the output head.
 
-    The one rule for what LoRA adapts and GaLore projects. Quantized layers are `nn.Linear` too;
-    GPT-2's `Conv1D` is one by another name. Of a model that also sees or hears, only the layers of
-    its language model are meant.
+    LoRA adapts these layers, and GaLore projects them; both use this function. Quantized layers are
+    `nn.Linear` too, and `Conv1D` of GPT-2 is a linear layer. In a model that also reads images or
+    sound, only the layers of its language model count.
 
     Raises:
-        UserError: there are none, or most of the model is outside of them.
+        UserError: there are no linear layers, or too many weights are outside of linear layers.
     """
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     modules = dict(_language_modules(model))
@@ -54,7 +54,7 @@ def projections(model: nn.Module) -> dict[str, Any]:
 
 
 def _language_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Return the modules by name; of a model with several towers, those of its language model."""
+    """Return the modules by name; in a model for images or sound too, only its language model's."""
     if isinstance(model, PreTrainedModel) and model.config.get_text_config() is not model.config:
         kept = {id(module) for module in model.get_decoder().modules()}
         return (named for named in model.named_modules() if id(named[1]) in kept)
@@ -62,7 +62,7 @@ def _language_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def num_weights(layer: nn.Module) -> int:
-    """Return how many weights a layer has, also where two share a byte."""
+    """Return the number of weights of a layer, also of a 4-bit layer (two weights in a byte)."""
     if isinstance(layer, nn.Linear):
         return layer.in_features * layer.out_features
     return sum(weight.numel() for weight in layer.parameters())

@@ -1,6 +1,6 @@
-"""How the frozen base is stored: what is asked for, and what a folder holds already.
+"""Quantization of the frozen base: the one in the configuration, and the one of the folder.
 
-The config group `quantization` is read here. Its layers are those of bitsandbytes.
+This module reads the config group `quantization`. The quantized layers are those of bitsandbytes.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from orpo_lab.config import Config
 from orpo_lab.config.quantization import Int8, Nf4, Quantization
 from orpo_lab.errors import UserError
 
-# What two 4-bit or two 8-bit models have to agree on to be stored alike
+# The settings that must be equal for two 4-bit or two 8-bit models to be stored in the same way
 STORED_ALIKE = {
     "load_in_4bit": ("load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"),
     "load_in_8bit": ("load_in_4bit", "llm_int8_threshold", "llm_int8_has_fp16_weight"),
@@ -22,7 +22,7 @@ STORED_ALIKE = {
 
 
 def settings(config: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """Return what transformers hands to bitsandbytes; None for weights as they are."""
+    """Return the settings that transformers passes to bitsandbytes; None: no quantization."""
     match config:
         case Nf4(double_quantization=double):
             return BitsAndBytesConfig(
@@ -37,7 +37,7 @@ def settings(config: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig | N
 
 
 def stored(model: PretrainedConfig) -> dict[str, Any] | None:
-    """Return how a folder's weights are quantized already; None: they are not."""
+    """Return the quantization settings that a folder's weights are stored with; None: no such."""
     for config in (model, model.get_text_config()):
         own = getattr(config, "quantization_config", None)
         if own:
@@ -46,16 +46,16 @@ def stored(model: PretrainedConfig) -> dict[str, Any] | None:
 
 
 def check(config: Config, model: PretrainedConfig) -> None:
-    """Refuse weights that are quantized already, unless they are so in the way that is asked for.
+    """Refuse weights that are stored in another quantization than the run's configuration says.
 
-    transformers takes a folder's own quantization whatever it is told, or trains on raw codes.
+    transformers would silently use the quantization of the folder, or train on raw codes.
 
     Args:
-        config: the run.
+        config: the run's configuration.
         model: the model's own configuration.
 
     Raises:
-        UserError: the weights are stored in another way than `quantization` says.
+        UserError: the weights are quantized already, in another way than `quantization` says.
     """
     own = stored(model)
     if own is None:
@@ -75,7 +75,7 @@ def check(config: Config, model: PretrainedConfig) -> None:
 
 
 def _of_bitsandbytes(own: dict[str, Any]) -> BitsAndBytesConfig | None:
-    """Return a folder's quantization as bitsandbytes knows it; None: it is another library's."""
+    """Return a folder's quantization as bitsandbytes settings; None: another library made it."""
     if own.get("quant_method", "bitsandbytes") != "bitsandbytes":
         return None
     if not own.get("load_in_4bit") and not own.get("load_in_8bit"):
@@ -84,13 +84,13 @@ def _of_bitsandbytes(own: dict[str, Any]) -> BitsAndBytesConfig | None:
 
 
 def _way(config: BitsAndBytesConfig) -> dict[str, Any]:
-    """Return what tells one way of storing weights from another."""
+    """Return the settings that decide how weights are stored."""
     kind = "load_in_4bit" if config.load_in_4bit else "load_in_8bit"
     return {name: getattr(config, name) for name in (kind, *STORED_ALIKE[kind])}
 
 
 def _remedy(found: BitsAndBytesConfig) -> str:
-    """Return what to change so that a folder's own quantization is the one asked for."""
+    """Return, in words, what to change so that the configuration fits the folder's quantization."""
     if found.load_in_4bit and found.bnb_4bit_quant_type == "nf4":
         double = str(found.bnb_4bit_use_double_quant).lower()
         keys = f"quantization=nf4 quantization.double_quantization={double}"
@@ -102,10 +102,10 @@ def _remedy(found: BitsAndBytesConfig) -> str:
 
 
 def prepare(model: nn.Module, dtype: torch.dtype) -> None:
-    """Make the 4-bit layers of a loaded model compute rightly, and in `dtype`.
+    """Make the 4-bit layers of a loaded model compute correctly, and in `dtype`.
 
-    A folder that is quantized already brings a precision of its own to compute in. What is wrong
-    with bitsandbytes' layers on CPUs is mended in `upstream`.
+    A folder that is quantized already has its own precision of the arithmetic, which is replaced
+    here. `upstream` mends the faults of bitsandbytes' layers on CPUs.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

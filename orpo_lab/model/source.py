@@ -1,4 +1,4 @@
-"""Where a model lies, and how its files are read: every failure in one line."""
+"""Find a model's files and read them; every failure becomes an error of one line."""
 
 import json
 import logging
@@ -15,10 +15,10 @@ from orpo_lab.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
 
-# What loading somebody's files may end in: files cut short, settings that contradict each other,
-# a package that a model needs
+# Exceptions of loading a model: because files are cut short, settings contradict each other, or a
+# package is missing that the model needs
 UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError)
-# What Git leaves in the place of a file that is stored elsewhere begins like this
+# The beginning of a pointer file, which git-lfs leaves in place of a file that is stored elsewhere
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -26,13 +26,13 @@ def locate(model: Model) -> str:
     """Return the hub name or the folder that holds the model.
 
     Raises:
-        UserError: `model.path` looks like a folder and is none, or the folder holds no model in
+        UserError: `model.path` is neither a folder nor a hub name, or the folder holds no model in
             safetensors.
     """
     folder = local_path(model.path)
     if folder.is_dir():
         if (folder / "adapter_config.json").is_file():
-            return str(folder)  # and `load_config` says what to do
+            return str(folder)  # `load_config` refuses it and says what to do
         if not (folder / "config.json").is_file():
             raise UserError(f"model.path={model.path} is not a model folder: no config.json in it")
         if not any(folder.glob("*.safetensors")):
@@ -55,7 +55,13 @@ def locate(model: Model) -> str:
 
 
 def _refuse_adapter(model: Model) -> None:
-    """Refuse a place with an adapter: transformers would put it on a base without a word."""
+    """Refuse a folder or hub name with an adapter.
+
+    transformers would put the adapter on its base without saying so.
+
+    Raises:
+        UserError: there is an adapter.
+    """
     file = find_adapter_config_file(locate(model), revision=model.revision)
     if file is None:
         return
@@ -71,7 +77,12 @@ def _refuse_adapter(model: Model) -> None:
 
 
 def fetch(load: Any, model: Model, **options: Any) -> Any:
-    """Call a `from_pretrained` on the model's place; its many exceptions become one clear line."""
+    """Call a `from_pretrained` function on the model's folder or hub name; return its result.
+
+    Raises:
+        UserError: the model cannot be loaded, or needs code of its own that is not trusted.
+        OutOfMemoryError: there is not enough memory.
+    """
     place = locate(model)
     try:
         return load(
@@ -101,11 +112,11 @@ def fetch(load: Any, model: Model, **options: Any) -> Any:
 
 
 def load_config(model: Model) -> PretrainedConfig:
-    """Return the model's own configuration: small, fetched before anything heavy.
+    """Return the model's own configuration; it is small, and loaded before anything large.
 
     Raises:
         UserError: there is no such model, the hub cannot be reached, the model needs code of its
-            own, which is not trusted, or there is an adapter.
+            own that is not trusted, or there is an adapter.
     """
     if model.trust_remote_code:
         log.warning(

@@ -1,4 +1,4 @@
-"""The tokenizer, and whether it, the texts and the model's context fit together."""
+"""Load the tokenizer; check that tokenizer, texts and the model's context fit together."""
 
 import logging
 
@@ -13,7 +13,7 @@ from orpo_lab.model.source import fetch
 
 log = logging.getLogger(__name__)
 
-# Of the median length of an embedding: below it one was never trained
+# An embedding shorter than this share of the median length was never trained
 UNTRAINED = 0.01
 
 
@@ -45,10 +45,11 @@ def check_context(config: PretrainedConfig, dataset: Dataset) -> None:
 
 
 def _context_of_short_rope(config: PretrainedConfig) -> int | None:
-    """Return the length up to which longrope turns positions in one way; None: it is not longrope.
+    """Return the length in tokens up to which longrope uses its short frequencies.
 
-    Above it transformers takes other frequencies for the whole batch, so that a pair's
-    log-probabilities would depend on the pairs beside it.
+    If a sequence is longer, transformers uses other frequencies for the whole batch. Then the
+    log-probabilities of a pair would depend on the other pairs of the batch. None: the model does
+    not use longrope.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [rope, *(nested for nested in rope.values() if isinstance(nested, dict))]
@@ -63,11 +64,12 @@ def _context_of_short_rope(config: PretrainedConfig) -> int | None:
 def load_tokenizer(model: Model, config: PretrainedConfig) -> PreTrainedTokenizerBase:
     """Return the tokenizer with a chat template and a pad token.
 
-    The pad token may be the end-of-sequence token: what is padding is told by the attention mask
-    everywhere, so real end-of-sequence tokens stay in the loss.
+    The pad token may be the end-of-sequence token: padding is always marked by the attention mask,
+    so real end-of-sequence tokens stay in the loss.
 
     Raises:
-        UserError: there is no such tokenizer, or it has no end-of-sequence token.
+        UserError: there is no tokenizer, the tokenizer has no end-of-sequence token, or the
+            tokenizer does not belong to the model.
     """
     tokenizer: PreTrainedTokenizerBase = fetch(AutoTokenizer.from_pretrained, model)
     if tokenizer.eos_token_id is None:
@@ -83,10 +85,18 @@ def load_tokenizer(model: Model, config: PretrainedConfig) -> PreTrainedTokenize
 
 
 def _check_vocabulary(model: Model, tokenizer: PreTrainedTokenizerBase, num_rows: int) -> None:
-    """Refuse a tokenizer of another model; tokens added for other uses may be over (Gemma 3 1B).
+    """Refuse a tokenizer that does not belong to the model.
+
+    Added tokens without an embedding are allowed (Gemma 3 1B has one), with a warning.
+
+    Args:
+        model: names the model in messages.
+        tokenizer: with a pad token.
+        num_rows: number of the model's embeddings.
 
     Raises:
-        UserError: its vocabulary, its end or its padding is beyond the model's embeddings.
+        UserError: the base vocabulary has more tokens than there are embeddings, or the
+            end-of-sequence or the pad token has no embedding.
     """
     ends = [int(tokenizer.eos_token_id), int(tokenizer.pad_token_id)]
     if tokenizer.vocab_size > num_rows or max(ends) >= num_rows:
@@ -105,10 +115,10 @@ def _check_vocabulary(model: Model, tokenizer: PreTrainedTokenizerBase, num_rows
 
 
 def check_ids(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, data: Data) -> None:
-    """Refuse texts with a token that has no embedding.
+    """Refuse pairs with a token that has no embedding.
 
     Raises:
-        UserError: a pair has one.
+        UserError: a pair has such a token.
     """
     num_rows = config.get_text_config().vocab_size
     if len(tokenizer) <= num_rows:
@@ -125,9 +135,9 @@ def check_ids(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, data
 
 
 def warn_of_untrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Warn of special tokens that every text holds and whose embeddings were never trained.
+    """Warn of special tokens of the chat template whose embeddings were never trained.
 
-    Adapters leave embeddings as they are, so such a token stays without a meaning.
+    Adapters do not train embeddings, so such a token would stay without meaning.
     """
     template = str(tokenizer.chat_template)
     ids = {

@@ -1,4 +1,4 @@
-"""The weights: all that a folder says, and nothing drawn at random."""
+"""Load a model's weights; check that all come from its folder and none is drawn at random."""
 
 import contextlib
 import hashlib
@@ -29,23 +29,28 @@ from orpo_lab.model.tokenizer import warn_of_untrained
 
 log = logging.getLogger(__name__)
 
-# Of transformers' table of weights that are missing or over, and of tied ones that are all missing
+# Words of the log records in which transformers reports missing or unexpected weights
 SAID_IN_A_LINE = ("LOAD REPORT", "absent from the checkpoint")
-# Numbers of each weight that a fingerprint is of
+# How many numbers of each weight the fingerprint reads
 NUM_SAMPLED = 256
 
 
 def load_model(
     config: Config, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """Return the base model on its device, quantized as asked, ready to be trained.
+    """Return the base model on its device, quantized as `quantization` says, ready to be trained.
 
-    Its weights are those of its folder, all of them, in `weight_dtype`; they compute in `dtype`,
-    under autocast where the two differ.
+    All its weights come from its folder, and are stored in the precision of `weight_dtype`. The
+    arithmetic is in `dtype`, by autocast if the two precisions differ.
+
+    Args:
+        config: the run's configuration.
+        tokenizer: with a pad token.
+        dtype: precision of the arithmetic.
 
     Raises:
-        UserError: the weights cannot be loaded, are not those that the model's configuration tells
-            of, are stored in another quantization, or the base draws at random in training.
+        UserError: the weights cannot be loaded, do not fit the model's own configuration, or are
+            stored in another quantization; or the base draws random numbers in training mode.
     """
     on = resolve_device()
     own: PretrainedConfig = fetch(AutoConfig.from_pretrained, config.model)
@@ -79,7 +84,7 @@ def load_model(
         log.info("model.attention: %s has no sdpa, using eager", type(model).__name__)
     if asked is not None:
         quantization.prepare(model, dtype)
-    # Dropout of the base is off, as in TRL; that of adapters is added later and stays
+    # The dropout of the base is off, as in TRL. The adapters, added later, keep their dropout
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -94,7 +99,10 @@ def load_model(
 
 @contextlib.contextmanager
 def _tables_hidden() -> Iterator[None]:
-    """Keep what transformers says of missing weights from the terminal: one line refuses them."""
+    """Inside this context, hide the tables in which transformers reports missing weights.
+
+    `_check_complete` refuses such weights in one line.
+    """
     logger = logging.getLogger("transformers.modeling_utils")
 
     def is_other(record: logging.LogRecord) -> bool:
@@ -108,17 +116,17 @@ def _tables_hidden() -> Iterator[None]:
 
 
 def _check_complete(model: Model, found: dict[str, Any]) -> None:
-    """Check that a folder held every weight of its model and no other.
+    """Check that a folder holds every weight of its model, and no others.
 
-    transformers draws those that are missing at random and drops those that nothing takes; what is
-    tied or known to be of no use is in neither list.
+    transformers draws missing weights at random, and ignores unexpected weights. Its lists of both
+    leave out tied weights and weights that are known to be useless.
 
     Args:
-        model: where the weights are.
-        found: what `from_pretrained` tells of loading.
+        model: names the folder in messages.
+        found: the loading information that `from_pretrained` returns.
 
     Raises:
-        UserError: weights are missing, over or of another size.
+        UserError: weights are missing, unexpected, or of another size.
     """
     sizes = [
         f"{name} is {list(there)} there and {list(expected)} by its config.json"
@@ -142,9 +150,9 @@ def _check_complete(model: Model, found: dict[str, Any]) -> None:
 
 
 def _switch_off_dropout(config: PretrainedConfig) -> None:
-    """Set every probability of dropout and every jitter of a configuration to 0.
+    """Set every dropout probability and every jitter of a configuration to 0.
 
-    Many models read theirs in functions, where no `nn.Dropout` shows (OPT, Phi MoE).
+    Many models (OPT, Phi MoE) use these numbers in functions, without an `nn.Dropout` module.
     """
     for name, value in vars(config).items():
         if isinstance(value, PretrainedConfig):
@@ -154,10 +162,13 @@ def _switch_off_dropout(config: PretrainedConfig) -> None:
 
 
 def _check_steady(model: PreTrainedModel) -> None:
-    """Read a few tokens in training mode, under two seeds, and refuse a base that tells them apart.
+    """Refuse a base whose results in training mode depend on the random seed.
+
+    The base reads a few tokens under two seeds, and the results are compared.
 
     Raises:
-        UserError: its results depend on chance, as where a dropout stayed on, or it reads nothing.
+        UserError: the results differ, for example because a dropout is still on; or the model
+            cannot read the tokens.
     """
     ids = (
         torch.arange(3, 19, device=model.device)[None]
@@ -183,7 +194,7 @@ def _check_steady(model: PreTrainedModel) -> None:
         ) from error
     finally:
         model.train(was_training)
-    # On a GPU some sums are added in any order
+    # On a GPU the order of some sums varies, so the same seed may give slightly different results
     if (first - other).abs().max() > 10 * (first - again).abs().max():
         raise UserError(
             f"{name} draws at random in training what its configuration cannot switch off, so that "
@@ -192,9 +203,10 @@ def _check_steady(model: PreTrainedModel) -> None:
 
 
 def _make_savable(model: PreTrainedModel) -> None:
-    """Unset what transformers took from generation_config.json and would refuse to write.
+    """Unset the settings of generation_config.json with which `save_pretrained` would fail.
 
-    Settings of sampling beside `do_sample: false` have no effect, and stop `save_pretrained`.
+    For example, sampling settings together with `do_sample: false` have no effect, but make
+    `save_pretrained` raise an error.
     """
     own = model.generation_config
     if own is None:
@@ -205,7 +217,7 @@ def _make_savable(model: PreTrainedModel) -> None:
         idle = re.findall(r"^- `(\w+)`:", str(error), flags=re.MULTILINE)
         for name in idle:
             setattr(own, name, None)
-        if not idle:  # it contradicts itself in another way; the tokens are what matters
+        if not idle:  # another contradiction; only the special tokens matter
             model.generation_config = GenerationConfig(
                 bos_token_id=own.bos_token_id,
                 eos_token_id=own.eos_token_id,
@@ -218,9 +230,10 @@ def _make_savable(model: PreTrainedModel) -> None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return a hash of a model's weights as they are stored: names, shapes, and a sample of each.
+    """Return a hash of a model's weights: of names, shapes, dtypes and a sample of each weight.
 
-    A file that was replaced or damaged shows in it; a single changed number need not.
+    The hash changes if a file is replaced or damaged. It may stay the same if only a single number
+    changes.
     """
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():

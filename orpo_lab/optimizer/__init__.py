@@ -1,4 +1,4 @@
-"""From a typed config to an optimizer, and to what a training loop needs to know of it."""
+"""Build the optimizer and the learning rate schedule of a run from its configuration."""
 
 import logging
 import math
@@ -19,24 +19,25 @@ from orpo_lab.optimizer.updater import GaLoreUpdater, Updater
 
 log = logging.getLogger(__name__)
 
-# GaLore's published values (its README), which a small model or a short run has no room for
+# GaLore's published values (its README); the defaults are lower for a small model or a short run
 MAX_RANK = 128
 MAX_GAP = 200
-# With fewer refreshes the subspace hardly moves, and the run tells nothing about GaLore
+# With fewer refreshes the subspace hardly moves, and the run says nothing about GaLore
 MIN_REFRESHES = 3
 
 
 def build(config: Config, model: Any, *, num_steps: int, dtype: torch.dtype) -> Updater:
-    """Return what updates the model's trainable parameters.
+    """Return the updater of the model's trainable parameters.
 
     Args:
-        config: the run, whose optimizer settings are all honoured.
+        config: the run's configuration; all its optimizer settings are used.
         model: on its device, with adapters if it has any.
-        num_steps: optimizer steps of the whole run; GaLore's refreshes are counted against it.
+        num_steps: number of optimizer steps of the whole run. GaLore's default interval between
+            two bases depends on this number.
         dtype: precision of the arithmetic.
 
     Raises:
-        UserError: a setting that does not fit this model or this precision.
+        UserError: a setting does not fit this model or this precision.
     """
     match config.optimizer:
         case Lora() as lora:
@@ -52,12 +53,13 @@ def build(config: Config, model: Any, *, num_steps: int, dtype: torch.dtype) -> 
 
 
 def share_of_peak(train: Train, num_steps: int) -> Callable[[int], float]:
-    """Return the schedule of the learning rate: updates taken so far -> share of its peak, 0 to 1.
+    """Return the learning rate schedule, one of transformers.
 
-    The schedules are those of transformers. A warm-up below 1 is a share of the run.
+    The schedule is a function from the number of updates so far to the share of the peak learning
+    rate, 0 to 1. A warm-up below 1 is a share of the run's steps.
     """
     warmup = train.warmup_steps
-    unused = torch.optim.SGD([torch.zeros(1)])  # the schedules' formulas come with an optimizer
+    unused = torch.optim.SGD([torch.zeros(1)])  # `get_scheduler` requires an optimizer
     schedule = get_scheduler(
         train.lr_scheduler_type,
         unused,
@@ -100,7 +102,11 @@ def _paged_adamw_8bit(config: Lora, model: nn.Module) -> torch.optim.Optimizer:
 def _galore(
     config: Galore, model: PreTrainedModel, num_steps: int, dtype: torch.dtype, run: Config
 ) -> GaLore:
-    """Return our GaLore, and say what memory it takes."""
+    """Return our GaLore optimizer, and log how much memory it takes.
+
+    Raises:
+        UserError: layer-wise mode is combined with fp16, or no weight can be projected.
+    """
     scaled = dtype == torch.float16
     if config.layerwise and scaled:
         raise UserError(
@@ -126,11 +132,11 @@ def _galore(
 
 
 def _galore_torch(config: Galore, model: PreTrainedModel, num_steps: int) -> torch.optim.Optimizer:
-    """Return the authors' optimizer; exact bases, all taken at once."""
+    """Return the optimizer of GaLore's authors: exact bases, for all weights at the same step."""
     from galore_torch import GaLoreAdamW
     from galore_torch.galore_projector import GaLoreProjector
 
-    # A checkpoint holds the projector object, which torch refuses to load otherwise
+    # A checkpoint holds projector objects; without this line torch refuses to load them
     torch.serialization.add_safe_globals([GaLoreProjector])
     return GaLoreAdamW(
         _galore_groups(config, model, num_steps),
@@ -142,11 +148,11 @@ def _galore_torch(config: Galore, model: PreTrainedModel, num_steps: int) -> tor
 def _galore_groups(config: Galore, model: PreTrainedModel, num_steps: int) -> list[dict[str, Any]]:
     """Return parameter groups: the linear layers of attention and MLP projected, the rest not.
 
-    Not projected are biases, norms, the output head, embeddings and what is tied to them, and
-    matrices with a side that the rank is not below.
+    Not projected are biases, norms, the output head, embeddings, and weights tied to embeddings. A
+    matrix is not projected either if the rank is not below its smaller side.
 
     Raises:
-        UserError: nothing is left to project.
+        UserError: no weight can be projected.
     """
     rank = config.rank or default_rank(model.config.get_text_config().hidden_size)
     gap = config.update_proj_gap or default_gap(num_steps)
@@ -180,12 +186,12 @@ def _galore_groups(config: Galore, model: PreTrainedModel, num_steps: int) -> li
 
 
 def default_rank(hidden_size: int) -> int:
-    """Return a quarter of the hidden size, at most 128."""
+    """Return GaLore's default rank: a quarter of the hidden size, at most 128."""
     return max(1, min(MAX_RANK, hidden_size // 4))
 
 
 def default_gap(num_steps: int) -> int:
-    """Return a fifth of the run, at most 200."""
+    """Return GaLore's default interval between two bases: a fifth of the steps, at most 200."""
     return max(1, min(MAX_GAP, num_steps // 5))
 
 

@@ -4,15 +4,17 @@ arXiv:2403.03507, Algorithm 2). Needs torch, and bitsandbytes for 8-bit moments.
 The gradient G [m, n] of a weight matrix is projected to R = G Q [m, r], where Q [n, r] is an
 orthonormal basis of the directions in which G is largest (side "right"), or to R = P^T G [r, n]
 (side "left"). Adam runs on R. Its update is projected back, multiplied by `scale` (the paper's
-alpha) and added to the weight. The basis is taken anew every `update_proj_gap` steps.
+alpha) and added to the weight. A new basis is taken every `update_proj_gap` steps.
 
     optimizer = GaLore([{"params": linears, "rank": 128}, {"params": others}], lr=1e-4)
 
-Adam itself is not written here. The projected gradients of a group lie one after another in one
-flat fp32 tensor: the gradient of one flat parameter, which is zero. A well-kept optimizer (torch's
-fused AdamW, or bitsandbytes' in 8 bits) moves that parameter away from zero, and how far it went
-is the update to project back. Weights of half precision that are not projected go the same way,
-whole, so that every moment is kept in fp32 or 8 bits and every update is added in fp32.
+Adam itself is not implemented here. The projected gradients of a group lie one after another in one
+flat fp32 tensor. This tensor is the gradient of one flat parameter, whose value before each step is
+zero. An existing optimizer (torch's fused AdamW, or the 8-bit AdamW of bitsandbytes) updates the
+flat parameter. The parameter's new value is the update that is projected back.
+
+Weights of half precision that are not projected are updated through the flat parameter too, in full
+size. So every moment is kept in fp32 or 8 bits, and every update is added in fp32.
 """
 
 import math
@@ -29,81 +31,81 @@ Group = dict[str, Any]
 
 REFRESHES = ("exact", "randomized", "warm")
 PROJ_TYPES = ("std", "reverse_std", "left", "right")
-# bitsandbytes quantizes moments in blocks of so many; every weight's part starts a new block
+# bitsandbytes quantizes moments in blocks of this many numbers; each weight begins a new block
 BLOCK = 256
-# bitsandbytes keeps smaller tensors' moments in fp32
+# bitsandbytes keeps the moments of tensors with fewer numbers in fp32
 MIN_8BIT_SIZE = 4096
 KINDS = ("weights", "gradients", "moments", "bases", "updates")
-# Directions followed beside those that are kept, and passes over G to find them (Halko, Martinsson
-# and Tropp 2011, arXiv:0909.4061, sections 4.2 and 4.5)
+# Number of directions computed in addition to those that are kept, and number of passes over G to
+# compute them (Halko, Martinsson and Tropp 2011, arXiv:0909.4061, sections 4.2 and 4.5)
 OVERSAMPLING = 16
 NUM_PASSES = 2
 
 
 @dataclass
 class _Slot:
-    """A weight that is updated through its group's flat parameter, and its part of it."""
+    """A weight that is updated through its group's flat parameter, and its place in `flat`."""
 
     weight: nn.Parameter
     group: int
-    """Index of its parameter group."""
+    """Index of the weight's parameter group."""
     index: int
-    """Among all slots; seeds its random numbers."""
+    """Index among all slots; a part of the seed of the weight's random numbers."""
     side: Side | None
-    """None: not projected."""
+    """None: the weight is not projected."""
     flat: nn.Parameter
     start: int
     shape: tuple[int, ...]
-    """Of the projected gradient: [m, r] or [r, n]; of the weight, where it is not projected."""
+    """Shape of the projected gradient, [m, r] or [r, n]; without projection, of the weight."""
     phase: int = 0
-    """Step of a period at which it takes a new basis."""
+    """The step, within each `update_proj_gap` steps, at which the weight takes a new basis."""
     refreshed: bool = False
-    """Whether it has taken one for the step under way."""
+    """Whether the weight has taken a new basis for the current step."""
 
     def view(self, flat: Tensor) -> Tensor:
-        """Return this weight's part of a tensor laid out as the flat parameter."""
+        """Return this weight's part, in `shape`, of a tensor laid out as the flat parameter."""
         return flat[self.start : self.start + math.prod(self.shape)].view(self.shape)
 
 
 class GaLore(torch.optim.Optimizer):
     """AdamW on projected gradients.
 
-    A parameter group with a `rank` is projected; one without gets plain AdamW. Groups may have
-    their own `lr`, `betas`, `eps`, `weight_decay`, and if projected their own `rank`,
-    `update_proj_gap`, `scale` and `proj_type`. The weights of a group share device and dtype.
+    A parameter group with a `rank` is projected. A group without a `rank` gets plain AdamW. Groups
+    may have their own `lr`, `betas`, `eps`, `weight_decay`, and if projected their own `rank`,
+    `update_proj_gap`, `scale` and `proj_type`. The weights of a group must share device and dtype.
 
     Weight decay is decoupled (Loshchilov and Hutter 2019, arXiv:1711.05101) and acts on the whole
-    weight, as torch's AdamW applies it. bf16 weights are rounded stochastically: an update below
-    half a unit in the last place still moves the weight in the mean. A weight without a gradient
-    is treated as if its gradient were zero.
+    weight, as in torch's AdamW. bf16 weights are rounded stochastically: an update below half a
+    unit in the last place still changes the weight on average. A weight without a gradient is
+    treated as if its gradient were zero.
 
-    A new basis is taken in the backward pass from the first micro-batch's gradient, unless several
-    processes train together: then in `step`, from the gradient they have averaged.
+    A new basis is taken in the backward pass, from the gradient of the first micro-batch. If
+    several processes train together, it is taken in `step`, from the averaged gradient.
 
     Args:
         params: parameters, or groups of them.
         lr: learning rate.
-        betas: decay of the moments.
+        betas: decay rates of the two moments.
         eps: added to the denominator, after the bias correction (as in torch's AdamW).
-        weight_decay: as a share of the learning rate.
-        rank: columns of a basis; None: not projected.
-        update_proj_gap: steps from one basis to the next (the paper's T).
-        scale: the paper's alpha.
-        proj_type: "std" projects the smaller side, "reverse_std" the larger, "left" and "right"
-            always that one.
+        weight_decay: each step multiplies a weight by 1 - lr * weight_decay.
+        rank: number of columns of a basis; None: not projected.
+        update_proj_gap: number of steps from one basis to the next (the paper's T).
+        scale: factor of the projected updates (the paper's alpha).
+        proj_type: "std" projects the smaller side of a matrix, "reverse_std" the larger side.
+            "left" and "right" always project that side.
         bits: 32, or 8 for bitsandbytes' block-wise quantized moments.
-        refresh: "exact" by a full SVD; "randomized" by subspace iteration from random directions;
-            "warm" by one from the last basis.
-        stagger_refresh: spread the refreshes of the weights over a period. The first basis is
-            always taken at the first step.
-        rotate_moments: express the moments in the new basis: M -> M (Q_old^T Q_new) for the first
-            one, and with the squared entries of that matrix for the second, as if directions were
-            uncorrelated. Otherwise they stay as they are, as in the paper.
-        layerwise: project each gradient as soon as autograd has it, add it up in rank r and free
-            it. Gradients are then seen by this optimizer only, which has to clip them itself.
-        max_grad_norm: layer-wise only: clip the norm of the projected gradients; 0: never.
-        refresh_in_backward: false: take bases in `step`, where gradients are unscaled (fp16).
-        seed: of random directions and stochastic rounding; the same seed on every process.
+        refresh: "exact" takes a basis by a full SVD. "randomized" takes it by subspace iteration
+            from random directions, "warm" by subspace iteration from the last basis.
+        stagger_refresh: spread the refreshes of the weights over `update_proj_gap` steps. The first
+            basis is always taken at the first step.
+        rotate_moments: express the moments in the new basis. The first moment is multiplied by
+            Q_old^T Q_new. The second moment is multiplied by the squared entries of this matrix, as
+            if directions were uncorrelated. False: the moments stay unchanged, as in the paper.
+        layerwise: project each gradient as soon as autograd has computed it, add it up in rank r,
+            and free it. Then no other code sees the gradients, so this optimizer clips them.
+        max_grad_norm: in layer-wise mode, clip the norm of the projected gradients; 0: never.
+        refresh_in_backward: False: take bases in `step`, where gradients are unscaled (fp16).
+        seed: of random directions and stochastic rounding; must be the same on every process.
 
     Raises:
         ValueError: an unknown or impossible setting.
@@ -167,7 +169,7 @@ class GaLore(torch.optim.Optimizer):
         self.seed = seed
         self.num_steps = 0
         self.grad_norm: Tensor | None = None
-        """Layer-wise only: norm of the last step's projected gradients, before clipping."""
+        """In layer-wise mode, the norm of the last step's projected gradients before clipping."""
         self.inner = _adamw(self._inner_groups, bits)
         self._generators: dict[torch.device, torch.Generator] = {}
         if stagger_refresh:
@@ -180,10 +182,11 @@ class GaLore(torch.optim.Optimizer):
                     self._hook(slot)
 
     def add_param_group(self, param_group: Group) -> None:
-        """Lay out a group's flat parameter; called for every group by the constructor.
+        """Lay out the flat parameter of a group; the constructor calls this for every group.
 
         Raises:
-            ValueError: an unknown setting, a rank or a dtype that does not fit, or a late call.
+            ValueError: a setting is unknown, a rank or a dtype does not fit, or the constructor has
+                ended already.
         """
         unknown = set(param_group) - {*self.defaults, "params"}
         if unknown:
@@ -201,7 +204,13 @@ class GaLore(torch.optim.Optimizer):
         self._inner_groups.append({"params": inner, **_adam_settings(group)})
 
     def _lay_out(self, group: Group, weights: list[nn.Parameter]) -> list[nn.Parameter]:
-        """Give every weight its place in one flat parameter, and return that."""
+        """Give every weight a place in one flat parameter, and return a list of that parameter.
+
+        Without weights the list is empty.
+
+        Raises:
+            ValueError: devices or dtypes differ, the dtype is fp16, or a rank does not fit.
+        """
         if not weights:
             return []
         if len({(p.device, p.dtype) for p in weights}) > 1:
@@ -235,12 +244,14 @@ class GaLore(torch.optim.Optimizer):
         return self.param_groups[slot.group][key]
 
     def _hook(self, slot: _Slot) -> None:
-        """Look at a gradient as soon as autograd has added it up; layer-wise, take it.
+        """Let autograd call `_take` as soon as it has added a gradient to the weight's gradient.
 
-        Once the optimizer is gone the hook does nothing, and another optimizer may have the model.
+        After the optimizer is deleted the hook does nothing, so another optimizer may train the
+        model.
 
-        The hook holds the optimizer weakly, and the weight not at all: Python's collector does not
-        see what such a hook holds (torch 2.13), so a cycle through it would never be freed.
+        The hook has a weak reference to the optimizer, and no reference to the weight. Python's
+        garbage collector does not see the references of such a hook (torch 2.13). A reference cycle
+        through the hook would never be freed.
         """
         optimizer, index = weakref.ref(self), slot.index
 
@@ -261,7 +272,7 @@ class GaLore(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every weight once."""
+        """Update every weight once, and return what `closure` returned."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         if self.layerwise:
             limit = self.max_grad_norm or math.inf
@@ -281,14 +292,15 @@ class GaLore(torch.optim.Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients, those already projected included."""
+        """Drop the gradients, including those that are projected already."""
         super().zero_grad(set_to_none)
         self._clear()
 
     def drop_gradients(self) -> None:
-        """Drop the gradients of a step that is taken again; a basis taken for that step stays.
+        """Drop the gradients of a step that begins again, but keep the bases taken for this step.
 
-        Its moments may have been rotated into that basis, and would be once more by a second one.
+        The moments may have been rotated into such a basis. A second basis for the same step would
+        rotate them again.
         """
         super().zero_grad()
         self._clear_flat()
@@ -305,11 +317,12 @@ class GaLore(torch.optim.Optimizer):
             flat.data.zero_()
 
     def memory(self) -> dict[str, dict[str, int]]:
-        """Return bytes, for "projected" weights and the "others".
+        """Return bytes of "projected" weights and of "others", each by the names in KINDS.
 
-        `gradients` at their peak: layer-wise, one full gradient and everything in rank r; else all
-        of both. `updates` are the flat parameters. bitsandbytes' two code books of 1 KiB are
-        shared, and counted with the first moments that use them.
+        `gradients` are at their peak: all full gradients and all projected gradients. In layer-wise
+        mode only the largest of the full gradients counts. `updates` are the flat parameters. The
+        two code books of bitsandbytes, 1 KiB each, are shared, and counted with the first moments
+        that use them.
         """
         account = {name: dict.fromkeys(KINDS, 0) for name in ("projected", "others")}
         code_books = 2 * 256 * 4
@@ -331,7 +344,7 @@ class GaLore(torch.optim.Optimizer):
         return account
 
     def gradients(self) -> list[Tensor]:
-        """Return the gradients that the next step takes; layer-wise, projected ones."""
+        """Return the gradients that the next step uses; in layer-wise mode, projected ones."""
         if self.layerwise:
             parameters = self._inner_parameters()
         else:
@@ -342,7 +355,7 @@ class GaLore(torch.optim.Optimizer):
         return [p for group in self.inner.param_groups for p in group["params"]]
 
     def _project(self, slot: _Slot, gradient: Tensor) -> None:
-        """Add a gradient to its part of the flat one."""
+        """Project a gradient, and add it to the weight's part of the flat gradient."""
         assert slot.flat.grad is not None
         if slot.side is None:
             low = gradient
@@ -353,10 +366,10 @@ class GaLore(torch.optim.Optimizer):
         slot.view(slot.flat.grad).add_(low)
 
     def _write_back(self, slot: _Slot) -> None:
-        """Decay the weight and add its update."""
+        """Apply weight decay to the weight, and add the update that the flat parameter holds."""
         weight, update = slot.weight, slot.view(slot.flat)
         keep = 1 - self._setting(slot, "lr") * self._setting(slot, "weight_decay")
-        wide = weight.to(update.dtype)  # the weight itself, unless it is of half precision
+        wide = weight.to(update.dtype)  # no copy, unless the weight is of half precision
         if slot.side is None:
             wide.mul_(keep).add_(update)
         else:
@@ -375,7 +388,7 @@ class GaLore(torch.optim.Optimizer):
             slot.refreshed = True
 
     def _refresh(self, slot: _Slot, gradient: Tensor) -> None:
-        """Take a new basis from a gradient; keep the old one where that is not finite."""
+        """Take a new basis from a gradient; keep the old basis if the new one is not finite."""
         basis, rank = self.state[slot.weight]["basis"], self._setting(slot, "rank")
         wide = gradient.to(slot.flat.dtype)
         try:
@@ -402,9 +415,9 @@ class GaLore(torch.optim.Optimizer):
             _write_moment(state, names, slot, turned)
 
     def _generator(self, slot: _Slot, *, purpose: int) -> torch.Generator:
-        """Return a generator whose numbers depend on seed, step and weight only.
+        """Return a generator whose numbers depend only on seed, step, weight and `purpose`.
 
-        So they are the same after a resume, on every process and in whatever order autograd runs.
+        So the numbers are the same after a resume, on every process, and in any order of autograd.
         """
         device = slot.weight.device
         generator = self._generators.setdefault(device, torch.Generator(device))
@@ -412,15 +425,15 @@ class GaLore(torch.optim.Optimizer):
         return generator.manual_seed(key % 2**63)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return bases, moments and counts: tensors and plain values, nothing to unpickle."""
+        """Return bases, moments and counts, as tensors and plain values: nothing to unpickle."""
         counted = {"num_steps": torch.tensor(self.num_steps), "inner": self.inner.state_dict()}
         return {**super().state_dict(), **counted}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken.
+        """Restore what `state_dict` returned.
 
         Raises:
-            ValueError: the state is of an optimizer with another rank or other sides.
+            ValueError: the state is of an optimizer with another `rank` or `proj_type`.
         """
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             for key in ("rank", "proj_type"):
@@ -433,14 +446,14 @@ class GaLore(torch.optim.Optimizer):
             slot.refreshed = False
 
 
-# Names of a moment in the state of torch's AdamW, of bitsandbytes', and of the latter's code book
-# and block scales
+# For each moment: its name in the state of torch's AdamW, its name in the state of bitsandbytes'
+# AdamW, and there the names of its code book and of its block scales
 _FIRST = ("exp_avg", "state1", "qmap1", "absmax1")
 _SECOND = ("exp_avg_sq", "state2", "qmap2", "absmax2")
 
 
 def _read_moment(state: dict[str, Any], names: tuple[str, ...], slot: _Slot) -> Tensor:
-    """Return a weight's part of a moment in fp32."""
+    """Return a weight's part of a moment, in fp32 and in the shape of the projected gradient."""
     plain, stored, code, scales = names
     moment = state[plain if plain in state else stored]
     part = slot.view(moment)
@@ -456,7 +469,7 @@ def _read_moment(state: dict[str, Any], names: tuple[str, ...], slot: _Slot) -> 
 def _write_moment(
     state: dict[str, Any], names: tuple[str, ...], slot: _Slot, value: Tensor
 ) -> None:
-    """Put a weight's part of a moment back."""
+    """Write a weight's part of a moment back; the inverse of `_read_moment`."""
     plain, stored, code, scales = names
     moment = state[plain if plain in state else stored]
     if moment.dtype != torch.uint8:
@@ -472,13 +485,13 @@ def _write_moment(
 
 
 def _blocks(slot: _Slot) -> slice:
-    """Return a weight's blocks; they hold nothing of its neighbours."""
+    """Return the indices of a weight's quantization blocks; no block belongs to two weights."""
     first = slot.start // BLOCK
     return slice(first, first + -(-math.prod(slot.shape) // BLOCK))
 
 
 def moment_bytes(parameter: Tensor, bits: int) -> int:
-    """Return the size of both moments of a parameter, and of what they need."""
+    """Return the bytes of both moments of a parameter, with step count or block scales."""
     if bits == 32:
         return 2 * parameter.nbytes + 4  # torch counts steps in an fp32 tensor
     if parameter.numel() < MIN_8BIT_SIZE:
@@ -489,10 +502,10 @@ def moment_bytes(parameter: Tensor, bits: int) -> int:
 def iterated_basis(
     matrix: Tensor, rank: int, last: Tensor | None, generator: torch.Generator
 ) -> Tensor:
-    """Return nearly the first right singular vectors of `matrix` [m, n], as columns [n, r].
+    """Approximate the first `rank` right singular vectors of `matrix` [m, n], as columns [n, r].
 
-    Subspace iteration (Halko, Martinsson and Tropp 2011, Algorithm 4.4) from the columns of `last`
-    [n, r] and some random ones, or from random ones alone.
+    Subspace iteration (Halko, Martinsson and Tropp 2011, Algorithm 4.4) starts from the columns of
+    `last` [n, r] and some random columns. Without `last` all columns are random.
     """
     width = min(rank + OVERSAMPLING, *matrix.shape)
     num_random = width - (0 if last is None else rank)
@@ -502,15 +515,16 @@ def iterated_basis(
     directions = random if last is None else torch.cat([last.to(matrix.dtype), random], dim=1)
     for _ in range(NUM_PASSES):
         directions, triangle = torch.linalg.qr(matrix.mT @ (matrix @ directions))
-    # Its left singular vectors sort the directions by how much of the gradient they hold
+    # The left singular vectors of `triangle` sort the directions by their share of the gradient
     return directions @ torch.linalg.svd(triangle).U[:, :rank]
 
 
 def stochastic_round(wide: Tensor, generator: torch.Generator) -> Tensor:
-    """Round fp32 to bf16 values, up or down with the probability that keeps the mean, in place.
+    """Round fp32 numbers to bf16 values, up or down at random so that the mean is kept, in place.
 
-    bf16 is the upper half of an fp32: a uniform number of the lower half's range is added, and the
-    lower half cut off. In infinity and in torch's NaN that half is zero, so they stay.
+    A bf16 number is the upper 16 bits of an fp32 number. A uniform random number of 16 bits is
+    added to the lower 16 bits, and then the lower bits are set to zero. In infinity and in torch's
+    NaN the lower bits are zero, so these do not change.
     """
     bits = wide.view(torch.int32)
     noise = torch.empty_like(bits).random_(0, 2**16, generator=generator)
@@ -518,7 +532,11 @@ def stochastic_round(wide: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _side(weight: Tensor, proj_type: str) -> Side:
-    """Return the side that is projected; a right basis cuts the columns."""
+    """Return the side of a weight's basis; a right basis reduces the number of columns.
+
+    Raises:
+        ValueError: the weight is not a matrix.
+    """
     if weight.ndim != 2:
         raise ValueError(f"only matrices can be projected, not a weight of {tuple(weight.shape)}")
     tall = weight.shape[0] >= weight.shape[1]
@@ -532,7 +550,11 @@ def _side(weight: Tensor, proj_type: str) -> Side:
 
 
 def _shape(weight: Tensor, side: Side | None, rank: int) -> tuple[int, ...]:
-    """Return the shape of the projected gradient."""
+    """Return the shape of the projected gradient; without a side, the shape of the weight.
+
+    Raises:
+        ValueError: the rank is below 1, or above the smaller side of the weight.
+    """
     if side is None:
         return weight.shape
     if not 1 <= rank <= min(weight.shape):

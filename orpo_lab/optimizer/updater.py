@@ -1,4 +1,4 @@
-"""What a training loop needs to know of an optimizer: who clips, who has the gradients, memory."""
+"""The interface between the training loop and an optimizer: clipping, gradients, memory."""
 
 import torch
 from torch import Tensor, nn
@@ -7,58 +7,61 @@ from orpo_lab.optimizer.galore import GaLore
 
 
 class Updater:
-    """An optimizer, and what a training loop needs to know of it.
+    """An optimizer, with the methods that the training loop calls.
 
     Args:
         optimizer: of the model's trainable parameters.
-        model: its gradients are clipped together.
+        model: all its gradients together are clipped by one norm.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         self.optimizer, self.parameters = optimizer, list(model.parameters())
 
     def gradients(self) -> list[Tensor]:
-        """Return the gradients that the next update takes."""
+        """Return the gradients that the next update uses."""
         return [p.grad for p in self.parameters if p.grad is not None]
 
     def clip(self, max_norm: float) -> Tensor:
-        """Scale all gradients so that their norm is at most `max_norm`; 0: leave them.
+        """Scale all gradients so that their norm is at most `max_norm`; 0: do not scale.
 
         Returns:
-            The norm before, a scalar on the device.
+            The norm before scaling, a scalar on the device.
         """
         if max_norm == 0:
             return nn.utils.get_total_norm(self.gradients())
         return nn.utils.clip_grad_norm_(self.parameters, max_norm)
 
     def drop_gradients(self) -> None:
-        """Drop the gradients of a step that is taken again."""
+        """Drop the gradients of a step that begins again."""
         self.optimizer.zero_grad()
 
     def memory(self) -> dict[str, dict[str, int]] | None:
-        """Return bytes by kind of weight; None: the optimizer keeps no account."""
+        """Return bytes by kind of weight and by use; None: the optimizer does not count them."""
         return None
 
 
 class GaLoreUpdater(Updater):
-    """GaLore, which layer-wise has the gradients itself, and clips them."""
+    """The GaLore optimizer; in layer-wise mode GaLore itself holds and clips the gradients."""
 
     optimizer: GaLore
 
     def gradients(self) -> list[Tensor]:
-        """Return the gradients that the next update takes; layer-wise, projected ones."""
+        """Return the gradients that the next update uses; in layer-wise mode, projected ones."""
         return self.optimizer.gradients()
 
     def clip(self, max_norm: float) -> Tensor:
-        """Scale all gradients; layer-wise return their projected norm, and leave them to GaLore."""
+        """Scale all gradients, and return their norm before scaling; see `Updater.clip`.
+
+        In layer-wise mode return the norm of the projected gradients. GaLore clips them itself.
+        """
         if self.optimizer.layerwise:
             return nn.utils.get_total_norm(self.gradients())
         return super().clip(max_norm)
 
     def drop_gradients(self) -> None:
-        """Drop the gradients of a step that is taken again, and keep a basis taken from them."""
+        """Drop the gradients of a step that begins again, but keep the bases taken from them."""
         self.optimizer.drop_gradients()
 
     def memory(self) -> dict[str, dict[str, int]]:
-        """Return bytes by kind of weight, see `GaLore.memory`."""
+        """Return bytes by kind of weight and by use; see `GaLore.memory`."""
         return self.optimizer.memory()

@@ -1,1 +1,1 @@
-"""What a run leaves on the disk: its folder, its results, its pictures."""
+"""What a run writes to the disk: its folder, its results, its pictures."""

@@ -1,4 +1,4 @@
-"""The picture of a run, from its `metrics.jsonl` alone."""
+"""Draw the picture of a run; only the run's `metrics.jsonl` is needed."""
 
 import itertools
 import math
@@ -8,18 +8,19 @@ from typing import Any
 from orpo_lab.metrics import HELD_OUT_PREFIX, TRAINING, TrainingMetric
 from orpo_lab.upstream import matplotlib_as_shipped
 
-# Okabe and Ito's colours, which colour-blind readers tell apart
+# Okabe and Ito's colours, which colour-blind readers can distinguish
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
-# Panels of a run's plot side by side
+# How many panels of a run's plot are side by side
 NUM_COLUMNS = 3
-# Of the figure, in shares of its size and of a panel's: room for ticks of six digits
+# Margins of the figure, as shares of its size, and spaces between panels, as shares of a panel's
+# size. They leave room for tick labels of six digits
 SPACES = {"left": 0.07, "right": 0.99, "bottom": 0.09, "top": 0.88, "wspace": 0.3, "hspace": 0.42}
-# Curves that share a panel
+# Colours of curves that share a panel
 COLOURS_OF_A_PANEL = (BLUE, GREEN, ORANGE)
 
 
 def plain(text: str) -> str:
-    """Return a text as matplotlib shows it letter by letter: between two $ it reads formulas."""
+    """Return a text with $ escaped: matplotlib would read text between two $ as a formula."""
     return text.replace("$", r"\$")
 
 
@@ -29,15 +30,15 @@ def draw_training(metrics: list[dict[str, float]], title: str, file: Path) -> No
 
     Args:
         metrics: the lines of `metrics.jsonl`.
-        title: stands above the picture.
-        file: the PNG to write.
+        title: text above the picture.
+        file: the PNG file to write.
     """
-    # Not pyplot: it keeps every figure of a long sweep, and wants a display in some settings
+    # Not pyplot: it keeps all figures of a long sweep in memory, and may require a display
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 5.6), dpi=160)
-    # Fixed margins: matplotlib's own layout draws all twice, in half of a second
+    # Fixed margins: matplotlib's own layout draws everything twice, which takes half a second
     figure.subplots_adjust(**SPACES)
     FigureCanvasAgg(figure)
     panels = list(dict.fromkeys(metric.panel for metric in TRAINING if metric.panel))
@@ -78,7 +79,10 @@ def _draw_panel(axes: Any, lines: list[dict[str, float]], panel: str) -> None:
 
 
 def _panel_curves(members: list[TrainingMetric]) -> list[tuple[str, str, str]]:
-    """Return key, name and colour of a panel's curves: one metric also on the held-out pairs."""
+    """Return key, name and colour of a panel's curves.
+
+    A panel with a single metric also shows this metric on the held-out pairs.
+    """
     if len(members) > 1:
         return [
             (metric.name, metric.curve, colour)

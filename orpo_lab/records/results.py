@@ -1,7 +1,7 @@
-"""What a run leaves when it ends: `final/`, `summary.json`, plots, samples, the closing table.
+"""The results of a run: `final/`, `summary.json`, plots, samples, the closing table.
 
-The model is saved before anything else is made. What cannot be made then is missing, and said to
-be, in the log and in `status.json`; it takes nothing else away.
+The trained model is saved before any result is made. A result that cannot be made is missing: the
+log and `status.json` say so. The other results are made all the same.
 """
 
 import contextlib
@@ -36,10 +36,11 @@ from orpo_lab.training.trainer import TrainStats
 
 log = logging.getLogger(__name__)
 
-# Generations shown side by side; the metrics are over all of them
+# How many answers are shown before and after; the metrics are over all answers
 NUM_SAMPLES = 8
 
-# A row for every held-out pair, before and after; docs/configuration.md says what each column is
+# A row for every held-out pair, before and after training; docs/configuration.md explains each
+# column
 SCORES = pa.schema(
     [
         ("pair", pa.int64()),
@@ -58,7 +59,11 @@ FILES = ("summary.json", "scores.parquet", "plots/training.png", "samples.md")
 
 
 class Missing(dict[str, str]):
-    """What could not be made after the last step, and why."""
+    """What could not be made after the last step, by name, and why.
+
+    Args:
+        place: the run folder.
+    """
 
     def __init__(self, place: RunFolder) -> None:
         super().__init__()
@@ -66,15 +71,17 @@ class Missing(dict[str, str]):
 
     @contextmanager
     def noted(self, name: str, let_through: type[UserError] = NonFiniteError) -> Iterator[None]:
-        """Go on where something cannot be made; what lay under its name is of another model.
+        """Inside this context, note a result that cannot be made, and go on.
+
+        An earlier file of results with that name is deleted: it belongs to another model.
 
         Args:
-            name: a file of the run folder, or what people call it.
-            let_through: what ends the run all the same.
+            name: a file of the run folder, or another name of the result.
+            let_through: errors of this type are raised, and so end the run.
 
         Raises:
-            UserError: the error is of the kind to let through.
-            OSError: the run folder takes no more; the next start makes up for it.
+            UserError: the error is of the type `let_through`.
+            OSError: the run folder cannot be written to; the next start makes the results.
         """
         try:
             yield
@@ -87,7 +94,7 @@ class Missing(dict[str, str]):
             log.debug("", exc_info=True)
 
     def add(self, name: str, why: str) -> None:
-        """Say that something is missing."""
+        """Note and log that a result is missing; delete an earlier file of that name."""
         self[name] = why
         if name in FILES:
             self.place.file(name).unlink(missing_ok=True)
@@ -109,23 +116,23 @@ def leave(
     data: Data,
     missing: Missing,
 ) -> dict[str, Any]:
-    """Put the model in place, write the results beside it, and close with a table.
+    """Put the model into `final/`, write the other results, and log a table of the figures.
 
     Args:
-        config: the run.
-        place: its folder.
+        config: the run's configuration.
+        place: the run folder.
         run: the tracked run, which gets the results.
         trained: the folder of the trained model.
         before: the evaluation of the untrained model.
-        after: that of the trained model; None: it could not be made, which `missing` says.
-        stats: what training cost.
+        after: the evaluation of the trained model; None: it failed, as `missing` says.
+        stats: the cost of training.
         data: the tokenized pairs.
-        missing: gets what cannot be made.
+        missing: notes the results that cannot be made.
 
     Returns:
-        What stands in `summary.json`.
+        The content of `summary.json`.
     """
-    # From now on what lies under the results' names is this run's
+    # From now on, files with the names of results belong to this run
     config_hash = place.segments()[-1]["config_hash"]
     place.set_status("running", results=config_hash)
     summary = summarize(config_hash, before, after, stats, data, place)
@@ -166,7 +173,7 @@ def summarize(
     data: Data,
     place: RunFolder,
 ) -> dict[str, Any]:
-    """Return what stands in `summary.json`, but for what made it."""
+    """Return the content of `summary.json`, without the versions and the commit."""
     return {
         "config_hash": config_hash,
         "before": before.metrics,
@@ -180,13 +187,13 @@ def summarize(
             "train": data.report["train"]["fingerprint"],
             "held_out": data.report["held_out"]["fingerprint"],
         },
-        # What was changed between the starts of this run, in their order; a plain run has one: {}
+        # What was changed at each start of this run, in order; {} for an unchanged start
         "changes": [segment["changes"] for segment in place.segments()],
     }
 
 
 def save_scores(place: RunFolder, before: Evaluation, after: Evaluation) -> None:
-    """Write `scores.parquet`: every held-out pair's scores, which a comparison of runs rests on."""
+    """Write `scores.parquet`: the scores of every held-out pair, which a comparison needs."""
     tables = []
     for when, evaluation in (("before", before), ("after", after)):
         columns = evaluation.by_pair()
@@ -209,15 +216,16 @@ def save_model(
 
     Args:
         model: with its trained weights.
-        tokenizer: saved beside it.
-        folder: the one to write to.
-        dtype: precision of the base's folder. A whole model that was trained in a wider one is
-            rounded to this one in place, so that what is measured is what is saved.
+        tokenizer: saved in the same folder.
+        folder: the folder to write to.
+        dtype: precision of the weights in the base's folder. If a whole model was trained in a
+            wider precision, its weights are rounded to `dtype` in place. So the model that is
+            measured after this is the model that is saved.
     """
     model.config.get_text_config().use_cache = True
     for adapter in getattr(model, "peft_config", {}).values():
         base = Path(adapter.base_model_name_or_path)
-        if base.is_dir():  # or it would be found from this working directory alone
+        if base.is_dir():  # a relative path would be valid in this working directory only
             adapter.base_model_name_or_path = str(base.absolute())
     is_adapter = hasattr(model, "peft_config")
     with contextlib.nullcontext() if is_adapter else _rounded(model, dtype):
@@ -227,13 +235,16 @@ def save_model(
 
 @contextmanager
 def _rounded(model: Any, dtype: torch.dtype | None) -> Iterator[None]:
-    """Keep a model's weights in `dtype` meanwhile, if that is narrower; the rounding stays."""
+    """Inside this context, hold a model's weights in `dtype`, if that is narrower.
+
+    Afterwards the weights have their own dtype again, but their values stay rounded.
+    """
     wide = model.dtype
     if dtype is None or dtype.itemsize >= wide.itemsize:
         yield
         return
     log.info("the model is saved in %s, as its base is; checkpoints keep %s", dtype, wide)
-    # Not `model.to`: it would round the buffers too, of which some have no copy in the folder
+    # Not `model.to`: it would also round the buffers, some of which are not saved in the folder
     for weight in model.parameters():
         weight.data = weight.data.to(dtype)
     try:
@@ -244,10 +255,14 @@ def _rounded(model: Any, dtype: torch.dtype | None) -> Iterator[None]:
 
 
 def save_final(place: RunFolder, trained: Path, card: str) -> None:
-    """Put the trained model into `final/`, with a card; it takes no room twice where it can."""
+    """Put the trained model into `final/`, with a card.
+
+    Files are hard links to those of the trained model if the file system allows this, so that the
+    model takes no room twice.
+    """
     part = place.file("final.part")
     shutil.rmtree(part, ignore_errors=True)
-    # peft writes a card too
+    # peft writes a README.md too, which our card replaces
     ours = shutil.ignore_patterns(MANIFEST, METRICS, "README.md")
     shutil.copytree(trained, part, ignore=ours, copy_function=_link)
     if card:
@@ -256,7 +271,7 @@ def save_final(place: RunFolder, trained: Path, card: str) -> None:
 
 
 def _link(source: str, target: str) -> None:
-    """Give a file a second name; copy it where the file system has no such thing."""
+    """Make a hard link to a file; copy the file if the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:
@@ -264,12 +279,12 @@ def _link(source: str, target: str) -> None:
 
 
 def model_card(place: RunFolder, config: Config, summary: dict[str, Any]) -> str:
-    """Return a model card in the hub's format: what was trained, how, and what was measured."""
+    """Return a model card in the hub's format: the base, the training, and the held-out figures."""
     is_adapter = isinstance(config.optimizer, Lora)
     is_local = config.model.path != EMBEDDED and local_path(config.model.path).is_dir()
     library = "peft" if is_adapter else "transformers"
     loader = "AutoPeftModelForCausalLM" if is_adapter else "AutoModelForCausalLM"
-    # Where a folder lies on this machine is nobody's business: cards are published
+    # Cards are published, so a card names no path of this machine
     base = local_path(config.model.path).resolve().name if is_local else config.model.path
     base, name = redact([base, config.name or place.path.resolve().name])
     from_where = f"base_model: {base}\n" if not is_local else ""
@@ -308,7 +323,7 @@ tokenizer = AutoTokenizer.from_pretrained("final")
 
 
 def _samples(before: Evaluation, after: Evaluation | None) -> list[dict[str, str]]:
-    """Return answers before and after side by side."""
+    """Return, for the first prompts, the answers before and after training."""
     if after is None:
         return []
     return [

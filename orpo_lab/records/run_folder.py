@@ -1,8 +1,9 @@
-"""The files of a run folder: what a run leaves is here (docs/configuration.md lists them).
+"""Write and read the files of a run folder (docs/configuration.md lists them).
 
-Only what this lab wrote is ever removed or replaced. A folder that holds other files and no run is
-refused before anything is written; a start that is refused or fails before its first step leaves a
-run that is there as it was; the results of a finished run stay until others are complete.
+Only files that this package wrote are ever removed or replaced. A folder that holds other files and
+no run is refused before anything is written. A start that is refused, or fails before its first
+step, changes nothing of a run in the folder. The results of a finished run stay until new results
+are complete.
 """
 
 import contextlib
@@ -42,39 +43,39 @@ PACKAGES = (
 )
 
 
-# Where a process that works in a folder says so
+# The lock file of the process that works in a folder
 LOCK = ".orpo_lab.lock"
-# What a process that was killed may leave of a folder's first record
+# The part of a folder's first record that a killed process may leave
 FIRST_RECORD = "status.json.part"
-# What there is only where a step was taken, or a run has come to its end
+# Names that exist only if a step was taken, or a run has ended
 LEFT_BY_TRAINING = ("metrics.jsonl", "checkpoints", "summary.json", "scores.parquet", "final")
-# What a finished run came to
+# The results of a finished run
 RESULTS = ("summary.json", "scores.parquet", "final")
-# What `status.json` says until something else is said: see `RunFolder.set_status`
+# Keys of `status.json` that keep their values until new ones are given: see `RunFolder.set_status`
 LASTING_STATUS = ("config_hash", "sweep_start", "results")
 
-# Full, over its quota, above a size limit, read-only, not ours
+# In this order: disk full, over quota, above a size limit, read-only, no permission (two codes)
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 STATES = ("running", "finished", "failed", "stopped")
 
 
 class RunFolder:
-    """A run's folder; every file is written whole and renamed into place, or appended to."""
+    """A run's folder. Files are written whole and renamed into place, or appended to."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.has_begun = False
-        """Whether the run of this process has begun to write here; before that, nothing may."""
+        """Whether the run of this process has begun to write here; before, nothing may write."""
 
     def is_empty(self) -> bool:
-        """Return whether nothing is here but what a killed process left of its first record."""
+        """Return whether the folder is empty, but for what a killed process left of its start."""
         if not self.path.exists():
             return True
         return {child.name for child in self.path.iterdir()} <= {LOCK, FIRST_RECORD}
 
     def is_ours(self) -> bool:
-        """Return whether a run has left a record here, of whatever state."""
+        """Return whether a run has left a record here, in any state."""
         if self.status()["state"] in STATES:
             return True
         try:
@@ -84,10 +85,10 @@ class RunFolder:
         return bool(starts) and all("config_hash" in start for start in starts)
 
     def refuse_foreign(self) -> None:
-        """Leave a folder alone that holds files and no run of ours.
+        """Refuse a folder that holds files, but no run of ours.
 
         Raises:
-            UserError: the folder holds files and no run of ours.
+            UserError: the folder is of this kind.
         """
         if not self.is_empty() and not self.is_ours():
             raise UserError(
@@ -96,7 +97,7 @@ class RunFolder:
             )
 
     def is_untrained(self) -> bool:
-        """Return whether no start here has come to its first step: a new run may begin."""
+        """Return whether no start here has come to its first step; then a new run may begin."""
         found = [self.file(name) for name in LEFT_BY_TRAINING]
         return not any(name.is_file() or (name.is_dir() and any(name.iterdir())) for name in found)
 
@@ -108,25 +109,25 @@ class RunFolder:
         resume: str | None,
         started: str | None = None,
     ) -> dict[str, Any]:
-        """Return what `begin` puts on record of this start, the changes since the last one too.
+        """Return the record of this start for `begin`, with the changes since the last start.
 
-        Nothing is written. A folder in which no start has come to a step is as good as a new one.
+        Nothing is written. A folder in which no start has come to a step counts as a new folder.
 
         Args:
-            config: the run's.
-            overrides: the command line's.
-            resume: null, `auto` or the folder, as in the configuration; a sweep's jobs are `auto`.
-            started: when the sweep that a new run belongs to was started; None: it is now.
+            config: the run's configuration.
+            overrides: the overrides of the command line.
+            resume: null, `auto` or the folder, as in the configuration; `auto` for a sweep's jobs.
+            started: when the sweep of a new run was started; None: the run is started now.
 
         Raises:
-            UserError: the folder holds another run, or files that are no run's; or the run to
-                resume had another configuration or other code.
+            UserError: the folder holds another run or foreign files, or the run to resume had
+                another configuration or other code.
         """
         self.refuse_foreign()
         return {
-            # When the run was started first: the same for all of its starts
+            # The time of the run's first start; the same in the records of all its starts
             "started": self.started() or started or now(),
-            # What lies at the locations may be written to later
+            # The files at the locations may change later
             "config_hash": identity(config),
             "code": code_hash(),
             "kinds": kinds(config),
@@ -136,7 +137,11 @@ class RunFolder:
         }
 
     def _changes(self, config: Config, resume: str | None) -> dict[str, list[Any]]:
-        """Return the values before and now of what a run to be continued has changed."""
+        """Return what was changed in a run to be continued: by key, the values before and now.
+
+        Raises:
+            UserError: the run cannot be continued, or not with these changes.
+        """
         is_named = resume not in (None, AUTO)
         if is_named and not self.file("config.yaml").is_file():
             raise UserError(f"resume={self.path} is not a run folder: no config.yaml in it")
@@ -161,15 +166,15 @@ class RunFolder:
         return self._changed(config)
 
     def _check_results(self) -> None:
-        """Refuse a folder in which results lie that no run here has written.
+        """Refuse a folder with results that the run in this folder has not written.
 
         Raises:
-            UserError: such results would have to be replaced.
+            UserError: there are such results, which the run would have to replace.
         """
         status = self.status()
         if status["state"] not in STATES or status["state"] == "finished" or status["results"]:
             return
-        # Where the status was lost, the results say themselves whose they are
+        # If the status was lost, the results themselves say which run wrote them
         summary = self.read_json("summary.json")
         if isinstance(summary, dict) and summary.get("config_hash") in self.config_hashes():
             return
@@ -183,7 +188,7 @@ class RunFolder:
     def _changed(self, config: Config) -> dict[str, list[Any]]:
         last = self.segments()[-1]
         resolved = redact(dataclasses.asdict(config))
-        # Where config.yaml is lost the run goes on, and its like is written again
+        # If config.yaml is lost, the run goes on, and the file is written again
         before = flat(self.read_yaml("config.yaml")) or flat(resolved)
         before |= last["kinds"]
         now = flat(resolved) | kinds(config)
@@ -231,22 +236,22 @@ class RunFolder:
         *,
         metrics: Path | None = None,
     ) -> None:
-        """Write what the run is, and that it runs.
+        """Write the record of this start, the configuration, and the status "running".
 
         Args:
-            config: the run's.
+            config: the run's configuration.
             choices: the option chosen in every group.
-            start: what `check` has returned.
-            metrics: `metrics.jsonl` as it was at the checkpoint to go on from; later lines are
-                written again. None: the run begins with its first step.
+            start: the record that `check` has returned.
+            metrics: the checkpoint's copy of `metrics.jsonl`, if the run goes on from a checkpoint;
+                later lines are written again. None: the run begins with its first step.
         """
         before = [] if self.is_untrained() else self.segments()
         if not before:
-            # The first file of all: from now on the folder is known as a run's. A signal may come
-            # right behind the file, and is to be told in it
+            # This is the first file: from now on the folder is known as a run folder. A signal may
+            # come directly after the file is written, and must be recorded in the file
             self.has_begun = True
             self.set_status("running", config_hash=start["config_hash"])
-        # What changes is on record before anything has changed
+        # Record the changes before anything is changed
         self.write_json("segments.json", [*before, start])
         self.has_begun = True
         resolved = redact(dataclasses.asdict(config))
@@ -260,26 +265,26 @@ class RunFolder:
             self.file("metrics.jsonl").unlink(missing_ok=True)
 
     def started(self) -> str | None:
-        """Return when the run here was started first; None: none has come to a step."""
+        """Return the time of the run's first start; None: no start has come to a step."""
         if self.is_untrained():
             return None
         return next((segment.get("started") for segment in self.segments()), None)
 
     def segments(self) -> list[dict[str, Any]]:
-        """Return what `segments.json` says: the starts of this run, the first one included."""
+        """Return the records in `segments.json` of all starts of this run, the first one first."""
         starts = self.read_json("segments.json")
         return starts if isinstance(starts, list) else []
 
     def has_finished(self, config: Config) -> bool:
-        """Return whether this very run ended well: there is nothing to go on with."""
+        """Return whether the run of this configuration has finished, and no result is missing."""
         return self.is_complete() and self.status()["config_hash"] == identity(config)
 
     def has_results(self) -> bool:
-        """Return whether results lie here, of this run as it is or as it was configured before."""
+        """Return whether there are results here, of the present or an earlier configuration."""
         return any(self.file(name).exists() for name in ("summary.json", "final"))
 
     def is_complete(self) -> bool:
-        """Return whether a run has finished here, and nothing is missing of its results."""
+        """Return whether a run has finished here, and no result is missing."""
         status = self.status()
         return status["state"] == "finished" and not status["missing"]
 
@@ -289,12 +294,13 @@ class RunFolder:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[bool]:
-        """Keep other processes out of this folder; False: one is in it.
+        """Inside this context, keep other processes out of this folder.
 
-        A process that is killed gives it up.
+        Yields True, or False if another process holds the folder. A process that is killed gives
+        the folder up.
 
         Raises:
-            UserError: the folder holds files and no run, or it cannot be written to.
+            UserError: the folder holds files and no run, or cannot be written to.
         """
         self.refuse_foreign()
         self.path.mkdir(parents=True, exist_ok=True)
@@ -311,7 +317,7 @@ class RunFolder:
         try:
             yield True
         finally:
-            with contextlib.suppress(OSError):  # it has become read-only
+            with contextlib.suppress(OSError):  # the folder has become read-only
                 self.file(LOCK).unlink(missing_ok=True)
             lock.release()
 
@@ -320,13 +326,13 @@ class RunFolder:
         return self.path / name
 
     def is_in_trouble(self, error: OSError) -> bool:
-        """Return whether an error is one of this folder's disk."""
+        """Return whether an error is a disk error of a file in this folder."""
         if error.errno not in DISK_TROUBLE or error.filename is None:
             return False
         return Path(error.filename).absolute().is_relative_to(self.path.absolute())
 
     def write(self, name: str, text: str) -> None:
-        """Write a file whole: a reader sees the old one or the new one."""
+        """Write a file whole: a reader sees the old content or the new content, never a part."""
         part = self.file(name + ".part")
         part.parent.mkdir(parents=True, exist_ok=True)
         with naming(self.file(name)):
@@ -339,7 +345,7 @@ class RunFolder:
                 raise
 
     def read_yaml(self, name: str) -> dict[str, Any]:
-        """Return what `config.yaml` or `choices.yaml` says.
+        """Return the content of `config.yaml` or `choices.yaml`; empty: there is no such file.
 
         Raises:
             UserError: the file is damaged.
@@ -347,7 +353,7 @@ class RunFolder:
         return self._parse(name, yaml.safe_load) or {}
 
     def read_json(self, name: str) -> Any:
-        """Return what a JSON file holds; None: there is no such file.
+        """Return the content of a JSON file; None: there is no such file.
 
         Raises:
             UserError: the file is damaged.
@@ -355,7 +361,7 @@ class RunFolder:
         return self._parse(name, json.loads)
 
     def _parse(self, name: str, parse: Callable[[str], Any]) -> Any:
-        """Return what a file holds; None: there is no such file."""
+        """Return the parsed content of a file; None: there is no such file."""
         if not self.file(name).is_file():
             return None
         try:
@@ -367,7 +373,11 @@ class RunFolder:
             ) from error
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write a value as JSON, secrets redacted; JSON has no NaN and no infinity."""
+        """Write a value as JSON, with secrets redacted.
+
+        Raises:
+            ValueError: the value holds NaN or infinity, which JSON does not have.
+        """
         self.write(name, json.dumps(redact(value), indent=2, allow_nan=False) + "\n")
 
     def set_status(
@@ -378,16 +388,17 @@ class RunFolder:
         missing: dict[str, str] | None = None,
         **lasting: Any,
     ) -> None:
-        """Write `status.json`: running, finished, failed or stopped, why, and the exit code.
+        """Write `status.json`.
 
         Args:
-            state: what the run has come to.
-            reason: one line, for people.
-            exit_code: the process's.
-            missing: of a finished run's results, what could not be made, and why.
-            lasting: stays as it was until it is given: `config_hash` (see `identity.identity`),
-                `sweep_start` (which start of its sweep has tried it last) and `results` (the
-                `config_hash` of the results that lie here, or are being written).
+            state: running, finished, failed or stopped.
+            reason: one line for people: why the run is in this state.
+            exit_code: the exit code of the process.
+            missing: the results of a finished run that could not be made, and why.
+            lasting: keys that keep their values until new values are given. `config_hash`: see
+                `identity.identity`. `sweep_start`: the number of the sweep's start that tried the
+                run last. `results`: the `config_hash` of the results that are in the folder or are
+                being written.
         """
         before = self.status()
         status = {
@@ -400,7 +411,10 @@ class RunFolder:
         self.write_json("status.json", status)
 
     def status(self) -> dict[str, Any]:
-        """Return `status.json`; the state is missing before there is one, or damaged."""
+        """Return the content of `status.json`.
+
+        The state is `missing` if there is no such file, and `damaged` if it cannot be read.
+        """
         none: dict[str, Any] = {"state": "missing", "reason": "", "exit_code": None, "missing": {}}
         none |= dict.fromkeys(LASTING_STATUS)
         try:
@@ -408,11 +422,15 @@ class RunFolder:
         except UserError as error:
             return none | {"state": "damaged", "reason": str(error)}
         if not isinstance(found, dict) or not {"state", "reason", "exit_code"} <= found.keys():
-            return none  # another program's
+            return none  # a file of another program
         return none | found
 
     def append_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Append a line to `metrics.jsonl`; its figures are finite."""
+        """Append a line to `metrics.jsonl`.
+
+        Raises:
+            ValueError: a figure is not finite.
+        """
         file = self.file("metrics.jsonl")
         with naming(file), file.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
@@ -424,7 +442,7 @@ class RunFolder:
 
 
 def sync(path: Path) -> None:
-    """Have a file's content, or a folder's names, on the disk before going on."""
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -433,9 +451,10 @@ def sync(path: Path) -> None:
 
 
 def put_in_place(part: Path, path: Path) -> None:
-    """Rename a whole file or folder to its name: a reader sees nothing half, also after a crash.
+    """Rename a complete file or folder to its final name.
 
-    A folder that is there is put aside first, since no rename replaces one; it is deleted last.
+    Readers never see a part of it, not even after a crash. An old folder of that name is renamed
+    first, since a rename cannot replace a folder, and deleted last.
     """
     for entry in [part, *part.rglob("*")]:
         sync(entry)
@@ -450,7 +469,10 @@ def put_in_place(part: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def naming(file: Path) -> Iterator[None]:
-    """Have the file named in what the operating system says: of a write it does not say which."""
+    """Inside this context, add the file's name to errors of the operating system.
+
+    An error of a write does not name the file.
+    """
     try:
         yield
     except OSError as error:
@@ -460,7 +482,7 @@ def naming(file: Path) -> Iterator[None]:
 
 
 def natural_order(path: Path) -> list[tuple[int, str]]:
-    """Sort key: numbers in a name by their value, so that job 10 comes after job 9."""
+    """Return a sort key: numbers in a name sort by value, so that job 10 comes after job 9."""
     parts = re.findall(r"\d+|\D+", path.name)
     return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
 
@@ -471,12 +493,12 @@ def groups(choices: dict[str, str]) -> dict[str, str]:
 
 
 def now() -> str:
-    """Return the local time, as ISO 8601 writes it, to the second and with its offset."""
+    """Return the local time in ISO 8601, to the second and with the UTC offset."""
     return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions of the packages a result depends on; None: none is installed."""
+    """Return the versions of the packages that a result depends on; None: not installed."""
     return {name: _version(name) for name in PACKAGES}
 
 
@@ -488,7 +510,7 @@ def _version(name: str) -> str | None:
 
 
 def code_hash() -> str:
-    """Return a hash of this package's code."""
+    """Return a hash of all Python files of this package."""
     root = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for file in sorted(root.rglob("*.py")):
@@ -497,12 +519,11 @@ def code_hash() -> str:
 
 
 def git_commit() -> str | None:
-    """Return the commit that holds this code, with a mark where files differ from the commit.
+    """Return the commit that holds this code, with a mark if files differ from the commit.
 
-    None: no commit holds the code.
-
-    A repository that the lab lies in without being tracked (an ignored folder, a virtual
-    environment) says nothing about it, nor does one that the environment names (GIT_DIR).
+    None: no commit holds the code. The package may be inside another repository without being
+    tracked there (in an ignored folder or a virtual environment); that repository does not count. A
+    repository that the environment names (GIT_DIR) does not count either.
     """
     file = Path(__file__)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}

@@ -1,12 +1,13 @@
 """A sweep: a folder of run folders, in which every effective configuration runs once.
 
-`launch.py -m` gives Hydra's launcher one job after the other, or several at a time. Each asks
-`Sweep.claim` which folder is its own: jobs whose configurations come to the same share one, and
-what has finished is not run again. So the same command with the same `hydra.sweep.dir` goes on with
-a sweep that was stopped, every job from its newest checkpoint. All state is in the run folders;
-`sweep.json` says by what code and on what data they were made, and how often the sweep was started.
-A folder of files without one is refused. `.orpo_lab_cache/` holds what jobs share and goes when the
-sweep ends.
+`launch.py -m` gives jobs to Hydra's launcher, one after the other or several at a time. Each job
+calls `Sweep.claim` to get its folder. Jobs with the same effective configuration share a folder,
+and a finished run is not run again. So the same command with the same `hydra.sweep.dir` goes on
+with a sweep that was stopped, and every job goes on from its newest checkpoint.
+
+All state is in the run folders. `sweep.json` records the code and the data of the runs, and how
+often the sweep was started. A folder that holds files but no `sweep.json` is refused.
+`.orpo_lab_cache/` holds what jobs share, and is deleted when the sweep ends.
 """
 
 import contextlib
@@ -27,9 +28,9 @@ from orpo_lab.metrics import MARGINS, brief
 from orpo_lab.records.run_folder import RunFolder, code_hash, natural_order, now
 
 T = TypeVar("T")
-# What jobs share
+# The folder of what jobs share
 CACHE = ".orpo_lab_cache"
-# What is in a sweep's folder before its first job: our record, and Hydra's
+# Files in a sweep's folder before its first job: our record, and Hydra's record
 BEFORE_JOBS = ("sweep.json", "multirun.yaml")
 
 
@@ -44,7 +45,7 @@ class Sweep:
         return RunFolder(self.folder)
 
     def begin(self, *, accept_changes: bool) -> None:
-        """Write `sweep.json`, or check that what is here was made by the same code.
+        """Write `sweep.json`; in an existing sweep, check that the same code made it.
 
         Raises:
             UserError: the folder holds files and no sweep; or other code made the sweep, and
@@ -68,7 +69,7 @@ class Sweep:
         shutil.rmtree(self.folder / CACHE, ignore_errors=True)
 
     def take_back(self) -> None:
-        """Take back the folder of a sweep that has come to no job; that of an earlier one stays."""
+        """Delete the folder of a new sweep that has started no job; keep that of an older sweep."""
         if self._starts() > 1 or {child.name for child in self.folder.iterdir()} - {*BEFORE_JOBS}:
             return
         for name in BEFORE_JOBS:
@@ -76,22 +77,24 @@ class Sweep:
         self.folder.rmdir()
 
     def _read(self) -> dict[str, Any]:
-        """Return `sweep.json`; empty: there is none, or another program's."""
+        """Return the content of `sweep.json`; empty: there is no such file of ours."""
         record = self._record.read_json("sweep.json")
         is_ours = isinstance(record, dict) and {"code", "data"} <= record.keys()
         return record if is_ours else {}
 
     def started(self) -> str:
-        """Return when the sweep was started first, as ISO 8601 writes it."""
+        """Return the time of the sweep's first start, in ISO 8601."""
         return self._read().get("started") or now()
 
     @contextlib.contextmanager
     def claim(self, loaded: config.Config, folder: Path) -> Iterator[RunFolder | None]:
-        """Give a job its run folder for as long as it runs; None: there is nothing to run.
+        """Inside this context, hold the run folder of a job, and yield this folder.
+
+        None is yielded if there is nothing to run.
 
         Args:
             loaded: the job's configuration.
-            folder: the one that Hydra has made for it.
+            folder: the folder that Hydra has made for the job.
         """
         config_hash = identity(loaded)
         with contextlib.ExitStack() as stack:
@@ -110,24 +113,25 @@ class Sweep:
             try:
                 yield place
             except BaseException as error:
-                if place.status()["state"] == "running":  # it had not come to keep its own status
+                if place.status()["state"] == "running":  # the run did not record its own failure
                     reason = one_line(f"{type(error).__name__}: {error}")
                     place.set_status("failed", reason, exit_code=1)
                 raise
 
     def _folder_of(self, config_hash: str) -> RunFolder | None:
-        """Return the run folder in this sweep of a configuration."""
+        """Return the run folder of a configuration in this sweep; None: there is no such folder."""
         same = (job for job in self.jobs() if job.status().get("config_hash") == config_hash)
         return next(same, None)
 
     def _wants_running(self, place: RunFolder) -> bool:
-        """Whether a run has not finished, and was not tried since the sweep was started.
+        """Return whether a run has not finished, and was not tried in this start of the sweep.
 
-        Starts are counted: the clocks of two machines differ, and files are copied and touched.
+        Starts are counted, not dated: clocks of machines differ, and copies of files have new
+        dates.
         """
         status = place.status()
         if status["state"] in ("missing", "running"):
-            return True  # the lock says whether it still does
+            return True  # the lock of the folder says whether the run is still running
         return not place.is_complete() and status["sweep_start"] != self._starts()
 
     def _starts(self) -> int:
@@ -135,15 +139,15 @@ class Sweep:
         return self._read().get("starts", 0)
 
     def check_data(self, key: str, fingerprint: Any, *, accept_changes: bool) -> None:
-        """Check that data are what earlier jobs of the sweep were trained and scored on.
+        """Check that data are the same as in earlier jobs of the sweep.
 
         Args:
-            key: says which data.
-            fingerprint: what they are now.
-            accept_changes: take them as they are.
+            key: name of the data in `sweep.json`.
+            fingerprint: fingerprint of the data now.
+            accept_changes: accept changed data.
 
         Raises:
-            UserError: the data are others, and `accept_changes` is false.
+            UserError: the data have changed, and `accept_changes` is false.
         """
         with FileLock(self.folder / CACHE / "data.lock"):
             record = self._read()
@@ -165,7 +169,14 @@ class Sweep:
         save: Callable[[T, Path], None],
         load: Callable[[Path], T],
     ) -> T:
-        """Return what the first job to ask for it has made; jobs beside it wait for that one."""
+        """Return a result that jobs share: the first job makes it, other jobs wait and load it.
+
+        Args:
+            name: name of the result in the cache.
+            make: makes the result.
+            save: writes the result to a path.
+            load: reads the result from that path.
+        """
         path = self.folder / CACHE / name
         with FileLock(f"{path}.lock"):
             if path.exists():
@@ -177,7 +188,7 @@ class Sweep:
             return made
 
     def jobs(self) -> list[RunFolder]:
-        """Return the folders of the sweep's jobs, those that never began a run included."""
+        """Return the folders of the sweep's jobs, including jobs that never began a run."""
         folders = (file.parent for file in self.folder.glob("*/status.json"))
         return [RunFolder(folder) for folder in sorted(folders, key=natural_order)]
 
@@ -190,7 +201,7 @@ class Sweep:
         from orpo_lab.compare.words import verdict_text
 
         shutil.rmtree(self.folder / CACHE, ignore_errors=True)
-        # What submitit has handed to its processes and back: the overrides as they were typed
+        # submitit's files for its processes hold the overrides as typed, perhaps with secrets
         for pickled in self.folder.glob(".submitit/*/*.pkl"):
             pickled.unlink()
         jobs = [(job, job.status()) for job in self.jobs()]
@@ -210,9 +221,10 @@ class Sweep:
 
 
 def _without_another_run(folder: Path) -> RunFolder:
-    """Return a new job's folder; one beside it where an earlier start left another run there.
+    """Return the folder for a new job: `folder`, or a new one if `folder` holds another run.
 
-    Names tell what is swept, and the same sweep may be given again with another fixed value.
+    Folder names say only which values are swept. The same sweep may be started again with another
+    value that is not swept, and then has the same names.
     """
     place = RunFolder(folder)
     holds_another = place.status()["config_hash"] is not None
@@ -236,7 +248,7 @@ def _figures(job: RunFolder) -> str:
 
 
 def fresh_folder(folder: Path) -> Path:
-    """Make a folder that nobody has, `-2` and so on added where two start in the same second."""
+    """Make and return a new folder; if `folder` exists, its name gets `-2`, `-3` and so on."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:

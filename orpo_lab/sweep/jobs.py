@@ -1,4 +1,4 @@
-"""What the jobs of this process have come to: the one place where a process keeps that."""
+"""The jobs of this process and their outcomes: the only such state of a process."""
 
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -10,35 +10,36 @@ from orpo_lab.sweep.folder import Sweep
 
 @dataclass
 class Jobs:
-    """The jobs of a process, of which a sweep has many.
+    """The jobs of a process: one, or all jobs of a sweep.
 
-    Hydra makes its callback and calls every job by itself; what the jobs leave for the end of the
-    process they leave here.
+    Hydra itself makes its callback and calls every job, so nothing can be passed between them. Jobs
+    write here what is needed at the end of the process.
     """
 
     sweep: Sweep | None = None
-    """The sweep that this process has started; None: it runs a single job, or one for another."""
+    """The sweep that this process has started. None: the process runs a single job, or a job of
+    another process's sweep."""
     tracker: Tracker | None = None
-    """Where the sweep's comparison is logged."""
+    """The tracker to which the sweep's comparison is logged."""
     num: int | None = None
-    """How many jobs the sweep has; None: there is no sweep, or it is another process's."""
+    """Number of jobs of the sweep; None: there is no sweep, or another process started it."""
     left_out: list[str] = field(default_factory=list)
     """A line for each combination of the sweep that cannot be composed."""
     failures: list[str] = field(default_factory=list)
-    """A line for each failed job: Hydra's basic launcher would go on and exit 0."""
+    """A line for each failed job; Hydra's basic launcher would go on and exit with 0."""
     seconds: list[float] = field(default_factory=list)
-    """What the jobs took, one after the other."""
+    """The duration of each job that has ended, in seconds."""
 
     def count(self, num: int, left_out: list[str]) -> None:
-        """Take note of how many jobs the sweep has, and of the combinations that cannot be."""
+        """Note the number of the sweep's jobs, and the combinations that cannot be composed."""
         self.num = num
         self.left_out += left_out
 
     def progress(self, number: int) -> str:
-        """Return a line on how long the sweep has taken, and will take at its pace so far.
+        """Return a line with the time that the sweep has taken, and an estimate of the time left.
 
         Args:
-            number: of the job that has ended, from 1.
+            number: number of the job that has ended, 1 for the first.
         """
         assert self.num is not None
         left = sum(self.seconds) / len(self.seconds) * (self.num - number)

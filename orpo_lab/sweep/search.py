@@ -1,14 +1,14 @@
 """Search with Optuna: `python -m orpo_lab search FOLDER [--num-trials N] [override ...]`.
 
-Overrides are launch.py's; those with a range or a list are searched, in Hydra's own syntax:
-`beta=tag(log,interval(0.02,1))`, `optimizer.r=int(interval(4,64))`, `beta_schedule=step,cosine`.
-Every trial is a run of launch.py in a folder of its own in FOLDER, so that `python -m
-orpo_lab compare FOLDER` reads them. What is maximised is held-out preference accuracy, among runs
-whose quality is not worse than the untrained model's. With `train.eval_steps` a trial that falls
-behind the median of those before it is stopped.
+Overrides are those of launch.py. An override with a range or a list, in Hydra's own syntax, is
+searched: `beta=tag(log,interval(0.02,1))`, `optimizer.r=int(interval(4,64))`,
+`beta_schedule=step,cosine`. Every trial is a run of launch.py in its own folder in FOLDER, so that
+`python -m orpo_lab compare FOLDER` can read the trials. The search maximises held-out preference
+accuracy, among runs whose quality is not worse than the untrained model's. With `train.eval_steps`
+a trial is stopped if it falls behind the median of earlier trials.
 
-FOLDER keeps the study: the same command goes on with it, and several may work on it at once. Needs
-`pip install -e ".[search]"`.
+FOLDER keeps the study. The same command goes on with the study, and several processes may work on
+it at the same time. Needs `pip install -e ".[search]"`.
 """
 
 import argparse
@@ -36,16 +36,16 @@ if TYPE_CHECKING:
     import optuna
 
 LAUNCH = Path(__file__).parents[2] / "launch.py"
-# How often a running trial's metrics are looked at
+# Seconds between two looks at the metrics of a running trial
 POLL_SECONDS = 0.2
 
 
 def parse(overrides: Sequence[str]) -> tuple[list[str], dict[str, Override]]:
-    """Split overrides into those that are fixed, as they are, and those to be searched, by key.
+    """Split overrides into fixed ones, as typed, and ones to be searched, by their keys.
 
     Raises:
-        UserError: an override cannot be parsed or is searched over secrets, or there is nothing to
-            search.
+        UserError: an override cannot be parsed or searches over secrets, or no override has a range
+            or a list.
     """
     try:
         _, *typed = as_typed(["--multirun", *overrides])
@@ -70,7 +70,7 @@ def parse(overrides: Sequence[str]) -> tuple[list[str], dict[str, Override]]:
 
 
 def suggest(trial: "optuna.Trial", searched: dict[str, Override]) -> list[str]:
-    """Return the trial's values as overrides."""
+    """Let a trial choose values for the searched keys, and return them as overrides."""
     chosen = []
     for key, override in searched.items():
         space = override.value()
@@ -93,8 +93,8 @@ def run_trial(trial: "optuna.Trial", folder: Path, overrides: list[str]) -> floa
     """Run launch.py and return the run's held-out preference accuracy.
 
     Raises:
-        optuna.TrialPruned: the run was stopped.
-        UserError: the run failed; its status says why.
+        optuna.TrialPruned: the run fell behind the median and was stopped.
+        UserError: the run failed or has no figures; the text says why.
     """
     import optuna
 
@@ -120,7 +120,7 @@ def run_trial(trial: "optuna.Trial", folder: Path, overrides: list[str]) -> floa
         last_words = one_line(said.read())
     if pruned and place.status()["state"] != "finished":
         place.set_status("stopped", f"pruned after step {reported}", exit_code=EXIT_CODE)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # nobody goes on with it
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a pruned run never goes on
         raise optuna.TrialPruned
     if process.returncode:
         reason = place.status()["reason"] or last_words
@@ -134,7 +134,7 @@ def run_trial(trial: "optuna.Trial", folder: Path, overrides: list[str]) -> floa
 
 
 def _evaluations(place: RunFolder) -> list[tuple[int, float]]:
-    """Return step and held-out preference accuracy of the evaluations so far."""
+    """Return step and held-out preference accuracy of each evaluation so far."""
     key = HELD_OUT_PREFIX + PREFERENCE
     try:
         return [(int(line["step"]), line[key]) for line in place.metrics() if key in line]
@@ -143,7 +143,10 @@ def _evaluations(place: RunFolder) -> list[tuple[int, float]]:
 
 
 def _shortfalls(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:
-    """Return how far qualities are worse than the untrained model's, beyond the margin."""
+    """Return how far each quality is worse than the untrained model's, minus the margin.
+
+    A value above 0 means: worse by more than the margin allows.
+    """
     return {
         metric.name: metric.sign * (before[metric.name] - after[metric.name]) - MARGINS[metric.name]
         for metric in qualities_among(after)
@@ -151,10 +154,10 @@ def _shortfalls(before: dict[str, Any], after: dict[str, Any]) -> dict[str, floa
 
 
 def search(folder: Path, num_trials: int, overrides: Sequence[str]) -> "optuna.Study":
-    """Go on until the folder has `num_trials` trials that ended, and return the study.
+    """Run trials until `num_trials` trials in the folder have ended, and return the study.
 
     Raises:
-        UserError: the overrides say nothing to search, or every trial has failed.
+        UserError: there is nothing to search, or every trial has failed.
     """
     import optuna
     from optuna.storages import JournalStorage
@@ -200,7 +203,7 @@ def search(folder: Path, num_trials: int, overrides: Sequence[str]) -> "optuna.S
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Say what the command takes."""
+    """Add the arguments of the command to a parser."""
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="of the study and its runs")
     parser.add_argument(
         "--num-trials", type=int, default=20, help="in FOLDER, earlier ones included"
@@ -209,10 +212,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Search, and print what was best.
+    """Search, and print the best trial.
 
     Raises:
-        UserError: Optuna is not installed, the folder cannot be used, or see `search`.
+        UserError: Optuna is not installed, the folder cannot be used, or a reason of `search`.
     """
     try:
         study = search(options.folder, options.num_trials, options.overrides)

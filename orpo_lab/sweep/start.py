@@ -1,4 +1,4 @@
-"""What Hydra calls before a sweep's first job, and after each."""
+"""The callback that Hydra calls before a sweep's first job, and after each job."""
 
 import shutil
 import sys
@@ -16,15 +16,18 @@ from orpo_lab.stop import PROCESS
 from orpo_lab.sweep.folder import Sweep, fresh_folder
 from orpo_lab.sweep.jobs import JOBS
 
-# Launchers whose jobs are processes of this machine
+# Launchers that run jobs as processes of this machine
 HERE = ("joblib", "submitit_local")
 
 
 class Start(Callback):
-    """What Hydra calls before the first job; `JOBS.close` comes after the last."""
+    """Hydra's callback at the start of a sweep; `JOBS.close` is called at its end."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Give the sweep a folder of its own, unless it was told one, and its jobs short names."""
+        """Prepare the sweep: make its folder, give its jobs short names, and begin its record.
+
+        The folder is new, unless the user has named one. Errors end the process.
+        """
         launcher = config.hydra.runtime.choices["hydra/launcher"]
         if launcher == "submitit_slurm" and shutil.which("srun") is None:
             sys.exit(
@@ -40,9 +43,9 @@ class Start(Callback):
             folder = fresh_folder(folder)
             with open_dict(config):
                 config.hydra.sweep.dir = str(folder)
-                # Jobs are composed anew, from the overrides
+                # Hydra composes each job again, from the overrides
                 config.hydra.overrides.hydra.append(f"hydra.sweep.dir={folder}")
-        # Jobs are told apart by what is swept; what all have in common would only be long
+        # The names of jobs hold only the swept values: what all jobs share would make names long
         parsed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
         swept = {override.key_or_group for override in parsed if override.is_sweep_override()}
         common = [
@@ -56,11 +59,11 @@ class Start(Callback):
         try:
             JOBS.sweep.begin(accept_changes=config.accept_changes)
         except UserError as error:
-            # Hydra would make a warning of it and go on
+            # Hydra would turn the exception into a warning and go on
             sys.exit(f"error: {error}")
         if launcher in HERE:
             PROCESS.pass_on()
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Let go of a job's configurations: Hydra keeps them all until the sweep ends."""
+        """Drop a job's configurations: Hydra would keep those of all jobs until the sweep ends."""
         job_return.cfg = job_return.hydra_cfg = None

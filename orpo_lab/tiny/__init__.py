@@ -1,1 +1,1 @@
-"""The embedded tiny model: its weights, its tokenizer, and `make.py`, the script that made them."""
+"""The embedded tiny model: weights, tokenizer, and `make.py`, the script that made both."""

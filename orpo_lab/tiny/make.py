@@ -1,9 +1,10 @@
-"""Makes the tiny model beside this file: `python -m orpo_lab.tiny.make [--output FOLDER]`.
+"""Make the tiny model in the folder of this file: `python -m orpo_lab.tiny.make [--output FOLDER]`.
 
-A Llama of 1.1 M parameters with its own byte-level tokenizer and chat template, pretrained on the
-embedded task families. Half of the answers it sees are right and half wrong, one wrong answer per
-prompt, so it ends up knowing both and preferring neither: a base that ORPO has something to teach.
-The contents of held-out prompts are never shown to it. Takes about eight minutes on two CPU cores.
+The model is a Llama of 1.1 M parameters with its own byte-level tokenizer and chat template. It is
+pretrained on the embedded task families. Half of the answers in pretraining are right and half are
+wrong, with one wrong answer per prompt. So the model knows both answers and prefers neither: a base
+that ORPO can improve. Pretraining never shows the contents of held-out prompts. It takes about
+eight minutes on two CPU cores.
 """
 
 import argparse
@@ -33,8 +34,8 @@ BATCH_SIZE = 64
 LEARNING_RATE = 3e-3
 WARMUP_STEPS = 100
 WEIGHT_DECAY = 0.1
-# A prompt token's weight in the loss; a completion token's is 1. Prompts are mostly random words,
-# which at full weight would drown the few tokens that have something to learn.
+# Weight of a prompt token in the loss; a completion token has weight 1. Prompts are mostly random
+# words. With weight 1 their loss would hide that of the few tokens that can be learnt.
 PROMPT_WEIGHT = 0.2
 NUM_HELD_OUT = 400
 NUM_THREADS = 2
@@ -43,7 +44,7 @@ Row = dict[str, Any]
 
 
 def main() -> None:
-    """Makes tokenizer and model, measures them on held-out pairs, writes everything."""
+    """Make tokenizer and model, measure the model on held-out pairs, and write all files."""
     parser = argparse.ArgumentParser(description="Makes the tiny model.")
     parser.add_argument("--output", type=Path, default=HERE, help="folder to write (default: here)")
     folder: Path = parser.parse_args().output
@@ -65,7 +66,7 @@ def main() -> None:
         f"tokenizers {tokenizers.__version__}",
     }
     model.save_pretrained(folder)
-    # Written owner-only by default, which a shared checkout could not read.
+    # By default only the owner can read the file, so other users of a checkout could not.
     (folder / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(card(figures))
@@ -75,10 +76,11 @@ def main() -> None:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE over the task texts: any text survives, and each task word is one token.
+    """Return a byte-level BPE tokenizer, trained on the texts of the tasks.
 
-    A number is one token too, so that being off by one is a step to the next token. The prompt ends
-    in a special token, which nothing merges with, so its tokens are a prefix of the dialogue's.
+    It can encode any text, and each word of the tasks is one token. A number is one token too, so
+    an answer that is off by one differs in one token. The prompt ends in a special token, which
+    never merges with other text. So the prompt's tokens are a prefix of the dialogue's tokens.
     """
     special = ["<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
     pieces = Regex(r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+")
@@ -90,7 +92,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    # The size is only a limit: merging stops when every task word is one token.
+    # The vocabulary size is only a limit: merging stops when every task word is one token.
     trainer = trainers.BpeTrainer(
         vocab_size=1024,
         special_tokens=special,
@@ -117,7 +119,7 @@ def _texts(row: Row) -> list[str]:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A randomly initialised Llama; its widths are multiples of 64, the block size of nf4."""
+    """Return a Llama with random weights; its widths are multiples of 64, the block size of nf4."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -136,7 +138,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> float:
-    """Trains on whole dialogues, prompts included; returns the mean loss of the last 100 steps."""
+    """Train on whole dialogues, prompts included; return the mean loss of the last 100 steps."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     groups: list[Row] = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors}]
@@ -161,7 +163,7 @@ def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> flo
 
 
 def batches(tokenizer: PreTrainedTokenizerFast) -> Iterator[dict[str, Tensor]]:
-    """NUM_STEPS batches of dialogues, one half with their right and one with their wrong answer."""
+    """Yield NUM_STEPS batches of dialogues; half end in a right answer, half in a wrong one."""
     rng = random.Random(SEED)
     rows = embedded.stream("train", seed=SEED)
     sides = ["chosen", "rejected"] * (BATCH_SIZE // 2)
@@ -172,35 +174,35 @@ def batches(tokenizer: PreTrainedTokenizerFast) -> Iterator[dict[str, Tensor]]:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, dialogues: list[Any]) -> dict[str, Tensor]:
-    """Right-padded `input_ids` and `attention_mask` of whole dialogues, `[B, T]`."""
+    """Return right-padded `input_ids` and `attention_mask` of whole dialogues, each `[B, T]`."""
     rendered = tokenizer.apply_chat_template(dialogues, tokenize=False)
     batch = tokenizer(rendered, add_special_tokens=False, padding=True, return_tensors="pt")
     return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
 def completion_mask(tokenizer: PreTrainedTokenizerFast, batch: dict[str, Tensor]) -> Tensor:
-    """Which tokens belong to the answer, end-of-sequence included, `[B, T]` of bool."""
+    """Return which tokens belong to the answer, end-of-sequence included, as bool `[B, T]`."""
     is_marker = batch["input_ids"].eq(tokenizer.get_vocab()["<|assistant|>"])
     after_marker = is_marker.cumsum(1) > is_marker.long()
     return after_marker & batch["attention_mask"].bool()
 
 
 def weighted_loss(model: LlamaForCausalLM, batch: dict[str, Tensor], completion: Tensor) -> Tensor:
-    """Mean negative log-likelihood over all real tokens; prompt tokens count PROMPT_WEIGHT."""
+    """Return the mean negative log-likelihood of real tokens; prompt tokens weigh PROMPT_WEIGHT."""
     weights = torch.where(completion, 1.0, PROMPT_WEIGHT) * batch["attention_mask"]
     weights = weights[:, 1:]
     return -(next_token_logps(model, batch) * weights).sum() / weights.sum()
 
 
 def next_token_logps(model: LlamaForCausalLM, batch: dict[str, Tensor]) -> Tensor:
-    """Log-probability of every token but the first, `[B, T - 1]`, in nats."""
+    """Return the log-probability of every token but the first, `[B, T - 1]`, in nats."""
     logps = model(**batch).logits[:, :-1].log_softmax(-1)
     return logps.gather(2, batch["input_ids"][:, 1:, None]).squeeze(2)
 
 
 @torch.no_grad()
 def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
-    """Preference accuracy and exact match on held-out pairs, overall and per wording."""
+    """Return preference accuracy and exact match on held-out pairs, overall and per wording."""
     rows = embedded.pairs("eval", num=NUM_HELD_OUT, seed=SEED)
     chosen = mean_logps(model, tokenizer, rows, "chosen")
     rejected = mean_logps(model, tokenizer, rows, "rejected")
@@ -222,7 +224,7 @@ def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict
 def mean_logps(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[Row], side: str
 ) -> Tensor:
-    """Mean log-probability of each row's `side` given its prompt, `[B]`, in nats per token."""
+    """Return each row's mean log-probability of `side` given its prompt, `[B]`, in nats a token."""
     batch = encode(tokenizer, [row["prompt"] + row[side] for row in rows])
     mask = completion_mask(tokenizer, batch)[:, 1:]
     return (next_token_logps(model, batch) * mask).sum(1) / mask.sum(1)
@@ -231,7 +233,7 @@ def mean_logps(
 def generate(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[Row]
 ) -> list[str]:
-    """Greedy completions of the rows' prompts."""
+    """Return the greedy completions of the rows' prompts."""
     prompts = tokenizer.apply_chat_template(
         [row["prompt"] for row in rows], add_generation_prompt=True, tokenize=False
     )
@@ -249,7 +251,7 @@ def generate(
 
 
 def cpu_model() -> str:
-    """The CPU's name as the system tells it."""
+    """Return the name of the CPU, as the operating system gives it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -259,7 +261,7 @@ def cpu_model() -> str:
 
 
 def card(figures: dict[str, str]) -> str:
-    """The model card; every figure in it comes from this run of the script."""
+    """Return the model card; every figure in it comes from this run of the script."""
     table = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
     families = ", ".join(embedded.FAMILIES)
     return f"""---

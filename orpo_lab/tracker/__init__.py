@@ -1,4 +1,4 @@
-"""Where a run is logged beside its own folder. A run never stops because its tracker does."""
+"""Trackers: log a run in addition to its own folder. A tracker that fails never stops the run."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from orpo_lab.tracker.base import Run, Untracked
 
 
 def check(tracker: Tracker, *, folder: Path, sweep: str | None) -> None:
-    """Refuse what the tracker would not take, before anything heavy is loaded.
+    """Refuse settings that the tracker does not accept, before anything heavy is loaded.
 
     Args:
         tracker: which tracker, and its settings.
@@ -17,7 +17,7 @@ def check(tracker: Tracker, *, folder: Path, sweep: str | None) -> None:
         sweep: the name of the sweep that the run belongs to, if any.
 
     Raises:
-        UserError: a key of the tracker, or a setting of its own, is not what the tracker takes.
+        UserError: the tracker does not accept one of our keys, or one of its own settings.
     """
     if isinstance(tracker, WandbTracker):
         wandb.check(tracker, folder=folder, sweep=sweep)
@@ -37,14 +37,14 @@ def start(
     Args:
         tracker: which tracker, and its settings.
         folder: the run folder; a tracker keeps its files in it.
-        name: what the run is called; None: as the tracker's own settings say, or as the folder.
-        config: our own configuration, under our own names, secrets redacted.
+        name: the name of the run. None: the name in the tracker's own settings, or the folder's.
+        config: the run's configuration, under our own names, with secrets redacted.
         sweep: the name of the sweep that the run belongs to, if any.
-        history: the lines of metrics of a run that goes on, with their `step`.
+        history: for a run that goes on, its lines of metrics so far, with their `step`.
 
     Raises:
         UserError: see `check`.
-        Exception: whatever a tracker's client raises where it cannot even write to the disk.
+        Exception: the tracker's client cannot even write to the disk, and raises any exception.
     """
     match tracker:
         case NoTracker():
@@ -59,13 +59,13 @@ def start(
 def publish_comparison(
     tracker: Tracker, folder: Path, verdict: list[str], settings: list[dict[str, str]]
 ) -> None:
-    """Log a sweep's comparison as a run of its own, where the tracker is asked for it.
+    """Log a sweep's comparison as a separate run, if the tracker's settings ask for that.
 
     Args:
         tracker: which tracker, and its settings.
-        folder: the sweep's, with the reports in it.
-        verdict: what the comparison says, in sentences.
-        settings: the table of settings.
+        folder: the sweep's folder, with the reports in it.
+        verdict: the sentences of the verdict.
+        settings: the table of settings, a row for each.
     """
     if isinstance(tracker, WandbTracker):
         wandb.publish_comparison(tracker, folder, verdict, settings)

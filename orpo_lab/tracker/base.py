@@ -1,4 +1,4 @@
-"""What a run asks of a tracker."""
+"""The interface through which a run calls a tracker."""
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,11 +16,11 @@ class Run(Protocol):
     def log_results(
         self, summary: dict[str, Any], plots: list[Path], samples: list[dict[str, str]]
     ) -> None:
-        """Log what a finished run came to."""
+        """Log the results of a finished run: summary, plots and samples."""
 
 
 class Untracked:
-    """`tracker=none`: the run folder has it all."""
+    """A run with `tracker=none`: only the run folder holds its logs."""
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Do nothing."""

@@ -1,4 +1,4 @@
-"""Weights & Biases. A run never stops because its tracker does."""
+"""The tracker Weights & Biases (W&B). A failure of W&B never stops a run."""
 
 import logging
 import netrc
@@ -19,20 +19,20 @@ from orpo_lab.redaction import redact
 from orpo_lab.tracker.base import Run, Untracked
 
 log = logging.getLogger(__name__)
-# How long the server may take to answer before the run goes offline
+# Seconds that the server may take to answer; after that the run goes offline
 PROBE_SECONDS = 3.0
-# How long a run waits at its end for what is not uploaded yet; it stays on disk
+# Seconds that a run waits at its end for uploads; what is not uploaded by then stays on the disk
 FINISH_SECONDS = 30.0
-# Where neither tracker.project nor W&B's own settings name a project
+# The project, if neither tracker.project nor W&B's own settings name a project
 PROJECT = "orpo_lab"
-# Letters of a tag that W&B takes
+# The largest number of characters of a tag in W&B
 MAX_TAG = 64
 # Keys of the tracker, and the settings of W&B's client that check them
 CHECKED = {"project": "project", "entity": "entity", "group": "run_group", "tags": "run_tags"}
 
 
 def check(tracker: WandbTracker, *, folder: Path, sweep: str | None) -> None:
-    """Refuse what W&B's client would not take, before anything heavy is loaded.
+    """Refuse settings that W&B's client does not accept, before anything heavy is loaded.
 
     Args:
         tracker: which tracker, and its settings.
@@ -40,12 +40,12 @@ def check(tracker: WandbTracker, *, folder: Path, sweep: str | None) -> None:
         sweep: the name of the sweep that the run belongs to, if any.
 
     Raises:
-        UserError: a key of the tracker, W&B's own variables and settings files, or the run's id is
-            not what W&B takes.
+        UserError: W&B does not accept a key of the tracker, one of its own variables or settings
+            files, or the run's id.
     """
     try:
         import wandb
-    except Exception:  # which `start` says
+    except Exception:  # `start` raises it again and reports it
         return
     if _disabled():
         return
@@ -69,22 +69,22 @@ def start(
 ) -> Run:
     """Begin tracking a run.
 
-    Where the tracker's settings leave something open, W&B's own variables and settings files decide
+    What the tracker's settings leave open is decided by W&B's own variables and settings files
     (WANDB_PROJECT, WANDB_ENTITY, WANDB_RUN_GROUP, WANDB_JOB_TYPE, WANDB_NOTES, and for a run
-    outside of a sweep WANDB_NAME and WANDB_RUN_ID). WANDB_TAGS are more tags.
+    outside of a sweep WANDB_NAME and WANDB_RUN_ID). The tags in WANDB_TAGS are added.
 
     Args:
         tracker: which tracker, and its settings.
-        folder: the run folder; W&B keeps its files in `wandb/` in it.
-        name: what the run is called; None: as W&B's variable says, or as the folder.
-        config: our own configuration, under our own names, secrets redacted.
+        folder: the run folder; W&B keeps its files in the subfolder `wandb/`.
+        name: the name of the run. None: the name in W&B's variable, or the folder's.
+        config: the run's configuration, under our own names, with secrets redacted.
         sweep: the name of the sweep that the run belongs to, if any.
-        history: the lines of metrics of a run that goes on, with their `step`; W&B gets again what
-            it may not have of them.
+        history: for a run that goes on, its lines of metrics so far, with their `step`. They are
+            sent again, since W&B may not have all of them.
 
     Raises:
         UserError: see `check`.
-        Exception: whatever W&B's client raises where it cannot even write to the disk.
+        Exception: W&B's client cannot even write to the disk, and raises any exception.
     """
     if _disabled():
         log.info("W&B: disabled, by its own settings (WANDB_MODE, wandb disabled)")
@@ -94,7 +94,7 @@ def start(
     return WandbRun(
         tracker,
         folder=folder,
-        # One name or id cannot be that of all jobs of a sweep
+        # The jobs of a sweep cannot share a name or an id
         name=name or (own.run_name if sweep is None else None) or folder.resolve().name,
         run_id=_run_id(folder, sweep),
         config=config,
@@ -108,13 +108,13 @@ def start(
 def publish_comparison(
     tracker: WandbTracker, folder: Path, verdict: list[str], settings: list[dict[str, str]]
 ) -> None:
-    """Log a sweep's comparison as a run of its own, where `tracker.summary_run` asks for it.
+    """Log a sweep's comparison as a separate run, if `tracker.summary_run` is true.
 
     Args:
         tracker: which tracker, and its settings.
-        folder: the sweep's, with the reports in it.
-        verdict: what it says.
-        settings: the table of settings.
+        folder: the sweep's folder, with the reports in it.
+        verdict: the sentences of the verdict.
+        settings: the table of settings, a row for each.
     """
     if not tracker.summary_run or _disabled():
         return
@@ -138,16 +138,16 @@ def publish_comparison(
 
 
 def _settings() -> Any:
-    """Return what W&B's own variables and settings files come to.
+    """Return the settings that W&B reads from its own variables and settings files.
 
     Raises:
-        UserError: a variable or a file holds what W&B does not take.
+        UserError: a variable or a file holds a value that W&B does not accept.
     """
     import wandb
 
     try:
         return wandb.setup().settings
-    except Exception as error:  # pydantic's, and W&B's own of several kinds
+    except Exception as error:  # pydantic's errors, and several types of W&B's own
         raise UserError(
             f"W&B does not take its own settings: {_reason(error)}; put right the WANDB_ variable, "
             "or say tracker=none"
@@ -155,13 +155,13 @@ def _settings() -> Any:
 
 
 def _disabled() -> bool:
-    """Return whether W&B's own settings switch it off; WANDB_DISABLED is transformers' word."""
+    """Return whether W&B's own settings, or transformers' WANDB_DISABLED, switch W&B off."""
     is_off = os.environ.get("WANDB_DISABLED", "").lower() in ("1", "on", "true", "yes")
     return is_off or _settings().mode == "disabled"
 
 
 def _reason(error: Exception) -> str:
-    """Return what W&B's client says is wrong, on a line; pydantic has a report of several lines."""
+    """Return an error of W&B's client on one line; of pydantic's longer report, the first error."""
     if not hasattr(error, "errors"):
         return one_line(error)[:200]
     first = error.errors()[0]
@@ -169,7 +169,7 @@ def _reason(error: Exception) -> str:
 
 
 class WandbRun:
-    """A W&B run of its own, also where several runs share a process."""
+    """A W&B run; several runs of one process stay separate."""
 
     def __init__(
         self,
@@ -194,18 +194,18 @@ class WandbRun:
         options: dict[str, Any] = {
             **redact({"project": project, "entity": tracker.entity, "group": group, "name": name}),
             "job_type": job_type,
-            # One run in W&B for one folder, also where a sweep runs a job again
+            # A folder has one run in W&B, also if a sweep runs its job again
             "id": run_id,
             "tags": list(dict.fromkeys(label[:MAX_TAG] for label in labels)),
             "config": config,
             "dir": folder,
-            # Two runs in one process (a sweep) would otherwise log into one
+            # Otherwise two runs in one process (a sweep) would log into the same run
             "reinit": "finish_previous",
             "settings": wandb.Settings(
                 silent=True,
                 console="off",
                 disable_code=True,
-                # Its metadata holds the command line, where a token may stand
+                # W&B's metadata holds the command line, which may contain a token
                 x_disable_meta=True,
                 init_timeout=30,
                 finish_timeout=FINISH_SECONDS,
@@ -214,7 +214,7 @@ class WandbRun:
         }
         if online:
             try:
-                # With the id alone W&B would overwrite what a resumed run has logged before
+                # With an id but no `resume`, W&B would overwrite the earlier log of a resumed run
                 self._run = wandb.init(
                     mode="online", resume="allow" if history else None, **options
                 )
@@ -230,12 +230,12 @@ class WandbRun:
             )
         else:
             log.info("W&B: online, %s", self._run.url)
-        # What it has already W&B ignores; what a killed process did not send closes the gap
+        # W&B ignores lines that it has already. The others, not sent by a killed process, are added
         for line in history:
             self.log(int(line["step"]), {key: line[key] for key in line if key != "step"})
 
     def _decide(self, tracker: WandbTracker, own: Any) -> tuple[bool, str]:
-        """Return whether to go online, and if not, why."""
+        """Return whether the run goes online, and if not, the reason."""
         if tracker.mode == "offline":
             return False, "as asked"
         if own.mode in ("offline", "dryrun"):
@@ -253,7 +253,7 @@ class WandbRun:
     def log_results(
         self, summary: dict[str, Any], plots: list[Path], samples: list[dict[str, str]]
     ) -> None:
-        """Log summary metrics, the plots and the samples as a table."""
+        """Log the summary metrics, the plots, and the samples as a table."""
 
         def send() -> None:
             self._run.summary.update(summary)
@@ -291,7 +291,7 @@ class WandbRun:
         self._safely(lambda: self._run.finish(exit_code=exit_code))
 
     def _safely(self, send: Any) -> None:
-        """A tracker that fails is said and does not end the training it watches."""
+        """Call `send`; if it fails, log a warning, so that training goes on."""
         try:
             send()
         except Exception as error:
@@ -301,7 +301,7 @@ class WandbRun:
 
 
 def _run_id(folder: Path, sweep: str | None) -> str:
-    """Return the folder's W&B run id, made once; or the one that `wandb agent` has given a run.
+    """Return the W&B run id that the folder or `wandb agent` gives; without such, make a new id.
 
     Raises:
         UserError: see `_known_id`.
@@ -310,10 +310,12 @@ def _run_id(folder: Path, sweep: str | None) -> str:
 
 
 def _known_id(folder: Path, sweep: str | None) -> str | None:
-    """Return the W&B run id that a folder has, or that a run is given; None: there is none yet.
+    """Return the W&B run id in WANDB_RUN_ID, or in the folder; None: there is no id yet.
+
+    WANDB_RUN_ID does not count for a job of a sweep.
 
     Raises:
-        UserError: W&B would not take the id, since it names folders by ids.
+        UserError: W&B would not accept the id, since W&B uses ids as names of folders.
     """
     file = folder / "wandb_id"
     given = os.environ.get("WANDB_RUN_ID") if sweep is None else None
@@ -329,7 +331,7 @@ def _known_id(folder: Path, sweep: str | None) -> str | None:
 
 
 def _new_id(folder: Path) -> str:
-    """Make a folder's W&B run id."""
+    """Make a new W&B run id, write it to the folder, and return it."""
     run_id = secrets.token_hex(4)
     RunFolder(folder).write("wandb_id", run_id)
     return run_id
@@ -349,7 +351,7 @@ def _in_netrc(server: str) -> bool:
 
 
 def _answers(server: str, *, insecure: bool) -> bool:
-    # As W&B's client, which takes any certificate where it is told to
+    # Like W&B's client, accept any certificate if the settings say so
     context = ssl._create_unverified_context() if insecure else None
     try:
         urllib.request.urlopen(server, timeout=PROBE_SECONDS, context=context).close()

@@ -1,8 +1,8 @@
 """A W&B workspace for comparing runs: `python -m orpo_lab workspace [--project P] [--entity E]`.
 
-Saves a view of the project with runs grouped by beta and its schedule, and charts that are free of
-beta: preference accuracy against quality, and the curves that compare along an annealed run. Needs
-a key (`wandb login`) and `pip install -e ".[workspace]"`.
+The command saves a view of the project, with runs grouped by beta and by beta schedule. Its charts
+show figures that do not depend on beta: preference accuracy against quality, and curves that can be
+compared along an annealed run. Needs a key (`wandb login`) and `pip install -e ".[workspace]"`.
 """
 
 import argparse
@@ -11,13 +11,13 @@ from orpo_lab.errors import UserError, one_line
 from orpo_lab.metrics import HELD_OUT_PREFIX, MARGINS, PREFERENCE, TRAINING
 from orpo_lab.tracker.wandb import PROJECT
 
-# What a training metric says of how the run fares, and compares with other runs
+# Training metrics that say how well a run trains, and that can be compared between runs
 FREE_OF_BETA = [
     metric.name
     for metric in TRAINING
     if metric.panel and metric.is_beta_free and not metric.is_setting
 ]
-# Sections of line charts over the steps: metrics under the names that runs log
+# Sections of line charts over the steps: the metrics of each, by the names that runs log
 CURVES = {
     "Training, free of beta": FREE_OF_BETA,
     "Held out, free of beta": [HELD_OUT_PREFIX + name for name in FREE_OF_BETA],
@@ -29,7 +29,7 @@ def save(project: str, entity: str, name: str) -> str:
     """Save the workspace and return its address.
 
     Raises:
-        Exception: whatever W&B's client raises where there is no key, no server or no such project.
+        Exception: there is no key, no server or no such project; W&B's client raises any exception.
     """
     import wandb_workspaces.reports.v2 as panels
     import wandb_workspaces.workspaces as workspaces
@@ -62,7 +62,7 @@ def save(project: str, entity: str, name: str) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Say what the command takes."""
+    """Add the arguments of the command to a parser."""
     parser.add_argument("--project", default="", help=f"as tracker.project (default: {PROJECT})")
     parser.add_argument("--entity", default="", help="as tracker.entity (default: the key's)")
     parser.add_argument("--name", default="orpo_lab: which beta?", help="what the view is called")
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> None:
     """Save the workspace and print its address.
 
     Raises:
-        UserError: wandb-workspaces is not installed, or W&B does not take the workspace.
+        UserError: wandb-workspaces is not installed, or W&B does not accept the workspace.
     """
     try:
         import wandb

@@ -1,1 +1,1 @@
-"""What happens from a run's first step to its last: see `loop`."""
+"""Train a model, from a run's first step to its last step; begin to read at `loop`."""

@@ -1,10 +1,11 @@
-"""Sealed checkpoints: a manifest, written last, says what a checkpoint holds.
+"""Sealed checkpoints: a manifest, written last, lists what a checkpoint holds.
 
-A checkpoint without its manifest is one that nobody finished; one that differs from it is damaged.
-Neither is ever continued from. What the folders hold is the business of `training.state`.
+A checkpoint without a manifest is unfinished. A checkpoint that differs from its manifest is
+damaged. No run continues from either. The content of a checkpoint is written by `training.state`.
 
-The trained model is sealed likewise, before anything is made of it: what comes after the last step
-may fail or be stopped, and is made up for by the next start without training again.
+The trained model is sealed in the same way, before any result is made from the model. What follows
+the last step may fail or be stopped. Then the next start makes the missing results, without
+training again.
 """
 
 import contextlib
@@ -28,17 +29,18 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-# The run's metrics so far; what is beside it in the run folder may have been cut short since
+# A checkpoint has a copy of the run's metrics so far, since the run's own file may be cut later
 METRICS = "metrics.jsonl"
-# What a step changes beside the weights
+# The file of all that a step changes, except the weights
 STATE = "state.pt"
-# Folders of the trained model, until its run has finished; after it comes the step
+# Begins the name of the trained model's folder; the step follows. The folder exists until the run
+# has finished
 TRAINED = "trained-"
 
 
 @dataclass(frozen=True)
 class Made:
-    """What a checkpoint was made from; to be continued, a run must be made from the same."""
+    """What a checkpoint was made from; only a run made from the same can continue from it."""
 
     config_hash: str
     """See `identity.identity`."""
@@ -50,14 +52,14 @@ class Made:
 
 @dataclass(frozen=True)
 class Spent:
-    """What training has cost up to a checkpoint."""
+    """The cost of training up to a checkpoint."""
 
     wall_seconds: float = 0.0
     peak_memory_bytes: int = 0
     num_skipped: int = 0
-    """Steps skipped for a non-finite number."""
+    """Number of steps that were skipped because a number was not finite."""
     token_budget: int | None = None
-    """Tokens of a micro-batch, where memory ran out with those of the configuration."""
+    """The lowered token budget, after memory ran out. None: the configuration's is in use."""
 
 
 @dataclass(frozen=True)
@@ -68,16 +70,16 @@ class Checkpoint:
     made: Made
     spent: Spent
     versions: dict[str, str | None]
-    """Of the packages that made it."""
+    """Versions of the packages that wrote the checkpoint, by their names."""
 
     @property
     def step(self) -> int:
-        """The optimizer steps it has taken."""
+        """The number of optimizer steps that were taken before this checkpoint."""
         return step_of(self.path)
 
     @property
     def is_trained(self) -> bool:
-        """Whether it is the trained model alone, from which no step can be taken."""
+        """Whether this is the trained model, which has weights alone: it can take no step."""
         return self.path.name.startswith(TRAINED)
 
 
@@ -92,13 +94,13 @@ def folders(place: RunFolder) -> list[Path]:
 
 
 def seal(path: Path, place: RunFolder, made: Made, spent: Spent) -> None:
-    """Write a checkpoint's manifest, after all else is on the disk.
+    """Write a checkpoint's manifest, after all its other files are on the disk.
 
     Args:
         path: the checkpoint's folder.
-        place: the run it belongs to; its metrics so far are copied.
-        made: what it was made from.
-        spent: what training has cost.
+        place: the folder of its run; the run's metrics so far are copied into the checkpoint.
+        made: what the checkpoint was made from.
+        spent: the cost of training so far.
     """
     shutil.copyfile(place.path / METRICS, path / METRICS)
     files = {name: _digest(path / name) for name in _files(path)}
@@ -107,7 +109,7 @@ def seal(path: Path, place: RunFolder, made: Made, spent: Spent) -> None:
     manifest = {
         "step": step_of(path),
         "made": asdict(made),
-        # Of a fixed width, so that two runs' checkpoints of a step have the same size
+        # Padded to a fixed width, so that checkpoints of the same step have the same size
         "spent": json.dumps(asdict(spent), allow_nan=False).ljust(160),
         "versions": versions(),
         "files": files,
@@ -122,17 +124,18 @@ def keep_trained(
     made: Made,
     stats: "TrainStats",
 ) -> Path:
-    """Save the trained model, sealed, and return its folder.
+    """Save and seal the trained model, and return its folder.
 
     Args:
-        place: the run it belongs to.
-        start: what the run went on from; where that was the trained model, it is kept as it is.
+        place: the run folder.
+        start: the checkpoint that the run continued from, if any. If `start` is the trained model
+            already, the folder is kept as it is.
         save: writes the model and its tokenizer to a folder.
-        made: what it was made from.
-        stats: what training has come to and cost.
+        made: what the model was made from.
+        stats: the number of steps, and the cost of training.
 
     Raises:
-        UserError: the disk is full, or not to be written to.
+        UserError: the disk is full, or cannot be written to.
     """
     if start and start.is_trained:
         return start.path
@@ -150,18 +153,20 @@ def trained(place: RunFolder) -> list[Path]:
 
 
 def remove_trained(place: RunFolder) -> None:
-    """Delete the trained model of a run that has finished: `final/` has it."""
+    """Delete the trained model of a run that has finished; `final/` holds the model then."""
     for path in trained(place):
         remove(path)
 
 
 def newest_valid(place: RunFolder, config_hash: str) -> Checkpoint | None:
-    """Return the newest checkpoint that is what its manifest says; say why others are not it.
+    """Return the newest valid checkpoint of a run, and log why newer ones are rejected.
+
+    A trained model comes before all other checkpoints.
 
     Args:
-        place: the run.
-        config_hash: of the run as it is now; a model that was trained to the end of another is
-            none to go on from.
+        place: the run folder.
+        config_hash: identity of the run as it is configured now. A trained model of another
+            identity is rejected.
     """
     for path in [*reversed(trained(place)), *reversed(folders(place))]:
         try:
@@ -190,9 +195,9 @@ def _say_other_versions(before: dict[str, str | None]) -> None:
 
 
 def rotate(place: RunFolder, num_checkpoints: int) -> None:
-    """Delete what is older than the `num_checkpoints` newest valid checkpoints.
+    """Delete all sealed checkpoints except the `num_checkpoints` newest ones.
 
-    Only seals are counted here. Whether a checkpoint was damaged since, `newest_valid` finds out.
+    Files are not verified here. `newest_valid` finds out whether a sealed checkpoint is damaged.
     """
     sealed = [path for path in folders(place) if (path / MANIFEST).exists()]
     for path in sealed[:-num_checkpoints]:
@@ -200,7 +205,7 @@ def rotate(place: RunFolder, num_checkpoints: int) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint; if that is cut short, what is left is no checkpoint."""
+    """Delete a checkpoint, its manifest first: what an interruption leaves is not valid."""
     if not path.is_dir():
         path.unlink()
         return
@@ -210,16 +215,18 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def written(path: Path) -> Iterator[None]:
-    """Take away a checkpoint that could not be written, and say so.
+    """Delete an older folder `path`; inside the context a checkpoint is written to `path`.
+
+    A checkpoint that cannot be written is deleted.
 
     Raises:
-        UserError: the disk is full, or not to be written to.
+        UserError: the disk is full, or cannot be written to.
     """
-    if path.exists():  # of a run that was killed, or damaged since
+    if path.exists():  # left by a run that was killed, or damaged
         remove(path)
     try:
         yield
-    # torch and safetensors have errors of their own for what the operating system says
+    # torch and safetensors raise errors of their own for errors of the operating system
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(path, ignore_errors=True)
         raise UserError(
@@ -239,10 +246,10 @@ def _digest(file: Path) -> str:
 
 
 def _verify(path: Path, place: RunFolder) -> Checkpoint:
-    """Return a checkpoint that is what its manifest says.
+    """Return the checkpoint in a folder, after comparing all its files with its manifest.
 
     Raises:
-        UserError: the checkpoint differs from its manifest; the text says where.
+        UserError: the checkpoint is unfinished, damaged, or of another run; the text says which.
     """
     if not (path / MANIFEST).exists():
         raise UserError("it was never finished")

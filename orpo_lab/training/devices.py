@@ -1,7 +1,8 @@
-"""Where a run computes. The only module that may ask how many processes train, and on which device.
+"""The device of a run. Only this module may depend on the number of processes and on the device.
 
-Today a run has one process and one device. Several processes will be another class with the same
-methods: it averages totals and gradients, wraps the model, and lets one process write the files.
+Today a run has one process and one device. Several processes will need another class with the same
+methods. That class will average totals and gradients, wrap the model, and let one process write the
+files.
 """
 
 from typing import Any
@@ -14,9 +15,9 @@ class OneDevice:
     """One process on one device.
 
     Args:
-        device: where the model is.
+        device: the device that the model is on.
         dtype: precision of the arithmetic. In fp16 the loss is scaled, so that small gradients do
-            not vanish; a step whose scaled gradients overflow is skipped, and the scale lowered.
+            not vanish. If scaled gradients overflow, the step is skipped and the scale lowered.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -31,7 +32,7 @@ class OneDevice:
     def place(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return a batch with its tensors on the device.
 
-        To a GPU the tensors travel while the GPU still computes the step before.
+        The copy to a GPU can run while the GPU still computes the step before.
         """
         return {
             name: self._moved(value) if isinstance(value, Tensor) else value
@@ -44,23 +45,29 @@ class OneDevice:
         return tensor.to(self.device, non_blocking=True)
 
     def precision(self) -> torch.autocast:
-        """Return a context in which a model computes in the run's precision."""
+        """Return a context manager, inside which a model computes in the run's precision."""
         is_narrow = self.dtype in (torch.bfloat16, torch.float16)
         return torch.autocast(
             self.device.type, self.dtype if is_narrow else None, enabled=is_narrow
         )
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a scalar loss to those of the weights."""
+        """Add the gradients of a scalar loss to the gradients of the weights.
+
+        In fp16 the added gradients are multiplied by the loss scale.
+        """
         (self.scaler.scale(loss) if self.scaler else loss).backward()
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
-        """Give the gradients of a step their own size, before anybody looks at them."""
+        """Divide the gradients of a step by the loss scale, in place; called before they are read.
+
+        Without a loss scale nothing is done.
+        """
         if self.scaler:
             self.scaler.unscale_(optimizer)
 
     def update(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Let an optimizer take its step; return whether the loss's scaling allowed the step."""
+        """Let an optimizer take its step; return False if loss scaling skipped the step."""
         if self.scaler is None:
             optimizer.step()
             return True
@@ -70,15 +77,15 @@ class OneDevice:
         return self.scaler.get_scale() >= scale
 
     def skip_update(self) -> None:
-        """Go on to the next step without the update of this step."""
+        """Leave out the optimizer's step; only the loss scale is updated."""
         if self.scaler:
             self.scaler.update()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is to go on after a resume: the loss's scale, where there is one."""
+        """Return what a resumed run needs: the state of the loss scale; empty without a scale."""
         return self.scaler.state_dict() if self.scaler else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Restore what `state_dict` returned."""
         if self.scaler and state:
             self.scaler.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""Numbers that are not finite: kept from every weight, and the run stopped or the step skipped."""
+"""Keep numbers that are not finite from every weight: stop the run, or skip the step."""
 
 import logging
 import math
@@ -16,31 +16,34 @@ log = logging.getLogger(__name__)
 class FiniteCheck:
     """Keeps a non-finite loss or gradient from every weight, and stops the run or skips the step.
 
-    To stop, what the check sees stays on the device: from the first such step on, gradients are
-    zero. The device is asked, and the run stopped, at the next logging step and before anything is
-    evaluated or saved. To skip a step, the device is asked at every step.
+    To stop the run, the result of the check stays on the device at first. From the first non-finite
+    step on, all gradients are set to zero. The result is read from the device, and the run stopped,
+    at the next logging step and before each evaluation and checkpoint. To skip steps, the result is
+    read from the device at every step.
 
     Args:
         train: whether to stop or to skip, and how many steps may be skipped.
         meter: counts the skipped steps.
-        is_scaled: whether the loss is scaled (fp16). The scaling meets infinite gradients by design
-            and skips those steps; then only the loss is looked at.
+        is_scaled: whether the loss is scaled (fp16). Infinite gradients are normal then, and loss
+            scaling itself skips their steps; so only the loss is checked.
     """
 
     def __init__(self, train: Train, meter: Meter, *, is_scaled: bool) -> None:
         self.train, self.meter, self.is_scaled = train, meter, is_scaled
         self.seen: Tensor | None = None
-        """The first non-finite step, its loss and its gradient norm, [3]; zeros: none yet."""
+        """Number, loss and gradient norm of the first non-finite step, [3]; zeros: none yet."""
 
     def look(self, step: int, loss: Tensor, norm: Tensor, gradients: list[Tensor]) -> None:
-        """Look at a step before its update; zero its gradients, in place, if there is a fault.
+        """Check a step before its update.
+
+        If this step or an earlier one is not finite, the gradients are set to zero in place.
 
         Args:
-            step: its number, 1 for the first.
-            loss: of the whole step, a scalar.
-            norm: of all gradients before they are clipped, a scalar. A norm that overflows clips
-                every gradient to zero, which would look like a fine step.
-            gradients: those that the update takes, of any shapes.
+            step: the number of the step, 1 for the first.
+            loss: loss of the whole step, a scalar.
+            norm: norm of all gradients before they are clipped, a scalar. A norm that overflows
+                clips every gradient to zero, so the gradients alone would look fine.
+            gradients: the gradients that the update uses, of any shapes.
         """
         loss = loss.float()
         norm = torch.zeros_like(loss) if self.is_scaled else norm.to(loss)
@@ -55,10 +58,10 @@ class FiniteCheck:
             gradient.masked_fill_((self.seen[0] > 0).to(gradient.device), 0)
 
     def skips(self) -> bool:
-        """Return whether the step that was looked at is to be skipped, and count the step.
+        """Return whether to skip the step that `look` checked; count a step that is skipped.
 
         Raises:
-            NonFiniteError: too many steps were skipped.
+            NonFiniteError: more than `train.max_skipped_steps` steps were skipped.
         """
         if self.train.on_nonfinite == "stop":
             return False
@@ -77,7 +80,7 @@ class FiniteCheck:
         return True
 
     def check(self) -> None:
-        """Stop the run before a fault is logged over or saved.
+        """Stop the run if a step was not finite; called before metrics or weights are saved.
 
         Raises:
             NonFiniteError: a step since the start had a non-finite loss or gradient.
@@ -89,7 +92,7 @@ class FiniteCheck:
             )
 
     def _fault(self) -> str:
-        """Return what was not finite, and at which step; empty: nothing yet."""
+        """Return a text that says what was not finite, and at which step; empty: nothing yet."""
         if self.seen is None:
             return ""
         step, loss, norm = self.seen.tolist()  # device-to-host sync
@@ -98,11 +101,11 @@ class FiniteCheck:
 
 
 def check_weights(model: torch.nn.Module, step: int) -> None:
-    """Look at every trained weight.
+    """Check that every trained weight is finite.
 
     Args:
-        model: its weights.
-        step: the last one that was taken.
+        model: the model that is trained.
+        step: the number of the last step; the error names it.
 
     Raises:
         NonFiniteError: a weight is not finite.

@@ -1,4 +1,4 @@
-"""A run's lines of metrics: to its file, to the tracker, and to the terminal."""
+"""Write a run's lines of metrics to its file, to the tracker, and to the terminal."""
 
 import logging
 import math
@@ -13,23 +13,23 @@ from orpo_lab.tracker.base import Run
 log = logging.getLogger(__name__)
 
 SAID = [metric.name for metric in TRAINING if metric.is_said]
-# Few, with short names: in 80 columns a bar is left beside them, however long the run
+# A few metrics with short names: 80 columns have room for them and a bar, even in a long run
 IN_BAR = {metric.name: metric.bar for metric in TRAINING if metric.bar}
 
 
 class Lines:
-    """Hands every line of metrics on, and shows how far the run is.
+    """Writes every line of metrics, and shows the progress of the run.
 
     Args:
-        place: the run folder; its file gets every line.
+        place: the run folder; its `metrics.jsonl` gets every line.
         log_to: the tracked run, which gets the same lines.
-        step: the steps that have been taken.
-        num_steps: the steps of the whole run.
+        step: number of steps that have been taken.
+        num_steps: number of steps of the whole run.
     """
 
     def __init__(self, place: RunFolder, log_to: Run, step: int, num_steps: int) -> None:
         self.place, self.log_to, self.num_steps = place, log_to, num_steps
-        # It hides itself where there is no terminal
+        # With disable=None the bar is hidden where there is no terminal
         self.bar: Any = tqdm(
             total=num_steps,
             initial=step,
@@ -43,7 +43,7 @@ class Lines:
         self.bar.update(1)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Write the metrics of a step that are finite, and show some of them."""
+        """Write the finite metrics of a step, and show some of them on the terminal."""
         metrics = _finite(step, metrics)
         self.place.append_metrics(step, metrics)
         self.log_to.log(step, metrics)
@@ -57,14 +57,15 @@ class Lines:
             log.info("step %d/%d  %s", step, self.num_steps, text)
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Close the progress bar; its last state stays on the terminal."""
         self.bar.close()
 
 
 def _finite(step: int, metrics: dict[str, float]) -> dict[str, float]:
-    """Return the figures that JSON and a curve can hold, and say which ones are left out.
+    """Return the finite metrics, and log which other metrics are left out.
 
-    The norm of gradients that fp16's loss scaler skips is infinite, for example.
+    Neither JSON nor a curve can hold the others. For example, the gradient norm is infinite in a
+    step that fp16's loss scaling skips.
     """
     others = {key: value for key, value in metrics.items() if not math.isfinite(value)}
     if others:

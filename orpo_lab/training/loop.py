@@ -23,10 +23,10 @@ from orpo_lab.training.state import RandomState, State
 
 @dataclass
 class Loop:
-    """Trains: `run` takes the steps that are left.
+    """The training loop: `run` takes the remaining steps of a run.
 
-    The sums since the last line of metrics are in no checkpoint; hence every checkpoint comes with
-    a line.
+    Checkpoints do not hold the sums since the last line of metrics. So a line of metrics is written
+    together with every checkpoint.
     """
 
     config: Config
@@ -35,7 +35,7 @@ class Loop:
     finite: FiniteCheck
     lines: Lines
     train: datasets.Dataset
-    """Training pairs, as many as whole batches have."""
+    """Training pairs; their number is a multiple of the batch size."""
     held_out: datasets.Dataset
     num_steps: int
     save: Callable[[], None]
@@ -43,23 +43,24 @@ class Loop:
     stop: Stop
 
     means: Means = field(default_factory=Means)
-    """Of the metrics since the last line."""
+    """Means of the metrics since the last line."""
     total_loss: Tensor | float = 0.0
     """Sum of the steps' losses since the last line, on the device."""
     num_since: int = 0
-    """Steps since the last line."""
+    """Number of steps since the last line."""
     num_skipped: int = 0
-    """Skipped steps that a line has told of."""
+    """Number of skipped steps that the lines so far have counted."""
 
     def run(self) -> str:
         """Take the steps from `state.step` to `num_steps`.
 
         Returns:
-            Why the run was asked to end before its last step; empty: it was not.
+            The reason why the run was asked to end early; empty: the run was not asked to.
 
         Raises:
             NonFiniteError: a loss, a gradient or a weight is not finite.
-            OutOfMemoryError, RuntimeError: memory ran out, and nothing is left to make smaller.
+            OutOfMemoryError, RuntimeError: memory ran out, and micro-batches cannot be made
+                smaller.
             UserError: a checkpoint cannot be written.
         """
         settings, state = self.config.train, self.state
@@ -88,7 +89,11 @@ class Loop:
         raise AssertionError("batches never end")
 
     def take_step(self, pairs: Sequence[Pair]) -> tuple[Tensor, float]:
-        """Take one optimizer step, and return its gradient norm before clipping, and its rate."""
+        """Take one optimizer step on the pairs.
+
+        Returns:
+            The gradient norm before clipping, a scalar on the device, and the learning rate.
+        """
         state = self.state
         state.model.train()
         loss, sums = add_gradients(self.engine, state, pairs, self.beta_at(state.step))
@@ -107,12 +112,17 @@ class Loop:
         return norm, rate
 
     def beta_at(self, step: int) -> float:
-        """Return beta of the step that follows `step`; all its micro-batches share it."""
+        """Return beta for the step after `step` steps; all micro-batches of a step share beta."""
         config, at = self.config, progress(step, self.num_steps)
         return beta_at(config.beta_schedule, at, beta=config.beta, beta_end=config.beta_end)
 
     def write_line(self, norm: Tensor, rate: float) -> None:
-        """Write the metrics since the last line, and begin anew."""
+        """Write a line with the means of the metrics since the last line, and reset the sums.
+
+        Args:
+            norm: gradient norm of the last step before clipping, a scalar.
+            rate: learning rate of the last step.
+        """
         state, skipped = self.state, self.finite.meter.num_skipped
         assert isinstance(self.total_loss, Tensor)
         names = self.means.names
@@ -121,7 +131,7 @@ class Loop:
         loss, grad_norm, *means = figures.tolist()  # device-to-host sync
         line = {"grad_norm": grad_norm, "learning_rate": rate}
         if skipped > self.num_skipped:
-            # Of an interval with a skipped step there are no means over all its pairs
+            # The metrics of a skipped step may not be finite, so no means over pairs are written
             self.num_skipped = line["skipped_steps"] = skipped
         else:
             line = {"loss": loss / self.num_since} | line | dict(zip(names, means, strict=True))
@@ -130,7 +140,7 @@ class Loop:
         self.total_loss, self.num_since = 0.0, 0
 
     def evaluate(self) -> None:
-        """Write a line of the held-out pairs' metrics; the steps after it are as without it."""
+        """Write a line with the metrics of the held-out pairs; later steps are not affected."""
         begin, size, state = time.perf_counter(), self.config.train.batch_size, self.state
         num_pairs, beta, means = len(self.held_out), self.beta_at(state.step - 1), Means()
         loss = torch.zeros((), device=state.devices.device)
@@ -157,7 +167,7 @@ class Loop:
         self.lines.write(state.step, line)
 
     def epoch(self) -> float:
-        """Return how often the training pairs have been seen."""
+        """Return how often the training pairs have been seen, in epochs."""
         per_epoch = len(self.train) // self.config.train.batch_size
         whole, part = divmod(self.state.step, per_epoch)
         return whole + part / per_epoch
@@ -168,20 +178,20 @@ def add_gradients(
 ) -> tuple[Tensor, list[Sums]]:
     """Add up the gradients of a whole optimizer step.
 
-    Where memory runs out the step is taken again from its start with half the token budget, until
-    nothing can be made smaller.
+    If memory runs out, the step begins again with half the token budget. This is repeated until the
+    micro-batches cannot be made smaller.
 
     Args:
         engine: lays out the pairs, and scores them.
-        state: its weights get the gradients, which fp16's scaling has multiplied.
-        pairs: of the step.
+        state: its weights get the gradients; in fp16 these are multiplied by the loss scale.
+        pairs: all pairs of the step.
         beta: weight of the odds-ratio loss.
 
     Returns:
-        The loss, a scalar without a graph, and the metrics of each micro-batch.
+        The step's loss, a scalar without an autograd graph, and the metrics of each micro-batch.
 
     Raises:
-        OutOfMemoryError, RuntimeError: there is not enough memory.
+        OutOfMemoryError, RuntimeError: the smallest micro-batches need too much memory.
     """
     random = RandomState.now()
     while True:
@@ -192,7 +202,7 @@ def add_gradients(
             step = state.step + 1
             if not memory.ran_out(error) or not engine.halve_budget(micro_batches, step):
                 raise
-        # Not before the error is gone: its traceback holds all activations
+        # Only after the except block, since the error's traceback keeps all activations
         state.updater.drop_gradients()
         memory.give_back()
         random.restore()
@@ -201,7 +211,7 @@ def add_gradients(
 def _add_up(
     engine: Engine, state: State, micro_batches: Sequence[MicroBatch], beta: float
 ) -> tuple[Tensor, list[Sums]]:
-    """Go forward and backward through every micro-batch."""
+    """Run the forward and backward pass of every micro-batch; see `add_gradients`."""
     loss, sums = torch.zeros((), device=state.devices.device), []
     with engine.reading():
         for micro_batch in micro_batches:
@@ -213,25 +223,29 @@ def _add_up(
 
 
 def is_due(step: int, interval: int | None, is_last: bool) -> bool:
-    """Return whether what is done every `interval` steps, and at the last, is to be done now."""
+    """Return whether an action is due at `step`: every `interval` steps, and at the last step.
+
+    With an interval of None or 0 the action is never due.
+    """
     return interval is not None and interval > 0 and (is_last or step % interval == 0)
 
 
 def batches(pairs: datasets.Dataset, size: int, seed: int, start: int) -> Iterator[list[Pair]]:
     """Yield the pairs of every step from the 0-based step `start` on, without end.
 
-    Each epoch has an order of its own, that of transformers' trainer at this seed.
+    Each epoch has its own order: that of transformers' trainer with the same seed.
 
     Args:
-        pairs: as many as whole batches have.
-        size: pairs of a batch.
-        seed: of the order.
-        start: the steps that have been taken already.
+        pairs: their number is a multiple of `size`.
+        size: number of pairs in a batch.
+        seed: seed of the order.
+        start: number of steps that have been taken already.
     """
     first_epoch, taken = divmod(start, len(pairs) // size)
     for epoch in itertools.count(first_epoch):
         if taken == 0:
-            # A DataLoader draws a number as an epoch begins, and dropout gets those after it
+            # A DataLoader draws one random number when an epoch begins. Draw that number too, so
+            # that dropout gets the same numbers as in transformers' trainer
             torch.empty((), dtype=torch.int64).random_()
         numbers = torch.Generator().manual_seed(seed + epoch)
         order = torch.randperm(len(pairs), generator=numbers).tolist()
@@ -241,7 +255,7 @@ def batches(pairs: datasets.Dataset, size: int, seed: int, start: int) -> Iterat
 
 
 def rows(pairs: datasets.Dataset, indices: Sequence[int]) -> list[Pair]:
-    """Return some pairs' token ids."""
+    """Return the token ids of the pairs at the given indices."""
     columns = pairs[list(indices)]
     return [
         dict(zip(COLUMNS, values, strict=True))

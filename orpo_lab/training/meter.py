@@ -1,4 +1,4 @@
-"""What is counted while a run trains: what training costs, and the means of its metrics."""
+"""What is measured while a run trains: the cost of training, and the means of the metrics."""
 
 import math
 import time
@@ -12,7 +12,7 @@ from orpo_lab.training.checkpoint import Spent
 
 
 class Meter:
-    """What training costs, what was spent before a resume included."""
+    """Measures the cost of training; the cost before a resume is included."""
 
     def __init__(self, before: Spent) -> None:
         self.before = before
@@ -20,12 +20,12 @@ class Meter:
         self._begin = math.nan
 
     def start(self) -> None:
-        """Begin to count, before the first step."""
+        """Begin to measure; called before the first step."""
         memory.reset_peak()
         self._begin = time.perf_counter()
 
     def spent(self, token_budget: int | None = None) -> Spent:
-        """Return what has been spent so far.
+        """Return the cost so far.
 
         Args:
             token_budget: see `Spent.token_budget`.
@@ -53,7 +53,7 @@ class Means:
         self.num_pairs += some.num_pairs
 
     def take(self) -> Tensor:
-        """Return the mean of each metric, [M], still on the device, and begin anew."""
+        """Return the mean of each of M metrics, [M], on the device, and reset the sums."""
         assert self.sums is not None
         means = self.sums / self.num_pairs
         self.sums, self.num_pairs = None, 0

@@ -1,4 +1,4 @@
-"""All that a step changes: what a checkpoint holds, and what a fork starts from."""
+"""The state of training: all that an optimizer step changes, and that a checkpoint holds."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -16,25 +16,25 @@ from orpo_lab.optimizer.updater import Updater
 from orpo_lab.training.checkpoint import STATE
 from orpo_lab.training.devices import OneDevice
 
-# What peft calls an adapter's weights
+# peft's name for the file of an adapter's weights
 ADAPTER = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
 class RandomState:
-    """Where torch's random numbers are, from which dropout takes its own."""
+    """The state of torch's random number generators, from which dropout draws."""
 
     cpu: Tensor
     gpu: Tensor | None
 
     @classmethod
     def now(cls) -> "RandomState":
-        """Return where the random numbers are now."""
+        """Return the present state of the generators."""
         gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
         return cls(torch.get_rng_state(), gpu)
 
     def restore(self) -> None:
-        """Let the random numbers go on from here."""
+        """Set the generators to this state."""
         torch.set_rng_state(self.cpu)
         if self.gpu is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(self.gpu)
@@ -43,13 +43,13 @@ class RandomState:
 class State:
     """Everything that an optimizer step changes.
 
-    Settings (learning rate, weight decay, schedule) are no state: a run that goes on from a
-    checkpoint has its own, which may be others than those of the run that wrote the checkpoint.
+    Settings (learning rate, weight decay, schedule) are not part of the state. A run that goes on
+    from a checkpoint uses its own settings; the run that wrote the checkpoint may have had others.
 
     Args:
-        model: its trained weights change.
-        updater: of these weights; the rates of its parameter groups are their peaks.
-        devices: where the model computes.
+        model: the model whose trained weights change.
+        updater: of these weights; the learning rate of each parameter group is its peak rate.
+        devices: the device that the model computes on.
         share_of_peak: see `optimizer.share_of_peak`.
     """
 
@@ -63,16 +63,17 @@ class State:
         self.model, self.updater, self.devices = model, updater, devices
         self.share_of_peak = share_of_peak
         self.step = 0
-        """Optimizer steps that have been taken."""
+        """Number of optimizer steps that have been taken."""
         self.num_updates = 0
-        """Steps of the learning rate's schedule: all but those that fp16's scaling skipped."""
+        """Position in the learning rate schedule: all steps but those that fp16's loss scaling
+        skipped."""
         self._settings = [
             {key: value for key, value in group.items() if key != "params"}
             for group in updater.optimizer.param_groups
         ]
 
     def set_rate(self) -> float:
-        """Set the learning rate of the next update, and return that of the first group."""
+        """Set the learning rates of the next update; return the rate of the first group."""
         share = self.share_of_peak(self.num_updates)
         groups = self.updater.optimizer.param_groups
         for group, settings in zip(groups, self._settings, strict=True):
@@ -80,13 +81,13 @@ class State:
         return groups[0]["lr"]
 
     def update(self) -> None:
-        """Take the step whose gradients there are."""
+        """Update the weights by their gradients, and count the step."""
         if self.devices.update(self.updater.optimizer):
             self.num_updates += 1
         self._finish_step()
 
     def skip_update(self) -> None:
-        """Leave every weight and moment as it is, and count the step."""
+        """Count the step, but leave every weight and every moment of the optimizer as it is."""
         self.updater.optimizer.zero_grad()
         self.devices.skip_update()
         self.num_updates += 1
@@ -97,7 +98,7 @@ class State:
         self.step += 1
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint: the weights as their library does, and the rest to one file."""
+        """Write the state to a folder: weights by `save_pretrained`, the rest to the file STATE."""
         self.model.save_pretrained(folder)  # type: ignore[operator]
         random = RandomState.now()
         rest = {
@@ -110,10 +111,11 @@ class State:
         torch.save(rest, folder / STATE)
 
     def load(self, folder: Path) -> None:
-        """Go on where `save` was called.
+        """Restore the state that `save` wrote.
 
         Raises:
-            UserError: the folder holds another model's weights, or more than a checkpoint of ours.
+            UserError: the folder holds weights of another model, or the file STATE holds more than
+                tensors and plain values.
         """
         self.load_weights(folder)
         try:
@@ -132,7 +134,7 @@ class State:
         RandomState(**rest["random"]).restore()
 
     def load_weights(self, folder: Path) -> None:
-        """Take the weights of a checkpoint or of a trained model, and no more.
+        """Load the weights of a checkpoint or of a trained model, and nothing else.
 
         Raises:
             UserError: the weights are those of another model.
@@ -142,7 +144,8 @@ class State:
             result: Any = set_peft_model_state_dict(self.model, weights, adapter_name=adapter)
             check_loaded(self.model, result.missing_keys, result.unexpected_keys)
             return
-        # Not by their names: experts of a mixture, for example, are saved one by one
+        # The names in the file may differ from the model's: the experts of a mixture, for example,
+        # are saved one by one. `from_pretrained` puts them together
         loaded, told = type(self.model).from_pretrained(  # type: ignore[attr-defined]
             folder, dtype=self.model.dtype, output_loading_info=True
         )
@@ -151,15 +154,18 @@ class State:
 
 
 def check_loaded(model: nn.Module, missing: Collection[str], unexpected: Collection[str]) -> None:
-    """Check that every trained weight was loaded; libraries name also weights that are tied.
+    """Check that every trained weight was loaded.
+
+    A tied weight has several names. Libraries report some of these names as missing, although the
+    weight was loaded under another name.
 
     Args:
-        model: the weights are for.
-        missing: names that had no weight.
-        unexpected: names of weights that nothing has.
+        model: the model that the weights are for.
+        missing: names of the model's weights that the file does not have.
+        unexpected: names of weights in the file that the model does not have.
 
     Raises:
-        UserError: a weight is missing, or there are others.
+        UserError: a trained weight is missing, or the file has unexpected weights.
     """
     weights = {
         name: weight

@@ -1,4 +1,4 @@
-"""One training run: from its configuration to the parts of the loop, and to what training cost."""
+"""One training run: build the parts of the loop, run the loop, and return the cost of training."""
 
 import contextlib
 import logging
@@ -28,13 +28,13 @@ from orpo_lab.training.state import State
 
 log = logging.getLogger(__name__)
 
-# The most that the published recipes in conf/experiment/ take
+# The largest number of epochs in the published recipes of conf/experiment/
 MAX_EPOCHS = 10
 
 
 @dataclass(frozen=True)
 class TrainStats:
-    """What training cost, over all starts of the run; design: `summary.json`, key `train`."""
+    """The cost of training, over all starts of the run; key `train` of `summary.json`."""
 
     steps: int
     wall_seconds: float
@@ -42,11 +42,11 @@ class TrainStats:
     pairs_per_second: float
     peak_memory_bytes: int
     skipped_steps: int
-    """Steps that took no gradient, since it or the loss was not finite."""
+    """Number of steps without an update, because their loss or gradient was not finite."""
     device: str
     """The GPU's name, or cpu."""
     galore_memory_bytes: dict[str, dict[str, int]] | None
-    """What GaLore's weights, gradients and states take; None with another optimizer."""
+    """Bytes of GaLore's weights, gradients and states; None with another optimizer."""
 
 
 def fit(
@@ -65,23 +65,23 @@ def fit(
     """Train the model in place.
 
     Args:
-        config: the run.
+        config: the run's configuration.
         model: on its device, with adapters if it has any.
         tokenizer: with a pad token.
-        data: tokenized pairs that fit.
+        data: tokenized pairs, no longer than `dataset.max_length`.
         dtype: precision of the arithmetic.
-        place: the run folder; checkpoints go to `checkpoints/` in it, metrics to its file.
+        place: the run folder; gets `checkpoints/` and the lines of `metrics.jsonl`.
         log_to: the tracked run, which gets the same metrics.
-        made: what the run is made from, for its checkpoints.
-        start: the checkpoint to continue from; None: from the beginning.
-        stop: whether the run should end early; it still waits when this returns, so that the
-            caller can save the trained model first.
+        made: what the run is made from; every checkpoint records it.
+        start: the checkpoint to continue from; None: begin with the first step.
+        stop: says whether the run should end early. When `fit` returns, `stop` still makes signals
+            wait, so that the caller can save the trained model first.
 
     Raises:
-        NonFiniteError: a loss, a gradient or a weight is not finite; nothing of it is kept.
-        OutOfMemoryError, RuntimeError: memory ran out, and nothing is left to make smaller.
-        UserError: a checkpoint cannot be written, or the one to continue from does not fit.
-        Stopped: the run was asked to end; its last step is in a checkpoint.
+        NonFiniteError: a loss, a gradient or a weight is not finite; no checkpoint holds that step.
+        OutOfMemoryError, RuntimeError: memory ran out, and micro-batches cannot be made smaller.
+        UserError: a checkpoint cannot be written, or `start` does not fit the model.
+        Stopped: the run was asked to end; a checkpoint holds its last step.
     """
     num_steps = count_steps(config, len(data.train))
     data = replace(data, train=_whole_batches(data.train, config.train.batch_size))
@@ -101,10 +101,10 @@ def fit(
         checkpoint.rotate(place, config.train.num_checkpoints)
 
     if config.train.gradient_checkpointing:
-        # Older versions of transformers know it by the second name only
+        # Older versions of transformers have only the second method
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)()
-    set_seed(config.seed)  # dropout's numbers do not depend on what was built before
+    set_seed(config.seed)  # so dropout does not depend on random numbers drawn before training
     stop.waits = True
     if start is not None and start.step >= num_steps:
         state.load_weights(start.path)
@@ -146,8 +146,11 @@ def fit(
 
 
 def _whole_batches(pairs: datasets.Dataset, batch_size: int) -> datasets.Dataset:
-    """Leave out what is over: transformers would end every epoch in a smaller step, whose pairs
-    weigh more."""
+    """Return the pairs that fill whole batches, without those that are left over.
+
+    With the left-over pairs transformers would end every epoch in a smaller step. The pairs of that
+    step would weigh more than others.
+    """
     left_over = len(pairs) % batch_size
     if left_over:
         log.info("%d training pairs are left over from whole batches and not used", left_over)
@@ -155,10 +158,10 @@ def _whole_batches(pairs: datasets.Dataset, batch_size: int) -> datasets.Dataset
 
 
 def count_steps(config: Config, num_pairs: int) -> int:
-    """Return the run's optimizer steps; an epoch is as many whole batches as there are.
+    """Return the number of the run's optimizer steps; an epoch has whole batches only.
 
     Raises:
-        UserError: a batch needs more pairs than there are.
+        UserError: `train.batch_size` is above the number of training pairs.
     """
     per_epoch = num_pairs // config.train.batch_size
     if per_epoch == 0:
@@ -173,7 +176,7 @@ def count_steps(config: Config, num_pairs: int) -> int:
 
 
 def say_length(config: Config, num_pairs: int) -> None:
-    """Say how often a run sees its pairs, and warn where that, or its warm-up, is too long."""
+    """Log the number of epochs; warn of many epochs, and of a warm-up longer than the run."""
     num_steps, train = count_steps(config, num_pairs), config.train
     num_epochs = num_steps / (num_pairs // train.batch_size)
     is_often = num_epochs > MAX_EPOCHS
@@ -199,7 +202,7 @@ def say_length(config: Config, num_pairs: int) -> None:
 
 
 def _mean_tokens(data: Data) -> float:
-    """Return the mean tokens of a training pair: its prompt once, and both completions."""
+    """Return the mean number of tokens of a training pair: prompt once, and both completions."""
     columns = ("prompt_ids", "chosen_ids", "rejected_ids")
     total = sum(len(ids) for column in columns for ids in data.train[column])
     return total / len(data.train)
