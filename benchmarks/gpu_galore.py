@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from orpo_lab.config.optimizer import Qlora
-from orpo_lab.methods.orpo import log_odds_ratio
+from orpo_lab.methods.odds import log_odds_ratio
 from orpo_lab.model.adapter import attach
 from orpo_lab.model.projections import projections
 from orpo_lab.model.quantization import prepare

@@ -145,7 +145,7 @@ TRAINING = (
 
 
 def _log_odds(scores: "Scores") -> Any:
-    from orpo_lab.methods.orpo import log_odds_ratio  # imports torch
+    from orpo_lab.methods.odds import log_odds_ratio  # imports torch
 
     return log_odds_ratio(scores.chosen_logps, scores.rejected_logps).mean()
 

@@ -61,7 +61,7 @@ def write(tmp_path: Path) -> Write:
         place.write("config.yaml", yaml.safe_dump(values | (config or {})))
         chosen = {"beta_schedule": schedule, "experiment": "x"} | (choices or {})
         place.write("choices.yaml", yaml.safe_dump({"choices": chosen, "overrides": []}))
-        kinds = {"beta_schedule": schedule, "model": "model", "dataset": "file"}
+        kinds = {"beta_schedule": schedule, "model": "model", "dataset": "file", "method": "orpo"}
         place.write_json("segments.json", [{"kinds": kinds, "contents": contents or {}}])
         reason = "" if state == "finished" else "diverged <at> step 3"
         place.set_status(state, reason, exit_code=0, config_hash=name)

@@ -15,7 +15,8 @@ from trl.experimental.orpo.orpo_trainer import log1mexp as trl_log1mexp
 from orpo_lab import engine, methods
 from orpo_lab.config.method import OrpoMethod
 from orpo_lab.methods.base import Losses, mean_logps, preference_terms
-from orpo_lab.methods.orpo import Orpo, log1mexp, log_odds_ratio
+from orpo_lab.methods.odds import log1mexp, log_odds_ratio
+from orpo_lab.methods.orpo import Orpo
 from orpo_lab.training.devices import OneDevice
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]

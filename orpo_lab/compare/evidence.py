@@ -13,7 +13,7 @@ import numpy as np
 from orpo_lab.compare.read import Run
 from orpo_lab.compare.verdict import Array, Measure, Quality, Verdict, decide, overoptimised
 from orpo_lab.config import identity
-from orpo_lab.config.method import METHODS, OrpoMethod
+from orpo_lab.config.method import METHODS, Method
 from orpo_lab.errors import UserError
 from orpo_lab.metrics import HELD_OUT, HeldOutMetric, qualities_among
 
@@ -219,7 +219,7 @@ def _warnings(
         families.setdefault(json.dumps(rest, sort_keys=True), []).append(number)
     said = []
     for family in families.values():
-        method = METHODS.get(settings[family[0]].values.get("method", ""), OrpoMethod)
+        method = METHODS.get(settings[family[0]].values.get("method", ""), Method)
         family.sort(
             key=lambda number: settings[number].values["beta"],
             reverse=not method.more_beta_is_more_preference,

@@ -26,6 +26,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from orpo_lab.training.devices import num_processes
+
 Side = Literal["left", "right"]
 Group = dict[str, Any]
 
@@ -136,7 +138,7 @@ class GaLore(torch.optim.Optimizer):
             raise ValueError(f"refresh={refresh!r} is not one of {', '.join(REFRESHES)}")
         if bits not in (8, 32):
             raise ValueError(f"bits={bits} is neither 8 nor 32")
-        if layerwise and _num_processes() > 1:
+        if layerwise and num_processes() > 1:
             raise ValueError(
                 "layerwise=True frees each gradient in the backward pass, before the processes "
                 "could average it; use one process, or layerwise=False"
@@ -176,7 +178,7 @@ class GaLore(torch.optim.Optimizer):
             projected = [slot for slot in self._slots if slot.side]
             for i, slot in enumerate(projected):
                 slot.phase = i * self._setting(slot, "update_proj_gap") // len(projected)
-        if refresh_in_backward and _num_processes() == 1:
+        if refresh_in_backward and num_processes() == 1:
             for slot in self._slots:
                 if layerwise or slot.side:
                     self._hook(slot)
@@ -572,10 +574,3 @@ def _adamw(groups: list[Group], bits: int) -> torch.optim.Optimizer:
 
         return bitsandbytes.optim.AdamW8bit(groups)
     return torch.optim.AdamW(groups, fused=True)
-
-
-def _num_processes() -> int:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_world_size()
-    return 1

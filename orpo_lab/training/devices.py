@@ -11,6 +11,14 @@ import torch
 from torch import Tensor
 
 
+def num_processes() -> int:
+    """Return how many processes train together, by torch.distributed; 1 without it."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_world_size()
+    return 1
+
+
 class OneDevice:
     """One process on one device.
 
