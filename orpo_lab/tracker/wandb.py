@@ -73,14 +73,8 @@ def start(
     (WANDB_PROJECT, WANDB_ENTITY, WANDB_RUN_GROUP, WANDB_JOB_TYPE, WANDB_NOTES, and for a run
     outside of a sweep WANDB_NAME and WANDB_RUN_ID). The tags in WANDB_TAGS are added.
 
-    Args:
-        tracker: which tracker, and its settings.
-        folder: the run folder; W&B keeps its files in the subfolder `wandb/`.
-        name: the name of the run. None: the name in W&B's variable, or the folder's.
-        config: the run's configuration, under our own names, with secrets redacted.
-        sweep: the name of the sweep that the run belongs to, if any.
-        history: for a run that goes on, its lines of metrics so far, with their `step`. They are
-            sent again, since W&B may not have all of them.
+    The arguments are those of `tracker.start`. W&B keeps its files in the subfolder `wandb/` of the
+    run folder. The lines of `history` are sent again, since W&B may not have all of them.
 
     Raises:
         UserError: see `check`.
