@@ -124,7 +124,8 @@ def _alone(loaded: config.Config, folder: Path) -> Iterator[RunFolder | None]:
     None is yielded if the run to go on with has finished.
 
     Raises:
-        UserError: the folder is named twice or not at all, or another process runs in it.
+        UserError: see `_check_folder`; or the folder holds files and no run, cannot be written to,
+            or another process runs in it.
     """
     given = _given_folder()
     _check_folder(loaded, folder, given)
@@ -149,10 +150,11 @@ def _given_folder() -> str | None:
 
 
 def _check_folder(loaded: config.Config, folder: Path, given: str | None) -> None:
-    """Check that the run folder is named exactly once where it has to be named.
+    """Check that `resume` and hydra.run.dir together name one folder, or leave it to the default.
 
     Raises:
-        UserError: `resume` and hydra.run.dir name two folders, or no folder is named.
+        UserError: `resume` and hydra.run.dir name two folders, hydra.run.dir is empty, or
+            `resume=auto` is given without hydra.run.dir.
     """
     if given == "":
         raise UserError("hydra.run.dir is empty (is a variable unset?); give a folder")
@@ -224,7 +226,10 @@ def _first_comment(file: Path) -> str:
 
 
 def main() -> None:
-    """Run the command line, and exit; an error that the user can put right gives exit code 1."""
+    """Run the command line, and exit.
+
+    An error that the user can put right is printed in one line, and gives exit code 1.
+    """
     command_line.open_streams()
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text(sys.argv[1:]))

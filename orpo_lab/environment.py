@@ -2,7 +2,7 @@
 
 Only config.yaml may decide what a run computes. Libraries read environment variables that would
 change a run without a change of its configuration. These variables are removed before torch is
-imported, and named in the log.
+imported. The log names them, except those that `settle` leaves out.
 
 Some variables are not in the list. They only say where files and networks are (`HF_HOME`,
 `HF_HUB_OFFLINE`), how memory is divided (`PYTORCH_ALLOC_CONF`), or help to find a fault
@@ -64,7 +64,10 @@ _claims: list[FileLock] = []
 
 
 def settle() -> list[str]:
-    """Remove the variables that would change the run, and return a line for the log about each.
+    """Remove the variables that would change the run, and return lines for the log about them.
+
+    There is no line for variables that are set for every process (ranks and numbers of processes),
+    or that already have the value in FIXED.
 
     Raises:
         UserError: the run was started under torchrun or a similar launcher.

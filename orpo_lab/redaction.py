@@ -35,7 +35,7 @@ SHAPES = re.compile(
     re.VERBOSE,
 )
 _NAMES = r"(?:api[_-]?key|(?:access|private|secret)[_-]key|token|secret|password|passwd|passphrase)"
-# Matches `token=abc`, `WANDB_API_KEY=abc`, `"password": "abc"`
+# Matches `token=abcd`, `WANDB_API_KEY=abcd`, `"password": "abcd"`; values of 4 characters or more
 ASSIGNED = re.compile(
     rf"""(?i)((?<![a-z0-9])(?:\w*[_-])?{_NAMES}(?:["']?\s*=\s*|["']\s*:\s*)["']?)([^\s"'&,;)\]}}]{{4,}})"""
 )

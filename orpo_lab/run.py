@@ -62,8 +62,10 @@ def train(
             processes claims one of the visible GPUs.
 
     Raises:
-        UserError: the user can put something right; `status.json` in the folder says what too.
-        Stopped: a signal or the time budget ended the run; what is done so far is saved.
+        UserError: the user can put something right. If the run has begun, `status.json` in the
+            folder says what, too.
+        Stopped: a signal or the time budget ended the run. All steps so far are saved, unless a
+            second signal ended the run at once.
     """
     unread = environment.settle()
     environment.use_one_device(sweep.folder / CACHE if sweep else None)
@@ -321,9 +323,10 @@ def _load_data(config: Config, tokenizer: Any, sweep: Sweep | None, *, today: da
 def _measure_before(
     config: Config, measure: Callable[..., "Evaluation"], sweep: Sweep | None
 ) -> "Evaluation":
-    """Return the untrained model's evaluation; a sweep makes one for each base model and data.
+    """Return the untrained model's evaluation, which jobs of a sweep share.
 
-    Jobs with other adapters can share it: new adapters do not change what the base model computes.
+    A sweep makes one for each base model, data, quantization and kind of optimizer. Adapters of any
+    rank and seed share it: new adapters do not change what the base model computes.
     """
     from orpo_lab.evaluate import Evaluation
 
@@ -394,7 +397,8 @@ def _disk_trouble_said(place: RunFolder) -> Iterator[None]:
     """Inside this context, turn a disk error that the user can put right into a `UserError`.
 
     Raises:
-        UserError: a file cannot be written or read; the text names the file.
+        UserError: a file cannot be written or read. The text names the file, if the error of the
+            operating system does; otherwise the places where the file may be.
     """
     try:
         yield

@@ -49,7 +49,10 @@ class Stop:
     """
 
     asked_at = -math.inf
-    """Time of the last signal to this process, by `time.monotonic`; all instances share it."""
+    """Time of the last signal to this process, by `time.monotonic`.
+
+    All instances share it, since one signal is for a run and for its sweep.
+    """
 
     def __init__(self, max_hours: float | None = None) -> None:
         self.deadline = math.inf if max_hours is None else time.monotonic() + 3600 * max_hours
@@ -98,8 +101,8 @@ class Stop:
     def check(self) -> None:
         """Raise `Stopped` if a signal was received.
 
-        The signal handler raises it too. But Python drops an exception that is raised while a
-        finalizer runs, so this method repeats it.
+        The signal handler raises it too, unless `waits` is true. But Python drops an exception that
+        is raised while a finalizer runs, so this method repeats it.
 
         Raises:
             Stopped: a signal was received.

@@ -17,7 +17,8 @@ from orpo_lab.config.method import METHODS, Method
 from orpo_lab.errors import UserError
 from orpo_lab.metrics import HELD_OUT, HeldOutMetric, qualities_among
 
-# A warning names settings whose answers are this many times as long, or as short, as the best's
+# A warning names settings whose answers are more than this many times as long, or as short, as
+# those of the setting that is best in the first quality
 MAX_LENGTH_RATIO = 1.25
 
 
@@ -178,9 +179,10 @@ def _stack(setting: Setting, column: Any) -> Array:
 
 
 def _qualities(settings: Sequence[Setting], margins: dict[str, float]) -> list[Quality]:
-    """Return the qualities that all runs have, measured at every pair.
+    """Return the qualities that all runs have; see `qualities_among`.
 
-    Preference accuracy may not rise at the cost of these.
+    They are measured at every pair, or, if they describe answers, at every pair with an answer.
+    Preference accuracy may not rise at their cost.
     """
 
     def values(metric: HeldOutMetric, scores: dict[str, Array]) -> Array:
@@ -234,7 +236,7 @@ def _warnings(
                 )
     best = settings[int(qualities[0].measure.means.argmax())]
     for setting in settings:
-        # If no answer has a token, the ratio is NaN and no warning follows
+        # If no answer of the best setting has a token, the ratio is NaN and no warning follows
         ratio = _length(setting) / (_length(best) or math.nan)
         if ratio > MAX_LENGTH_RATIO or ratio < 1 / MAX_LENGTH_RATIO:
             said.append(
@@ -245,7 +247,7 @@ def _warnings(
 
 
 def _changed(runs: Sequence[Run]) -> list[str]:
-    """Return warnings of runs whose configuration was changed at a resume."""
+    """Return warnings of runs whose configuration or code was changed at a resume."""
     changed = []
     for run in runs:
         assert run.summary is not None

@@ -83,7 +83,10 @@ class Spread:
         return np.sqrt(self.variance)
 
     def reach(self, level: float) -> Array:
-        """Return the deviation that chance exceeds with probability `level`, by Student's t."""
+        """Return the deviation to one side that chance exceeds with probability `level`.
+
+        By Student's t.
+        """
         return special.stdtrit(self.freedom, 1 - level) * self.error
 
 
@@ -397,7 +400,7 @@ class Verdict:
     """Settings of good quality that the leader is not shown to beat."""
     nearest: int | None
     """The highest of `unbeaten` with several seeds; without such, the highest beaten setting. None:
-    there is neither."""
+    there is neither, or the leader has one seed."""
     lead: Interval | None
     """How far the leader is above `nearest`."""
     one_seed: list[int]
@@ -410,13 +413,18 @@ class Verdict:
 
     @cached_property
     def seeds_needed(self) -> int | None:
-        """Number of seeds per setting that would show the smallest gap; None: too many."""
+        """Number of seeds per setting that would show `open_gap`.
+
+        None: more than MAX_SEEDS, or there is no open gap.
+        """
         return self.contest.seeds_needed(*self.open_gap) if self.open_gap else None
 
     @cached_property
     def pairs_needed(self) -> int | None:
-        """Number of held-out pairs that would show this gap with the present seeds; None: no number
-        would."""
+        """Number of held-out pairs that would show `open_gap` with the present seeds.
+
+        None: MAX_FACTOR times the present pairs would not show it, or there is no open gap.
+        """
         return self.contest.pairs_needed(*self.open_gap) if self.open_gap else None
 
 
@@ -427,7 +435,8 @@ def decide(accuracy: Measure, qualities: Sequence[Quality]) -> Verdict:
     more than the margin, and the quality is shown to be below that of some setting. All other
     settings are of good quality. The leader is the one of them with the highest preference
     accuracy. The leader wins if it is shown to be above each of the others, and none of its own
-    qualities is below the margin. A setting with one seed can neither win nor be beaten.
+    qualities is below the margin. A setting with one seed can neither win nor be beaten. If there
+    is only one setting, there is no winner.
 
     Args:
         accuracy: per-pair preference accuracy, 0 or 1, of every setting.

@@ -187,10 +187,12 @@ def _check_texts(file: str, loaded: Any) -> None:
 def check(composed: DictConfig) -> None:
     """Refuse a configuration that is not ours, and settings with which Hydra could do harm.
 
-    Such settings would call other code, write secrets, or leave the folders of runs and options.
+    Such settings would call other code, change the working directory, write secrets, or leave the
+    folders of runs and options.
 
     Raises:
-        UserError: there is such a setting; the text names it and says what to do instead.
+        UserError: the configuration is not ours, or there is such a setting; the text names it and
+            says what to do instead.
     """
     if OmegaConf.get_type(composed) is not Config:
         raise UserError(

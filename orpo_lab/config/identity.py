@@ -107,7 +107,7 @@ def _content(place: str, patterns: tuple[str, ...]) -> str:
 def _files(path: Path, patterns: tuple[str, ...]) -> list[tuple[str, Path]]:
     """Return the files that are read at a path, with their names in it.
 
-    The name of a single file is its suffix alone, since readers use nothing else of its name.
+    The name of a single file is its last suffix alone. Hidden files of a folder are left out.
     """
     if path.is_file():
         return [(path.suffix, path)]

@@ -13,7 +13,8 @@ class Method:
 
     more_beta_is_more_preference: ClassVar[bool] = True
     """Whether a higher beta moves the model further towards the chosen answers. True for ORPO,
-    where beta is the weight of a loss. False for DPO, where beta keeps the model near its start."""
+    where beta is the weight of a loss. False for a method like DPO, where beta keeps the model near
+    its start."""
 
 
 @dataclass(kw_only=True)

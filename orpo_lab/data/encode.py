@@ -28,7 +28,7 @@ FOUND = ("num_tokens", "num_prompt_tokens", "unused_ending")
 
 
 class Encoder:
-    """Tokenizes each row once, in several processes, and returns the tokenized rows on request."""
+    """Tokenizes each row once, in `dataset.num_proc` processes; returns them on request."""
 
     def __init__(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, today: date) -> None:
         self._dataset = dataset
@@ -142,7 +142,9 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
 def tokenize(
     prompt: str, chosen: str, rejected: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Ids, Ids, Ids]:
-    """Return the ids of prompt and completions, with one BOS in front and an EOS at each end.
+    """Return the ids of prompt and completions; each completion ends in an EOS.
+
+    The prompt begins with one BOS if the tokenizer has a BOS.
 
     A tokenizer may merge the last characters of the prompt with the first characters of an answer.
     Then the prompt is what all three tokenizations (prompt, with chosen, with rejected) share.

@@ -16,7 +16,7 @@ class Fault(Exception):  # noqa: N818  # a fault of the data, not of the program
     """What is wrong with a row.
 
     Args:
-        name: the name of the fault, as in `dataset.faults`.
+        name: the name of the fault; most names are keys of `dataset.faults`.
         detail: a line that says what is wrong with this row.
     """
 

@@ -1,8 +1,8 @@
 """One row of a preference dataset -> prompt, chosen and rejected, as text or as messages.
 
 The prompt is what both sides share. A row can state its prompt (`prompt`), or hold two whole
-conversations or texts that begin alike. If a stated prompt differs from what both sides share, the
-shared beginning is used and the contradiction is counted.
+conversations or texts that begin alike. If a stated prompt differs from what two whole
+conversations share, the shared messages are used and the contradiction is counted.
 
 What is wrong with a row is a `Fault`. If the row gives no pair, `to_pair` and `from_transcripts`
 raise the fault. If the row gives a pair, `find_faults` yields its faults.
@@ -54,8 +54,8 @@ def to_pair(row: Any, columns: Columns) -> Pair:
     """Return the pair that a row holds in its columns.
 
     Raises:
-        Fault: a column is missing or holds neither a string nor messages, the row is too large, or
-            the two sides do not answer the same prompt.
+        Fault: a column is missing or holds neither a string nor messages, the tools or documents
+            are not lists of objects, the row is too large or nested too deeply, or `split` raises.
     """
     contents = {
         key: to_content(_value_of(row, name, key), name)
@@ -72,11 +72,12 @@ def to_pair(row: Any, columns: Columns) -> Pair:
 
 
 def from_transcripts(row: Any, columns: Columns) -> Pair:
-    """Return the pair of two transcripts; the prompt is the text before the last assistant turn.
+    """Return the pair of two transcripts; the prompt is all turns before the last assistant turn.
 
     Raises:
-        Fault: a column is missing or not a string, the turns do not alternate, the last turn is not
-            the assistant's, or the two transcripts differ before their last turn.
+        Fault: a column is missing, not a string or too large, the turns do not alternate from
+            Human's on, the last turn is not the assistant's, or the two transcripts differ before
+            their last turn.
     """
     chosen, rejected = (
         _to_messages(_value_of(row, name, key), name)
@@ -182,7 +183,7 @@ def split(prompt: Content | None, chosen: Content, rejected: Content) -> Pair:
 
     Raises:
         Fault: one side is a string and the other a list of messages; or the row states no prompt,
-            and the two sides are the same text or do not begin alike.
+            and the two sides are the same text, or are texts that do not begin alike.
     """
     if isinstance(chosen, str) and isinstance(rejected, str):
         if isinstance(prompt, list):
@@ -243,7 +244,7 @@ def find_faults(pair: Pair, special_tokens: re.Pattern[str]) -> Iterator[Fault]:
     above it.
 
     Args:
-        pair: a pair that `to_pair` or `from_transcripts` returned.
+        pair: a pair that `to_pair`, `from_transcripts` or `Trees.pairs` returned.
         special_tokens: matches the text of a token that controls the model.
     """
     contents = (pair.prompt, pair.chosen, pair.rejected)
@@ -298,7 +299,7 @@ def _texts(value: Any, depth: int = 0) -> Iterator[str]:
 
 
 def text_of(content: Content) -> str:
-    """Return the text of a prompt or completion; keys other than content are added as JSON."""
+    """Return the text of a prompt or completion; keys but role and content are added as JSON."""
     if isinstance(content, str):
         return content
     return "\n".join(text for message in content for text in _said(message))

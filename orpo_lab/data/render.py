@@ -112,7 +112,8 @@ def _divide(
         apply: renders messages.
 
     Raises:
-        Fault: the end of the prompt cannot be found in the conversations.
+        Fault: prompt and completions cannot be told apart: the end of the prompt is not found, or
+            an answer has several messages.
     """
     if chosen.startswith(prompt) and rejected.startswith(prompt):
         return Rendered(prompt, chosen[len(prompt) :], rejected[len(prompt) :])
@@ -178,8 +179,10 @@ def find_unrendered(
     """Yield a fault if the rendered text lacks a text of the row.
 
     The texts of the prompt's messages must be in the rendered prompt, and the texts of an answer in
-    its completion, in their order. This holds for content, names and arguments of tool calls,
-    reasoning and all other keys. White space at the ends of a text may be lost.
+    its completion, in their order; those of roles in `PLACED_ANYWHERE` may be anywhere in it. This
+    holds for content, names and arguments of tool calls, reasoning and all other keys but
+    `REFERENCES`. White space may differ. If a message's key holds a flag or a number, the template
+    must only name the key.
     """
     if isinstance(pair.prompt, str):
         return

@@ -24,7 +24,7 @@ from orpo_lab.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# Without `dataset.num_eval`, NUM_EVAL prompts are held out, but at most 1 / LARGEST_SHARE of them
+# Without `dataset.num_eval`: NUM_EVAL prompts are held out, but at most 1 / LARGEST_SHARE of all
 NUM_EVAL, LARGEST_SHARE = 256, 5
 
 
@@ -97,7 +97,7 @@ class Split:
     num_not_drawn: int = 0
     rows: list[Row] = field(default_factory=list)
     dropped: Tally = field(default_factory=Tally)
-    # Columns that hold a value but are not used for any pair
+    # Columns that the source does not read, or that hold a value which a row's pair does not use
     unread: set[str] = field(default_factory=set)
 
     def judge(self, number: int, faults: Iterable[Fault]) -> list[Fault] | None:
@@ -137,8 +137,8 @@ class Split:
         Args:
             parse: makes pairs from a raw row and its number, or raises a `Fault`.
             find: yields the faults of a pair.
-            columns: the columns that a pair is read from, without those of its context. None: the
-                rows are not rows of a table.
+            columns: the columns that a pair is read from, without those of its context. None: no
+                column counts as unread (embedded rows, trees).
             checks: columns of the raw row to keep together with the pair.
 
         Raises:

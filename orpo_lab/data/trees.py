@@ -39,7 +39,7 @@ class Trees:
         pairs: list[Pair] = []
         left_out: list[str] = []
         num_replies = 0
-        # A message of the user, the messages before it, and whether all of those may be in a prompt
+        # A message of the user, the messages before it, and whether all before may be in a prompt
         stack: list[tuple[Any, list[Message], bool]] = [(tree.get("prompt"), [], True)]
         while stack:
             message, before, good = stack.pop()
@@ -97,7 +97,7 @@ class Trees:
         return [(better[1], worse[1]) for better, worse in candidates if better[0] < worse[0]]
 
     def report(self) -> dict[str, Any]:
-        """Return `num_replies`, which is `num_paired` plus the count of what was `left_out`."""
+        """Return `num_replies`, `num_paired` and `left_out`; the last two add up to the first."""
         left_out = self._left_out.report()
         num_left_out = sum(tally["num"] for tally in left_out.values())
         return {

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PretrainedConfig
 class CausalModel(Protocol):
     """A causal language model of transformers, or adapters of PEFT around such a model.
 
-    The engine and the evaluation use only these members. A stand-in for a model (in a test, for
+    The engine and the evaluation need only these members. A stand-in for a model (in a test, for
     example) needs no others.
     """
 

@@ -81,7 +81,7 @@ def fetch(load: Any, model: Model, **options: Any) -> Any:
 
     Raises:
         UserError: the model cannot be loaded, or needs code of its own that is not trusted.
-        OutOfMemoryError: there is not enough memory.
+        OutOfMemoryError: the GPU has not enough memory.
     """
     place = locate(model)
     try:

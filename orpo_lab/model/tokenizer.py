@@ -135,7 +135,7 @@ def check_ids(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, data
 
 
 def warn_of_untrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Warn of special tokens of the chat template whose embeddings were never trained.
+    """Warn of special tokens in the chat template, and of an EOS, that were never trained.
 
     Adapters do not train embeddings, so such a token would stay without meaning.
     """

@@ -29,7 +29,8 @@ from orpo_lab.model.tokenizer import warn_of_untrained
 
 log = logging.getLogger(__name__)
 
-# Words of the log records in which transformers reports missing or unexpected weights
+# Words of two log records of transformers: the table of missing or unexpected weights, and the
+# report of tied weights that are all missing
 SAID_IN_A_LINE = ("LOAD REPORT", "absent from the checkpoint")
 # How many numbers of each weight the fingerprint reads
 NUM_SAMPLED = 256
@@ -230,7 +231,7 @@ def _make_savable(model: PreTrainedModel) -> None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return a hash of a model's weights: of names, shapes, dtypes and a sample of each weight.
+    """Return a hash of a model's weights as stored: names, shapes, dtypes, and a sample of each.
 
     The hash changes if a file is replaced or damaged. It may stay the same if only a single number
     changes.

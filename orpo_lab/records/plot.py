@@ -81,7 +81,8 @@ def _draw_panel(axes: Any, lines: list[dict[str, float]], panel: str) -> None:
 def _panel_curves(members: list[TrainingMetric]) -> list[tuple[str, str, str]]:
     """Return key, name and colour of a panel's curves.
 
-    A panel with a single metric also shows this metric on the held-out pairs.
+    A panel with a single metric also shows this metric on the held-out pairs, unless the metric is
+    a setting, such as beta.
     """
     if len(members) > 1:
         return [

@@ -69,7 +69,7 @@ class RunFolder:
         """Whether the run of this process has begun to write here; before, nothing may write."""
 
     def is_empty(self) -> bool:
-        """Return whether the folder is empty, but for what a killed process left of its start."""
+        """Return whether nothing is here but a lock, or a part of a killed start's first record."""
         if not self.path.exists():
             return True
         return {child.name for child in self.path.iterdir()} <= {LOCK, FIRST_RECORD}
@@ -413,7 +413,8 @@ class RunFolder:
     def status(self) -> dict[str, Any]:
         """Return the content of `status.json`.
 
-        The state is `missing` if there is no such file, and `damaged` if it cannot be read.
+        The state is `missing` if there is no such file of ours, and `damaged` if the file cannot be
+        parsed.
         """
         none: dict[str, Any] = {"state": "missing", "reason": "", "exit_code": None, "missing": {}}
         none |= dict.fromkeys(LASTING_STATUS)

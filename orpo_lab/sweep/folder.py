@@ -45,7 +45,7 @@ class Sweep:
         return RunFolder(self.folder)
 
     def begin(self, *, accept_changes: bool) -> None:
-        """Write `sweep.json`; in an existing sweep, check that the same code made it.
+        """Write `sweep.json`; in an existing sweep, first check that the same code made it.
 
         Raises:
             UserError: the folder holds files and no sweep; or other code made the sweep, and
@@ -124,8 +124,9 @@ class Sweep:
         return next(same, None)
 
     def _wants_running(self, place: RunFolder) -> bool:
-        """Return whether a run has not finished, and was not tried in this start of the sweep.
+        """Return whether a run is not complete, and was not tried in this start of the sweep.
 
+        A run that has finished without some of its results is not complete.
         Starts are counted, not dated: clocks of machines differ, and copies of files have new
         dates.
         """
@@ -221,8 +222,9 @@ class Sweep:
 
 
 def _without_another_run(folder: Path) -> RunFolder:
-    """Return the folder for a new job: `folder`, or a new one if `folder` holds another run.
+    """Return the folder for a new job: `folder`, or a new one if `folder` is in use.
 
+    A folder is in use if it holds another run, or files and no run.
     Folder names say only which values are swept. The same sweep may be started again with another
     value that is not swept, and then has the same names.
     """

@@ -10,7 +10,7 @@ from orpo_lab.sweep.folder import Sweep
 
 @dataclass
 class Jobs:
-    """The jobs of a process: one, or all jobs of a sweep.
+    """The jobs of a process: one, or all or some jobs of a sweep.
 
     Hydra itself makes its callback and calls every job, so nothing can be passed between them. Jobs
     write here what is needed at the end of the process.

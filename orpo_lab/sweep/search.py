@@ -94,7 +94,7 @@ def run_trial(trial: "optuna.Trial", folder: Path, overrides: list[str]) -> floa
 
     Raises:
         optuna.TrialPruned: the run fell behind the median and was stopped.
-        UserError: the run failed or has no figures; the text says why.
+        UserError: the run failed or has no figures; the text, or the run's status, says why.
     """
     import optuna
 
