@@ -31,8 +31,8 @@ from orpo_lab.model.causal import CausalModel, without_adapters
 
 log = logging.getLogger(__name__)
 
-# The largest number of padded tokens in a forward pass without gradients. The number bounds memory,
-# and does not change the figures
+# The largest number of padded tokens in a forward pass without gradients, unless one sequence is
+# longer. The number bounds memory, and does not change the figures
 TOKENS_PER_FORWARD = 4096
 GENERATIONS_PER_BATCH = 64
 # Tokens of the n-grams whose repetition is measured (Welleck et al. 2019, arXiv:1908.04319)
@@ -226,7 +226,7 @@ def completion_logps(
     """Return log P(y|x), the mean over each completion's tokens (Eq. 3), [N], in nats.
 
     Args:
-        logps_of: `head.score` or `head.score_by_logits`, with the model as its first argument.
+        logps_of: `head.score` or `head.score_by_logits`, with its argument `model` bound already.
         tokenizer: with a pad token.
         pairs: N tokenized pairs.
         side: name of the column of the completions.
@@ -281,8 +281,8 @@ def generate(
 ) -> list[Generation]:
     """Answer the prompts of the pairs greedily, up to a token that ends a turn.
 
-    The token with the largest logit is always taken. The model's own generation settings have no
-    effect.
+    The token with the largest logit is always taken, whatever the model's own generation settings
+    say. Of these settings only the tokens that end a turn are used (`turn_ends`).
 
     Args:
         model: in evaluation mode.

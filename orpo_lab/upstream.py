@@ -1,7 +1,8 @@
 """Every patch of a library: for which version, why, and what would show that it can be removed.
 
 `PATCHES` lists the patches. A test compares their versions with the pinned ones, so that a patch is
-reviewed when its library is updated. A patch imports no more than its own library.
+reviewed when its library is updated. A patch imports only its own library, or what that library
+imports.
 """
 
 import logging

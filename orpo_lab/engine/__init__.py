@@ -24,6 +24,7 @@ def check(config: Config, model: CausalModel, dtype: torch.dtype) -> None:
 
     Raises:
         UserError: the engine cannot train the model; the text says why, and what to use instead.
+        NonFiniteError: the untrained model's log-probabilities are not finite.
     """
     if isinstance(config.engine, SharedPrefixEngine):
         from orpo_lab.engine import shared_prefix

@@ -24,7 +24,8 @@ from orpo_lab.errors import UserError
 
 FLEX = "flex_attention"
 BY_PAIR = "orpo_lab_by_pair"
-# Tokens in a block of flex attention. Rows of other lengths would each need a new compilation
+# Tokens in a block of flex attention. Rows are padded to a multiple of it: every other length would
+# need a compilation of its own
 BLOCK = 128
 # The smallest head size that the kernels of flex attention support
 MIN_FLEX_HEAD = 16

@@ -61,7 +61,8 @@ def score(
     """Return log-probabilities of N tokens, [N], in nats, without all logits in memory.
 
     The result is right for a model whose logits are its output head applied to its last hidden
-    states. `has_plain_head` tries whether a model is of this kind.
+    states, with the scale and the softcap of its configuration. `has_plain_head` tries whether a
+    model is of this kind.
 
     Args:
         model: the model with the output head, not an adapter around this model.
@@ -149,8 +150,9 @@ def token_logps(
 ) -> Tensor:
     """Return log-probabilities of N tokens, [N], in nats, in fp32 or wider.
 
-    The full logits [N, V] never exist. A GPU uses TRL's fused kernel. Other devices compute the
-    logits in chunks, and most chunks again in the backward pass.
+    A GPU uses TRL's fused kernel, which never holds the full logits [N, V]. Other devices compute
+    the logits in chunks. If the head is trained, the backward pass computes the logits of all but
+    the first NUM_KEPT chunks again.
 
     Args:
         states: hidden states that predict the tokens, [N, H].
@@ -210,7 +212,8 @@ class _Head:
     def buffer(self, num: int, weight: Tensor) -> Tensor:
         """Return an empty buffer for the logits of one chunk, [min(num, CHUNK), V].
 
-        Chunks share the buffer, since a new allocation takes as long as a pass over the logits.
+        Chunks share a buffer, except those whose slopes are kept: a new allocation takes as long as
+        a pass over the logits.
         """
         return weight.new_empty(min(num, CHUNK), len(weight), dtype=self.dtype)
 
@@ -234,10 +237,11 @@ class _Head:
 
 
 class _ChunkedLogps(torch.autograd.Function):
-    """Log-probabilities in chunks of rows; the backward pass computes most logits again.
+    """Log-probabilities in chunks of rows, without keeping the logits for the backward pass.
 
     The result is that of the same chunks under `torch.utils.checkpoint`. This class is faster:
-    beside the matrix products all operations are in place, and the first chunks keep their slopes.
+    beside the matrix products nearly all operations are in place. If the head is trained, the first
+    chunks keep their slopes, and the backward pass computes the logits of the others again.
     """
 
     @staticmethod

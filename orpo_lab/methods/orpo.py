@@ -37,7 +37,8 @@ class Orpo:
     ) -> Losses:
         """Return the share of some pairs in the step's ORPO loss; see `Method.losses`.
 
-        The terms have TRL's names; `odds_ratio_loss` is L_OR (Eq. 7) of each pair.
+        The terms have TRL's names. `odds_ratio_loss` is the penalty of each pair: L_OR (Eq. 7), or
+        minus the log odds ratio if `method.penalty` is log_odds.
         """
         chosen, rejected = mean_logps(logps, counts)
         sft_logps, sft_counts = (supervised(sums, self.config) for sums in (logps, counts))

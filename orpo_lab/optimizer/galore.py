@@ -187,8 +187,8 @@ class GaLore(torch.optim.Optimizer):
         """Lay out the flat parameter of a group; the constructor calls this for every group.
 
         Raises:
-            ValueError: a setting is unknown, a rank or a dtype does not fit, or the constructor has
-                ended already.
+            ValueError: a setting is unknown, the weights do not fit (see `_lay_out`), or the
+                constructor has ended already.
         """
         unknown = set(param_group) - {*self.defaults, "params"}
         if unknown:
@@ -211,7 +211,8 @@ class GaLore(torch.optim.Optimizer):
         Without weights the list is empty.
 
         Raises:
-            ValueError: devices or dtypes differ, the dtype is fp16, or a rank does not fit.
+            ValueError: devices or dtypes differ, the dtype is fp16, a rank does not fit, or a
+                weight to project is not a matrix.
         """
         if not weights:
             return []
@@ -390,7 +391,7 @@ class GaLore(torch.optim.Optimizer):
             slot.refreshed = True
 
     def _refresh(self, slot: _Slot, gradient: Tensor) -> None:
-        """Take a new basis from a gradient; keep the old basis if the new one is not finite."""
+        """Take a new basis from a gradient; keep the old one if the SVD fails or is not finite."""
         basis, rank = self.state[slot.weight]["basis"], self._setting(slot, "rank")
         wide = gradient.to(slot.flat.dtype)
         try:

@@ -19,7 +19,7 @@ from orpo_lab.redaction import redact
 from orpo_lab.tracker.base import Run, Untracked
 
 log = logging.getLogger(__name__)
-# Seconds that the server may take to answer; after that the run goes offline
+# Seconds that the server may take to answer. After that a run with tracker.mode=auto goes offline
 PROBE_SECONDS = 3.0
 # Seconds that a run waits at its end for uploads; what is not uploaded by then stays on the disk
 FINISH_SECONDS = 30.0
@@ -45,7 +45,7 @@ def check(tracker: WandbTracker, *, folder: Path, sweep: str | None) -> None:
     """
     try:
         import wandb
-    except Exception:  # `start` raises it again and reports it
+    except Exception:  # `start` raises the error again, and the run reports it
         return
     if _disabled():
         return
@@ -295,7 +295,7 @@ class WandbRun:
 
 
 def _run_id(folder: Path, sweep: str | None) -> str:
-    """Return the W&B run id that the folder or `wandb agent` gives; without such, make a new id.
+    """Return the W&B run id of `_known_id`; without such an id, make a new one.
 
     Raises:
         UserError: see `_known_id`.

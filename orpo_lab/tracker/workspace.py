@@ -2,7 +2,8 @@
 
 The command saves a view of the project, with runs grouped by beta and by beta schedule. Its charts
 show figures that do not depend on beta: preference accuracy against quality, and curves that can be
-compared along an annealed run. Needs a key (`wandb login`) and `pip install -e ".[workspace]"`.
+compared along an annealed run. A last section shows settings such as beta. Needs a key
+(`wandb login`) and `pip install -e ".[workspace]"`.
 """
 
 import argparse

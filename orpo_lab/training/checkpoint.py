@@ -249,7 +249,8 @@ def _verify(path: Path, place: RunFolder) -> Checkpoint:
     """Return the checkpoint in a folder, after comparing all its files with its manifest.
 
     Raises:
-        UserError: the checkpoint is unfinished, damaged, or of another run; the text says which.
+        UserError: the checkpoint is unfinished, damaged, of another run, or of an earlier version
+            of orpo_lab; the text says which.
     """
     if not (path / MANIFEST).exists():
         raise UserError("it was never finished")

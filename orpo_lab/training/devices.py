@@ -1,4 +1,4 @@
-"""The device of a run. Only this module may depend on the number of processes and on the device.
+"""The device and the processes of a run. No other module asks torch how many processes train.
 
 Today a run has one process and one device. Several processes will need another class with the same
 methods. That class will average totals and gradients, wrap the model, and let one process write the

@@ -17,9 +17,9 @@ class FiniteCheck:
     """Keeps a non-finite loss or gradient from every weight, and stops the run or skips the step.
 
     To stop the run, the result of the check stays on the device at first. From the first non-finite
-    step on, all gradients are set to zero. The result is read from the device, and the run stopped,
-    at the next logging step and before each evaluation and checkpoint. To skip steps, the result is
-    read from the device at every step.
+    step on, all gradients are set to zero (not in fp16, see `look`). The result is read from the
+    device, and the run stopped, at the next logging step, before each evaluation and checkpoint,
+    and after the last step. To skip steps, the result is read from the device at every step.
 
     Args:
         train: whether to stop or to skip, and how many steps may be skipped.
@@ -36,7 +36,8 @@ class FiniteCheck:
     def look(self, step: int, loss: Tensor, norm: Tensor, gradients: list[Tensor]) -> None:
         """Check a step before its update.
 
-        If this step or an earlier one is not finite, the gradients are set to zero in place.
+        If this step or an earlier one is not finite, the gradients are set to zero in place. In
+        fp16 they stay: there loss scaling skips an update with non-finite gradients.
 
         Args:
             step: the number of the step, 1 for the first.

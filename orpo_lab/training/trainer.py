@@ -42,11 +42,12 @@ class TrainStats:
     pairs_per_second: float
     peak_memory_bytes: int
     skipped_steps: int
-    """Number of steps without an update, because their loss or gradient was not finite."""
+    """Number of steps without an update, because their loss or gradient was not finite. Steps that
+    fp16's loss scaling skips are not counted."""
     device: str
     """The GPU's name, or cpu."""
     galore_memory_bytes: dict[str, dict[str, int]] | None
-    """Bytes of GaLore's weights, gradients and states; None with another optimizer."""
+    """Bytes of GaLore's weights, gradients and states; None without our GaLore."""
 
 
 def fit(
@@ -68,7 +69,7 @@ def fit(
         config: the run's configuration.
         model: on its device, with adapters if it has any.
         tokenizer: with a pad token.
-        data: tokenized pairs, no longer than `dataset.max_length`.
+        data: tokenized pairs; no prompt with a completion is longer than `dataset.max_length`.
         dtype: precision of the arithmetic.
         place: the run folder; gets `checkpoints/` and the lines of `metrics.jsonl`.
         log_to: the tracked run, which gets the same metrics.
