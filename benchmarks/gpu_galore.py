@@ -79,7 +79,7 @@ def make_qlora(architecture: PretrainedConfig, device: str) -> Any:
         )
     prepare(model, torch.bfloat16)
     settings = Qlora(**ADAM, r=16, alpha=16.0, dropout=0.0)
-    return attach(model, settings, gradient_checkpointing=True).train()
+    return attach(model, settings).train()
 
 
 def orpo(model: Any, ids: Tensor) -> Tensor:

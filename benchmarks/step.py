@@ -152,7 +152,7 @@ def load_parts(case: Case, options: argparse.Namespace) -> tuple[Any, Any, datas
         )
         network, pairs = LlamaForCausalLM(architecture), random_pairs(case)
     if isinstance(loaded.optimizer, Lora):
-        network = attach(network, loaded.optimizer, gradient_checkpointing=case.checkpointing)
+        network = attach(network, loaded.optimizer)
     if case.checkpointing:
         network.activation_checkpointing_enable({"use_reentrant": False})
     return network, tokenizer, pairs

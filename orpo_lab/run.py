@@ -143,8 +143,7 @@ def _train(
     )
     _check_made(start, made, accept_changes=config.accept_changes)
     if isinstance(config.optimizer, Lora):
-        checkpointing = config.train.gradient_checkpointing
-        network = attach(network, config.optimizer, gradient_checkpointing=checkpointing)
+        network = attach(network, config.optimizer)
     engine.check(config, network, dtype)
     stop.check()
 

@@ -171,7 +171,7 @@ def build_model(tokenizer: Any) -> Callable[..., Any]:
         dtype = resolve_dtype(loaded.model.dtype, resolve_device())
         network = load_model(loaded, tokenizer, dtype)
         if isinstance(loaded.optimizer, Lora):
-            return attach(network, loaded.optimizer, gradient_checkpointing=False)
+            return attach(network, loaded.optimizer)
         return network
 
     return build

@@ -26,15 +26,31 @@ def test_adapters_sit_on_every_projection_and_nothing_else_is_trained(
     assert not network.is_gradient_checkpointing
 
 
-def test_what_a_4_bit_base_does_not_quantize_is_in_fp32(load: Load, tokenizer: Any) -> None:
-    """As QLoRA has it: norms are computed in fp32, whatever the layers compute in."""
-    loaded = load("optimizer=qlora")
+@pytest.mark.parametrize("optimizer", ["qlora", "lora"])
+def test_norms_and_residual_stream_are_in_fp32_and_embeddings_as_narrow_as_they_were(
+    load: Load, tokenizer: Any, optimizer: str
+) -> None:
+    loaded = load(f"optimizer={optimizer}")
     assert isinstance(loaded.optimizer, Lora)
     base = load_model(loaded, tokenizer, torch.bfloat16)
-    network = attach(base, loaded.optimizer, gradient_checkpointing=False)
+    network = attach(base, loaded.optimizer)
     norms = [p for name, p in network.named_parameters() if "norm" in name]
     assert norms
     assert {p.dtype for p in norms} == {torch.float32}
+    assert base.get_input_embeddings().weight.dtype == torch.bfloat16
+    assert base.get_output_embeddings().weight.dtype == torch.bfloat16
+    seen: list[torch.Tensor] = []
+    for layer in base.model.layers:
+        layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    ids = torch.arange(3, 13)[None]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = network(input_ids=ids).logits
+    assert {states.dtype for states in seen} == {torch.float32}
+    # The same numbers as with embeddings and head in fp32, as peft prepares a quantized base
+    for embedding in (base.get_input_embeddings(), base.get_output_embeddings()):
+        embedding.weight.data = embedding.weight.data.float()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(network(input_ids=ids).logits, logits)
 
 
 def test_settings_reach_the_adapter(load: Load, build_model: Any) -> None:
@@ -60,7 +76,7 @@ def attached(load: Load, kind: str, **settings: Any) -> Any:
     own = AutoConfig.for_model(kind, **{**SIZES, **settings})
     lora = load("optimizer=lora").optimizer
     assert isinstance(lora, Lora)
-    return attach(AutoModelForCausalLM.from_config(own), lora, gradient_checkpointing=False)
+    return attach(AutoModelForCausalLM.from_config(own), lora)
 
 
 def test_gpt_2_whose_layers_are_transposed_is_adapted_and_merged(load: Load) -> None:

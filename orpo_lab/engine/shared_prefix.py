@@ -27,6 +27,7 @@ from orpo_lab.engine.packing import Collator, is_one_pair, tokens_of
 from orpo_lab.errors import NonFiniteError, UserError, one_line
 from orpo_lab.methods.base import Method
 from orpo_lab.model.causal import CausalModel, without_adapters
+from orpo_lab.model.layers import fused, fusible
 from orpo_lab.training.devices import OneDevice
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class SharedPrefix:
         self.model, self.collator, self.method = model, collator, method
         self.attention_implementation, self.devices = attention_implementation, devices
         self._token_budget: int | None = None
-        self._base = without_adapters(model)
+        self._base, self._layers = without_adapters(model), fusible(model)
         add_scoring(self._base)
 
     @property
@@ -95,9 +96,14 @@ class SharedPrefix:
             for micro_batch in laid_out
         ]
 
-    def reading(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context manager, inside which the model reads rows of pairs."""
-        return reading_rows(self._base, self.attention_implementation)
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Inside this context, let the model read rows of pairs, with fused layers."""
+        with (
+            reading_rows(self._base, self.attention_implementation),
+            fused(self._layers, self.devices.dtype),
+        ):
+            yield
 
     def score(self, micro_batch: MicroBatch, beta: float) -> Score:
         """Return the micro-batch's share of the step's loss, and the micro-batch's metrics."""
@@ -185,7 +191,7 @@ def check(model: CausalModel, dtype: torch.dtype) -> None:
             torch.no_grad(),
             torch.autocast(base.device.type, dtype, enabled=dtype != torch.float32),
         ):
-            apart = _apart(base)
+            apart = _apart(model, dtype)
     except (RuntimeError, TypeError) as error:
         raise UserError(
             f"engine=shared_prefix cannot train {name}: it does not take a row of a pair "
@@ -207,11 +213,15 @@ def check(model: CausalModel, dtype: torch.dtype) -> None:
         )
 
 
-def _apart(base: Any) -> float:
+def _apart(model: CausalModel, dtype: torch.dtype) -> float:
     """Return how much PROBE differs as one row and as two sequences.
 
-    The result is the mean absolute difference of the log-probabilities, in nats a token.
+    The row is read as the engine reads rows; the sequences are read by the model's own layers.
+
+    Returns:
+        The mean absolute difference of the log-probabilities, in nats a token.
     """
+    base = without_adapters(model)
     prompt, chosen, rejected = PROBE
     pair = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
     collator = Collator(
@@ -227,7 +237,7 @@ def _apart(base: Any) -> float:
         logps = base(input_ids=sequence, use_cache=False).logits[0, :-1].float().log_softmax(-1)
         expected.append(logps.gather(1, sequence[0, 1:, None])[:, 0])
     expected[1] = expected[1][len(prompt) - 1 :]
-    with reading_rows(base, attention.BY_PAIR):
+    with reading_rows(base, attention.BY_PAIR), fused(fusible(model), dtype):
         seen = scored_logps(base, row, attention.BY_PAIR, base.config)
     return float((seen - torch.cat(expected)).abs().mean())
 

@@ -3,7 +3,9 @@
 import logging
 from collections.abc import Collection
 
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -14,7 +16,12 @@ from orpo_lab.model.projections import projections
 log = logging.getLogger(__name__)
 
 
-def attach(model: PreTrainedModel, lora: Lora, *, gradient_checkpointing: bool) -> PeftModel:
+NARROW = (torch.bfloat16, torch.float16)
+# Layers whose weights are stored as they were loaded, quantized or in 16 bits
+STORED_NARROW = (nn.Linear, Conv1D, nn.Embedding)
+
+
+def attach(model: PreTrainedModel, lora: Lora) -> PeftModel:
     """Return the model with fp32 adapters on every attention and MLP projection, base frozen.
 
     The caller must seed torch first: the matrix A of an adapter is random (B is zero at first).
@@ -22,10 +29,7 @@ def attach(model: PreTrainedModel, lora: Lora, *, gradient_checkpointing: bool) 
     Raises:
         UserError: the model has no such projections, or has layers that peft cannot adapt.
     """
-    if getattr(model, "is_quantized", False):
-        model = prepare_model_for_kbit_training(
-            model, use_gradient_checkpointing=gradient_checkpointing
-        )
+    _widen(model)
     layers = projections(model)
     targets = _names(model, layers)
     try:
@@ -54,6 +58,29 @@ def attach(model: PreTrainedModel, lora: Lora, *, gradient_checkpointing: bool) 
         f"{total:,}",
     )
     return adapted
+
+
+def _widen(model: PreTrainedModel) -> None:
+    """Let a model compute its norms and its sum of layers (the residual stream) in fp32.
+
+    In 16 bits the residual stream alone doubles the error of the adapters' gradients
+    (`benchmarks/exactness.py`). Linear layers and embeddings stay in the precision that they are
+    stored in. The embeddings' output is cast to fp32, which gives the numbers of fp32 embeddings.
+    """
+    embedding = model.get_input_embeddings()
+    for module in model.modules():
+        is_scaled = isinstance(module, nn.Embedding) and type(module) is not nn.Embedding
+        # An embedding of a class of its own (Gemma 3) rounds its scale to its weight's precision
+        if is_scaled or not isinstance(module, STORED_NARROW):
+            for weight in module.parameters(recurse=False):
+                if weight.dtype in NARROW:
+                    weight.data = weight.data.float()
+    if embedding.weight.dtype in NARROW:
+        embedding.register_forward_hook(_to_fp32)
+
+
+def _to_fp32(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+    return output.float()
 
 
 def _names(model: PreTrainedModel, layers: Collection[str]) -> list[str]:
