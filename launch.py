@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 
 from orpo_lab import config, environment, stop
 from orpo_lab.config import command_line, guard
-from orpo_lab.config.resolvers import AUTO
+from orpo_lab.config.checks import AUTO
 from orpo_lab.errors import UserError, one_line
 from orpo_lab.records.run_folder import RunFolder
 from orpo_lab.redaction import redact

@@ -43,6 +43,19 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def allocated_bytes() -> int:
+    """Return the bytes of all tensors on the GPU; 0 without a GPU."""
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+
+
+def room_bytes() -> int | None:
+    """Return how many bytes more the GPU has for tensors; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    free, _ = torch.cuda.mem_get_info()
+    return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+
 def ran_out(error: BaseException) -> bool:
     """Return whether an error means that a GPU or a CPU is out of memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
@@ -77,7 +90,7 @@ def remedies(config: Config) -> list[str]:
     found = []
     if isinstance(config.engine, TrlEngine):
         found += ["engine=shared_prefix", "engine.micro_batch_size lower"]
-    if not config.train.gradient_checkpointing:
+    if config.train.gradient_checkpointing == "false":
         found.append("train.gradient_checkpointing=true")
     found.append(f"dataset.max_length below {config.dataset.max_length}")
     if not isinstance(config.optimizer, Lora):

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from orpo_lab import environment
 from orpo_lab.config import Config, kind
+from orpo_lab.config.checks import AUTO
 from orpo_lab.config.identity import identity, name_of
 from orpo_lab.config.optimizer import Lora
-from orpo_lab.config.resolvers import AUTO
 from orpo_lab.errors import NonFiniteError, UserError, one_line
 from orpo_lab.records.run_folder import DISK_TROUBLE, RunFolder, groups
 from orpo_lab.redaction import RedactingFormatter, redact

@@ -9,11 +9,12 @@ import yaml
 from omegaconf import OmegaConf
 
 from orpo_lab import config
+from orpo_lab.config.checks import AUTO
 from orpo_lab.config.command_line import as_typed
 from orpo_lab.config.dataset import Faults
 from orpo_lab.config.model import local_path
 from orpo_lab.config.quantization import Nf4, Unquantized
-from orpo_lab.config.resolvers import AUTO, fresh_or_resumed, slug
+from orpo_lab.config.resolvers import fresh_or_resumed, slug
 from orpo_lab.errors import UserError
 from tests.conftest import ROOT, compose_anew, compose_job, ours
 

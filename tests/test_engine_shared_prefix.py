@@ -149,7 +149,7 @@ def make_loop(
     )
     devices = devices or OneDevice(torch.device("cpu"), dtype)
     sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    if loaded.train.gradient_checkpointing:
+    if loaded.train.gradient_checkpointing == "true":
         model.activation_checkpointing_enable()
     return Loop(
         config=loaded,

@@ -22,7 +22,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from orpo_lab import config, data, optimizer
+from orpo_lab import config, data, memory, optimizer
+from orpo_lab.engine.shared_prefix import default_budget
 from orpo_lab.errors import NonFiniteError, UserError
 from orpo_lab.optimizer.galore import GaLore
 from orpo_lab.optimizer.updater import Updater
@@ -642,7 +643,12 @@ def weights(network: Any) -> dict[str, torch.Tensor]:
     }
 
 
-ROOMY = ("train.batch_size=16", "engine.tokens_per_microbatch=500", "train.logging_steps=1")
+ROOMY = (
+    "train.batch_size=16",
+    "engine.tokens_per_microbatch=500",
+    "train.logging_steps=1",
+    "train.gradient_checkpointing=false",
+)
 
 
 @pytest.mark.parametrize(
@@ -690,7 +696,7 @@ def test_memory_for_one_pair_at_a_time_is_enough(
 ) -> None:
     logging.getLogger("orpo_lab").propagate = True
     # Of seven pairs one is alone in its row before the others are
-    loaded = load("optimizer=adamw", *SMALL, "train.batch_size=7", "train.max_steps=1")
+    loaded = load("optimizer=adamw", *SMALL, *ROOMY[3:], "train.batch_size=7", "train.max_steps=1")
     rows = data.load(loaded.dataset, tokenizer).train
     longest = max(sum(map(len, row.values())) for row in rows.select_columns(PARTS))
     network = build_model(loaded)
@@ -766,6 +772,59 @@ def test_a_lowered_budget_is_in_the_checkpoint_and_lasts(
     assert calls[0] > 2 * 2, "two steps of more than two micro-batches"
     for name, weight in weights(whole).items():
         assert torch.equal(weight, weights(resumed)[name]), name
+    again = json.loads((checkpoint.folders(place)[-1] / "manifest.json").read_text())
+    assert json.loads(again["spent"])["token_budget"] == first.token_budget
+
+
+def test_memory_that_runs_out_is_first_answered_by_gradient_checkpointing(
+    load: Load,
+    build_model: Any,
+    tokenizer: Any,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    common = ("optimizer=lora", *SMALL, *ROOMY, "train.max_steps=2")
+    loaded = load(*common, "train.gradient_checkpointing=auto")
+    network = build_model(loaded)
+    run_out(network, 1, out_of_gpu_memory)
+    _, place = fit(loaded, network, tokenizer, tmp_path / "auto")
+    (line,) = [record.message for record in caplog.records if "out of memory" in record.message]
+    assert line.startswith("step 1: out of memory; taken again with gradient checkpointing")
+    assert network.is_gradient_checkpointing
+    began_so = load(*common, "train.gradient_checkpointing=true")
+    other = build_model(began_so)
+    _, expected = fit(began_so, other, tokenizer, tmp_path / "true")
+    for name, weight in weights(network).items():
+        assert torch.equal(weight, weights(other)[name]), name
+    assert place.metrics() == expected.metrics()
+
+
+def test_a_measured_budget_is_in_the_checkpoint_and_is_not_measured_again(
+    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU's memory is made up, since there is no GPU to ask."""
+    keys = ("train.batch_size=16", "train.max_steps=4", "train.save_steps=2")
+    loaded = load("optimizer=adamw", *SMALL, *keys)
+    asked = []
+
+    def room() -> int:
+        asked.append(1)
+        return 10**12
+
+    monkeypatch.setattr(memory, "room_bytes", room)
+    monkeypatch.setattr(memory, "peak_bytes", lambda: 10**11)
+    _, place = fit(loaded, build_model(loaded), tokenizer, tmp_path)
+    assert len(asked) == 1
+    first, last = (
+        Spent(**json.loads(json.loads((path / "manifest.json").read_text())["spent"]))
+        for path in checkpoint.folders(place)
+    )
+    assert first.token_budget is not None
+    assert first.token_budget > default_budget(loaded.dataset.max_length) / 2
+    assert last.token_budget == first.token_budget
+    start = checkpoint.Checkpoint(checkpoint.folders(place)[0], Made("", "", ""), first, {})
+    fit(loaded, build_model(loaded), tokenizer, tmp_path, start)
+    assert len(asked) == 1
     again = json.loads((checkpoint.folders(place)[-1] / "manifest.json").read_text())
     assert json.loads(again["spent"])["token_budget"] == first.token_budget
 

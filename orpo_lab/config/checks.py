@@ -3,6 +3,12 @@
 Keys are given as Python names, with `__` instead of a dot: `train__max_steps` is `train.max_steps`.
 """
 
+# The value of a key whose choice is left to the lab
+AUTO = "auto"
+# The values of a switch. A switch is a text, since OmegaConf cannot merge a field that holds a text
+# or a boolean (2.3.1). YAML's true becomes the text True
+SWITCH = (AUTO, "true", "false")
+
 
 def check(condition: bool, message: str) -> None:
     """Raise a `ValueError` with the message if the condition is false."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from orpo_lab.config.checks import at_least
+from orpo_lab.config.checks import SWITCH, at_least, one_of
 from orpo_lab.config.policy import setting
 
 
@@ -16,8 +16,11 @@ class SharedPrefixEngine(Engine):
     """Our own step: it reads each prompt once, packs pairs into rows, and keeps no full logits."""
 
     tokens_per_microbatch: int | None = setting()
+    compile: str = setting()
 
     def __post_init__(self) -> None:
+        self.compile = self.compile.lower()
+        one_of(SWITCH, engine__compile=self.compile)
         at_least(1, engine__tokens_per_microbatch=self.tokens_per_microbatch)
 
 

@@ -5,10 +5,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from orpo_lab.config.checks import AUTO
 from orpo_lab.redaction import redact
-
-# `resume=auto`: go on with the run in hydra.run.dir, or begin a new run there
-AUTO = "auto"
 
 
 def slug(text: str) -> str:

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from orpo_lab.config.checks import at_least, check, one_of
+from orpo_lab.config.checks import SWITCH, at_least, check, one_of
 from orpo_lab.config.policy import free, setting
 
 
@@ -17,7 +17,7 @@ class Train:
     lr_scheduler_type: str = setting()
     warmup_steps: float = setting(unread_under=("train.lr_scheduler_type", "constant"))
     max_grad_norm: float = setting()
-    gradient_checkpointing: bool = setting()
+    gradient_checkpointing: str = setting()
     logging_steps: int = free()
     eval_steps: int | None = free()
     save_steps: int | None = free()
@@ -41,6 +41,8 @@ class Train:
             self.max_hours is None or 0 < self.max_hours < math.inf,
             f"train.max_hours={self.max_hours} must be above 0, or null for no limit",
         )
+        self.gradient_checkpointing = self.gradient_checkpointing.lower()
+        one_of(SWITCH, train__gradient_checkpointing=self.gradient_checkpointing)
         one_of(("stop", "skip"), train__on_nonfinite=self.on_nonfinite)
         at_least(0, train__warmup_steps=self.warmup_steps, train__max_grad_norm=self.max_grad_norm)
         check(

@@ -40,7 +40,8 @@ class Engine(Protocol):
     """
 
     token_budget: int | None
-    """The lowered token budget, after memory ran out. None: the configuration's is in use."""
+    """The token budget that was measured, or lowered after memory ran out. None: the
+    configuration's is in use."""
 
     def micro_batches(self, pairs: Sequence[Pair]) -> list[MicroBatch]:
         """Return all pairs of a step, or of an evaluation batch, as micro-batches on the device."""
@@ -56,13 +57,22 @@ class Engine(Protocol):
             beta: weight of the odds-ratio loss.
         """
 
-    def halve_budget(self, micro_batches: Sequence[MicroBatch], step: int) -> bool:
-        """Halve the token budget of all later micro-batches, and log a warning.
+    def recover(self, error: BaseException, micro_batches: Sequence[MicroBatch], step: int) -> bool:
+        """Change what made a step fail, for this step and all later ones, and log a warning.
 
         Args:
-            micro_batches: those of the step that ran out of memory.
+            error: the error that ended the step.
+            micro_batches: those of the failed step.
             step: the number of that step, 1 for the first.
 
         Returns:
-            Whether the budget was halved; False: the micro-batches cannot be made smaller.
+            Whether the step can be taken again; False: the engine cannot help.
+        """
+
+    def fit_budget(self, used: int, room: int) -> None:
+        """Raise the token budget to what fits in memory, unless the configuration sets it.
+
+        Args:
+            used: bytes that the activations of the first step took at their peak.
+            room: bytes that activations can take.
         """

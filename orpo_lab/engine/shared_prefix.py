@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from orpo_lab import methods
+from orpo_lab import memory, methods
 from orpo_lab.config import Config
+from orpo_lab.config.checks import AUTO
 from orpo_lab.config.engine import SharedPrefixEngine
 from orpo_lab.engine import attention
 from orpo_lab.engine.base import MicroBatch, Pair, Score, Sums
+from orpo_lab.engine.compiled import CompiledLayers
 from orpo_lab.engine.head import add_scoring
 from orpo_lab.engine.packing import Collator, is_one_pair, tokens_of
 from orpo_lab.errors import NonFiniteError, UserError, one_line
@@ -34,6 +36,12 @@ log = logging.getLogger(__name__)
 
 # The smallest default token budget. With fewer tokens, the fixed costs of a micro-batch weigh more
 MIN_BUDGET = 1024
+# The largest budget that `fit_budget` chooses. A GPU is busy with fewer tokens already
+MAX_BUDGET = 16384
+# The share of the free memory that `fit_budget` fills
+SHARE = 0.85
+# The number of weights from which on compiled layers win back the time of their compilation
+MIN_COMPILED = 100_000_000
 # Token ids of the pair that `check` tries a model on: prompt, chosen, rejected
 PROBE = [3, 4, 5, 6], [7, 8, 9, 10, 11, 12], [13, 14, 15, 16, 17]
 # The largest difference, in nats a token, that rounding may cause between two readings of PROBE.
@@ -52,6 +60,8 @@ class SharedPrefix:
         method: computes the loss and its terms from the sums of log-probabilities.
         attention_implementation: the name that `attention.choose` returns.
         devices: the device that the model computes on.
+        measures: whether `fit_budget` may raise the token budget.
+        compiled: the model's decoder layers, compiled; None: they run as they are.
     """
 
     def __init__(
@@ -62,23 +72,31 @@ class SharedPrefix:
         method: Method,
         attention_implementation: str,
         devices: OneDevice,
+        measures: bool = False,
+        compiled: CompiledLayers | None = None,
     ) -> None:
+        self.measures, self.compiled = measures, compiled
         self.model, self.collator, self.method = model, collator, method
         self.attention_implementation, self.devices = attention_implementation, devices
         self._token_budget: int | None = None
+        # Tokens of the widest micro-batch of the last step
+        self._widest = 0
         self._base, self._layers = without_adapters(model), fusible(model)
         add_scoring(self._base)
 
     @property
     def token_budget(self) -> int | None:
-        """The lowered token budget, after memory ran out. None: the configuration's is in use."""
+        """The token budget that was measured, or lowered after memory ran out.
+
+        None: the configuration's is in use.
+        """
         return self._token_budget
 
     @token_budget.setter
     def token_budget(self, budget: int | None) -> None:
         self._token_budget = budget
         if budget is not None:
-            self.collator.budget = min(budget, self.collator.budget)
+            self.collator.budget = budget if self.measures else min(budget, self.collator.budget)
 
     def micro_batches(self, pairs: Sequence[Pair]) -> list[MicroBatch]:
         """Return all pairs, packed into micro-batches, each with the totals of the step.
@@ -88,6 +106,7 @@ class SharedPrefix:
         their gradients, the totals are averaged over the processes too.
         """
         laid_out = self.collator(pairs)
+        self._widest = max(map(tokens_of, laid_out))
         counts = torch.cat([micro_batch["counts"] for micro_batch in laid_out])
         num_tokens = self.method.num_supervised(counts).float().sum()
         totals = self.devices.average(torch.stack([num_tokens, torch.tensor(float(len(pairs)))]))
@@ -98,10 +117,15 @@ class SharedPrefix:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
-        """Inside this context, let the model read rows of pairs, with fused layers."""
+        """Inside this context, let the model read rows of pairs, with fused and compiled layers.
+
+        Without gradients the layers are not compiled: that would need a second compilation.
+        """
+        is_compiled = self.compiled is not None and torch.is_grad_enabled()
         with (
             reading_rows(self._base, self.attention_implementation),
             fused(self._layers, self.devices.dtype),
+            self.compiled.active() if self.compiled and is_compiled else contextlib.nullcontext(),
         ):
             yield
 
@@ -124,7 +148,43 @@ class SharedPrefix:
         sums = torch.stack(tuple(losses.terms.values())).detach().sum(1)
         return Score(losses.loss, Sums(tuple(losses.terms), sums, len(counts)))
 
-    def halve_budget(self, micro_batches: Sequence[MicroBatch], step: int) -> bool:
+    def recover(self, error: BaseException, micro_batches: Sequence[MicroBatch], step: int) -> bool:
+        """Halve the token budget if memory ran out; otherwise give up compiled layers."""
+        if memory.ran_out(error):
+            return self._halve_budget(micro_batches, step)
+        if self.compiled is None:
+            return False
+        self.compiled = None
+        log.warning(
+            "step %d: failed with compiled layers (%s); this step and all later ones are taken "
+            "without (engine.compile=false)",
+            step,
+            one_line(f"{type(error).__name__}: {error}")[:200],
+        )
+        return True
+
+    def fit_budget(self, used: int, room: int) -> None:
+        """Raise the token budget to what fits, if the configuration leaves it open.
+
+        Memory grows with the tokens of a micro-batch. SHARE of the room is filled, since the
+        allocator cannot use all of it. A budget that was lowered in the first step stays.
+        """
+        if not self.measures or self.token_budget is not None or used <= 0:
+            return
+        budget = min(int(SHARE * room / used * self._widest), MAX_BUDGET)
+        if budget <= self.collator.budget:
+            return
+        self.token_budget = budget
+        log.info(
+            "engine.tokens_per_microbatch=%d from step 2 on: %d tokens took %.2f GB for their "
+            "activations, and there is room for %.2f GB",
+            budget,
+            self._widest,
+            used / 1e9,
+            room / 1e9,
+        )
+
+    def _halve_budget(self, micro_batches: Sequence[MicroBatch], step: int) -> bool:
         """Set the budget to half of the old one, or of the widest micro-batch if that is smaller.
 
         The gradient does not depend on the packing, except through the dropout of adapters: with
@@ -165,7 +225,17 @@ def build(
         method=method,
         attention_implementation=implementation,
         devices=devices,
+        measures=config.engine.tokens_per_microbatch is None,
+        compiled=CompiledLayers(model) if _compiles(config.engine, model) else None,
     )
+
+
+def _compiles(engine: SharedPrefixEngine, model: CausalModel) -> bool:
+    """Return whether to compile the model's decoder layers."""
+    if engine.compile != AUTO:
+        return engine.compile == "true"
+    is_large = without_adapters(model).num_parameters() >= MIN_COMPILED
+    return model.device.type == "cuda" and is_large
 
 
 def check(model: CausalModel, dtype: torch.dtype) -> None:

@@ -97,9 +97,12 @@ class Trl:
         sums = torch.tensor(list(metrics.values()), device=loss.device) * num_pairs
         return Score(loss / micro_batch["num_shares"], Sums(tuple(metrics), sums, num_pairs))
 
-    def halve_budget(self, micro_batches: Sequence[MicroBatch], step: int) -> bool:
+    def recover(self, error: BaseException, micro_batches: Sequence[MicroBatch], step: int) -> bool:
         """Return False: the mean loss of two halves is not TRL's loss of the whole micro-batch."""
         return False
+
+    def fit_budget(self, used: int, room: int) -> None:
+        """Do nothing: these micro-batches have a fixed number of pairs."""
 
 
 def build(
@@ -117,7 +120,7 @@ def build(
                 # dropout of the base already
                 disable_dropout=False,
                 remove_unused_columns=False,
-                gradient_checkpointing=config.train.gradient_checkpointing,
+                gradient_checkpointing=config.train.gradient_checkpointing == "true",
                 bf16=devices.dtype == torch.bfloat16,
                 fp16=devices.dtype == torch.float16,
                 use_cpu=devices.device.type == "cpu",

@@ -25,8 +25,8 @@ import yaml
 from filelock import FileLock, Timeout
 
 from orpo_lab.config import Config
+from orpo_lab.config.checks import AUTO
 from orpo_lab.config.identity import contents, flat, identity, kinds, policies, settings
-from orpo_lab.config.resolvers import AUTO
 from orpo_lab.errors import UserError, one_line
 from orpo_lab.redaction import redact
 

@@ -67,7 +67,10 @@ class Loop:
         self.num_skipped = self.finite.meter.num_skipped
         state.model.zero_grad()
         for pairs in batches(self.train, settings.batch_size, self.config.seed, state.step):
+            before = memory.allocated_bytes()
             norm, rate = self.take_step(pairs)
+            if state.step == 1:
+                self.fit_budget(before)
             self.lines.move()
 
             reason, is_last = self.stop.reason(), state.step == self.num_steps
@@ -110,6 +113,22 @@ class Loop:
         self.total_loss = self.total_loss + loss
         self.num_since += 1
         return norm, rate
+
+    def fit_budget(self, before: int) -> None:
+        """Let the engine raise its token budget to what fits, after the run's first step.
+
+        By then the optimizer's states exist. The gradients of a step need memory beside the
+        activations.
+
+        Args:
+            before: bytes of all tensors before the first step.
+        """
+        room = memory.room_bytes()
+        if room is not None:
+            trained = (p for p in self.state.model.parameters() if p.requires_grad)
+            gradients = sum(p.nbytes for p in trained)
+            used = memory.peak_bytes() - before - gradients
+            self.engine.fit_budget(used, room - gradients)
 
     def beta_at(self, step: int) -> float:
         """Return beta for the step after `step` steps; all micro-batches of a step share beta."""
@@ -178,8 +197,9 @@ def add_gradients(
 ) -> tuple[Tensor, list[Sums]]:
     """Add up the gradients of a whole optimizer step.
 
-    If memory runs out, the step begins again with half the token budget. This is repeated until the
-    micro-batches cannot be made smaller.
+    If memory runs out, the step begins again with gradient checkpointing, or with half the token
+    budget. This is repeated until the micro-batches cannot be made smaller. The step also begins
+    again if the engine can mend the cause of another error.
 
     Args:
         engine: lays out the pairs, and scores them.
@@ -198,9 +218,10 @@ def add_gradients(
         micro_batches = engine.micro_batches(pairs)
         try:
             return _add_up(engine, state, micro_batches, beta)
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:
             step = state.step + 1
-            if not memory.ran_out(error) or not engine.halve_budget(micro_batches, step):
+            checkpoints = memory.ran_out(error) and state.checkpoint_activations(step)
+            if not checkpoints and not engine.recover(error, micro_batches, step):
                 raise
         # Only after the except block, since the error's traceback keeps all activations
         state.updater.drop_gradients()

@@ -1,5 +1,6 @@
 """The state of training: all that an optimizer step changes, and that a checkpoint holds."""
 
+import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from orpo_lab.errors import UserError, one_line
 from orpo_lab.optimizer.updater import Updater
 from orpo_lab.training.checkpoint import STATE
 from orpo_lab.training.devices import OneDevice
+
+log = logging.getLogger(__name__)
 
 # peft's name for the file of an adapter's weights
 ADAPTER = "adapter_model.safetensors"
@@ -51,6 +54,7 @@ class State:
         updater: of these weights; the learning rate of each parameter group is its peak rate.
         devices: the device that the model computes on.
         share_of_peak: see `optimizer.share_of_peak`.
+        may_checkpoint: whether gradient checkpointing may be switched on where memory runs out.
     """
 
     def __init__(
@@ -59,9 +63,11 @@ class State:
         updater: Updater,
         devices: OneDevice,
         share_of_peak: Callable[[int], float],
+        *,
+        may_checkpoint: bool = False,
     ) -> None:
         self.model, self.updater, self.devices = model, updater, devices
-        self.share_of_peak = share_of_peak
+        self.share_of_peak, self.may_checkpoint = share_of_peak, may_checkpoint
         self.step = 0
         """Number of optimizer steps that have been taken."""
         self.num_updates = 0
@@ -71,6 +77,33 @@ class State:
             {key: value for key, value in group.items() if key != "params"}
             for group in updater.optimizer.param_groups
         ]
+
+    def enable_checkpointing(self) -> None:
+        """Let the model recompute its activations in the backward pass, layer by layer."""
+        model: Any = self.model
+        # Older versions of transformers have only the second method
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)()
+        self.may_checkpoint = False
+
+    def checkpoint_activations(self, step: int) -> bool:
+        """Switch gradient checkpointing on, if that may be done and it is off; log a warning.
+
+        Args:
+            step: the number of the step that ran out of memory, 1 for the first.
+
+        Returns:
+            Whether gradient checkpointing was switched on.
+        """
+        if not self.may_checkpoint or not self.model.supports_gradient_checkpointing:
+            return False
+        self.enable_checkpointing()
+        log.warning(
+            "step %d: out of memory; taken again with gradient checkpointing, which the run keeps: "
+            "the same gradient, and more time (train.gradient_checkpointing)",
+            step,
+        )
+        return True
 
     def set_rate(self) -> float:
         """Set the learning rates of the next update; return the rate of the first group."""

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from orpo_lab import engine
 from orpo_lab import optimizer as optimizers
 from orpo_lab.config import Config
+from orpo_lab.config.checks import AUTO
 from orpo_lab.data import Data
 from orpo_lab.errors import UserError
 from orpo_lab.records.run_folder import RunFolder
@@ -88,7 +89,13 @@ def fit(
     data = replace(data, train=_whole_batches(data.train, config.train.batch_size))
     devices = OneDevice(next(model.parameters()).device, dtype)
     updater = optimizers.build(config, model, num_steps=num_steps, dtype=dtype)
-    state = State(model, updater, devices, optimizers.share_of_peak(config.train, num_steps))
+    state = State(
+        model,
+        updater,
+        devices,
+        optimizers.share_of_peak(config.train, num_steps),
+        may_checkpoint=config.train.gradient_checkpointing == AUTO,
+    )
     meter = Meter(start.spent if start else Spent())
     computing = engine.build(config, model=model, tokenizer=tokenizer, devices=devices)
     computing.token_budget = meter.before.token_budget
@@ -101,10 +108,8 @@ def fit(
             checkpoint.seal(path, place, made, meter.spent(computing.token_budget))
         checkpoint.rotate(place, config.train.num_checkpoints)
 
-    if config.train.gradient_checkpointing:
-        # Older versions of transformers have only the second method
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        (enable or model.gradient_checkpointing_enable)()
+    if config.train.gradient_checkpointing == "true":
+        state.enable_checkpointing()
     set_seed(config.seed)  # so dropout does not depend on random numbers drawn before training
     stop.waits = True
     if start is not None and start.step >= num_steps:
