@@ -11,7 +11,8 @@ alpha) and added to the weight. A new basis is taken every `update_proj_gap` ste
 Adam itself is not implemented here. The projected gradients of a group lie one after another in one
 flat fp32 tensor. This tensor is the gradient of one flat parameter, whose value before each step is
 zero. An existing optimizer (torch's fused AdamW, or the 8-bit AdamW of bitsandbytes) updates the
-flat parameter. The parameter's new value is the update that is projected back.
+flat parameter. The parameter's new value is the update that is projected back and added to the
+weight (`write_back.py`). A value has memory only while the step of its group lasts.
 
 Weights of half precision that are not projected are updated through the flat parameter too, in full
 size. So every moment is kept in fp32 or 8 bits, and every update is added in fp32.
@@ -26,6 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from orpo_lab.optimizer.write_back import write_back
 from orpo_lab.training.devices import num_processes
 
 Side = Literal["left", "right"]
@@ -173,7 +175,8 @@ class GaLore(torch.optim.Optimizer):
         self.grad_norm: Tensor | None = None
         """In layer-wise mode, the norm of the last step's projected gradients before clipping."""
         self.inner = _adamw(self._inner_groups, bits)
-        self._generators: dict[torch.device, torch.Generator] = {}
+        self._has_gradients = False
+        """Whether a gradient has been added to a flat gradient since these were last zero."""
         if stagger_refresh:
             projected = [slot for slot in self._slots if slot.side]
             for i, slot in enumerate(projected):
@@ -224,8 +227,9 @@ class GaLore(torch.optim.Optimizer):
         shapes = [_shape(p, s, group["rank"]) for p, s in zip(weights, sides, strict=True)]
         sizes = [-(-math.prod(shape) // BLOCK) * BLOCK for shape in shapes]
         wide = torch.promote_types(weights[0].dtype, torch.float32)
-        flat = nn.Parameter(torch.zeros(sum(sizes), dtype=wide, device=weights[0].device))
+        flat = nn.Parameter(torch.empty(sum(sizes), dtype=wide, device=weights[0].device))
         flat.grad = torch.zeros_like(flat)
+        flat.untyped_storage().resize_(0)
         for i, weight in enumerate(weights):
             slot = _Slot(
                 weight=weight,
@@ -278,8 +282,7 @@ class GaLore(torch.optim.Optimizer):
         """Update every weight once, and return what `closure` returned."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         if self.layerwise:
-            limit = self.max_grad_norm or math.inf
-            self.grad_norm = nn.utils.clip_grad_norm_(self._inner_parameters(), limit)
+            self._clip()
         else:
             for slot in self._slots:
                 if slot.weight.grad is not None:
@@ -287,12 +290,39 @@ class GaLore(torch.optim.Optimizer):
                     self._project(slot, slot.weight.grad)
         for ours, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
             inner.update(_adam_settings(ours))  # where a scheduler writes
-        self.inner.step()
-        for slot in self._slots:
-            self._write_back(slot)
+        for i in range(len(self.param_groups)):
+            self._update_group(i)
         self._clear()
         self.num_steps += 1
         return loss
+
+    def _clip(self) -> None:
+        """Take the norm of the projected gradients, and clip it if it is to be clipped."""
+        self.grad_norm = nn.utils.get_total_norm(self.gradients())
+        if self.max_grad_norm:
+            parameters = self._inner_parameters()
+            nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, self.grad_norm)
+
+    def _update_group(self, index: int) -> None:
+        """Let the inner optimizer update one group, and write the updates into the weights.
+
+        The groups take their steps one after another, so that the flat values of two groups never
+        exist at once.
+        """
+        slots = [slot for slot in self._slots if slot.group == index]
+        for flat in _flats(slots):
+            flat.untyped_storage().resize_(flat.nbytes)
+            flat.data.zero_()
+        groups = self.inner.param_groups
+        self.inner.param_groups = groups[index : index + 1]
+        try:
+            self.inner.step()
+        finally:
+            self.inner.param_groups = groups
+        for slot in slots:
+            self._write_back(slot)
+        for flat in _flats(slots):
+            flat.untyped_storage().resize_(0)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, including those that are projected already."""
@@ -314,18 +344,20 @@ class GaLore(torch.optim.Optimizer):
             slot.refreshed = False
 
     def _clear_flat(self) -> None:
-        for flat in {id(slot.flat): slot.flat for slot in self._slots}.values():
-            assert flat.grad is not None
-            flat.grad.zero_()
-            flat.data.zero_()
+        if self._has_gradients:
+            for flat in _flats(self._slots):
+                assert flat.grad is not None
+                flat.grad.zero_()
+        self._has_gradients = False
 
     def memory(self) -> dict[str, dict[str, int]]:
         """Return bytes of "projected" weights and of "others", each by the names in KINDS.
 
         `gradients` are at their peak: all full gradients and all projected gradients. In layer-wise
-        mode only the largest of the full gradients counts. `updates` are the flat parameters. The
-        two code books of bitsandbytes, 1 KiB each, are shared, and counted with the first moments
-        that use them.
+        mode only the largest of the full gradients counts, and a step begins after its end.
+        `updates` are the values of the flat parameters, each of which exists during the step of its
+        group alone. The two code books of bitsandbytes, 1 KiB each, are shared, and counted with
+        the first moments that use them.
         """
         account = {name: dict.fromkeys(KINDS, 0) for name in ("projected", "others")}
         code_books = 2 * 256 * 4
@@ -355,7 +387,7 @@ class GaLore(torch.optim.Optimizer):
         return [p.grad for p in parameters if p.grad is not None]
 
     def _inner_parameters(self) -> list[nn.Parameter]:
-        return [p for group in self.inner.param_groups for p in group["params"]]
+        return [p for group in self._inner_groups for p in group["params"]]
 
     def _project(self, slot: _Slot, gradient: Tensor) -> None:
         """Project a gradient, and add it to the weight's part of the flat gradient."""
@@ -367,20 +399,18 @@ class GaLore(torch.optim.Optimizer):
         else:
             low = self.state[slot.weight]["basis"].mT @ gradient
         slot.view(slot.flat.grad).add_(low)
+        self._has_gradients = True
 
     def _write_back(self, slot: _Slot) -> None:
         """Apply weight decay to the weight, and add the update that the flat parameter holds."""
-        weight, update = slot.weight, slot.view(slot.flat)
+        factors: tuple[Tensor, ...] = (slot.view(slot.flat),)
+        if slot.side == "right":
+            factors = (*factors, self.state[slot.weight]["basis"].mT)
+        elif slot.side == "left":
+            factors = (self.state[slot.weight]["basis"], *factors)
         keep = 1 - self._setting(slot, "lr") * self._setting(slot, "weight_decay")
-        wide = weight.to(update.dtype)  # no copy, unless the weight is of half precision
-        if slot.side is None:
-            wide.mul_(keep).add_(update)
-        else:
-            basis = self.state[weight]["basis"].to(update.dtype)
-            factors = (update, basis.mT) if slot.side == "right" else (basis, update)
-            wide.addmm_(*factors, beta=keep, alpha=self._setting(slot, "scale"))
-        if wide is not weight:
-            weight.copy_(stochastic_round(wide, self._generator(slot, purpose=0)))
+        scale = self._setting(slot, "scale") if slot.side else 1.0
+        write_back(slot.weight, factors, keep=keep, scale=scale, key=self._key(slot, purpose=0))
 
     def _refresh_if_due(self, slot: _Slot, gradient: Tensor) -> None:
         if slot.side is None or slot.refreshed:
@@ -401,7 +431,8 @@ class GaLore(torch.optim.Optimizer):
             else:
                 matrix = wide if slot.side == "right" else wide.mT
                 last = None if self.refresh == "randomized" or self.num_steps == 0 else basis
-                new = iterated_basis(matrix, rank, last, self._generator(slot, purpose=1))
+                generator = torch.Generator(wide.device).manual_seed(self._key(slot, purpose=1))
+                new = iterated_basis(matrix, rank, last, generator)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             return
         new = torch.where(new.isfinite().all(), new, basis)
@@ -417,15 +448,13 @@ class GaLore(torch.optim.Optimizer):
             turned = moment @ matrix if slot.side == "right" else matrix.mT @ moment
             _write_moment(state, names, slot, turned)
 
-    def _generator(self, slot: _Slot, *, purpose: int) -> torch.Generator:
-        """Return a generator whose numbers depend only on seed, step, weight and `purpose`.
+    def _key(self, slot: _Slot, *, purpose: int) -> int:
+        """Return the key of random numbers, which depends only on seed, step, weight and `purpose`.
 
         So the numbers are the same after a resume, on every process, and in any order of autograd.
         """
-        device = slot.weight.device
-        generator = self._generators.setdefault(device, torch.Generator(device))
         key = hash((self.seed, self.num_steps, slot.index, purpose))
-        return generator.manual_seed(key % 2**63)
+        return key % 2**63
 
     def state_dict(self) -> dict[str, Any]:
         """Return bases, moments and counts, as tensors and plain values: nothing to unpickle."""
@@ -522,18 +551,6 @@ def iterated_basis(
     return directions @ torch.linalg.svd(triangle).U[:, :rank]
 
 
-def stochastic_round(wide: Tensor, generator: torch.Generator) -> Tensor:
-    """Round fp32 numbers to bf16 values, up or down at random so that the mean is kept, in place.
-
-    A bf16 number is the upper 16 bits of an fp32 number. A uniform random number of 16 bits is
-    added to the lower 16 bits, and then the lower bits are set to zero. In infinity and in torch's
-    NaN the lower bits are zero, so these do not change.
-    """
-    bits = wide.view(torch.int32)
-    noise = torch.empty_like(bits).random_(0, 2**16, generator=generator)
-    return bits.add_(noise).bitwise_and_(-(2**16)).view(torch.float32)
-
-
 def _side(weight: Tensor, proj_type: str) -> Side:
     """Return the side of a weight's basis; a right basis reduces the number of columns.
 
@@ -563,6 +580,11 @@ def _shape(weight: Tensor, side: Side | None, rank: int) -> tuple[int, ...]:
     if not 1 <= rank <= min(weight.shape):
         raise ValueError(f"rank={rank} does not fit a weight of {tuple(weight.shape)}")
     return (weight.shape[0], rank) if side == "right" else (rank, weight.shape[1])
+
+
+def _flats(slots: list[_Slot]) -> list[nn.Parameter]:
+    """Return the flat parameters of some weights, each once."""
+    return list({id(slot.flat): slot.flat for slot in slots}.values())
 
 
 def _adam_settings(group: Group) -> Group:
