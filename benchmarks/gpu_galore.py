@@ -3,8 +3,9 @@
 The architecture of Mistral 7B with random weights, bf16, one pair of 1024 tokens, gradient
 checkpointing. Layer-wise 8-bit GaLore of rank 128: peak memory over the first step (every basis
 new) and a step that refreshes every basis; time of a step without, and of one with, a refresh.
-Beside it a QLoRA step on the same batch. `--small` runs the same code on any device, for checking
-it. The last line is one JSON object.
+Beside it a QLoRA step on the same batch. `parts` has time and peak memory of forward and backward,
+and of the optimizer, from steps of their own: waiting for the device between the two costs a little
+time. `--small` runs the same code on any device, for checking it. The last line is one JSON object.
 """
 
 import argparse
@@ -31,13 +32,16 @@ from orpo_lab.methods.odds import log_odds_ratio
 from orpo_lab.model.adapter import attach
 from orpo_lab.model.projections import projections
 from orpo_lab.model.quantization import prepare
+from orpo_lab.optimizer import write_back
 from orpo_lab.optimizer.galore import GaLore
 from orpo_lab.records.run_folder import versions
 
 LENGTH = 1024
+SMALL_LENGTH = 320
 PROMPT = 256
 BETA = 0.1
 NUM_STEPS = 10
+NUM_PARTED_STEPS = 5
 SMALL = {
     "vocab_size": 512,
     "hidden_size": 256,
@@ -111,11 +115,37 @@ def peak_gb(device: str) -> float:
     return peak
 
 
-def train_step(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor) -> None:
-    """One pair, one step."""
+def add_gradients(model: Any, ids: Tensor) -> None:
+    """Forward and backward of one pair."""
     orpo(model, ids).backward()
+
+
+def update(optimizer: torch.optim.Optimizer) -> None:
+    """The optimizer's part of a step."""
     optimizer.step()
     optimizer.zero_grad()
+
+
+def train_step(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor) -> None:
+    """One pair, one step."""
+    add_gradients(model, ids)
+    update(optimizer)
+
+
+def parts(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor, device: str) -> dict[str, Any]:
+    """Median time, and peak memory, of each part of some steps."""
+    work = {
+        "forward_backward": partial(add_gradients, model, ids),
+        "optimizer": partial(update, optimizer),
+    }
+    times: dict[str, list[float]] = {name: [] for name in work}
+    peaks = dict.fromkeys(work, 0.0)
+    peak_gb(device)
+    for _ in range(NUM_PARTED_STEPS):
+        for name, part in work.items():
+            times[name].append(seconds(part, device))
+            peaks[name] = max(peaks[name], peak_gb(device))
+    return {name: {"seconds": median(times[name]), "peak_gb": peaks[name]} for name in work}
 
 
 def measure_galore(architecture: PretrainedConfig, device: str, ids: Tensor, rank: int) -> Any:
@@ -143,7 +173,14 @@ def measure_galore(architecture: PretrainedConfig, device: str, ids: Tensor, ran
         "refresh_step_seconds": seconds(step, device),
         "peak_gb_with_the_first_step": first_peak,
         "peak_gb_with_a_refresh": peak_gb(device),
+        "parts": parts(model, optimizer, ids, device),
+        "weights_are_written_by": written_by(device),
     }
+
+
+def written_by(device: str) -> str:
+    """The kernel, unless it could not be used."""
+    return "kernel" if device == "cuda" and not write_back._kernel_failed else "torch"
 
 
 def measure_qlora(architecture: PretrainedConfig, device: str, ids: Tensor) -> Any:
@@ -156,7 +193,11 @@ def measure_qlora(architecture: PretrainedConfig, device: str, ids: Tensor) -> A
     peak_gb(device)
     step = partial(train_step, model, optimizer, ids)
     times = [seconds(step, device) for _ in range(NUM_STEPS + 1)]
-    return {"step_seconds": median(times[2:]), "peak_gb": peak_gb(device)}
+    return {
+        "step_seconds": median(times[2:]),
+        "peak_gb": peak_gb(device),
+        "parts": parts(model, optimizer, ids, device),
+    }
 
 
 def main() -> None:
@@ -168,7 +209,8 @@ def main() -> None:
     if device == "cpu" and not small:
         parser.error("no GPU here; --small checks the script without one")
     architecture = MistralConfig(**(SMALL if small else {}))
-    ids = torch.randint(architecture.vocab_size, (2, LENGTH), device=device)
+    length = SMALL_LENGTH if small else LENGTH
+    ids = torch.randint(architecture.vocab_size, (2, length), device=device)
     galore = measure_galore(architecture, device, ids, rank=32 if small else 128)
     if device == "cuda":
         torch.cuda.empty_cache()

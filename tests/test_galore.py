@@ -209,6 +209,30 @@ def test_8_bits_are_bitsandbytes_adamw_on_the_projected_problem() -> None:
     assert relative(weight.detach() - start, total @ basis.mT) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("dtype", "num_calls"),
+    # In fp32 embedding and norm are updated where they lie: a copy of each would cost memory
+    [(torch.bfloat16, 2), (torch.float32, 4)],
+)
+def test_8_bits_take_one_call_for_the_flat_parameter_of_a_group(
+    dtype: torch.dtype, num_calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = Network(dtype)
+    optimizer = GaLore(network.groups(), bits=8)
+    update_step, sizes = optimizer.inner.update_step, []
+
+    def count(group: Any, p: Tensor, *place: int) -> None:
+        sizes.append(p.numel())
+        update_step(group, p, *place)
+
+    monkeypatch.setattr(optimizer.inner, "update_step", count)
+    loss(network, torch.randint(11, (2, 7))).backward()
+    optimizer.step()
+    assert len(sizes) == num_calls
+    flat = optimizer._slots[0].flat
+    assert sizes[0] == flat.numel() >= sum(math.prod(slot.shape) for slot in optimizer._slots[:2])
+
+
 @pytest.mark.parametrize("refresh", galore.REFRESHES)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_basis_is_orthonormal_and_captures_what_exact_svd_does(refresh: str, side: str) -> None:
