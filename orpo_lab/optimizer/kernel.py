@@ -52,7 +52,7 @@ def add_rounded(
         )
 
 
-@triton.jit(do_not_specialize=["key"])
+@triton.jit(do_not_specialize=["num_rows", "key"])
 def _add_rounded(
     weight,
     left,
