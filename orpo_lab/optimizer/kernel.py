@@ -1,10 +1,11 @@
 """The Triton kernel that adds an update to a bf16 weight with stochastic rounding, on a GPU.
 
-Triton comes with torch's builds for GPUs; nothing else imports this module. A program computes one
-tile of the weight. The product of two factors is computed in TF32 (operands of 11 significant bits,
-sums in fp32), so neither the product nor the sum with the weight nor the random numbers are ever
-stored. The random numbers are those of Philox 4x32-10 (Salmon et al. 2011, doi:10.1145/2063384.
-2063405): a function of a key and a counter, here of the place in the weight.
+Triton comes with torch's builds for GPUs, so only `write_back.py` imports this module, and only
+there. A program of the kernel computes one tile of the weight. It multiplies the two factors of an
+update in TF32 (operands of 11 significant bits, sums in fp32). Neither the product nor the sum with
+the weight nor the random numbers are ever stored. The random numbers are those of Philox 4x32-10
+(Salmon et al. 2011, doi:10.1145/2063384.2063405), a function of a key and a counter. The counter is
+the place in the weight.
 """
 
 # Triton reads the arguments' types at the call: it takes pointers, integers and constants
