@@ -19,12 +19,14 @@ import tempfile
 from collections import defaultdict
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from orpo_lab import compose, train
 from orpo_lab.optimizer import galore
+from orpo_lab.optimizer.write_back import write_back
 from orpo_lab.records.run_folder import versions
 
 NUM_STEPS = 10
@@ -138,14 +140,12 @@ def main(folder: str, pairs: str) -> None:
         "tracker=none",
     ]
     errors = Errors()
-    galore.write_back = errors.look  # type: ignore[assignment]
-    with tempfile.TemporaryDirectory() as scratch:
+    looking = mock.patch.object(galore, "write_back", errors.look)
+    with looking, tempfile.TemporaryDirectory() as scratch:
         train(compose(*settings), f"{scratch}/run")
     result = {"num_weights": len(errors.steps), "num_steps": NUM_STEPS, **errors.result()}
     print(json.dumps({**result, "versions": versions()}))
 
-
-write_back = galore.write_back
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:

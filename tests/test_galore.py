@@ -219,13 +219,14 @@ def test_8_bits_take_one_call_for_the_flat_parameter_of_a_group(
 ) -> None:
     network = Network(dtype)
     optimizer = GaLore(network.groups(), bits=8)
-    update_step, sizes = optimizer.inner.update_step, []
+    inner: Any = optimizer.inner
+    update_step, sizes = inner.update_step, []
 
     def count(group: Any, p: Tensor, *place: int) -> None:
         sizes.append(p.numel())
         update_step(group, p, *place)
 
-    monkeypatch.setattr(optimizer.inner, "update_step", count)
+    monkeypatch.setattr(inner, "update_step", count)
     loss(network, torch.randint(11, (2, 7))).backward()
     optimizer.step()
     assert len(sizes) == num_calls
