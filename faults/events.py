@@ -1,8 +1,8 @@
 """Every change that a run makes to files, as a point at which something can happen to it.
 
-Python tells of its own through audit events; torch.save and safetensors write from C++ and Rust, so
-their calls are events of their own. Two kinds of point for each: `before` it happens, and for a
-file that is written, `torn`: half of what was to be written is there.
+Python tells of them through audit events, and a run opens every file of its checkpoints in Python.
+Two kinds of point for each: `before` it happens, and for a file that is written, `torn`: half of
+what was to be written is there.
 
 What is in this module runs in the process of the run.
 """
@@ -21,7 +21,7 @@ from typing import Any
 
 from faults import inside
 
-WRITERS = ("open", "torch.save", "safetensors.save_file")
+WRITER = "open"
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink")
 
 
@@ -73,7 +73,7 @@ def points(found: list[Event]) -> list[Point]:
     return [
         Point(event, torn)
         for event in found
-        for torn in ((False, True) if event.kind in WRITERS else (False,))
+        for torn in ((False, True) if event.kind == WRITER else (False,))
     ]
 
 
@@ -130,38 +130,12 @@ def _arm(watch: Watch) -> None:
         @functools.wraps(original)
         def opened(file: Any, mode: str = "r", *rest: Any, **named: Any) -> Any:
             where = place(file) if set(mode) & set("wax+") else None
-            if where is None or not happens("open", where):
+            if where is None or not happens(WRITER, where):
                 return original(file, mode, *rest, **named)
             size = os.path.getsize(file) if "a" in mode and os.path.exists(file) else 0
             return torn_at_close(original(file, mode, *rest, **named), file, size)
 
         return opened
 
-    def watched_writer(original: Callable[..., Any], kind: str) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def write(value: Any, file: Any, *rest: Any, **named: Any) -> Any:
-            where = place(file)
-            torn = where is not None and happens(kind, where)
-            result = original(value, file, *rest, **named)
-            if torn:
-                tear(file, 0)
-            return result
-
-        return write
-
-    import safetensors.torch
-    import torch
-
     sys.addaudithook(hook)
     builtins.open = io.open = watched_open(open)
-    _replace(torch.save, watched_writer(torch.save, "torch.save"))
-    save_file = safetensors.torch.save_file
-    _replace(save_file, watched_writer(save_file, "safetensors.save_file"))
-
-
-def _replace(original: Any, by: Any) -> None:
-    """Replace a function under every name that a module has imported it by."""
-    for module in list(sys.modules.values()):
-        for name, value in list(getattr(module, "__dict__", {}).items()):
-            if value is original:
-                setattr(module, name, by)

@@ -170,6 +170,31 @@ def fix_clock(template: str, today: date) -> None:
         _compile_jinja_template(template).globals["strftime_now"] = noon.strftime
 
 
+@contextmanager
+@patch("peft", "0.21.2", until="save_pretrained takes a function that writes a file of tensors")
+@patch("transformers", "5.23.0", until="save_pretrained takes such a function")
+def tensors_written_by(save_file: Callable[..., None]) -> Iterator[None]:
+    """Inside this context, let `save_pretrained` write tensors by `save_file`.
+
+    Both libraries call safetensors' function of that name. That function first copies all tensors
+    from the GPU to the host, and nobody sees the bytes before they are in the file. A version of a
+    library that knows the function by another name still writes by safetensors.
+    """
+    from peft import peft_model
+    from transformers import modeling_utils
+
+    name = "safe_save_file"
+    modules: list[Any] = [peft_model, modeling_utils]
+    before = {module: getattr(module, name) for module in modules if hasattr(module, name)}
+    for module in before:
+        setattr(module, name, save_file)
+    try:
+        yield
+    finally:
+        for module, theirs in before.items():
+            setattr(module, name, theirs)
+
+
 @patch("bitsandbytes", "0.50.2", until="tests/test_quantization.py passes without it on AVX-512")
 def switch_off_repacking(layer: "nn.Module") -> None:
     """Keep a 4-bit layer from repacking its weights on a CPU that has avx512_bf16.

@@ -1,5 +1,6 @@
 """Checkpoints: sealed, verified, rotated; runs that were killed or stopped go on as if never."""
 
+import hashlib
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from orpo_lab.errors import UserError
 from orpo_lab.records.run_folder import RunFolder
 from orpo_lab.training import checkpoint
 from orpo_lab.training.checkpoint import Made, Spent
+from orpo_lab.training.files import Files
 from orpo_lab.training.trainer import TrainStats
 from tests.conftest import ROOT
 from tests.test_run_folder import start
@@ -234,7 +236,7 @@ def test_rotation_counts_sealed_checkpoints_only(tmp_path: Path) -> None:
         path.mkdir(parents=True)
         (path / "weights").write_text("w")
         if step != 10:  # killed while it was written
-            checkpoint.seal(path, place, Made("", "", ""), Spent())
+            checkpoint.seal(Files(path), place, Made("", "", ""), Spent())
     checkpoint.rotate(place, 2)
     assert [checkpoint.step_of(path) for path in checkpoint.folders(place)] == [2, 3, 10]
 
@@ -244,7 +246,7 @@ def test_a_figure_that_json_has_none_of_seals_no_checkpoint(tmp_path: Path) -> N
     place.append_metrics(1, {"loss": 1.0})
     path.mkdir(parents=True)
     with pytest.raises(ValueError, match="not JSON compliant"):
-        checkpoint.seal(path, place, Made("", "", ""), Spent(wall_seconds=math.nan))
+        checkpoint.seal(Files(path), place, Made("", "", ""), Spent(wall_seconds=math.nan))
     assert not (path / "manifest.json").exists()
 
 
@@ -254,7 +256,7 @@ def sealed(place: RunFolder, name: str, config_hash: str, **spent: int) -> Path:
     path.mkdir(parents=True)
     (path / "weights").write_text("w")
     (path / checkpoint.STATE).write_text("s")
-    checkpoint.seal(path, place, Made(config_hash, "", ""), Spent(**spent))
+    checkpoint.seal(Files(path), place, Made(config_hash, "", ""), Spent(**spent))
     return path
 
 
@@ -298,7 +300,9 @@ def test_a_trained_model_has_all_that_training_has_cost(tmp_path: Path) -> None:
         device="cpu",
         galore_memory_bytes=None,
     )
-    checkpoint.keep_trained(place, None, lambda path: path.mkdir(parents=True), made, stats)
+    checkpoint.keep_trained(
+        place, None, lambda files: files.folder.mkdir(parents=True), made, stats
+    )
     found = checkpoint.newest_valid(place, "now")
     assert found is not None
     assert (found.step, found.made) == (7, made)
@@ -314,9 +318,31 @@ def test_a_checkpoint_in_the_form_of_an_earlier_version_is_rejected_and_says_so(
     path = sealed(place, "checkpoint-3", "now")
     assert checkpoint.newest_valid(place, "now") is not None
     (path / checkpoint.STATE).rename(path / "optimizer.pt")
-    checkpoint.seal(path, place, Made("now", "", ""), Spent())
+    checkpoint.seal(Files(path), place, Made("now", "", ""), Spent())
     assert checkpoint.newest_valid(place, "now") is None
     assert "checkpoint-3 rejected: an earlier version of orpo_lab wrote it" in caplog.text
+
+
+def test_a_manifest_of_an_earlier_version_is_read_and_one_of_an_unknown_hash_is_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = RunFolder(tmp_path)
+    place.append_metrics(1, {"loss": 1.0})
+    place.write_json("segments.json", [{"config_hash": "now"}])
+    path = sealed(place, "checkpoint-3", "now")
+    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+    del manifest["hash"]
+    for name in manifest["files"]:
+        manifest["files"][name] = hashlib.sha256((path / name).read_bytes()).hexdigest()
+    RunFolder(path).write_json(checkpoint.MANIFEST, manifest)
+    assert checkpoint.newest_valid(place, "now") is not None
+    RunFolder(path).write_json(checkpoint.MANIFEST, manifest | {"hash": "of tomorrow"})
+    assert checkpoint.newest_valid(place, "now") is None
+    assert "checkpoint-3 rejected: its manifest cannot be read ('of tomorrow')" in caplog.text
+    RunFolder(path).write_json(checkpoint.MANIFEST, manifest)
+    flip(path / checkpoint.STATE)
+    assert checkpoint.newest_valid(place, "now") is None
+    assert f"checkpoint-3 rejected: {checkpoint.STATE} is damaged" in caplog.text
 
 
 def test_half_a_checkpoint_is_taken_away_and_said(tmp_path: Path) -> None:

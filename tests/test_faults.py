@@ -37,7 +37,7 @@ SAMPLE = {
         "no plot: it fails",
     ],
     "kills": [
-        "qlora: torn torch.save checkpoints/checkpoint-4/state.pt",
+        "qlora: torn open checkpoints/checkpoint-4/state.pt",
         "galore: before os.rename checkpoints/checkpoint-4/manifest.json.part",
         "adamw: in step 4",
         "lora: after step 3, from outside",

@@ -19,6 +19,7 @@ from orpo_lab.records import results
 from orpo_lab.records.run_folder import RunFolder
 from orpo_lab.tracker.base import Untracked
 from orpo_lab.training.checkpoint import MANIFEST, METRICS
+from orpo_lab.training.files import Files
 from orpo_lab.training.trainer import TrainStats
 
 Load = Callable[..., config.Config]
@@ -40,7 +41,7 @@ def test_a_model_is_saved_in_the_precision_of_its_base(
     network = build_model(loaded)
     trained = {name: p.detach().clone() for name, p in network.named_parameters()}
     buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    results.save_model(network, tokenizer, tmp_path, dtype=base)
+    results.save_model(network, tokenizer, Files(tmp_path), dtype=base)
     found = load_file(tmp_path / "model.safetensors")
     assert {weight.dtype for weight in found.values()} == {saved}
     for name, weight in found.items():
@@ -61,7 +62,7 @@ def test_adapters_stay_in_fp32(
     tmp_path: Path,
 ) -> None:
     loaded = load("optimizer=lora")
-    results.save_model(build_model(loaded), tokenizer, tmp_path, dtype=torch.bfloat16)
+    results.save_model(build_model(loaded), tokenizer, Files(tmp_path), dtype=torch.bfloat16)
     found = load_file(tmp_path / "adapter_model.safetensors")
     assert {weight.dtype for weight in found.values()} == {torch.float32}
 

@@ -4,7 +4,6 @@ Every file here is a real one that does what an attacker's would: it leaves a ma
 loaded.
 """
 
-import hashlib
 import io
 import json
 import os
@@ -26,6 +25,7 @@ from orpo_lab.model.source import load_config
 from orpo_lab.model.tokenizer import load_tokenizer
 from orpo_lab.model.weights import load_model
 from orpo_lab.training import checkpoint
+from orpo_lab.training.files import hash_of
 from tests.conftest import ROOT
 from tests.test_guard import Bomb
 from tests.test_launch import _path, refused
@@ -145,7 +145,7 @@ def test_a_checkpoint_with_a_foreign_pickle_is_refused_even_if_its_seal_fits(
     for path in (tmp_path / "run" / "checkpoints").glob("checkpoint-*"):
         torch.save({"state": Bomb(marker)}, path / name)
         manifest = json.loads((path / "manifest.json").read_text())
-        manifest["files"][name] = hashlib.sha256((path / name).read_bytes()).hexdigest()
+        manifest["files"][name] = hash_of(path / name)
         (path / "manifest.json").write_text(json.dumps(manifest))
     edit(tmp_path / "run" / "status.json", state="stopped")
     line = refused(launch("resume=run", *arguments[:-1], expect=1))

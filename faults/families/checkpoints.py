@@ -14,6 +14,7 @@ from faults.bench import UNTRACKED, Bench, Injection
 from faults.families.kills import OPTIMIZERS
 from faults.families.security import evil, unharmed_by_code
 from faults.judge import Outcome, contents, refused, silent
+from orpo_lab.training.files import hash_of
 
 ALL_KEPT = "train.num_checkpoints=9"
 Harm = Callable[[Path], object]
@@ -167,7 +168,7 @@ def _evil(name: str) -> Callable[[Bench], Outcome]:
         checkpoint = run / "checkpoints" / "checkpoint-4"
         (checkpoint / name).write_bytes(evil(bench.folder))
         manifest = json.loads((checkpoint / "manifest.json").read_text())
-        manifest["files"][name] = contents(checkpoint)[name]
+        manifest["files"][name] = hash_of(checkpoint / name)
         (checkpoint / "manifest.json").write_text(json.dumps(manifest))
         done = bench.run(*settings(), "resume=run")
         return unharmed_by_code(refused(done, run, "checkpoint"), bench)

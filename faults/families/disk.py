@@ -24,18 +24,18 @@ WHEN = {
     "as data_report.json is written": ("open", "data_report.json.part", 1),
     "as the second line of metrics.jsonl is written": ("open", "metrics.jsonl", 2),
     "as the weights of checkpoint 4 are written": (
-        "safetensors.save_file",
+        "open",
         "checkpoints/checkpoint-4/adapter_model.safetensors",
         1,
     ),
     "as the optimizer of checkpoint 4 is written": (
-        "torch.save",
+        "open",
         "checkpoints/checkpoint-4/state.pt",
         1,
     ),
     "as checkpoint 4 is sealed": ("open", "checkpoints/checkpoint-4/manifest.json.part", 1),
     "as the trained model is saved": (
-        "safetensors.save_file",
+        "open",
         "checkpoints/trained-6/adapter_model.safetensors",
         1,
     ),

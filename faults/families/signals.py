@@ -88,7 +88,7 @@ def _while_saving(signals: tuple[signal.Signals, ...], code: int) -> Callable[[B
         watch = events.Watch(
             bench.path("run"),
             bench.path("events"),
-            events.Point(events.Event("torch.save", file, 1)),
+            events.Point(events.Event("open", file, 1)),
             partial(inside.send, *signals),
         )
         done = bench.run(*KEPT, RUN, prepare=watch)

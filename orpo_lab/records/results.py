@@ -32,6 +32,8 @@ from orpo_lab.records.run_folder import RunFolder, git_commit, put_in_place, ver
 from orpo_lab.redaction import redact
 from orpo_lab.tracker.base import Run
 from orpo_lab.training.checkpoint import MANIFEST, METRICS
+from orpo_lab.training.files import Files
+from orpo_lab.training.tensors import save_pretrained
 from orpo_lab.training.trainer import TrainStats
 
 log = logging.getLogger(__name__)
@@ -208,7 +210,7 @@ def save_scores(place: RunFolder, before: Evaluation, after: Evaluation) -> None
 def save_model(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
+    files: Files,
     *,
     dtype: torch.dtype | None,
 ) -> None:
@@ -217,7 +219,7 @@ def save_model(
     Args:
         model: with its trained weights.
         tokenizer: saved in the same folder.
-        folder: the folder to write to.
+        files: the files to write, of a checkpoint.
         dtype: precision of the weights in the base's folder. If a whole model was trained in a
             wider precision, its weights are rounded to `dtype` in place. So the model that is
             measured after this is the model that is saved.
@@ -229,8 +231,8 @@ def save_model(
             adapter.base_model_name_or_path = str(base.absolute())
     is_adapter = hasattr(model, "peft_config")
     with contextlib.nullcontext() if is_adapter else _rounded(model, dtype):
-        model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        save_pretrained(model, files)
+    tokenizer.save_pretrained(files.folder)
 
 
 @contextmanager

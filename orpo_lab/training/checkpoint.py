@@ -9,7 +9,6 @@ training again.
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import shutil
@@ -21,7 +20,8 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 
 from orpo_lab.errors import UserError, one_line
-from orpo_lab.records.run_folder import RunFolder, sync, versions
+from orpo_lab.records.run_folder import RunFolder, versions
+from orpo_lab.training.files import EARLIER_HASH, HASH, HASHES, Files, hash_of, names
 
 if TYPE_CHECKING:
     from orpo_lab.training.trainer import TrainStats
@@ -93,34 +93,32 @@ def folders(place: RunFolder) -> list[Path]:
     return sorted((place.path / "checkpoints").glob("checkpoint-*[0-9]"), key=step_of)
 
 
-def seal(path: Path, place: RunFolder, made: Made, spent: Spent) -> None:
+def seal(files: Files, place: RunFolder, made: Made, spent: Spent) -> None:
     """Write a checkpoint's manifest, after all its other files are on the disk.
 
     Args:
-        path: the checkpoint's folder.
+        files: the files of the checkpoint.
         place: the folder of its run; the run's metrics so far are copied into the checkpoint.
         made: what the checkpoint was made from.
         spent: the cost of training so far.
     """
-    shutil.copyfile(place.path / METRICS, path / METRICS)
-    files = {name: _digest(path / name) for name in _files(path)}
-    for name in files:
-        sync(path / name)
+    shutil.copyfile(place.path / METRICS, files.folder / METRICS)
     manifest = {
-        "step": step_of(path),
+        "step": step_of(files.folder),
         "made": asdict(made),
         # Padded to a fixed width, so that checkpoints of the same step have the same size
         "spent": json.dumps(asdict(spent), allow_nan=False).ljust(160),
         "versions": versions(),
-        "files": files,
+        "hash": HASH,
+        "files": files.hashes(),
     }
-    RunFolder(path).write_json(MANIFEST, manifest)
+    RunFolder(files.folder).write_json(MANIFEST, manifest)
 
 
 def keep_trained(
     place: RunFolder,
     start: Checkpoint | None,
-    save: Callable[[Path], None],
+    save: Callable[[Files], None],
     made: Made,
     stats: "TrainStats",
 ) -> Path:
@@ -130,7 +128,7 @@ def keep_trained(
         place: the run folder.
         start: the checkpoint that the run continued from, if any. If `start` is the trained model
             already, the folder is kept as it is.
-        save: writes the model and its tokenizer to a folder.
+        save: writes the model and its tokenizer to the files of a checkpoint.
         made: what the model was made from.
         stats: the number of steps, and the cost of training.
 
@@ -140,10 +138,10 @@ def keep_trained(
     if start and start.is_trained:
         return start.path
     path = place.path / "checkpoints" / f"{TRAINED}{stats.steps}"
-    with written(path):
-        save(path)
+    with written(path) as files:
+        save(files)
         spent = Spent(stats.wall_seconds, stats.peak_memory_bytes, stats.skipped_steps)
-        seal(path, place, made, spent)
+        seal(files, place, made, spent)
     return path
 
 
@@ -214,10 +212,10 @@ def remove(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def written(path: Path) -> Iterator[None]:
+def written(path: Path) -> Iterator[Files]:
     """Delete an older folder `path`; inside the context a checkpoint is written to `path`.
 
-    A checkpoint that cannot be written is deleted.
+    Yields the checkpoint's files. A checkpoint that cannot be written is deleted.
 
     Raises:
         UserError: the disk is full, or cannot be written to.
@@ -225,7 +223,7 @@ def written(path: Path) -> Iterator[None]:
     if path.exists():  # left by a run that was killed, or damaged
         remove(path)
     try:
-        yield
+        yield Files(path)
     # torch and safetensors raise errors of their own for errors of the operating system
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(path, ignore_errors=True)
@@ -233,16 +231,6 @@ def written(path: Path) -> Iterator[None]:
             f"{path} cannot be written ({one_line(error)[:150]}); the run stops, and the "
             "checkpoints before it are intact: make room, then go on with resume="
         ) from error
-
-
-def _files(path: Path) -> list[str]:
-    found = (file for file in path.rglob("*") if file.is_file())
-    return sorted(str(file.relative_to(path)) for file in found if file.name != MANIFEST)
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _verify(path: Path, place: RunFolder) -> Checkpoint:
@@ -259,6 +247,7 @@ def _verify(path: Path, place: RunFolder) -> Checkpoint:
         made, spent = Made(**manifest["made"]), Spent(**json.loads(manifest["spent"]))
         found = Checkpoint(path, made, spent, dict(manifest["versions"]))
         step, sealed = manifest["step"], dict(manifest["files"])
+        new_hash = HASHES[manifest.get("hash", EARLIER_HASH)]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"its manifest cannot be read ({one_line(error)[:100]})") from error
     if step != found.step:
@@ -270,12 +259,12 @@ def _verify(path: Path, place: RunFolder) -> Checkpoint:
             "an earlier version of orpo_lab wrote it, in a form that is not read any more: go on "
             "with that version, or begin a new run"
         )
-    present = _files(path)
+    present = [name for name in names(path) if name != MANIFEST]
     for name in sorted(set(present) ^ sealed.keys()):
         raise UserError(f"{name} is {'missing' if name in sealed else 'not of it'}")
     for name in present:
         try:
-            is_intact = _digest(path / name) == sealed[name]
+            is_intact = hash_of(path / name, new_hash) == sealed[name]
         except OSError as error:
             raise UserError(f"{name} cannot be read ({one_line(error)[:100]})") from error
         if not is_intact:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from orpo_lab.errors import UserError, one_line
 from orpo_lab.optimizer.updater import Updater
+from orpo_lab.training import tensors
 from orpo_lab.training.checkpoint import STATE
 from orpo_lab.training.devices import OneDevice
+from orpo_lab.training.files import Files
 
 log = logging.getLogger(__name__)
 
@@ -130,9 +132,9 @@ class State:
         self.model.zero_grad()
         self.step += 1
 
-    def save(self, folder: Path) -> None:
-        """Write the state to a folder: weights by `save_pretrained`, the rest to the file STATE."""
-        self.model.save_pretrained(folder)  # type: ignore[operator]
+    def save(self, files: Files) -> None:
+        """Write the state: weights by `save_pretrained`, the rest to the file STATE."""
+        tensors.save_pretrained(self.model, files)
         random = RandomState.now()
         rest = {
             "step": self.step,
@@ -141,7 +143,7 @@ class State:
             "devices": self.devices.state_dict(),
             "random": {"cpu": random.cpu, "gpu": random.gpu},
         }
-        torch.save(rest, folder / STATE)
+        tensors.save(rest, files, STATE)
 
     def load(self, folder: Path) -> None:
         """Restore the state that `save` wrote.

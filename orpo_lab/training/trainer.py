@@ -102,10 +102,10 @@ def fit(
 
     def save() -> None:
         path = place.path / "checkpoints" / f"checkpoint-{state.step}"
-        with checkpoint.written(path):
-            state.save(path)
+        with checkpoint.written(path) as files:
+            state.save(files)
             tokenizer.save_pretrained(path)
-            checkpoint.seal(path, place, made, meter.spent(computing.token_budget))
+            checkpoint.seal(files, place, made, meter.spent(computing.token_budget))
         checkpoint.rotate(place, config.train.num_checkpoints)
 
     if config.train.gradient_checkpointing == "true":
