@@ -2,7 +2,7 @@
 
 import random
 
-from orpo_lab.engine.packing import Collator, is_one_pair, pack
+from orpo_lab.engine.packing import Collator, by_length, halved, pack
 
 PAIRS = [
     {"prompt_ids": [11, 12, 13], "chosen_ids": [21, 22], "rejected_ids": [31]},
@@ -33,9 +33,21 @@ def test_a_pair_above_the_budget_has_a_row_to_itself() -> None:
     assert pack([5, 50, 5], 10) == [[1], [0, 2]]
 
 
-def test_one_pair_cannot_be_made_smaller_and_two_can() -> None:
-    assert is_one_pair(collator().lay_out(PAIRS[:1]))
-    assert not is_one_pair(collator().lay_out(PAIRS))
+def test_a_budget_is_halved_until_every_row_is_one_pair() -> None:
+    short, long = (3, 2, 1), (10, 20, 30)
+    assert halved(100, [[short, short], [long]]) == 30, "the widest row is narrower than the budget"
+    assert halved(40, [[short, short], [long]]) == 20
+    assert halved(100, [[short], [long]]) is None
+
+
+def test_no_batch_holds_more_tokens_than_its_memory_allows() -> None:
+    lengths = [1 + (37 * i) % 300 for i in range(97)] + [4097]
+    batches = by_length(lengths, 4096)
+    assert sorted(index for batch in batches for index in batch) == list(range(98))
+    sizes = [len(batch) * max(lengths[index] for index in batch) for batch in batches]
+    assert max(sizes[1:]) <= 4096 < sizes[0]
+    assert min(sizes[1:-1]) > 4096 - 300, "and none is left half empty"
+    assert all(lengths[batch[0]] == max(lengths[i] for i in batch) for batch in batches)
 
 
 def test_a_pair_is_laid_out_once_and_scored_where_it_is_predicted() -> None:

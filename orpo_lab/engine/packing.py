@@ -114,6 +114,36 @@ def tokens_of(micro_batch: MicroBatch) -> int:
     return sum(sum(sizes) for sizes in micro_batch["sizes"])
 
 
-def is_one_pair(micro_batch: MicroBatch) -> bool:
-    """Return whether a micro-batch is a single pair, which cannot be made smaller."""
-    return len(micro_batch["sizes"]) == 1
+def by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Distribute sequences over padded batches, each of sequences of similar length.
+
+    Args:
+        lengths: the number of tokens of each sequence.
+        budget: the largest number of tokens in a batch, padding included; a longer sequence gets a
+            batch of its own.
+
+    Returns:
+        Batches of indices into `lengths`; the longest sequence of a batch comes first.
+    """
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def halved(budget: int, rows: Sequence[Sequence[tuple[int, int, int]]]) -> int | None:
+    """Return half of a token budget, or of the widest row's tokens if these are fewer.
+
+    Args:
+        budget: the budget that the rows were packed with.
+        rows: for each row the sizes of its pairs, as `sizes_of` returns them.
+
+    Returns:
+        The lower budget; None: every row is a single pair, and cannot be made smaller.
+    """
+    if all(len(row) == 1 for row in rows):
+        return None
+    return min(max(sum(map(sum, row)) for row in rows), budget) // 2

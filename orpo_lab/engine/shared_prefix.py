@@ -25,7 +25,7 @@ from orpo_lab.engine import attention
 from orpo_lab.engine.base import MicroBatch, Pair, Score, Sums
 from orpo_lab.engine.compiled import CompiledLayers
 from orpo_lab.engine.head import add_scoring
-from orpo_lab.engine.packing import Collator, is_one_pair, tokens_of
+from orpo_lab.engine.packing import Collator, halved
 from orpo_lab.errors import NonFiniteError, UserError, one_line
 from orpo_lab.methods.base import Method
 from orpo_lab.model.causal import CausalModel, without_adapters
@@ -129,14 +129,17 @@ class SharedPrefix:
         ):
             yield
 
-    def score(self, micro_batch: MicroBatch, beta: float) -> Score:
-        """Return the micro-batch's share of the step's loss, and the micro-batch's metrics."""
+    def logps(self, micro_batch: MicroBatch) -> Tensor:
+        """Return the log-probabilities of the N scored tokens, [N], in nats, in fp32 or wider."""
         with self.devices.precision():
             scored = scored_logps(
                 self.model, micro_batch, self.attention_implementation, self._base.config
             )
-        scored = scored.to(torch.promote_types(scored.dtype, torch.float32))
-        counts = micro_batch["counts"]
+        return scored.to(torch.promote_types(scored.dtype, torch.float32))
+
+    def score(self, micro_batch: MicroBatch, beta: float) -> Score:
+        """Return the micro-batch's share of the step's loss, and the micro-batch's metrics."""
+        scored, counts = self.logps(micro_batch), micro_batch["counts"]
         logps = scored.new_zeros(counts.numel()).index_add(0, micro_batch["sums"], scored)
         losses = self.method.losses(
             logps.view_as(counts),
@@ -193,10 +196,11 @@ class SharedPrefix:
         Returns:
             False where every micro-batch holds a single pair: then the budget stays.
         """
-        if all(map(is_one_pair, micro_batches)):
-            return False
         before = self.collator.budget
-        self.token_budget = min(max(map(tokens_of, micro_batches)), before) // 2
+        budget = halved(before, [micro_batch["sizes"] for micro_batch in micro_batches])
+        if budget is None:
+            return False
+        self.token_budget = budget
         log.warning(
             "step %d: out of memory; taken again with engine.tokens_per_microbatch=%d instead of "
             "%d, which the run keeps: the same gradient, but for adapters' dropout",
