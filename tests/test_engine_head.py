@@ -174,3 +174,38 @@ def test_without_gradients_a_trained_head_keeps_no_chunk(monkeypatch: pytest.Mon
     with torch.no_grad():
         head.token_logps(states.detach(), weight, bias, targets, scale=1.0, softcap=None)
     assert len(made) == 1
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_tiles_without_gradients_are_log_softmax(
+    monkeypatch: pytest.MonkeyPatch, case: str, has_bias: bool
+) -> None:
+    monkeypatch.setattr(head, "CHUNK", 4)
+    monkeypatch.setattr(head, "CPU_TILE", 5)  # the last tile has 3 of the 13 columns
+    states, weight, bias, targets = make(9, torch.float64)
+    steep = 100 * states
+    given = (steep, weight, bias if has_bias else None, targets)
+    with torch.no_grad():
+        ours = head.token_logps(*given, **CASES[case])
+    assert torch.allclose(ours, reference(*given, **CASES[case]), rtol=1e-12)
+    assert ours.max() <= 0
+
+
+def test_tiles_of_a_large_vocabulary_round_as_chunks_do_and_never_above_0() -> None:
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(300, 32, generator=generator)
+    weight = torch.randn(head.CPU_TILE * 3 + 7, 32, generator=generator)
+    targets = (states @ weight.mT).argmax(1)  # some log-probabilities are nearly 0
+    exact = reference(states.double(), weight.double(), None, targets, 1.0, None)
+    chunks = head.token_logps(states, weight, None, targets, scale=1.0, softcap=None)
+    with torch.no_grad():
+        tiles = head.token_logps(states, weight, None, targets, scale=1.0, softcap=None)
+        with torch.autocast("cpu", torch.bfloat16):
+            narrow = head.token_logps(states, weight, None, targets, scale=1.0, softcap=None)
+    assert (tiles - exact).abs().mean() < 1.2 * (chunks - exact).abs().mean()
+    assert exact.max() > -1e-3
+    assert tiles.max() <= 0
+    assert narrow.max() <= 0
+    assert narrow.dtype == torch.float32
+    assert 1e-5 < (narrow - exact).abs().mean() < 0.1

@@ -21,6 +21,9 @@ CHUNK = 256
 NUM_KEPT = 4
 # Vocabulary columns in a tile of TRL's kernel; TRL's own choice
 TILE = 32768
+# Vocabulary columns in a tile of CHUNK rows of logits that need no gradient. In fp32 a tile has
+# 4 MB, and stays in the cache of a CPU
+CPU_TILE = 4096
 # Token ids of the sequence that `has_plain_head` tries a model on
 PROBE = list(range(3, 17))
 # The largest difference, in nats a token, that rounding in fp32 may cause between two ways to
@@ -151,8 +154,8 @@ def token_logps(
     """Return log-probabilities of N tokens, [N], in nats, in fp32 or wider.
 
     A GPU uses TRL's fused kernel, which never holds the full logits [N, V]. Other devices compute
-    the logits in chunks. If the head is trained, the backward pass computes the logits of all but
-    the first NUM_KEPT chunks again.
+    the logits in chunks, and without gradients in tiles. If the head is trained, the backward pass
+    computes the logits of all but the first NUM_KEPT chunks again.
 
     Args:
         states: hidden states that predict the tokens, [N, H].
@@ -170,7 +173,36 @@ def token_logps(
     on = states.device.type
     autocast = torch.is_autocast_enabled(on)
     dtype = torch.get_autocast_dtype(on) if autocast else states.dtype
-    return _ChunkedLogps.apply(states, weight, bias, targets, _Head(dtype, scale, softcap))
+    head = _Head(dtype, scale, softcap)
+    if not torch.is_grad_enabled():
+        return _tiled_logps(states, weight, bias, targets, head)
+    return _ChunkedLogps.apply(states, weight, bias, targets, head)
+
+
+def _tiled_logps(
+    states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: "_Head"
+) -> Tensor:
+    """Return the log-probabilities of the targets, [N], without anything that gradients need.
+
+    A row's log of the sum of exponentials is that of its tiles' logs. So the result is at most 0,
+    whatever the rounding.
+    """
+    starts = range(0, len(weight), CPU_TILE)
+    of_targets = states.new_empty(len(states), dtype=head.wide)
+    log_sums = states.new_empty(len(starts), len(states), dtype=head.wide)
+    buffer = head.buffer(len(states), weight[:CPU_TILE])
+    for tile, start in enumerate(starts):
+        columns = slice(start, start + CPU_TILE)
+        narrow = weight[columns].to(head.dtype)
+        bias_here = None if bias is None else bias[columns]
+        for rows in _chunks(len(states)):
+            logits, _ = head.logits(states[rows], narrow, bias_here, buffer)
+            places = targets[rows] - start
+            is_here = (places >= 0) & (places < len(narrow))
+            found = logits.gather(1, places.clamp(0, len(narrow) - 1)[:, None])[:, 0]
+            of_targets[rows] = torch.where(is_here, found, of_targets[rows])
+            log_sums[tile, rows] = logits.logsumexp(1)
+    return of_targets - log_sums.logsumexp(0)
 
 
 def _fused_logps(
@@ -224,7 +256,8 @@ class _Head:
 
         The derivative is [N, V] or a scalar; None: the derivative is 1.
         """
-        output = torch.mm(states.to(self.dtype), weight.mT, out=buffer[: len(states)])
+        into = buffer[: len(states), : len(weight)]
+        output = torch.mm(states.to(self.dtype), weight.mT, out=into)
         output = output.to(self.wide)
         if bias is not None:
             output.add_(bias)
