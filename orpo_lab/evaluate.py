@@ -4,13 +4,13 @@ No figure depends on beta. So figures can be compared across betas and along an 
 """
 
 import contextlib
+import inspect
 import itertools
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +19,24 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
 
-from orpo_lab import metrics
-from orpo_lab.config.dataset import Dataset
+from orpo_lab import engine, metrics
+from orpo_lab.config import Config
 from orpo_lab.data import Data, embedded
 from orpo_lab.data.encode import special_tokens
-from orpo_lab.engine import head
+from orpo_lab.engine.packing import by_length
+from orpo_lab.engine.scoring import Scorer
 from orpo_lab.errors import LIKELY_CAUSES, NonFiniteError
 from orpo_lab.model.causal import CausalModel, without_adapters
 
 log = logging.getLogger(__name__)
 
-# The largest number of padded tokens in a forward pass without gradients, unless one sequence is
-# longer. The number bounds memory, and does not change the figures
-TOKENS_PER_FORWARD = 4096
-GENERATIONS_PER_BATCH = 64
+# The largest number of tokens of a batch of answers, with prompts and padding. The number bounds
+# the memory of keys and values, and does not change the answers
+TOKENS_PER_BATCH = 8192
+# The share of a batch's answers that must have ended before they leave the batch
+LEAVING = 0.25
 # Tokens of the n-grams whose repetition is measured (Welleck et al. 2019, arXiv:1908.04319)
 REPETITION_NGRAM = 3
 
@@ -119,7 +121,7 @@ def evaluate(
     model: CausalModel,
     tokenizer: PreTrainedTokenizerBase,
     data: Data,
-    config: Dataset,
+    config: Config,
     *,
     dtype: torch.dtype,
     desc: str,
@@ -130,24 +132,25 @@ def evaluate(
         model: on its device; stays in training or evaluation mode.
         tokenizer: with a pad token.
         data: tokenized pairs.
-        config: says how many prompts to answer, and how long an answer may be.
+        config: says how pairs are read, how many prompts to answer, and how long an answer may be.
         dtype: precision of the arithmetic, as in training.
         desc: text of the progress bars: before or after.
 
     Raises:
         NonFiniteError: the log-probability of a completion is not finite.
     """
-    start = time.perf_counter()
+    start, asks = time.perf_counter(), config.dataset
     was_training = model.training
     model.eval()
     on = next(model.parameters()).device.type
     try:
         with torch.no_grad(), torch.autocast(on, dtype, enabled=dtype != torch.float32):
-            scores = score(model, tokenizer, data.held_out, desc)
+            scorer = engine.scorer(config, model=model, tokenizer=tokenizer, dtype=dtype)
+            scores = score(scorer, data.held_out, desc)
             _check_finite(scores, desc)
-            asked = data.held_out.select(range(min(config.num_generations, len(data.held_out))))
+            asked = data.held_out.select(range(min(asks.num_generations, len(data.held_out))))
             generations = generate(
-                model, tokenizer, asked, config.max_new_tokens, check=data.checkable, desc=desc
+                model, tokenizer, asked, asks.max_new_tokens, check=data.checkable, desc=desc
             )
     finally:
         model.train(was_training)
@@ -168,22 +171,9 @@ def _check_finite(scores: Scores, desc: str) -> None:
         )
 
 
-def score(
-    model: CausalModel, tokenizer: PreTrainedTokenizerBase, pairs: datasets.Dataset, desc: str
-) -> Scores:
-    """Return the log-probabilities of both completions of every pair."""
-    base = without_adapters(model)
-    logps_of = head.score if head.has_plain_head(base) else head.score_by_logits
-    if logps_of is head.score_by_logits:
-        log.info(
-            "%s does more than an output head with what it predicts from: its pairs are scored one "
-            "at a time, and their logits take memory",
-            type(base).__name__,
-        )
-    chosen, rejected = (
-        completion_logps(partial(logps_of, base), tokenizer, pairs, side, base.device, desc)
-        for side in ("chosen_ids", "rejected_ids")
-    )
+def score(scorer: Scorer, pairs: datasets.Dataset, desc: str) -> Scores:
+    """Return the log-probabilities of both completions of every pair, by one of the scorers."""
+    chosen, rejected = scorer(pairs, desc)
     sizes = [len(ids) for ids in pairs["chosen_ids"]]
     return Scores(chosen, rejected, torch.tensor(sizes, dtype=torch.float32))
 
@@ -215,61 +205,6 @@ def by_wording(
     return slices
 
 
-def completion_logps(
-    logps_of: Callable[..., Tensor],
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: datasets.Dataset,
-    side: str,
-    on: torch.device,
-    desc: str,
-) -> Tensor:
-    """Return log P(y|x), the mean over each completion's tokens (Eq. 3), [N], in nats.
-
-    Args:
-        logps_of: `head.score` or `head.score_by_logits`, with its argument `model` bound already.
-        tokenizer: with a pad token.
-        pairs: N tokenized pairs.
-        side: name of the column of the completions.
-        on: the model's device.
-        desc: text of the progress bar.
-    """
-    prompts, completions = pairs["prompt_ids"][:], pairs[side][:]
-    lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
-    logps = torch.zeros(len(pairs), dtype=torch.float32)
-    batches = _batches(lengths)
-    for batch in tqdm(batches, desc=f"{desc}: score {side[:-4]}", leave=False, disable=None):
-        width = max(lengths[i] for i in batch)
-        ids = torch.full((len(batch), width), tokenizer.pad_token_id)
-        mask = torch.zeros((len(batch), width), dtype=torch.long)
-        is_completion = torch.zeros((len(batch), width), dtype=torch.bool)
-        for row, i in enumerate(batch):
-            ids[row, : lengths[i]] = torch.tensor(prompts[i] + completions[i])
-            mask[row, : lengths[i]] = 1
-            is_completion[row, len(prompts[i]) : lengths[i]] = True
-        places = is_completion.flatten().nonzero()[:, 0]
-        token_logps = logps_of(
-            sources=(places - 1).to(on),  # the token at t is predicted at t - 1
-            targets=ids.flatten()[places].to(on),
-            input_ids=ids.to(on),
-            attention_mask=mask.to(on),
-        )
-        sizes = [len(completions[i]) for i in batch]
-        for i, of_completion in zip(batch, token_logps.split(sizes), strict=True):
-            logps[i] = of_completion.mean()
-    return logps
-
-
-def _batches(lengths: list[int]) -> list[list[int]]:
-    """Group indices of similar length into batches of at most TOKENS_PER_FORWARD padded tokens."""
-    batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= TOKENS_PER_FORWARD:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
-
-
 def generate(
     model: CausalModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -292,46 +227,117 @@ def generate(
         check: whether the rows of the pairs say which answer is right.
         desc: text of the progress bar.
     """
-    base, ends = without_adapters(model), turn_ends(model, tokenizer)
-    greedy = GenerationConfig(
-        do_sample=False,
-        use_cache=True,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=ends,
-        bos_token_id=tokenizer.bos_token_id,
-    )
+    base, rows = without_adapters(model), pairs.to_list()
+    prompts = [row["prompt_ids"] for row in rows]
+    greedy = {
+        "do_sample": False,
+        "use_cache": True,
+        "return_dict_in_generate": True,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": turn_ends(model, tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+    }
+    answers: dict[int, list[int]] = {}
+    batches = by_length([len(prompt) + max_new_tokens for prompt in prompts], TOKENS_PER_BATCH)
+    for batch in tqdm(batches, desc=f"{desc}: generate", leave=False, disable=None):
+        answers |= _answers(base, {i: prompts[i] for i in batch}, max_new_tokens, greedy)
     generations = []
-    starts = range(0, len(pairs), GENERATIONS_PER_BATCH)
-    for start in tqdm(starts, desc=f"{desc}: generate", leave=False, disable=None):
-        rows = pairs.select(range(start, min(start + GENERATIONS_PER_BATCH, len(pairs)))).to_list()
-        width = max(len(row["prompt_ids"]) for row in rows)
-        ids = torch.full((len(rows), width), tokenizer.pad_token_id)
-        mask = torch.zeros((len(rows), width), dtype=torch.long)
-        for index, row in enumerate(rows):
-            size = len(row["prompt_ids"])
-            ids[index, width - size :] = torch.tensor(row["prompt_ids"])
-            mask[index, width - size :] = 1
-        with _generating_by(base, greedy):
-            out = base.generate(
-                input_ids=ids.to(base.device),
-                attention_mask=mask.to(base.device),
-                generation_config=greedy,
+    for i, row in enumerate(rows):
+        text = tokenizer.decode(answers[i], skip_special_tokens=True)
+        generations.append(
+            Generation(
+                prompt=row["prompt_text"],
+                chosen=row["chosen_text"],
+                answer=text,
+                num_tokens=len(answers[i]),
+                repetition=repetition(answers[i]),
+                correct=embedded.is_correct(text, row) if check else None,
             )
-        for row, written in zip(rows, out[:, width:].tolist(), strict=True):
-            answer = list(itertools.takewhile(lambda token: token not in ends, written))
-            text = tokenizer.decode(answer, skip_special_tokens=True)
-            generations.append(
-                Generation(
-                    prompt=row["prompt_text"],
-                    chosen=row["chosen_text"],
-                    answer=text,
-                    num_tokens=len(answer),
-                    repetition=repetition(answer),
-                    correct=embedded.is_correct(text, row) if check else None,
-                )
-            )
+        )
     return generations
+
+
+def _answers(
+    model: Any, prompts: dict[int, list[int]], max_new_tokens: int, greedy: dict[str, Any]
+) -> dict[int, list[int]]:
+    """Return the answers to one batch of prompts, without the tokens that end them.
+
+    Answers that have ended leave the batch whenever they are LEAVING of it, and the others go on.
+
+    Args:
+        model: without adapters around it.
+        prompts: token ids, by the number of the prompt.
+        max_new_tokens: the largest number of tokens of an answer.
+        greedy: arguments of `GenerationConfig` beside `max_new_tokens`.
+    """
+    ids, mask = _padded(list(prompts.values()), greedy["pad_token_id"], model.device)
+    numbers, width = torch.tensor(list(prompts), device=model.device), ids.shape[1]
+    answers, ends = {}, greedy["eos_token_id"]
+    cached: dict[str, Any] = {}
+    while len(numbers):
+        num_read = ids.shape[1]
+        settings = GenerationConfig(**greedy, max_new_tokens=width + max_new_tokens - num_read)
+        with _generating_by(model, settings):
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=settings,
+                stopping_criteria=[_EnoughHaveEnded(num_read, ends)],
+                **cached,
+            )
+        ids = out.sequences
+        has_ended = _have_ended(ids[:, num_read:], ends) | (ids.shape[1] == width + max_new_tokens)
+        ended = zip(numbers[has_ended].tolist(), ids[has_ended, width:].tolist(), strict=True)
+        for number, written in ended:
+            answers[number] = list(itertools.takewhile(lambda token: token not in ends, written))
+        staying = (~has_ended).nonzero()[:, 0]
+        numbers, ids = numbers[staying], ids[staying]
+        mask = torch.cat([mask[staying], torch.ones_like(ids[:, num_read:])], 1)
+        cached = _cache_of(model, out, staying)
+    return answers
+
+
+def _padded(prompts: list[list[int]], pad: int, on: torch.device) -> tuple[Tensor, Tensor]:
+    """Return ids and attention mask of a batch of prompts, padded on the left, [B, T] each."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=on)
+    padding = torch.tensor([width - len(prompt) for prompt in prompts], device=on)
+    return ids, (torch.arange(width, device=on) >= padding[:, None]).long()
+
+
+def _have_ended(ids: Tensor, ends: list[int]) -> Tensor:
+    """Return for each row whether it holds a token that ends an answer, [B]."""
+    return torch.isin(ids, torch.tensor(ends, device=ids.device)).any(1)
+
+
+class _EnoughHaveEnded(StoppingCriteria):
+    """Ends a call of `generate` when LEAVING of its answers have ended.
+
+    Args:
+        num_read: the number of tokens of each row before the call.
+        ends: ids of the tokens that end an answer.
+    """
+
+    def __init__(self, num_read: int, ends: list[int]) -> None:
+        self.num_read, self.ends = num_read, ends
+
+    def __call__(self, input_ids: Tensor, scores: Any, **others: Any) -> Tensor:
+        """Return for each row whether its call ends, [B]: all rows or none."""
+        has_ended = _have_ended(input_ids[:, self.num_read :], self.ends)
+        return (has_ended.float().mean() >= LEAVING).expand(len(has_ended))
+
+
+def _cache_of(model: Any, out: Any, staying: Tensor) -> dict[str, Any]:
+    """Return the argument of `generate` with which the staying rows need not be read again.
+
+    Empty: the model has a cache of its own kind, and reads all tokens again.
+    """
+    cache = out.past_key_values
+    takes = "past_key_values" in inspect.signature(model.forward).parameters
+    if type(cache) is not DynamicCache or not takes:
+        return {}
+    cache.reorder_cache(staying)
+    return {"past_key_values": cache}
 
 
 @contextlib.contextmanager

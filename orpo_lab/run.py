@@ -148,7 +148,7 @@ def _train(
     stop.check()
 
     # Evaluation, training, evaluation
-    measure = partial(evaluate, network, tokenizer, pairs, config.dataset, dtype=dtype)
+    measure = partial(evaluate, network, tokenizer, pairs, config, dtype=dtype)
     before = _measure_before(config, measure, sweep)
     stop.check()
     metrics = start.path / checkpoint.METRICS if start else None
@@ -324,15 +324,16 @@ def _measure_before(
 ) -> "Evaluation":
     """Return the untrained model's evaluation, which jobs of a sweep share.
 
-    A sweep makes one for each base model, data, quantization and kind of optimizer. Adapters of any
-    rank and seed share it: new adapters do not change what the base model computes.
+    A sweep makes one for each base model, data, quantization, kind of optimizer and kind of engine.
+    Adapters of any rank and seed share it: new adapters do not change what the base model computes.
+    Engines do not share it: each reads pairs in its own way, before and after training.
     """
     from orpo_lab.evaluate import Evaluation
 
     if sweep is None:
         return measure(desc="before")
     parts = identity(config, "dataset", "model", "quantization")
-    name = f"before-{kind(config.optimizer)}-{parts}"
+    name = f"before-{kind(config.optimizer)}-{kind(config.engine)}-{parts}"
     return sweep.once(name, lambda: measure(desc="before"), Evaluation.save, Evaluation.restore)
 
 

@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -12,16 +13,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 
-from orpo_lab import config, data
-from orpo_lab.engine import head
+from orpo_lab import config, data, engine, run
+from orpo_lab import evaluate as evaluation
+from orpo_lab.engine import head, scoring, shared_prefix
 from orpo_lab.errors import NonFiniteError
 from orpo_lab.evaluate import (
     REPETITION_NGRAM,
-    TOKENS_PER_FORWARD,
     Evaluation,
     Generation,
     Scores,
-    _batches,
     evaluate,
     generate,
     preference_metrics,
@@ -32,10 +32,13 @@ from orpo_lab.evaluate import (
 from orpo_lab.model.source import load_config
 from orpo_lab.model.tokenizer import load_tokenizer
 from orpo_lab.model.weights import load_model
+from orpo_lab.sweep.folder import CACHE, Sweep
 from tests.test_engine_shared_prefix import ARCHITECTURES, make_model, make_pairs
 
 Load = Callable[..., config.Config]
 
+# Token ids that end an answer of a random model
+ENDS = [*range(3, 15)]
 SMOLLM2 = Path("~/.cache/orpo-lab-assets/smollm2-135m").expanduser()
 
 # What a model's own settings may hold that would choose other tokens than the largest logit
@@ -64,6 +67,23 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+EACH_ENGINE = pytest.mark.parametrize("which", ["shared_prefix", "trl"])
+
+
+@pytest.fixture
+def score_as(load: Load, tokenizer: Any) -> Callable[..., Scores]:
+    """Score pairs as one of the engines reads them."""
+
+    def score_as(
+        which: str, network: Any, pairs: datasets.Dataset, dtype: torch.dtype = torch.float32
+    ) -> Scores:
+        loaded = load(f"engine={which}")
+        scorer = engine.scorer(loaded, model=network, tokenizer=tokenizer, dtype=dtype)
+        return score(scorer, pairs, "test")
+
+    return score_as
+
+
 @pytest.fixture
 def pairs(load: Load, tokenizer: Any) -> data.Data:
     return data.load(load("dataset.num_train=4", "dataset.num_eval=24").dataset, tokenizer)
@@ -77,12 +97,12 @@ def one_by_one(network: Any, prompt: list[int], completion: list[int]) -> list[f
     return [logps[len(prompt) - 1 + i, token].item() for i, token in enumerate(completion)]
 
 
+@EACH_ENGINE
 def test_preference_metrics_equal_their_formulas(
-    load: Load, build_model: Any, tokenizer: Any, pairs: data.Data
+    load: Load, build_model: Any, score_as: Any, pairs: data.Data, which: str
 ) -> None:
     network = build_model(load("optimizer=lora")).eval()
-    with torch.no_grad():
-        metrics = preference_metrics(score(network, tokenizer, pairs.held_out, "test"))
+    metrics = preference_metrics(score_as(which, network, pairs.held_out))
     sides = [
         [one_by_one(network, row["prompt_ids"], row[side]) for row in pairs.held_out]
         for side in ("chosen_ids", "rejected_ids")
@@ -114,19 +134,110 @@ def unlike(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
     return lambda name: make_model(name).eval()
 
 
-@pytest.mark.parametrize("name", [*ARCHITECTURES, *OTHERS])
+@pytest.mark.parametrize(
+    ("name", "which"),
+    [
+        *((name, which) for name in ARCHITECTURES for which in ("shared_prefix", "trl")),
+        *((name, "trl") for name in OTHERS),
+    ],
+)
 def test_scores_of_every_architecture_are_those_of_its_logits(
-    unlike: Callable[[str], Any], tokenizer: Any, name: str
+    unlike: Callable[[str], Any], score_as: Any, name: str, which: str
 ) -> None:
     network = unlike(name)
     pairs = datasets.Dataset.from_list(make_pairs(5))
-    with torch.no_grad():
-        scores = score(network, tokenizer, pairs, "test")
+    before = network.config._attn_implementation
+    scores = score_as(which, network, pairs)
+    assert network.config._attn_implementation == before
     for side, found in (("chosen", scores.chosen_logps), ("rejected", scores.rejected_logps)):
         expected = [one_by_one(network, row["prompt_ids"], row[f"{side}_ids"]) for row in pairs]
         means = [sum(logps) / len(logps) for logps in expected]
         assert found.tolist() == pytest.approx(means, abs=2e-5)
     assert head.has_plain_head(network) == (name != "modernbert")
+
+
+def test_rows_hold_each_prompt_once_and_sequences_are_those_of_trls_engine(
+    score_as: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "TOKENS_PER_FORWARD", 60)
+    network, plain = make_model("llama").eval(), make_pairs(9)
+    pairs = datasets.Dataset.from_list(plain)
+    read: list[tuple[int, int]] = []
+    network.model.embed_tokens.register_forward_pre_hook(
+        lambda module, inputs: read.append(tuple(inputs[0].shape))
+    )
+    score_as("shared_prefix", network, pairs)
+    sizes = [sum(len(ids) for ids in pair.values()) for pair in plain]
+    assert sum(tokens for _, tokens in read) == sum(sizes)
+    assert {num for num, _ in read} == {1}
+    assert max(tokens for _, tokens in read) <= 60
+    num_rows = len(read)
+    assert 1 < num_rows < 9
+    read.clear()
+    score_as("trl", network, pairs)
+    # Two readings of the probe come first
+    assert sum(num for num, _ in read[2:]) == 18
+    assert max(num * tokens for num, tokens in read) <= 60
+
+
+def test_rows_in_bf16_are_as_close_to_fp32_as_sequences(score_as: Any) -> None:
+    network = make_model("llama").eval()
+    pairs = datasets.Dataset.from_list(make_pairs(60))
+    errors = {}
+    for which in ("shared_prefix", "trl"):
+        exact = score_as(which, network, pairs)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = score_as(which, network, pairs, torch.bfloat16)
+        errors[which] = float((rounded.rejected_logps - exact.rejected_logps).abs().mean())
+    assert 1e-4 < errors["shared_prefix"] < 1.2 * errors["trl"]
+
+
+def test_pairs_are_scored_in_smaller_rows_when_memory_runs_out(
+    score_as: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The error is raised by hand: no test can fill a GPU."""
+    network, pairs = make_model("llama").eval(), datasets.Dataset.from_list(make_pairs(9))
+    expected = score_as("shared_prefix", network, pairs)
+    widest = max(sum(len(ids) for ids in pair.values()) for pair in make_pairs(9))
+    room = widest
+    read = shared_prefix.scored_logps
+
+    def read_or_run_out(model: Any, row: dict[str, Any], *others: Any) -> torch.Tensor:
+        if row["input_ids"].numel() > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return read(model, row, *others)
+
+    monkeypatch.setattr(shared_prefix, "scored_logps", read_or_run_out)
+    found = score_as("shared_prefix", network, pairs)
+    assert torch.allclose(found.chosen_logps, expected.chosen_logps, atol=1e-5)
+    assert torch.allclose(found.rejected_logps, expected.rejected_logps, atol=1e-5)
+    assert "test: out of memory; scored again in rows of" in caplog.text
+    room = widest - 1
+    with pytest.raises(torch.OutOfMemoryError):
+        score_as("shared_prefix", network, pairs)
+    monkeypatch.setattr(shared_prefix, "scored_logps", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        score_as("shared_prefix", network, pairs)
+
+
+def broken(*_: Any) -> torch.Tensor:
+    raise RuntimeError("something else")
+
+
+def test_engines_of_a_sweep_do_not_share_the_untrained_models_evaluation(
+    load: Load, tmp_path: Path
+) -> None:
+    sweep = Sweep(tmp_path)
+    (sweep.folder / CACHE).mkdir()
+    made: list[str] = []
+
+    def measure(desc: str) -> Evaluation:
+        made.append(desc)
+        return Evaluation({}, Scores(*[torch.zeros(1)] * 3), [], 0.0)
+
+    for overrides in (("beta=0.1",), ("beta=0.2",), ("engine=trl",), ("engine=trl", "seed=1")):
+        run._measure_before(load(*overrides), measure, sweep)
+    assert made == ["before"] * 2
 
 
 class Largest(TorchDispatchMode):
@@ -143,9 +254,15 @@ class Largest(TorchDispatchMode):
         return found
 
 
+@EACH_ENGINE
 @pytest.mark.parametrize("optimizer", ["lora", "adamw"])
 def test_scoring_never_holds_the_logits_of_a_batch(
-    load: Load, build_model: Any, tokenizer: Any, optimizer: str, monkeypatch: pytest.MonkeyPatch
+    load: Load,
+    build_model: Any,
+    score_as: Any,
+    optimizer: str,
+    which: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(head, "CHUNK", 8)
     network = build_model(load(f"optimizer={optimizer}")).eval()
@@ -153,8 +270,8 @@ def test_scoring_never_holds_the_logits_of_a_batch(
     base.resize_token_embeddings(20_000)
     row = {"prompt_ids": [3, 4, 5], "chosen_ids": list(range(6, 26)), "rejected_ids": [7, 8]}
     pairs = datasets.Dataset.from_list([row] * 16)
-    with torch.no_grad(), Largest() as largest:
-        score(network, tokenizer, pairs, "test")
+    with Largest() as largest:
+        score_as(which, network, pairs)
     weight = base.get_output_embeddings().weight
     # A probe of one sequence and chunks of 8 rows; the logits of a batch would be 16 times 23 rows
     assert largest.numbers <= max(weight.numel(), len(head.PROBE) * len(weight))
@@ -255,17 +372,26 @@ def test_the_token_that_a_template_ends_a_turn_with_ends_an_answer(
 
 
 def test_a_right_answer_is_an_exact_match(tokenizer: Any, pairs: data.Data) -> None:
+    right = {tuple(row["prompt_ids"]): row["chosen_ids"] for row in pairs.held_out}
+
     class Oracle:
         """Answers every prompt with its chosen completion."""
 
         device = torch.device("cpu")
         generation_config = GenerationConfig()
 
-        def generate(self, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-            answers = [row["chosen_ids"] for row in pairs.held_out]
+        def forward(self, input_ids: torch.Tensor) -> Any:
+            """Take no cache."""
+
+        def generate(
+            self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any
+        ) -> SimpleNamespace:
+            rows = zip(input_ids, attention_mask.bool(), strict=True)
+            answers = [right[tuple(ids[is_token].tolist())] for ids, is_token in rows]
             width = max(map(len, answers))
             padded = [ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids in answers]
-            return torch.cat([input_ids, torch.tensor(padded)], dim=1)
+            sequences = torch.cat([input_ids, torch.tensor(padded)], dim=1)
+            return SimpleNamespace(sequences=sequences, past_key_values=None)
 
     oracle: Any = Oracle()
     answers = generate(oracle, tokenizer, pairs.held_out, 30, check=True, desc="test")
@@ -274,13 +400,76 @@ def test_a_right_answer_is_an_exact_match(tokenizer: Any, pairs: data.Data) -> N
     assert all(answer.correct is None for answer in unchecked)
 
 
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Prompts of unlike lengths, and tokens that end random models' answers here and there."""
+    monkeypatch.setattr(evaluation, "turn_ends", lambda *_: ENDS)
+    lengths = [5, 2, 9, 1, 12, 7, 3, 11, 4, 8, 6, 10]
+    return [
+        {
+            "prompt_ids": [(7 * i + 3 * n) % 90 + 3 for n in range(length)],
+            "prompt_text": str(i),
+            "chosen_text": "",
+        }
+        for i, length in enumerate(lengths)
+    ]
+
+
+@pytest.mark.parametrize("leaving", [1e-9, 0.25])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_answers_of_a_batch_that_some_leave_are_those_of_one_by_one(
+    tokenizer: Any, asked: list[dict[str, Any]], name: str, leaving: float, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(evaluation, "LEAVING", leaving)
+    monkeypatch.setattr(evaluation, "TOKENS_PER_BATCH", 150)
+    # Beyond their settings, softcapped scores are not what sdpa computes
+    network = make_model(name, **({"attn_implementation": "eager"} if name == "gemma2" else {}))
+    network.eval()
+    rows = datasets.Dataset.from_list(asked)
+    answers = generate(network, tokenizer, rows, 10, check=False, desc="test")
+    assert [answer.prompt for answer in answers] == [row["prompt_text"] for row in asked]
+    assert_answers(answers, asked, network, tokenizer, ENDS, 10)
+    sizes = [answer.num_tokens for answer in answers]
+    assert min(sizes) < 10
+
+
+def test_no_token_is_computed_behind_an_answers_end(
+    tokenizer: Any, asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "LEAVING", 1e-9)
+    network = make_model("llama").eval()
+    read: list[int] = []
+    network.model.embed_tokens.register_forward_pre_hook(
+        lambda module, inputs: read.append(inputs[0].numel())
+    )
+    rows = datasets.Dataset.from_list(asked)
+    answers = generate(network, tokenizer, rows, 10, check=False, desc="test")
+    prompts = [len(row["prompt_ids"]) for row in asked]
+    # The last token that is written, an end or the tenth token, is not read again
+    written = [min(answer.num_tokens + 1, 10) - 1 for answer in answers]
+    assert sum(read) == len(prompts) * max(prompts) + sum(written)
+    assert len(set(written)) > 2
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_model_with_a_cache_of_its_own_kind_answers_too(
+    unlike: Callable[[str], Any], tokenizer: Any, asked: list[dict[str, Any]], name: str
+) -> None:
+    network = unlike(name)
+    same = [row | {"prompt_ids": (row["prompt_ids"] * 5)[:5]} for row in asked]
+    answers = generate(
+        network, tokenizer, datasets.Dataset.from_list(same), 10, check=False, desc="test"
+    )
+    assert_answers(answers, same, network, tokenizer, ENDS, 10)
+
+
 def test_evaluation_leaves_the_mode_and_the_random_state_alone(
     load: Load, build_model: Any, tokenizer: Any, pairs: data.Data
 ) -> None:
     loaded = load("dataset.num_generations=5")
     network = build_model(loaded).train()
     state = torch.get_rng_state()
-    found = evaluate(network, tokenizer, pairs, loaded.dataset, dtype=torch.float32, desc="test")
+    found = evaluate(network, tokenizer, pairs, loaded, dtype=torch.float32, desc="test")
     assert network.training
     assert torch.equal(state, torch.get_rng_state())
     assert found.metrics["num_generations"] == 5
@@ -298,17 +487,15 @@ def test_evaluation_leaves_the_mode_and_the_random_state_alone(
 
 
 def test_the_arithmetic_is_that_of_training(
-    load: Load, build_model: Any, tokenizer: Any, pairs: data.Data
+    load: Load, build_model: Any, tokenizer: Any, score_as: Any, pairs: data.Data
 ) -> None:
     loaded = load("dataset.num_generations=0", "optimizer=lora", "model.dtype=fp32")
     network = build_model(loaded).eval()
-    found = evaluate(network, tokenizer, pairs, loaded.dataset, dtype=torch.bfloat16, desc="test")
+    found = evaluate(network, tokenizer, pairs, loaded, dtype=torch.bfloat16, desc="test")
     assert not network.training
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        rounded = score(network, tokenizer, pairs.held_out, "test")
+    rounded = score_as("shared_prefix", network, pairs.held_out, torch.bfloat16)
     assert torch.equal(found.scores.chosen_logps, rounded.chosen_logps)
-    with torch.no_grad():
-        exact = score(network, tokenizer, pairs.held_out, "test")
+    exact = score_as("shared_prefix", network, pairs.held_out)
     assert not torch.equal(found.scores.chosen_logps, exact.chosen_logps)
 
 
@@ -316,15 +503,6 @@ def test_a_pair_that_is_as_likely_either_way_is_not_preferred() -> None:
     chosen, rejected = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.0, -2.5, -2.0])
     metrics = preference_metrics(Scores(chosen, rejected, torch.tensor([2.0, 3.0, 4.0])))
     assert metrics["preference_accuracy"] == pytest.approx(1 / 3)
-
-
-def test_no_batch_holds_more_tokens_than_its_memory_allows() -> None:
-    lengths = [1 + (37 * i) % 300 for i in range(97)] + [TOKENS_PER_FORWARD + 1]
-    batches = _batches(lengths)
-    assert sorted(index for batch in batches for index in batch) == list(range(98))
-    sizes = [len(batch) * max(lengths[index] for index in batch) for batch in batches]
-    assert max(sizes[1:]) <= TOKENS_PER_FORWARD < sizes[0]
-    assert min(sizes[1:-1]) > TOKENS_PER_FORWARD - 300, "and none is left half empty"
 
 
 def test_repetition_counts_what_was_said_before() -> None:
@@ -338,7 +516,7 @@ def test_no_generations_are_no_figures(
 ) -> None:
     loaded = load("dataset.num_generations=0", "optimizer=lora")
     found = evaluate(
-        build_model(loaded), tokenizer, pairs, loaded.dataset, dtype=torch.float32, desc="test"
+        build_model(loaded), tokenizer, pairs, loaded, dtype=torch.float32, desc="test"
     )
     assert "repetition" not in found.metrics
     assert not found.generations
@@ -352,7 +530,7 @@ def test_a_model_that_gives_nan_is_refused(
     with torch.no_grad():
         next(network.parameters())[:] = math.nan
     with pytest.raises(NonFiniteError, match="after training, 24 of 24 held-out pairs"):
-        evaluate(network, tokenizer, pairs, loaded.dataset, dtype=torch.float32, desc="after")
+        evaluate(network, tokenizer, pairs, loaded, dtype=torch.float32, desc="after")
 
 
 def test_an_evaluation_is_restored_as_it_was_saved(
@@ -361,9 +539,7 @@ def test_an_evaluation_is_restored_as_it_was_saved(
     for asked, answered in ((4, 4), (50, 24)):
         loaded = load("optimizer=lora", f"dataset.num_generations={asked}")
         network = build_model(loaded)
-        evaluation = evaluate(
-            network, tokenizer, pairs, loaded.dataset, dtype=torch.float32, desc="before"
-        )
+        evaluation = evaluate(network, tokenizer, pairs, loaded, dtype=torch.float32, desc="before")
         evaluation.save(tmp_path / "file")
         other = Evaluation.restore(tmp_path / "file")
         assert other.metrics == evaluation.metrics

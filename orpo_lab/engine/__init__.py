@@ -1,5 +1,8 @@
 """Engines compute the gradient of an optimizer step: `check` a model, then `build` its engine."""
 
+from functools import partial
+from typing import TYPE_CHECKING
+
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -9,6 +12,9 @@ from orpo_lab.engine.base import Engine
 from orpo_lab.model.causal import CausalModel
 from orpo_lab.training.devices import OneDevice
 from orpo_lab.upstream import hidden
+
+if TYPE_CHECKING:
+    from orpo_lab.engine.scoring import Scorer
 
 
 def check(config: Config, model: CausalModel, dtype: torch.dtype) -> None:
@@ -55,4 +61,34 @@ def build(
                 from orpo_lab.engine import trl
 
             return trl.build(config, model=model, tokenizer=tokenizer, devices=devices)
+    raise TypeError(f"no engine: {config.engine!r}")
+
+
+def scorer(
+    config: Config,
+    *,
+    model: CausalModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+) -> "Scorer":
+    """Return the function that scores held-out pairs: a model is scored as its engine reads pairs.
+
+    `shared_prefix` reads packed rows. TRL's engine also trains models that cannot read rows, so its
+    pairs are read as sequences.
+
+    Args:
+        config: the run's configuration.
+        model: on its device, with adapters if it has any; `check` has accepted the model.
+        tokenizer: with a pad token.
+        dtype: precision of the arithmetic.
+    """
+    from orpo_lab.engine import scoring, shared_prefix
+
+    match config.engine:
+        case SharedPrefixEngine():
+            devices = OneDevice(model.device, dtype)
+            built = shared_prefix.build(config, model=model, tokenizer=tokenizer, devices=devices)
+            return partial(scoring.by_rows, built)
+        case TrlEngine():
+            return partial(scoring.by_sequences, model, tokenizer)
     raise TypeError(f"no engine: {config.engine!r}")
