@@ -132,28 +132,28 @@ class Saving:
         return path
 
 
-def seconds_of(write: Callable[[], Any]) -> float:
-    """Return the seconds of a call that begins with an idle device and an idle disk."""
+def timed(write: Callable[[], Any]) -> tuple[float, Any]:
+    """Return the seconds of a call that begins with an idle device and an idle disk; its result."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     os.sync()
     begin = time.perf_counter()
-    write()
-    return time.perf_counter() - begin
+    result = write()
+    return time.perf_counter() - begin, result
 
 
 def take_round(saving: Saving) -> dict[str, dict[str, float]]:
     """Write once in every way; return seconds, and seconds per GB."""
     seconds, per_gb, place = {}, {}, saving.place
     for write in (saving.checkpoint, saving.final, saving.one_by_one, saving.bytes):
-        name, paths = write.__name__, []
-        seconds[name] = seconds_of(lambda write=write, paths=paths: paths.append(write()))
-        sizes = [file.stat().st_size for file in paths[0].iterdir()]
+        name = write.__name__
+        seconds[name], path = timed(write)
+        sizes = [file.stat().st_size for file in path.iterdir()]
         per_gb[name] = seconds[name] / sum(sizes) * 1e9
         if name == "checkpoint":
             saving.sizes = sizes
             verify = partial(checkpoint.newest_valid, place, MADE.config_hash)
-            seconds["verify"] = seconds_of(verify)
+            seconds["verify"], _ = timed(verify)
         for folder in ("checkpoints", "final", "one-by-one", "bytes"):
             shutil.rmtree(place.file(folder), ignore_errors=True)
     print({name: round(value, 2) for name, value in seconds.items()}, flush=True)

@@ -106,7 +106,7 @@ class SharedPrefix:
         their gradients, the totals are averaged over the processes too.
         """
         laid_out = self.collator(pairs)
-        self._widest = max(map(tokens_of, laid_out))
+        self._widest = max(sum(map(sum, micro_batch["sizes"])) for micro_batch in laid_out)
         counts = torch.cat([micro_batch["counts"] for micro_batch in laid_out])
         num_tokens = self.method.num_supervised(counts).float().sum()
         totals = self.devices.average(torch.stack([num_tokens, torch.tensor(float(len(pairs)))]))
@@ -121,11 +121,11 @@ class SharedPrefix:
 
         Without gradients the layers are not compiled: that would need a second compilation.
         """
-        is_compiled = self.compiled is not None and torch.is_grad_enabled()
+        compiled = self.compiled if torch.is_grad_enabled() else None
         with (
             reading_rows(self._base, self.attention_implementation),
             fused(self._layers, self.devices.dtype),
-            self.compiled.active() if self.compiled and is_compiled else contextlib.nullcontext(),
+            compiled.active() if compiled else contextlib.nullcontext(),
         ):
             yield
 
