@@ -174,6 +174,17 @@ def test_what_a_layer_returns_is_in_the_precision_of_the_arithmetic(
     assert seen == [torch.float32, torch.bfloat16]
 
 
+def test_the_gradient_of_a_wide_input_is_wide(load: Load, tmp_path: Path) -> None:
+    """Three layers add their gradients of one input: rounded first, the sum would be narrow."""
+    model = make(load, tmp_path, "llama", "nf4", dtype=torch.bfloat16)
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    states = torch.randn(1, NUM_TOKENS, SIZES["hidden_size"], requires_grad=True)
+    with fused(fusible(model), torch.bfloat16), torch.autocast("cpu", torch.bfloat16):
+        layer(states).sum().backward()
+    assert states.grad is not None
+    assert not torch.equal(states.grad, states.grad.bfloat16().float())
+
+
 def test_layers_with_one_input_keep_one_copy_of_it(load: Load, tmp_path: Path) -> None:
     model = make(load, tmp_path, "llama", "nf4", dtype=torch.bfloat16)
     kept: list[Tensor] = []
