@@ -177,6 +177,15 @@ def build_model(tokenizer: Any) -> Callable[..., Any]:
     return build
 
 
+@pytest.fixture
+def flash_kernel() -> Iterator[None]:
+    """Have flash attention's kernels on the CPU."""
+    from tests import flash_kernel
+
+    with flash_kernel.on_cpu():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """One thread, whatever the machine: sums come in the same order, and no thread spins."""

@@ -2,6 +2,9 @@
 
 import random
 
+import pytest
+import torch
+
 from orpo_lab.engine.packing import Collator, by_length, halved, pack
 
 PAIRS = [
@@ -60,6 +63,27 @@ def test_a_pair_is_laid_out_once_and_scored_where_it_is_predicted() -> None:
     assert predicted == [*first, (6, 23), (6, 32), (8, 33)]
     assert row["sums"].tolist() == [0, 0, 1, 1, 2, 4, 5, 5]
     assert row["counts"].tolist() == [[2, 2, 1], [0, 1, 2]]
+
+
+@pytest.mark.parametrize(("multiple", "padding"), [(1, []), (8, [[0] * 6])])
+def test_keys_are_spread_so_that_each_completion_stands_behind_its_prompt(
+    multiple: int, padding: list[list[int]]
+) -> None:
+    (row,) = collator(multiple=multiple)(PAIRS)
+    ids, places = row["input_ids"][0], row["places"]
+    keys = ids[places].split(row["cu_seq_k"].diff().tolist())
+    first_pair, second_pair = [[11, 12, 13, 21, 22], [11, 12, 13, 31]], [[14, 23], [14, 32, 33]]
+    assert [each.tolist() for each in keys] == first_pair + second_pair + padding
+    queries = ids.split(row["cu_seq_q"].diff().tolist())
+    own = [[11, 12, 13, 21, 22], [31], [14, 23], [32, 33]]
+    assert [each.tolist() for each in queries] == own + padding
+    # Every key goes back to its token, from one place or from two
+    again = row["second"] >= 0
+    assert again.nonzero()[:, 0].tolist() == [0, 1, 2, 6]
+    assert torch.equal(places[row["first"]], torch.arange(len(ids)))
+    assert torch.equal(places[row["second"][again]], torch.arange(len(ids))[again])
+    assert len({*row["first"].tolist(), *row["second"][again].tolist()}) == len(places)
+    assert row["longest"] == max(map(len, keys))
 
 
 def test_a_prompt_that_is_not_in_the_objective_is_not_scored() -> None:

@@ -42,6 +42,8 @@ Pair = dict[str, list[int]]
 
 TRL = ("engine=trl",)
 SIDES = ("chosen", "rejected")
+# The attention functions whose backward pass a CPU can compute, the second with `flash_kernel`
+EXACT = (attention.BY_PAIR, attention.VARLEN)
 
 VOCABULARY = 97
 SIZES: dict[str, Any] = {
@@ -198,13 +200,17 @@ def assert_same(
         assert error < limit, (name, float(error))
 
 
+@pytest.mark.usefixtures("flash_kernel")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_loss_and_every_gradient_are_trls(build: Build, name: str) -> None:
     pairs = make_pairs(6)
     # Softcapped scores are beyond sdpa; our engine finds that out by itself
     model = make_model(name, **({"attn_implementation": "eager"} if name == "gemma2" else {}))
     theirs = step(build(copy.deepcopy(model), pairs, *TRL))
-    assert_same(step(build(model, pairs)), theirs, 1e-5)
+    for implementation in EXACT[:1] if name == "gemma2" else EXACT:
+        built = build(copy.deepcopy(model), pairs)
+        built.engine.attention_implementation = implementation
+        assert_same(step(built), theirs, 1e-5)
 
 
 @pytest.mark.parametrize("num", range(1, 9))
@@ -214,6 +220,7 @@ def test_any_number_of_pairs_is_trls(build: Build, num: int) -> None:
     assert_same(step(build(copy.deepcopy(model), pairs)), step(build(model, pairs, *TRL)), 1e-5)
 
 
+@pytest.mark.usefixtures("flash_kernel")
 @pytest.mark.parametrize("name", ["llama", "llama_tied"])
 @pytest.mark.parametrize("adapted", [False, True])
 def test_gradient_checkpointing_and_adapters_are_trls(
@@ -229,12 +236,14 @@ def test_gradient_checkpointing_and_adapters_are_trls(
             if "lora_B" in parameter_name:
                 torch.nn.init.normal_(p, 0, 0.1)
     theirs = step(build(copy.deepcopy(model), pairs, *TRL))
-    built = build(model, pairs, "train.gradient_checkpointing=true")
-    calls = []
-    last_layer = without_adapters(model).model.layers[-1]
-    last_layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-    assert_same(step(built), theirs, 1e-5)
-    assert len(calls) == 2, "and once more going backward"
+    for implementation in EXACT:
+        built = build(copy.deepcopy(model), pairs, "train.gradient_checkpointing=true")
+        built.engine.attention_implementation = implementation
+        calls: list[int] = []
+        last_layer = without_adapters(built.state.model).model.layers[-1]
+        last_layer.mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        assert_same(step(built), theirs, 1e-5)
+        assert len(calls) == 2, "and once more going backward"
 
 
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
@@ -253,12 +262,12 @@ def test_a_4_bit_base_is_trls(
     assert_same(ours, step(build(networks[1], pairs, *TRL)), 1e-5)
 
 
+@pytest.mark.usefixtures("flash_kernel")
 def test_in_bf16_it_is_as_close_to_fp32_as_trl_is(build: Build) -> None:
     pairs = make_pairs(6)
     model = make_model("llama")
     exact = step(build(copy.deepcopy(model), pairs, *TRL))
     theirs = step(build(copy.deepcopy(model), pairs, *TRL, dtype=torch.bfloat16))
-    ours = step(build(copy.deepcopy(model), pairs, dtype=torch.bfloat16))
 
     def error(of: tuple[float, dict[str, Tensor]]) -> float:
         squares = [(of[1][name] - value).square().sum() for name, value in exact[1].items()]
@@ -266,7 +275,10 @@ def test_in_bf16_it_is_as_close_to_fp32_as_trl_is(build: Build) -> None:
         return float((torch.stack(squares).sum() / torch.stack(norms).sum()).sqrt())
 
     assert 1e-3 < error(theirs) < 0.05
-    assert 1e-4 < error(ours) < 1.2 * error(theirs)
+    for implementation in EXACT:
+        built = build(copy.deepcopy(model), pairs, dtype=torch.bfloat16)
+        built.engine.attention_implementation = implementation
+        assert 1e-4 < error(step(built)) < 1.2 * error(theirs)
 
 
 def reference_loss(model: Any, pairs: list[Pair], beta: float, objective: str) -> Tensor:
@@ -357,10 +369,18 @@ def logps(built: Any, pairs: list[Pair]) -> dict[str, Tensor]:
     return first | {"others": scored[sums >= 3]}
 
 
-@pytest.mark.usefixtures("plain_flex")
+@pytest.mark.usefixtures("plain_flex", "flash_kernel")
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("name", ["llama", "mistral_sliding", "gemma2", "phi"])
-@pytest.mark.parametrize("implementation", [attention.BY_PAIR, attention.FLEX])
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [
+        *itertools.product(
+            ["llama", "mistral_sliding", "gemma2", "phi"], [attention.BY_PAIR, attention.FLEX]
+        ),
+        ("llama", attention.VARLEN),
+        ("mistral_sliding", attention.VARLEN),
+    ],
+)
 def test_rejected_never_sees_chosen_and_pairs_never_see_each_other(
     build: Build, name: str, implementation: str
 ) -> None:
@@ -494,7 +514,11 @@ class Synchronisations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_does_not_wait_for_the_device(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("flash_kernel")
+@pytest.mark.parametrize("implementation", EXACT)
+def test_a_step_does_not_wait_for_the_device(
+    build: Build, monkeypatch: pytest.MonkeyPatch, implementation: str
+) -> None:
     lists = []
 
     def tolist(self: Tensor) -> Any:
@@ -502,11 +526,13 @@ def test_a_step_does_not_wait_for_the_device(build: Build, monkeypatch: pytest.M
         return self.numpy().tolist()
 
     built = build(make_model("llama"), make_pairs(6))
+    built.engine.attention_implementation = implementation
     monkeypatch.setattr(Tensor, "tolist", tolist)
     with Synchronisations() as synchronisations:
         norm, rate = built.take_step(make_pairs(6))
-        # The sizes of parts are integers and on the host
+        # The sizes of parts, which BY_PAIR reads, are on the host
         assert not any(each.is_floating_point() for each in lists)
+        assert (lists == []) == (implementation == attention.VARLEN)
         built.finite.check()
         built.write_line(norm, rate)
     assert synchronisations.seen == []

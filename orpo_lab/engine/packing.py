@@ -8,10 +8,13 @@ restart at the prompt's end, and the rejected completion never attends to the ch
 prompt's last token predicts the first token of both completions.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import arange
 
 from orpo_lab.engine.base import MicroBatch, Pair
 
@@ -64,6 +67,7 @@ class Collator:
             `input_ids`, `position_ids`: [1, T].
             `parts`: the number of each token's part, [T]. Each pair has three parts (prompt,
             chosen, rejected), numbered through the row; the padding is the last part.
+            `places`, `first`, `second`, `cu_seq_q`, `cu_seq_k`, `longest`: see `sequences`.
             `sources`: for each scored token the place whose hidden state predicts it, [N].
             `targets`: the id of each scored token, [N].
             `sums`: for each scored token the index, in a flattened [B, 3], of the sum that its
@@ -97,11 +101,60 @@ class Collator:
             "input_ids": torch.tensor([input_ids + [self.pad_token_id] * padding]),
             "position_ids": torch.tensor([position_ids + [0] * padding]),
             "parts": torch.arange(len(parts)).repeat_interleave(parts),
+            **sequences(sizes, padding),
             "sources": torch.tensor(sources),
             "targets": torch.tensor(targets),
             "sums": torch.arange(counts.numel()).repeat_interleave(counts.flatten()),
             "counts": counts,
         }
+
+
+def sequences(sizes: Sequence[tuple[int, int, int]], padding: int) -> dict[str, Any]:
+    """Return how a row of B pairs and T tokens is read as 2B sequences.
+
+    The sequences of a pair are the prompt with the chosen completion, and the rejected completion
+    behind a copy of the prompt's keys. Padding is one more sequence. Queries stay in the row's
+    order. Keys are spread, so that the keys of each sequence are neighbours: there are S > T keys.
+
+    Args:
+        sizes: for each pair the numbers of tokens of prompt, chosen and rejected.
+        padding: the number of tokens of padding behind the last pair.
+
+    Returns:
+        `places`: for each spread key the place of its token in the row, [S].
+        `first`: for each token the place of its key among the spread keys, [T].
+        `second`: for each token the place of its key's copy; -1: the key has no copy, [T].
+        `cu_seq_q`, `cu_seq_k`: the place of each sequence's first query among the queries, and of
+            its first key among the spread keys; then T and S. int32, [2B + 1], with padding
+            [2B + 2].
+        `longest`: the number of keys of the longest sequence.
+    """
+    places, first, second = [], [], []
+    cu_seq_q, cu_seq_k = [0], [0]
+    for prompt, chosen, rejected in sizes:
+        start, key = cu_seq_q[-1], cu_seq_k[-1]
+        middle, copy = start + prompt + chosen, key + prompt + chosen
+        end, behind = middle + rejected, copy + prompt
+        places += [arange(start, middle), arange(start, start + prompt), arange(middle, end)]
+        first += [arange(key, copy), arange(behind, behind + rejected)]
+        second += [arange(copy, behind), torch.full((chosen + rejected,), -1)]
+        cu_seq_q += [middle, end]
+        cu_seq_k += [copy, behind + rejected]
+    if padding:
+        start, key = cu_seq_q[-1], cu_seq_k[-1]
+        places.append(arange(start, start + padding))
+        first.append(arange(key, key + padding))
+        second.append(torch.full((padding,), -1))
+        cu_seq_q.append(start + padding)
+        cu_seq_k.append(key + padding)
+    return {
+        "places": torch.cat(places),
+        "first": torch.cat(first),
+        "second": torch.cat(second),
+        "cu_seq_q": torch.tensor(cu_seq_q, dtype=torch.int32),
+        "cu_seq_k": torch.tensor(cu_seq_k, dtype=torch.int32),
+        "longest": max(end - start for start, end in itertools.pairwise(cu_seq_k)),
+    }
 
 
 def sizes_of(pair: Pair) -> tuple[int, int, int]:

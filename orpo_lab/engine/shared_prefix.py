@@ -8,6 +8,7 @@ packing.
 """
 
 import contextlib
+import functools
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -48,6 +49,10 @@ PROBE = [3, 4, 5, 6], [7, 8, 9, 10, 11, 12], [13, 14, 15, 16, 17]
 # A wrong reading differs by more.
 MAX_APART = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.25, torch.int8: 0.25}
 
+# The largest relative error that rounding to bf16 may cause in the results of flash attention. A
+# wrong result differs by more
+MAX_FLASH_ERROR = 0.05
+
 
 class SharedPrefix:
     """Our own engine, with the methods of `engine.base.Engine`.
@@ -58,7 +63,7 @@ class SharedPrefix:
         model: on its device, with adapters if it has any.
         collator: lays pairs out in rows.
         method: computes the loss and its terms from the sums of log-probabilities.
-        attention_implementation: the name that `attention.choose` returns.
+        attention_implementation: the name that `choose_attention` returns.
         devices: the device that the model computes on.
         measures: whether `fit_budget` may raise the token budget.
         compiled: the model's decoder layers, compiled; None: they run as they are.
@@ -216,7 +221,7 @@ def build(
 ) -> SharedPrefix:
     """Return our own engine; the arguments are those of `engine.build`."""
     assert isinstance(config.engine, SharedPrefixEngine)
-    method, implementation = methods.build(config), attention.choose(without_adapters(model))
+    method, implementation = methods.build(config), choose_attention(model, devices.dtype)
     collator = Collator(
         budget=config.engine.tokens_per_microbatch or default_budget(config.dataset.max_length),
         multiple=attention.BLOCK if implementation == attention.FLEX else 1,
@@ -256,38 +261,72 @@ def check(model: CausalModel, dtype: torch.dtype) -> None:
         NonFiniteError: the untrained model's log-probabilities are not finite.
     """
     base = without_adapters(model)
+    name = type(base).__name__
     attention.check(base)
-    add_scoring(base)
-    name, was_training = type(base).__name__, base.training
-    base.eval()
     try:
-        with (
-            torch.no_grad(),
-            torch.autocast(base.device.type, dtype, enabled=dtype != torch.float32),
-        ):
-            apart = _apart(model, dtype)
+        apart = _apart(model, attention.BY_PAIR, dtype)
     except (RuntimeError, TypeError) as error:
         raise UserError(
             f"engine=shared_prefix cannot train {name}: it does not take a row of a pair "
             f"({one_line(error)[:200]}); use engine=trl"
         ) from error
-    finally:
-        base.train(was_training)
     if not math.isfinite(apart):
         raise NonFiniteError(
             f"{name} predicts nothing finite (a mean log-probability is {apart}) before it is "
             "trained: its weights are damaged, or model.dtype is too narrow for them"
         )
-    # With 8-bit weights the rounding of a token depends on the tokens beside it, in any dtype
-    in_8_bits = any(weight.dtype == torch.int8 for weight in base.parameters())
-    if not apart < MAX_APART[torch.int8 if in_8_bits else dtype]:
+    if not apart < _max_apart(base, dtype):
         raise UserError(
             f"engine=shared_prefix cannot train {name}: a pair read as one row and as two "
             f"sequences differ by {apart:.2g} nats a token on average; use engine=trl"
         )
 
 
-def _apart(model: CausalModel, dtype: torch.dtype) -> float:
+def choose_attention(model: CausalModel, dtype: torch.dtype) -> str:
+    """Return the fastest attention implementation that reads rows of a model rightly.
+
+    Flash attention is tried first, forward and backward: its kernels are chosen for the GPU and for
+    the size of heads. Where flash attention fails, a warning says why.
+
+    Args:
+        model: on its device, with adapters if it has any; `check` has accepted the model.
+        dtype: precision of the arithmetic.
+    """
+    for name in attention.possible(without_adapters(model), dtype):
+        trouble = _trouble_of_flash(model, dtype) if name == attention.VARLEN else None
+        if trouble is None:
+            return name
+        _warn_once(f"flash attention is not used, which is slower: {trouble}")
+    raise AssertionError("BY_PAIR is always possible")
+
+
+def _trouble_of_flash(model: CausalModel, dtype: torch.dtype) -> str | None:
+    """Return why flash attention cannot read rows of a model on its GPU; None: it can."""
+    base = without_adapters(model)
+    try:
+        error = attention.flash_error(base, _probe(base.device), dtype)
+        apart = _apart(model, attention.VARLEN, dtype)
+    except (RuntimeError, TypeError, ValueError) as problem:
+        return one_line(problem)[:200]
+    if not error < MAX_FLASH_ERROR:
+        return f"on this GPU its output or a gradient is off by {error:.2g} of its size"
+    if not apart < _max_apart(base, dtype):
+        return f"a pair read as one row differs by {apart:.2g} nats a token on average"
+    return None
+
+
+@functools.cache
+def _warn_once(line: str) -> None:
+    log.warning("%s", line)
+
+
+def _max_apart(base: Any, dtype: torch.dtype) -> float:
+    # With 8-bit weights the rounding of a token depends on the tokens beside it, in any dtype
+    in_8_bits = any(weight.dtype == torch.int8 for weight in base.parameters())
+    return MAX_APART[torch.int8 if in_8_bits else dtype]
+
+
+def _apart(model: CausalModel, implementation: str, dtype: torch.dtype) -> float:
     """Return how much PROBE differs as one row and as two sequences.
 
     The row is read as the engine reads rows; the sequences are read by the model's own layers.
@@ -296,24 +335,38 @@ def _apart(model: CausalModel, dtype: torch.dtype) -> float:
         The mean absolute difference of the log-probabilities, in nats a token.
     """
     base = without_adapters(model)
+    add_scoring(base)
+    was_training, prompt = base.training, PROBE[0]
+    base.eval()
+    try:
+        with (
+            torch.no_grad(),
+            torch.autocast(base.device.type, dtype, enabled=dtype != torch.float32),
+        ):
+            expected = [_logps(base, prompt + completion) for completion in PROBE[1:]]
+            expected[1] = expected[1][len(prompt) - 1 :]
+            with reading_rows(base, implementation), fused(fusible(model), dtype):
+                seen = scored_logps(base, _probe(base.device), implementation, base.config)
+    finally:
+        base.train(was_training)
+    return float((seen - torch.cat(expected)).abs().mean())
+
+
+def _logps(base: Any, ids: list[int]) -> Tensor:
+    """Return the log-probabilities of all tokens of a sequence but the first, in nats."""
+    sequence = torch.tensor([ids], device=base.device)
+    logps = base(input_ids=sequence, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+    return logps.gather(1, sequence[0, 1:, None])[:, 0]
+
+
+def _probe(device: torch.device) -> MicroBatch:
+    """Return PROBE as a row."""
     prompt, chosen, rejected = PROBE
     pair = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
     collator = Collator(
         budget=MIN_BUDGET, multiple=1, prompt_is_scored=True, pad_token_id=prompt[0]
     )
-    row = {
-        key: value.to(base.device) if isinstance(value, Tensor) else value
-        for key, value in collator.lay_out([pair]).items()
-    }
-    expected = []
-    for ids in (prompt + chosen, prompt + rejected):
-        sequence = torch.tensor([ids], device=base.device)
-        logps = base(input_ids=sequence, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-        expected.append(logps.gather(1, sequence[0, 1:, None])[:, 0])
-    expected[1] = expected[1][len(prompt) - 1 :]
-    with reading_rows(base, attention.BY_PAIR), fused(fusible(model), dtype):
-        seen = scored_logps(base, row, attention.BY_PAIR, base.config)
-    return float((seen - torch.cat(expected)).abs().mean())
+    return OneDevice(device, torch.float32).place(collator.lay_out([pair]))
 
 
 @contextlib.contextmanager
@@ -321,6 +374,7 @@ def reading_rows(base: Any, implementation: str) -> Iterator[None]:
     """Give a model the attention that reads rows of pairs; restore its own attention at the end."""
     before = base.config._attn_implementation
     base.set_attn_implementation(implementation)
+    attention.tell_windows(base)
     try:
         yield
     finally:
@@ -334,9 +388,9 @@ def scored_logps(
     return model(
         input_ids=micro_batch["input_ids"],
         position_ids=micro_batch["position_ids"],
-        attention_mask=attention.mask(implementation, micro_batch, config),
         sources=micro_batch["sources"],
         targets=micro_batch["targets"],
+        **attention.inputs(implementation, micro_batch, config),
     )
 
 
