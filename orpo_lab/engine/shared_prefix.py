@@ -87,7 +87,7 @@ class SharedPrefix:
         # Tokens of the widest micro-batch of the last step
         self._widest = 0
         self._base, self._layers = without_adapters(model), fusible(model)
-        add_scoring(self._base)
+        prepare(self._base)
 
     @property
     def token_budget(self) -> int | None:
@@ -335,7 +335,7 @@ def _apart(model: CausalModel, implementation: str, dtype: torch.dtype) -> float
         The mean absolute difference of the log-probabilities, in nats a token.
     """
     base = without_adapters(model)
-    add_scoring(base)
+    prepare(base)
     was_training, prompt = base.training, PROBE[0]
     base.eval()
     try:
@@ -369,16 +369,23 @@ def _probe(device: torch.device) -> MicroBatch:
     return OneDevice(device, torch.float32).place(collator.lay_out([pair]))
 
 
+def prepare(base: Any) -> None:
+    """Let a model score tokens and read rows, inside `reading_rows`; a second call does nothing."""
+    add_scoring(base)
+    attention.tell_windows(base)
+
+
 @contextlib.contextmanager
 def reading_rows(base: Any, implementation: str) -> Iterator[None]:
     """Give a model the attention that reads rows of pairs; restore its own attention at the end."""
-    before = base.config._attn_implementation
-    base.set_attn_implementation(implementation)
-    attention.tell_windows(base)
+    # `set_attn_implementation` of the model looks at all modules, twice a step. The host would need
+    # a tenth of a step's time for that
+    config = base.config
+    before, config._attn_implementation = config._attn_implementation, implementation
     try:
         yield
     finally:
-        base.set_attn_implementation(before)
+        config._attn_implementation = before
 
 
 def scored_logps(
