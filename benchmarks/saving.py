@@ -153,7 +153,8 @@ def take_round(saving: Saving) -> dict[str, dict[str, float]]:
         if name == "checkpoint":
             saving.sizes = sizes
             verify = partial(checkpoint.newest_valid, place, MADE.config_hash)
-            seconds["verify"], _ = timed(verify)
+            seconds["verify"], found = timed(verify)
+            assert found is not None, "the checkpoint is not valid"
         for folder in ("checkpoints", "final", "one-by-one", "bytes"):
             shutil.rmtree(place.file(folder), ignore_errors=True)
     print({name: round(value, 2) for name, value in seconds.items()}, flush=True)
