@@ -1,4 +1,4 @@
-"""What an evaluation takes: `python benchmarks/evaluation.py FOLDER PAIRS`, 20 minutes.
+"""What an evaluation takes: `python benchmarks/evaluation.py FOLDER PAIRS`, 30 minutes.
 
 Held-out pairs of a file are scored with a real model, in fp32 and with one thread, in both ways by
 turns: as padded sequences, as `engine=trl` does, and in packed rows, as `engine=shared_prefix`

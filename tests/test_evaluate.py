@@ -160,6 +160,7 @@ def test_rows_hold_each_prompt_once_and_sequences_are_those_of_trls_engine(
     score_as: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scoring, "TOKENS_PER_FORWARD", 60)
+    monkeypatch.setattr(scoring, "TOKENS_PER_CPU_ROW", 60)
     network, plain = make_model("llama").eval(), make_pairs(9)
     pairs = datasets.Dataset.from_list(plain)
     read: list[tuple[int, int]] = []
