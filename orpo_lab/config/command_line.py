@@ -77,7 +77,11 @@ ALSO_CALLED = {
 @functools.cache
 def text_keys() -> dict[str, bool]:
     """Return the keys whose values are text; True: the value is a list of texts."""
-    types = {key: field.type for key, field in config.all_fields().items()}
+    types = {
+        key: field.type
+        for key, field in config.all_fields().items()
+        if not field.metadata["policy"].is_switch
+    }
     found = {key: of in TEXTS for key, of in types.items() if of in (*TEXT, *TEXTS)}
     return found | dict.fromkeys(FOLDERS, False)
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from orpo_lab.config.checks import SWITCH, at_least, one_of
-from orpo_lab.config.policy import setting
+from orpo_lab.config.policy import setting, switch
 
 
 @dataclass(kw_only=True)
@@ -16,7 +16,7 @@ class SharedPrefixEngine(Engine):
     """Our own step: it reads each prompt once, packs pairs into rows, and keeps no full logits."""
 
     tokens_per_microbatch: int | None = setting()
-    compile: str = setting()
+    compile: str = switch()
 
     def __post_init__(self) -> None:
         self.compile = self.compile.lower()

@@ -28,6 +28,8 @@ class Policy:
     files: tuple[str, ...] = ()
     """For a location: patterns of the files that are read from a folder there. Empty: the location
     is a name, not a path."""
+    is_switch: bool = False
+    """Whether the values are those of `checks.SWITCH`."""
 
 
 def _field(policy: Policy, factory: Callable[[], Any] | None = None) -> Any:
@@ -49,6 +51,11 @@ def setting(
         factory: makes the default value. None: a YAML file must give the value.
     """
     return _field(Policy("setting", unread_under=unread_under), factory)
+
+
+def switch() -> Any:
+    """Return a setting with the values auto, true and false; YAML may give the last two as such."""
+    return _field(Policy("setting", is_switch=True))
 
 
 def lasting() -> Any:

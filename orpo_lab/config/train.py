@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from orpo_lab.config.checks import SWITCH, at_least, check, one_of
-from orpo_lab.config.policy import free, setting
+from orpo_lab.config.policy import free, setting, switch
 
 
 @dataclass(kw_only=True)
@@ -17,7 +17,7 @@ class Train:
     lr_scheduler_type: str = setting()
     warmup_steps: float = setting(unread_under=("train.lr_scheduler_type", "constant"))
     max_grad_norm: float = setting()
-    gradient_checkpointing: str = setting()
+    gradient_checkpointing: str = switch()
     logging_steps: int = free()
     eval_steps: int | None = free()
     save_steps: int | None = free()
