@@ -161,17 +161,18 @@ def test_in_bf16_they_are_closer_to_fp32_than_pefts(
     assert 1e-3 < error(found, exact) < limit * error(theirs, exact) < 0.05
 
 
-def test_what_a_layer_returns_is_in_the_precision_of_the_arithmetic(
+def test_what_follows_a_layer_computes_in_the_precision_of_its_input(
     load: Load, tmp_path: Path
 ) -> None:
-    """PEFT's layers return fp32 behind fp32 norms, which costs casts and memory."""
+    """As with PEFT's layers: rotary embedding and activation function are in fp32."""
     model = make(load, tmp_path, "llama", "nf4", dtype=torch.bfloat16)
     seen = []
-    layer = model.get_base_model().model.layers[0].self_attn.q_proj
-    layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    layers = model.get_base_model().model.layers
+    for layer in (layers[0].self_attn.q_proj, layers[0].mlp.up_proj):
+        layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     pefts(model, torch.bfloat16)
     ours(model, torch.bfloat16)
-    assert seen == [torch.float32, torch.bfloat16]
+    assert seen == [torch.float32] * 4
 
 
 def test_the_gradient_of_a_wide_input_is_wide(load: Load, tmp_path: Path) -> None:
@@ -180,7 +181,8 @@ def test_the_gradient_of_a_wide_input_is_wide(load: Load, tmp_path: Path) -> Non
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
     states = torch.randn(1, NUM_TOKENS, SIZES["hidden_size"], requires_grad=True)
     with fused(fusible(model), torch.bfloat16), torch.autocast("cpu", torch.bfloat16):
-        layer(states).sum().backward()
+        output = layer(states)
+    output.sum().backward()
     assert states.grad is not None
     assert not torch.equal(states.grad, states.grad.bfloat16().float())
 

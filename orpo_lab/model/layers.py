@@ -4,10 +4,12 @@ A layer with an adapter computes (LoRA, arXiv:2106.09685, Eq. 3)
 
     y = x W^T + bias + s dropout(x) A^T B^T
 
-PEFT computes the two terms apart. Behind fp32 norms its layers on a 4-bit base return fp32, cast
-their input several times, and keep several copies of the input for the backward pass. Here the
-whole sum is one function in the precision of the arithmetic. The layers that read one input (the
-query, key and value projections; the gate and up projections) share one narrow copy of the input.
+PEFT computes the two terms apart. Its layers on a 4-bit base cast their input and their output
+several times, and keep several copies of the input for the backward pass. Here the whole sum is one
+function. All its products are in the precision of the arithmetic. The output is in the precision of
+the input, so what follows the layer (rotary embedding, activation function) stays as exact as with
+PEFT's layers. The layers that read one input (the query, key and value projections; the gate and up
+projections) share one narrow copy of the input.
 
 PEFT owns the weights: it makes, saves, loads and merges them. `fused` only exchanges the forward
 pass of PEFT's layers for a while.
@@ -42,7 +44,7 @@ class _FusedForward:
     narrow_b: Tensor
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        """Return the layer's output [..., out] for an input [..., in], in narrow_a's precision."""
+        """Return the layer's output, [..., out], for an input, [..., in], in the input's dtype."""
         name = self.active_adapters[0]
         dropout = self.lora_dropout[name]
         return _Projection.apply(
@@ -135,7 +137,7 @@ def fused(layers: list[Any], dtype: torch.dtype) -> Iterator[None]:
 
     Args:
         layers: the layers that `fusible` returns.
-        dtype: precision of the arithmetic, and of what the layers return.
+        dtype: precision of the arithmetic.
     """
     of_input = _Input()
     classes = [type(layer) for layer in layers]
@@ -198,7 +200,7 @@ class _Projection(torch.autograd.Function):
         scaling: float,
         dropout: float,
     ) -> Tensor:
-        """Return y, [..., out], in the dtype of `a`.
+        """Return y, [..., out], rounded to the dtype of `a` and then cast to that of x.
 
         Args:
             ctx: what the backward pass reads.
@@ -227,7 +229,7 @@ class _Projection(torch.autograd.Function):
         ctx.base, ctx.a, ctx.b = base, a, b
         ctx.shape, ctx.dtype = x.shape, x.dtype
         ctx.scaling, ctx.dropout = scaling, dropout
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], -1).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -239,7 +241,7 @@ class _Projection(torch.autograd.Function):
         """
         rows, low, mask = ctx.saved_tensors
         a, b, scaling = ctx.a, ctx.b, ctx.scaling
-        dy = gradient.reshape(-1, gradient.shape[-1])
+        dy = gradient.reshape(-1, gradient.shape[-1]).to(a.dtype)
         of_low = dy @ b
         # With beta=0 the first argument only gives the shape
         of_b = torch.addmm(b, dy.mT, low, beta=0, alpha=scaling)
