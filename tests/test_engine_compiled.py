@@ -11,7 +11,7 @@ from torch import nn
 
 from orpo_lab import config, engine
 from orpo_lab.config.optimizer import Lora
-from orpo_lab.engine import shared_prefix
+from orpo_lab.engine import attention, shared_prefix
 from orpo_lab.model.adapter import attach
 from orpo_lab.training.devices import OneDevice
 from orpo_lab.training.loop import Loop
@@ -41,26 +41,29 @@ def make(load: Load, tokenizer: Any, tmp_path: Path) -> Make:
     return built
 
 
+# torch's compiler instantiates autograd functions, of which torch warns (2.13)
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.slow
+@pytest.mark.usefixtures("flash_kernel")
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 def test_all_layers_share_a_graph_and_rows_of_any_length_use_it(
     make: Make, checkpointing: str
 ) -> None:
-    """With the real compiler. On a CPU the attention by pair stays outside of the graphs."""
+    """With the real compiler, and with flash attention as on a GPU, whose kernel is a mock."""
     keys = f"train.gradient_checkpointing={checkpointing}"
     loop, plain = make(3, COMPILED, keys), make(3, UNCOMPILED, keys)
+    for both in (loop, plain):
+        computing: Any = both.engine
+        computing.attention_implementation = attention.VARLEN
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
-    step(loop)
-    num_graphs = counters["stats"]["unique_graphs"]
-    assert 0 < num_graphs < 8, "two layers, each compiled alone, would need twice as many"
     for num in (3, 2, 5):
-        for one_of_both in (loop, plain):
-            one_of_both.train = one_of_both.train.from_list(make_pairs(num, seed=num))
-            one_of_both.state.model.zero_grad()
+        for both in (loop, plain):
+            both.train = both.train.from_list(make_pairs(num, seed=num))
+            both.state.model.zero_grad()
         assert_same(step(loop), step(plain), 1e-5)
-    assert counters["stats"]["unique_graphs"] == num_graphs
+        assert counters["stats"]["unique_graphs"] == 1
 
 
 def failing(call: Any, **options: Any) -> Any:

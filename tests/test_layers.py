@@ -84,10 +84,13 @@ def make(
 
 
 def backward(
-    model: Any, context: AbstractContextManager[None], dtype: torch.dtype = torch.float32
+    model: Any,
+    context: AbstractContextManager[None],
+    dtype: torch.dtype = torch.float32,
+    seed: int = 1,
 ) -> Gradients:
-    """Return the last hidden states, and the gradients of a fixed sum of them."""
-    torch.manual_seed(1)
+    """Return the last hidden states of random tokens, and the gradients of a random sum of them."""
+    torch.manual_seed(seed)
     ids = torch.randint(1, SIZES["vocab_size"], (1, NUM_TOKENS))
     weights = torch.randn(1, NUM_TOKENS, SIZES["hidden_size"])
     model.zero_grad()
@@ -99,12 +102,12 @@ def backward(
     return states.detach().float(), {n: p.grad.clone() for n, p in named if p.grad is not None}
 
 
-def ours(model: Any, dtype: torch.dtype = torch.float32) -> Gradients:
-    return backward(model, fused(fusible(model), dtype), dtype)
+def ours(model: Any, dtype: torch.dtype = torch.float32, seed: int = 1) -> Gradients:
+    return backward(model, fused(fusible(model), dtype), dtype, seed)
 
 
-def pefts(model: Any, dtype: torch.dtype = torch.float32) -> Gradients:
-    return backward(model, nullcontext(), dtype)
+def pefts(model: Any, dtype: torch.dtype = torch.float32, seed: int = 1) -> Gradients:
+    return backward(model, nullcontext(), dtype, seed)
 
 
 def assert_same(found: Gradients, right: Gradients) -> None:
@@ -152,13 +155,19 @@ def test_in_bf16_they_are_closer_to_fp32_than_pefts(
     On an 8-bit base both are as close: there bitsandbytes' backward pass is in fp32 throughout.
     """
     wide = make(load, tmp_path, "llama", base, dtype=torch.float32)
-    exact = pefts(wide.float() if base == "bf16" else wide)
-    found = ours(make(load, tmp_path, "llama", base, dtype=torch.bfloat16), torch.bfloat16)
+    wide = wide.float() if base == "bf16" else wide
+    narrow = make(load, tmp_path, "llama", base, dtype=torch.bfloat16)
     if base == "bf16":
         monkeypatch.setattr(adapter, "_widen", lambda model: None)
-    theirs = pefts(make(load, tmp_path, "llama", base, dtype=torch.bfloat16), torch.bfloat16)
-    limit = 1.05 if base == "int8" else 1.0
-    assert 1e-3 < error(found, exact) < limit * error(theirs, exact) < 0.05
+    theirs = make(load, tmp_path, "llama", base, dtype=torch.bfloat16)
+    errors = []
+    for seed in range(8):
+        exact = pefts(wide, seed=seed)
+        both = ours(narrow, torch.bfloat16, seed), pefts(theirs, torch.bfloat16, seed)
+        errors.append([error(found, exact) for found in both])
+    of_ours, of_pefts = torch.tensor(errors).mean(0).tolist()
+    limit = 1.02 if base == "int8" else 1.0
+    assert 1e-3 < of_ours < limit * of_pefts < 0.05
 
 
 def test_what_follows_a_layer_computes_in_the_precision_of_its_input(

@@ -36,12 +36,12 @@ class _FusedForward:
     Attributes:
         of_input: the narrow copy of the input, which the layers of a model share.
         narrow_a: the adapter's A in the precision of the arithmetic, [r, in].
-        narrow_b: the adapter's B in the precision of the arithmetic, [out, r].
+        scaled_b: s times the adapter's B in the precision of the arithmetic, [out, r].
     """
 
     of_input: "_Input"
     narrow_a: Tensor
-    narrow_b: Tensor
+    scaled_b: Tensor
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """Return the layer's output, [..., out], for an input, [..., in], in the input's dtype."""
@@ -54,7 +54,7 @@ class _FusedForward:
             self.lora_A[name].weight,
             self.lora_B[name].weight,
             self.narrow_a,
-            self.narrow_b,
+            self.scaled_b,
             self.scaling[name],
             dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0,
         )
@@ -145,7 +145,7 @@ def fused(layers: list[Any], dtype: torch.dtype) -> Iterator[None]:
         name = layer.active_adapters[0]
         layer.of_input = of_input
         layer.narrow_a = layer.lora_A[name].weight.detach().to(dtype)
-        layer.narrow_b = layer.lora_B[name].weight.detach().to(dtype)
+        layer.scaled_b = (layer.lora_B[name].weight.detach() * layer.scaling[name]).to(dtype)
         layer.__class__ = FUSED[theirs]
     try:
         yield
@@ -153,7 +153,7 @@ def fused(layers: list[Any], dtype: torch.dtype) -> Iterator[None]:
         of_input.forget()
         for layer, theirs in zip(layers, classes, strict=True):
             layer.__class__ = theirs
-            del layer.of_input, layer.narrow_a, layer.narrow_b
+            del layer.of_input, layer.narrow_a, layer.scaled_b
 
 
 def dense_weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
@@ -181,7 +181,7 @@ class _Projection(torch.autograd.Function):
 
     With dy the gradient of y, and d = dropout(x):
 
-        dA = s (dy B)^T d        dB = s dy^T (d A^T)        dx = dy W + s dropout'(dy B A)
+        dA = (dy s B)^T d        dB = s dy^T (d A^T)        dx = dy W + dropout'(dy s B A)
 
     For the backward pass the narrow input, d A^T and the mask are kept. The weight is dequantized
     again.
@@ -210,21 +210,21 @@ class _Projection(torch.autograd.Function):
             full_a: A as it is trained, [r, in], which gets the gradient.
             full_b: B as it is trained, [out, r], which gets the gradient.
             a: A in the precision of the arithmetic.
-            b: B in the precision of the arithmetic.
+            b: s B in the precision of the arithmetic.
             scaling: s.
             dropout: the probability that an element of the adapter's input is set to zero.
         """
         rows = narrow.reshape(-1, narrow.shape[-1])
-        weight = dense_weight(base, a.dtype)
-        if base.bias is None:
-            y = rows @ weight.mT
-        else:
-            y = torch.addmm(base.bias.detach().to(a.dtype), rows, weight.mT)
         dropped, mask = rows, None
         if dropout:
             dropped, mask = torch.native_dropout(rows, dropout, True)
         low = dropped @ a.mT
-        y.addmm_(low, b.mT, alpha=scaling)
+        # The small term first: the large sum is then rounded only once
+        if base.bias is None:
+            y = low @ b.mT
+        else:
+            y = torch.addmm(base.bias.detach().to(a.dtype), low, b.mT)
+        y.addmm_(rows, dense_weight(base, a.dtype).mT)
         ctx.save_for_backward(rows, low, mask)
         ctx.base, ctx.a, ctx.b = base, a, b
         ctx.shape, ctx.dtype = x.shape, x.dtype
@@ -246,14 +246,14 @@ class _Projection(torch.autograd.Function):
         # With beta=0 the first argument only gives the shape
         of_b = torch.addmm(b, dy.mT, low, beta=0, alpha=scaling)
         dropped = rows if mask is None else _drop(rows, mask, ctx.dropout)
-        of_a = torch.addmm(a, of_low.mT, dropped, beta=0, alpha=scaling)
+        of_a = of_low.mT @ dropped
         of_x = None
         if ctx.needs_input_grad[0]:
             of_x = product(dy, dense_weight(ctx.base, dy.dtype), ctx.dtype)
             of_dropped = product(of_low, a, ctx.dtype)
             if mask is not None:
                 of_dropped = _drop(of_dropped, mask, ctx.dropout)
-            of_x = of_x.add_(of_dropped, alpha=scaling).view(ctx.shape)
+            of_x = of_x.add_(of_dropped).view(ctx.shape)
         return of_x, None, None, of_a, of_b, None, None, None, None
 
 
