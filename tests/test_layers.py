@@ -74,7 +74,8 @@ def make(
         quantization.prepare(model, dtype)
     elif base == "bf16":
         model = model.to(torch.bfloat16)
-    lora = load("optimizer=lora", f"optimizer.dropout={dropout}").optimizer
+    keys = ("optimizer.r=8", "optimizer.alpha=12", f"optimizer.dropout={dropout}")
+    lora = load("optimizer=lora", *keys).optimizer
     assert isinstance(lora, Lora)
     adapted = attach(model, lora).train()
     for name, weight in adapted.named_parameters():
