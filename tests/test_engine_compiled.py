@@ -1,6 +1,7 @@
 """Compiled decoder layers: one graph, the same gradients, and a way on where compiling fails."""
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,18 @@ def test_all_layers_share_a_graph_and_rows_of_any_length_use_it(
             both.state.model.zero_grad()
         assert_same(step(loop), step(plain), 1e-5)
         assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("own", [None, "/elsewhere"])
+def test_what_was_compiled_is_kept_for_the_next_run(
+    make: Make, monkeypatch: pytest.MonkeyPatch, own: str | None
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", own or "")
+    if own is None:
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    make(1, COMPILED)
+    kept = os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    assert kept == (own or str(Path("~/.cache/orpo_lab/torchinductor").expanduser()))
 
 
 def failing(call: Any, **options: Any) -> Any:
