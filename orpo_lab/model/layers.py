@@ -250,10 +250,13 @@ class _Projection(torch.autograd.Function):
         of_x = None
         if ctx.needs_input_grad[0]:
             of_x = product(dy, dense_weight(ctx.base, dy.dtype), ctx.dtype)
-            of_dropped = product(of_low, a, ctx.dtype)
             if mask is not None:
-                of_dropped = _drop(of_dropped, mask, ctx.dropout)
-            of_x = of_x.add_(of_dropped).view(ctx.shape)
+                of_x.add_(_drop(product(of_low, a, ctx.dtype), mask, ctx.dropout))
+            elif of_x.dtype == a.dtype:
+                of_x.addmm_(of_low, a)
+            else:
+                of_x.add_(product(of_low, a, ctx.dtype))
+            of_x = of_x.view(ctx.shape)
         return of_x, None, None, of_a, of_b, None, None, None, None
 
 
@@ -270,4 +273,4 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _drop(rows: Tensor, mask: Tensor, dropout: float) -> Tensor:
-    return rows * mask * (1 / (1 - dropout))
+    return (rows * mask).mul_(1 / (1 - dropout))
