@@ -249,6 +249,7 @@ def test_a_kernel_that_does_not_run_is_said_once_and_not_used(
 
 # torch's compiler itself makes an object of an autograd function
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.slow
 @pytest.mark.usefixtures("flash_kernel")
 def test_compiled_once_flash_attention_fits_every_row_and_every_layer_of_a_kind() -> None:
     model = make_model("qwen2_sliding", num_hidden_layers=6, max_window_layers=3)

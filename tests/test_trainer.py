@@ -783,7 +783,7 @@ def test_memory_that_runs_out_is_first_answered_by_gradient_checkpointing(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    common = ("optimizer=lora", *SMALL, *ROOMY, "train.max_steps=2")
+    common = ("optimizer=lora", *SMALL, *ROOMY, "train.max_steps=1")
     loaded = load(*common, "train.gradient_checkpointing=auto")
     network = build_model(loaded)
     run_out(network, 1, out_of_gpu_memory)
