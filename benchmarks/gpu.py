@@ -1,4 +1,4 @@
-"""All that wants a GPU, in one command: `python benchmarks/gpu.py`, an hour on one of 80 GB.
+"""All that wants a GPU, in one command: `python benchmarks/gpu.py`, on one of 80 GB.
 
 The step against TRL's, the attention functions, GaLore, the recipes end to end, a checkpoint, and
 the memory of a sweep, each in a process of its own. `--small` runs the same on any device in a few

@@ -1,4 +1,4 @@
-"""Where does a recipe's wall time go? `python benchmarks/gpu_recipes.py`, 15 minutes on 80 GB.
+"""Where does a recipe's wall time go? `python benchmarks/gpu_recipes.py`, on a GPU of 80 GB.
 
 The recipes mistral_qlora and mistral_galore end to end, with fewer steps: Mistral 7B's architecture
 with random weights and the embedded model's tokenizer, random pairs with UltraFeedback-like

@@ -417,7 +417,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("leaving", [1e-9, 0.25])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        # One model with full attention and one with sliding windows are quick, the others are not
+        pytest.param(name, marks=[] if name in ("llama", "mistral_sliding") else [pytest.mark.slow])
+        for name in ARCHITECTURES
+    ],
+)
 def test_answers_of_a_batch_that_some_leave_are_those_of_one_by_one(
     tokenizer: Any, asked: list[dict[str, Any]], name: str, leaving: float, monkeypatch: Any
 ) -> None:
