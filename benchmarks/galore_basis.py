@@ -36,9 +36,9 @@ RANKS = (128, 32)
 LEAST = 0.99
 
 
-def gradients(folder: str, pairs: str) -> dict[str, dict[int, Tensor]]:
-    """Return every projected weight's gradient at STEPS, as a refresh would see it."""
-    settings = [
+def real_run(folder: str, pairs: str) -> list[str]:
+    """Return the overrides of a GaLore run of a real model on real pairs, in fp32."""
+    return [
         "model=local",
         f"model.path={folder}",
         "model.dtype=fp32",
@@ -47,14 +47,21 @@ def gradients(folder: str, pairs: str) -> dict[str, dict[int, Tensor]]:
         f"dataset.eval_path={pairs}/test.jsonl",
         "dataset.max_length=256",
         "dataset.max_prompt_length=128",
-        "dataset.num_eval=8",
         "optimizer=galore",
         "optimizer.learning_rate=2e-4",
+        "tracker=none",
+    ]
+
+
+def gradients(folder: str, pairs: str) -> dict[str, dict[int, Tensor]]:
+    """Return every projected weight's gradient at STEPS, as a refresh would see it."""
+    settings = [
+        *real_run(folder, pairs),
+        "dataset.num_eval=8",
         "train.batch_size=4",
         "engine=trl",
         "engine.micro_batch_size=4",
         f"train.max_steps={STEPS[-1] + 1}",
-        "tracker=none",
     ]
     loaded = compose(*settings).config
     tokenizer = load_tokenizer(loaded.model, load_config(loaded.model))

@@ -9,7 +9,6 @@ layer, pair by pair and flex attention's forward pass alone, which is all that a
 line is one JSON object.
 """
 
-import argparse
 import functools
 import json
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from gpu_arguments import device_and_size, name_of
 from gpu_galore import peak_gb, seconds
 from step import CAP, Case, random_pairs
 from torch import Tensor
@@ -121,13 +121,8 @@ def compare(architecture: MistralConfig, row: dict[str, Any], device: str) -> di
 
 def main() -> None:
     """Measure with and without a window and print the figures."""
-    parser = argparse.ArgumentParser(description="The attention functions for rows on a GPU.")
-    parser.add_argument("--small", action="store_true", help="a small layer, on any device")
-    small = parser.parse_args().small
+    device, small = device_and_size("The attention functions for rows on a GPU.")
     silence()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not small:
-        parser.error("no GPU here; --small checks the script without one")
     row = make_row(512, 64, device) if small else make_row(BUDGET, CAP, device)
     heads = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 2}
     report: dict[str, Any] = {"num_pairs": len(row["sizes"]), "tokens": row["input_ids"].numel()}
@@ -136,8 +131,7 @@ def main() -> None:
         architecture = MistralConfig(sliding_window=window, **(heads if small else {}))
         report[name] = compare(architecture, row, device)
         print(name, json.dumps(report[name]), flush=True)
-    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    print(json.dumps(report | {"device": name, "versions": versions()}))
+    print(json.dumps(report | {"device": name_of(device), "versions": versions()}))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ and of the optimizer, from steps of their own: waiting for the device between th
 time. `--small` runs the same code on any device, for checking it. The last line is one JSON object.
 """
 
-import argparse
 import json
 import tempfile
 import time
@@ -18,6 +17,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from gpu_arguments import device_and_size, name_of
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -202,12 +202,7 @@ def measure_qlora(architecture: PretrainedConfig, device: str, ids: Tensor) -> A
 
 def main() -> None:
     """Measure both, one after the other."""
-    parser = argparse.ArgumentParser(description="GaLore and QLoRA on a GPU.")
-    parser.add_argument("--small", action="store_true", help="a small model, on any device")
-    small = parser.parse_args().small
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not small:
-        parser.error("no GPU here; --small checks the script without one")
+    device, small = device_and_size("GaLore and QLoRA on a GPU.")
     architecture = MistralConfig(**(SMALL if small else {}))
     length = SMALL_LENGTH if small else LENGTH
     ids = torch.randint(architecture.vocab_size, (2, length), device=device)
@@ -216,7 +211,7 @@ def main() -> None:
         torch.cuda.empty_cache()
     qlora = measure_qlora(architecture, device, ids)
     result = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "device": name_of(device),
         "galore": galore,
         "qlora": qlora,
         "step_ratio": galore["step_seconds"] / qlora["step_seconds"],

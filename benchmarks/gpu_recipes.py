@@ -7,7 +7,6 @@ peak of memory. `--small` runs a small model on any device, for checking the scr
 is one JSON object.
 """
 
-import argparse
 import json
 import random
 import tempfile
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
+from gpu_arguments import device_and_size, name_of
 from gpu_galore import SMALL, make_model
 from step import Case, random_pairs
 from transformers import MistralConfig
@@ -140,12 +139,7 @@ def take(recipe: str, base: Path, pairs: Path, folder: Path, *overrides: str) ->
 
 def main() -> None:
     """Run the recipes and print them."""
-    parser = argparse.ArgumentParser(description="Where does a recipe's wall time go?")
-    parser.add_argument("--small", action="store_true", help="a small model, on any device")
-    small = parser.parse_args().small
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not small:
-        parser.error("no GPU here; --small checks the script without one")
+    device, small = device_and_size("Where does a recipe's wall time go?")
     sizes = SMALL | {"vocab_size": 4096, "max_position_embeddings": 1024} if small else {}
     overrides = SHORT if small else ()
     report: dict[str, Any] = {}
@@ -156,8 +150,7 @@ def main() -> None:
         for recipe in RECIPES:
             report[recipe] = take(recipe, base, pairs, Path(scratch) / recipe, *overrides)
             print(recipe, json.dumps(report[recipe]), flush=True)
-    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    print(json.dumps(report | {"device": name, "versions": versions()}))
+    print(json.dumps(report | {"device": name_of(device), "versions": versions()}))
 
 
 if __name__ == "__main__":

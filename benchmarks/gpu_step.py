@@ -7,13 +7,13 @@ Then, of each engine, the fastest size, and the largest that stays below 24 GB. 
 same code on any device, for checking it. The last line is one JSON object.
 """
 
-import argparse
 import itertools
 import json
 from statistics import median
 from typing import Any
 
 import torch
+from gpu_arguments import device_and_size, name_of
 from gpu_galore import SMALL, make_qlora, peak_gb, seconds
 from step import CAP, Case, num_slots, random_pairs, untrained
 from transformers import LlamaConfig, MistralConfig
@@ -121,13 +121,8 @@ def compare(network: Any, pairs: Any, checkpointing: bool, device: str) -> dict[
 
 def main() -> None:
     """Measure the architectures and print them."""
-    parser = argparse.ArgumentParser(description="Our step against TRL's on a GPU.")
-    parser.add_argument("--small", action="store_true", help="small models, on any device")
-    small = parser.parse_args().small
+    device, small = device_and_size("Our step against TRL's on a GPU.")
     silence()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not small:
-        parser.error("no GPU here; --small checks the script without one")
     report: dict[str, Any] = {}
     for name, architecture in ARCHITECTURES.items():
         if small:
@@ -143,8 +138,7 @@ def main() -> None:
             report[key] = compare(network, pairs, checkpointing, device)
             print(key, json.dumps(report[key]), flush=True)
         del network
-    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    print(json.dumps(report | {"device": name, "versions": versions()}))
+    print(json.dumps(report | {"device": name_of(device), "versions": versions()}))
 
 
 if __name__ == "__main__":

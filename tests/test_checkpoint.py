@@ -250,6 +250,14 @@ def test_a_figure_that_json_has_none_of_seals_no_checkpoint(tmp_path: Path) -> N
     assert not (path / "manifest.json").exists()
 
 
+def begun(folder: Path, *config_hashes: str) -> RunFolder:
+    """The folder of a run that has begun under these identities, and has a line of metrics."""
+    place = RunFolder(folder)
+    place.append_metrics(1, {"loss": 1.0})
+    place.write_json("segments.json", [{"config_hash": digest} for digest in config_hashes])
+    return place
+
+
 def sealed(place: RunFolder, name: str, config_hash: str, **spent: int) -> Path:
     """Write a checkpoint, sealed."""
     path = place.file("checkpoints") / name
@@ -263,9 +271,7 @@ def sealed(place: RunFolder, name: str, config_hash: str, **spent: int) -> Path:
 def test_the_newest_trained_model_of_this_configuration_goes_before_checkpoints(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    place = RunFolder(tmp_path)
-    place.append_metrics(1, {"loss": 1.0})
-    place.write_json("segments.json", [{"config_hash": digest} for digest in ("before", "now")])
+    place = begun(tmp_path, "before", "now")
     for name, config_hash in (
         ("checkpoint-9", "before"),
         ("checkpoint-10", "now"),
@@ -287,9 +293,7 @@ def test_the_newest_trained_model_of_this_configuration_goes_before_checkpoints(
 
 
 def test_a_trained_model_has_all_that_training_has_cost(tmp_path: Path) -> None:
-    place, made = RunFolder(tmp_path), Made("now", "data", "model")
-    place.append_metrics(1, {"loss": 1.0})
-    place.write_json("segments.json", [{"config_hash": "now"}])
+    place, made = begun(tmp_path, "now"), Made("now", "data", "model")
     stats = TrainStats(
         steps=7,
         wall_seconds=3.5,
@@ -312,9 +316,7 @@ def test_a_trained_model_has_all_that_training_has_cost(tmp_path: Path) -> None:
 def test_a_checkpoint_in_the_form_of_an_earlier_version_is_rejected_and_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    place = RunFolder(tmp_path)
-    place.append_metrics(1, {"loss": 1.0})
-    place.write_json("segments.json", [{"config_hash": "now"}])
+    place = begun(tmp_path, "now")
     path = sealed(place, "checkpoint-3", "now")
     assert checkpoint.newest_valid(place, "now") is not None
     (path / checkpoint.STATE).rename(path / "optimizer.pt")
@@ -326,9 +328,7 @@ def test_a_checkpoint_in_the_form_of_an_earlier_version_is_rejected_and_says_so(
 def test_a_manifest_of_an_earlier_version_is_read_and_one_of_an_unknown_hash_is_not(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    place = RunFolder(tmp_path)
-    place.append_metrics(1, {"loss": 1.0})
-    place.write_json("segments.json", [{"config_hash": "now"}])
+    place = begun(tmp_path, "now")
     path = sealed(place, "checkpoint-3", "now")
     manifest = json.loads((path / checkpoint.MANIFEST).read_text())
     del manifest["hash"]

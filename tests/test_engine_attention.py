@@ -212,6 +212,16 @@ def test_a_wrong_kernel_is_not_used(
 
 
 @pytest.mark.usefixtures("on_a_gpu", "flash_kernel")
+def test_a_kernel_is_not_given_up_for_want_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attend(*arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(flash_kernel, "attend", attend)
+    with pytest.raises(torch.OutOfMemoryError):
+        shared_prefix.choose_attention(make_model("llama"), BF16)
+
+
+@pytest.mark.usefixtures("on_a_gpu", "flash_kernel")
 def test_a_wrong_gradient_is_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -41,6 +41,29 @@ def steps(network: Any, made: torch.optim.Optimizer, num: int = 3) -> dict[str, 
     return {name: p.detach().clone() for name, p in network.named_parameters()}
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "optimizer=adamw",
+        "optimizer=lora",
+        "optimizer=galore",
+        "optimizer=galore optimizer.layerwise=true",
+    ],
+)
+def test_gradients_take_as_many_bytes_as_is_told(
+    load: Load, build_model: Any, overrides: str
+) -> None:
+    loaded = load(*overrides.split())
+    network = build_model(loaded)
+    updater = optimizer.build(loaded, network, num_steps=10, dtype=torch.float32)
+    ids = torch.arange(3, 13)[None]
+    network(input_ids=ids, labels=ids).loss.backward()
+    held = sum(p.grad.nbytes for p in network.parameters() if p.grad is not None)
+    assert updater.gradient_bytes() == held
+    trained = sum(p.nbytes for p in network.parameters() if p.requires_grad)
+    assert (held < trained) == ("layerwise" in overrides)
+
+
 def torch_adamw(network: Any, config: Optimizer) -> torch.optim.Optimizer:
     """An independent reference: decay on matrices alone."""
     trained = [p for p in network.parameters() if p.requires_grad]

@@ -643,6 +643,19 @@ def weights(network: Any) -> dict[str, torch.Tensor]:
     }
 
 
+def assert_equal_weights(network: Any, other: Any) -> None:
+    for name, weight in weights(network).items():
+        assert torch.equal(weight, weights(other)[name]), name
+
+
+def spent_by(place: RunFolder) -> list[Spent]:
+    """What each checkpoint of a run notes as spent, the oldest first."""
+    manifests = (
+        json.loads((path / "manifest.json").read_text()) for path in checkpoint.folders(place)
+    )
+    return [Spent(**json.loads(manifest["spent"])) for manifest in manifests]
+
+
 ROOMY = (
     "train.batch_size=16",
     "engine.tokens_per_microbatch=500",
@@ -682,8 +695,7 @@ def test_a_step_without_enough_memory_is_taken_again_with_half_the_budget(
     began_so = load(*common, f"engine.tokens_per_microbatch={budget}")
     other = build_model(began_so)
     _, expected = fit(began_so, other, tokenizer, tmp_path / "halved")
-    for name, weight in weights(network).items():
-        assert torch.equal(weight, weights(other)[name]), name
+    assert_equal_weights(network, other)
     assert place.metrics() == expected.metrics()
 
 
@@ -758,10 +770,7 @@ def test_a_lowered_budget_is_in_the_checkpoint_and_lasts(
     whole = build_model(loaded)
     run_out(whole, 1, out_of_gpu_memory)
     _, place = fit(loaded, whole, tokenizer, tmp_path)
-    first, last = (
-        Spent(**json.loads(json.loads((path / "manifest.json").read_text())["spent"]))
-        for path in checkpoint.folders(place)
-    )
+    first, last = spent_by(place)
     assert first.token_budget is not None
     assert first.token_budget < 500
     assert last.token_budget == first.token_budget
@@ -770,10 +779,8 @@ def test_a_lowered_budget_is_in_the_checkpoint_and_lasts(
     calls = run_out(resumed, 0, out_of_gpu_memory)
     fit(loaded, resumed, tokenizer, tmp_path, start)
     assert calls[0] > 2 * 2, "two steps of more than two micro-batches"
-    for name, weight in weights(whole).items():
-        assert torch.equal(weight, weights(resumed)[name]), name
-    again = json.loads((checkpoint.folders(place)[-1] / "manifest.json").read_text())
-    assert json.loads(again["spent"])["token_budget"] == first.token_budget
+    assert_equal_weights(whole, resumed)
+    assert spent_by(place)[-1].token_budget == first.token_budget
 
 
 def test_memory_that_runs_out_is_first_answered_by_gradient_checkpointing(
@@ -794,8 +801,7 @@ def test_memory_that_runs_out_is_first_answered_by_gradient_checkpointing(
     began_so = load(*common, "train.gradient_checkpointing=true")
     other = build_model(began_so)
     _, expected = fit(began_so, other, tokenizer, tmp_path / "true")
-    for name, weight in weights(network).items():
-        assert torch.equal(weight, weights(other)[name]), name
+    assert_equal_weights(network, other)
     assert place.metrics() == expected.metrics()
 
 
@@ -815,18 +821,14 @@ def test_a_measured_budget_is_in_the_checkpoint_and_is_not_measured_again(
     monkeypatch.setattr(memory, "peak_bytes", lambda: 10**11)
     _, place = fit(loaded, build_model(loaded), tokenizer, tmp_path)
     assert len(asked) == 1
-    first, last = (
-        Spent(**json.loads(json.loads((path / "manifest.json").read_text())["spent"]))
-        for path in checkpoint.folders(place)
-    )
+    first, last = spent_by(place)
     assert first.token_budget is not None
     assert first.token_budget > default_budget(loaded.dataset.max_length) / 2
     assert last.token_budget == first.token_budget
     start = checkpoint.Checkpoint(checkpoint.folders(place)[0], Made("", "", ""), first, {})
     fit(loaded, build_model(loaded), tokenizer, tmp_path, start)
     assert len(asked) == 1
-    again = json.loads((checkpoint.folders(place)[-1] / "manifest.json").read_text())
-    assert json.loads(again["spent"])["token_budget"] == first.token_budget
+    assert spent_by(place)[-1].token_budget == first.token_budget
 
 
 @pytest.mark.parametrize("engine", ["shared_prefix", "trl"])

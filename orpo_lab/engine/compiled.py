@@ -1,6 +1,7 @@
 """Decoder layers compiled one by one, so that all of them share one graph."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -29,10 +30,14 @@ class CompiledLayers:
     def __init__(self, model: CausalModel) -> None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.expanduser(CACHE))
         base = without_adapters(model)
-        self._embedding = base.get_input_embeddings()
-        self._calls: dict[nn.Module, Any] = {
+        self._base, self._embedding = base, base.get_input_embeddings()
+
+    @functools.cached_property
+    def _calls(self) -> dict[nn.Module, Any]:
+        """The compiled call of each layer. An engine that only evaluates never needs these."""
+        return {
             layer: torch.compile(layer._call_impl, dynamic=True)
-            for layer in base.modules()
+            for layer in self._base.modules()
             if isinstance(layer, GradientCheckpointingLayer)
         }
 

@@ -26,7 +26,7 @@ from orpo_lab.engine import attention
 from orpo_lab.engine.base import MicroBatch, Pair, Score, Sums
 from orpo_lab.engine.compiled import CompiledLayers
 from orpo_lab.engine.head import add_scoring
-from orpo_lab.engine.packing import Collator, halved
+from orpo_lab.engine.packing import Collator, halved, tokens_of
 from orpo_lab.errors import NonFiniteError, UserError, one_line
 from orpo_lab.methods.base import Method
 from orpo_lab.model.causal import CausalModel, without_adapters
@@ -111,7 +111,7 @@ class SharedPrefix:
         their gradients, the totals are averaged over the processes too.
         """
         laid_out = self.collator(pairs)
-        self._widest = max(sum(map(sum, micro_batch["sizes"])) for micro_batch in laid_out)
+        self._widest = max(map(tokens_of, laid_out))
         counts = torch.cat([micro_batch["counts"] for micro_batch in laid_out])
         num_tokens = self.method.num_supervised(counts).float().sum()
         totals = self.devices.average(torch.stack([num_tokens, torch.tensor(float(len(pairs)))]))
@@ -157,10 +157,13 @@ class SharedPrefix:
         return Score(losses.loss, Sums(tuple(losses.terms), sums, len(counts)))
 
     def recover(self, error: BaseException, micro_batches: Sequence[MicroBatch], step: int) -> bool:
-        """Halve the token budget if memory ran out; otherwise give up compiled layers."""
+        """Halve the token budget if memory ran out; otherwise give up compiled layers.
+
+        The compiler raises errors of many types. A `UserError` is of our own code.
+        """
         if memory.ran_out(error):
             return self._halve_budget(micro_batches, step)
-        if self.compiled is None:
+        if self.compiled is None or isinstance(error, UserError):
             return False
         self.compiled = None
         log.warning(
@@ -266,6 +269,8 @@ def check(model: CausalModel, dtype: torch.dtype) -> None:
     try:
         apart = _apart(model, attention.BY_PAIR, dtype)
     except (RuntimeError, TypeError) as error:
+        if memory.ran_out(error):
+            raise
         raise UserError(
             f"engine=shared_prefix cannot train {name}: it does not take a row of a pair "
             f"({one_line(error)[:200]}); use engine=trl"
@@ -307,6 +312,8 @@ def _trouble_of_flash(model: CausalModel, dtype: torch.dtype) -> str | None:
         error = attention.flash_error(base, _probe(base.device), dtype)
         apart = _apart(model, attention.VARLEN, dtype)
     except (RuntimeError, TypeError, ValueError) as problem:
+        if memory.ran_out(problem):
+            raise
         return one_line(problem)[:200]
     if not error < MAX_FLASH_ERROR:
         return f"on this GPU its output or a gradient is off by {error:.2g} of its size"
@@ -378,8 +385,7 @@ def prepare(base: Any) -> None:
 @contextlib.contextmanager
 def reading_rows(base: Any, implementation: str) -> Iterator[None]:
     """Give a model the attention that reads rows of pairs; restore its own attention at the end."""
-    # `set_attn_implementation` of the model looks at all modules, twice a step. The host would need
-    # a tenth of a step's time for that
+    # `set_attn_implementation` of the model looks at all modules, and would do so twice a step
     config = base.config
     before, config._attn_implementation = config._attn_implementation, implementation
     try:

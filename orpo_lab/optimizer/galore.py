@@ -386,6 +386,10 @@ class GaLore(torch.optim.Optimizer):
             parameters = [p for group in self.param_groups for p in group["params"]]
         return [p.grad for p in parameters if p.grad is not None]
 
+    def freed(self) -> list[nn.Parameter]:
+        """Return the weights whose gradients are freed in the backward pass (layer-wise mode)."""
+        return [slot.weight for slot in self._slots] if self.layerwise else []
+
     def _inner_parameters(self) -> list[nn.Parameter]:
         return [p for group in self._inner_groups for p in group["params"]]
 

@@ -31,6 +31,10 @@ class Updater:
             return nn.utils.get_total_norm(self.gradients())
         return nn.utils.clip_grad_norm_(self.parameters, max_norm)
 
+    def gradient_bytes(self) -> int:
+        """Return the bytes of all gradients of the weights at the end of a backward pass."""
+        return sum(p.nbytes for p in self.parameters if p.requires_grad)
+
     def drop_gradients(self) -> None:
         """Drop the gradients of a step that begins again."""
         self.optimizer.zero_grad()
@@ -57,6 +61,13 @@ class GaLoreUpdater(Updater):
         if self.optimizer.layerwise:
             return nn.utils.get_total_norm(self.gradients())
         return super().clip(max_norm)
+
+    def gradient_bytes(self) -> int:
+        """Return what `Updater.gradient_bytes` returns, without the gradients that are freed.
+
+        The projected gradients always exist, and are not counted.
+        """
+        return super().gradient_bytes() - sum(p.nbytes for p in self.optimizer.freed())
 
     def drop_gradients(self) -> None:
         """Drop the gradients of a step that begins again, but keep the bases taken from them."""

@@ -125,8 +125,7 @@ class Loop:
         """
         room = memory.room_bytes()
         if room is not None:
-            trained = (p for p in self.state.model.parameters() if p.requires_grad)
-            gradients = sum(p.nbytes for p in trained)
+            gradients = self.state.updater.gradient_bytes()
             used = memory.peak_bytes() - before - gradients
             self.engine.fit_budget(used, room - gradients)
 
