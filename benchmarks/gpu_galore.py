@@ -88,7 +88,8 @@ def make_qlora(architecture: PretrainedConfig, device: str) -> Any:
 
 def orpo(model: Any, ids: Tensor) -> Tensor:
     """The objective on one pair [2, T]: chosen, rejected; NLL over prompt and completion."""
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    with torch.autocast(ids.device.type, torch.bfloat16):  # as runs compute in bf16
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     logps = -torch.nn.functional.cross_entropy(
         logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"
     ).view(2, -1)
