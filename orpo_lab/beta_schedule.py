@@ -1,4 +1,4 @@
-"""How beta, the weight of the odds-ratio loss (the paper's lambda), changes during a run.
+"""How beta changes during a run; in ORPO beta is the weight of the odds-ratio loss.
 
 The functions are pure: beta depends only on the configuration and on the number of the optimizer
 step. So beta is the same after a resume and the same for every engine.

@@ -107,7 +107,14 @@ TRAINING = (
         compared="SFT loss (nats)",
     ),
     TrainingMetric(
-        name="odds_ratio_loss", unit="nats", better="lower", panel="odds-ratio loss (nats)"
+        name="odds_ratio_loss", unit="nats", better="lower", panel="preference loss (nats)"
+    ),
+    TrainingMetric(
+        name="preference_loss",
+        unit="nats",
+        better="lower",
+        is_beta_free=False,
+        panel="preference loss (nats)",
     ),
     TrainingMetric(
         name=PREFERENCE,

@@ -26,6 +26,7 @@ from orpo_lab.upstream import silence
 
 if TYPE_CHECKING:
     from orpo_lab.data import Data
+    from orpo_lab.engine.reference import References
     from orpo_lab.evaluate import Evaluation
     from orpo_lab.records.results import Missing
 
@@ -106,7 +107,8 @@ def _train(
     # These imports take seconds, so they wait until the configuration and the folder are checked
     from transformers import set_seed
 
-    from orpo_lab import engine, tracker
+    from orpo_lab import engine, methods, tracker
+    from orpo_lab.engine import reference
     from orpo_lab.evaluate import evaluate
     from orpo_lab.model import quantization
     from orpo_lab.model.adapter import attach
@@ -151,6 +153,10 @@ def _train(
     measure = partial(evaluate, network, tokenizer, pairs, config, dtype=dtype)
     before = _measure_before(config, measure, sweep)
     stop.check()
+    if methods.build(config).needs_reference and not (start and start.is_trained):
+        compute = partial(reference.compute, config, network, tokenizer, pairs, dtype=dtype)
+        pairs = reference.attach(pairs, _references(config, compute, start, made, sweep))
+        stop.check()
     metrics = start.path / checkpoint.METRICS if start else None
     missing = results.Missing(place)
     with _tracked(config, place, choices, metrics, sweep_name, missing) as run:
@@ -332,9 +338,40 @@ def _measure_before(
 
     if sweep is None:
         return measure(desc="before")
-    parts = identity(config, "dataset", "model", "quantization")
-    name = f"before-{kind(config.optimizer)}-{kind(config.engine)}-{parts}"
+    name = f"before-{_start_of(config)}"
     return sweep.once(name, lambda: measure(desc="before"), Evaluation.save, Evaluation.restore)
+
+
+def _references(
+    config: Config,
+    compute: Callable[[], "References"],
+    start: checkpoint.Checkpoint | None,
+    made: checkpoint.Made,
+    sweep: Sweep | None,
+) -> "References":
+    """Return the reference of all pairs: from the checkpoint, or made once in a sweep.
+
+    A checkpoint's reference is that of its own pairs. If the pairs have changed since, the
+    reference is computed again.
+    """
+    import torch
+
+    from orpo_lab.engine import reference
+
+    if start is not None and start.made.data == made.data:
+        return reference.load(start.path / reference.FILE)
+    if sweep is None:
+        return compute()
+    return sweep.once(f"reference-{_start_of(config)}", compute, torch.save, reference.load)
+
+
+def _start_of(config: Config) -> str:
+    """Return a name for what the model before training computes of the pairs; see `_train`.
+
+    Runs of one name differ in nothing that the figures of the untrained model depend on.
+    """
+    parts = identity(config, "dataset", "model", "quantization")
+    return f"{kind(config.optimizer)}-{kind(config.engine)}-{parts}"
 
 
 def _measure_after(

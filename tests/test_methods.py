@@ -9,20 +9,41 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 from trl.experimental.orpo.orpo_trainer import log1mexp as trl_log1mexp
 
 from orpo_lab import engine, methods
 from orpo_lab.config.method import OrpoMethod
-from orpo_lab.methods.base import Losses, mean_logps, preference_terms
+from orpo_lab.methods.base import Batch, Losses, mean_logps, preference_terms
 from orpo_lab.methods.odds import log1mexp, log_odds_ratio
 from orpo_lab.methods.orpo import Orpo
 from orpo_lab.training.devices import OneDevice
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+def orpo(scope: str, mean: str, penalty: str, scale: float = 1.0) -> OrpoMethod:
+    return OrpoMethod(
+        default_beta=0.1,
+        nll_scope=scope,
+        nll_mean=mean,
+        penalty=penalty,
+        log_odds_scale=scale,
+    )
+
+
+def batch(logps: Tensor, counts: Tensor, num_supervised: Any, num_pairs: Any) -> Batch:
+    return Batch(
+        logps,
+        counts,
+        reference=None,
+        num_supervised=torch.as_tensor(num_supervised),
+        num_pairs=torch.as_tensor(num_pairs),
+    )
+
+
 READINGS = [
-    OrpoMethod(nll_scope="prompt_and_completion", nll_mean="tokens", penalty="log_sigmoid"),
-    OrpoMethod(nll_scope="completion", nll_mean="sequences", penalty="log_odds"),
+    orpo("prompt_and_completion", "tokens", "log_sigmoid"),
+    orpo("completion", "sequences", "log_odds"),
 ]
 
 
@@ -85,9 +106,7 @@ def test_the_loss_and_its_gradient_are_finite_for_every_pair_of_log_ps(
     method: OrpoMethod, chosen: float, rejected: float
 ) -> None:
     logps = torch.tensor([[-3.0, chosen, rejected], [-2.0, -1.0, -1.5]], requires_grad=True)
-    num = torch.tensor(2.0)
-    counts = torch.ones(2, 3)
-    losses = Orpo(method).losses(logps, counts, beta=0.1, num_tokens=2 * num, num_pairs=num)
+    losses = Orpo(method).losses(batch(logps, torch.ones(2, 3), 4.0, 2.0), beta=0.1)
     losses.loss.backward()
     assert logps.grad is not None
     assert torch.isfinite(logps.grad).all()
@@ -133,7 +152,7 @@ def by_equations(pairs: list[Any], beta: float, scope: str, mean: str, penalty: 
 def test_the_shares_of_a_steps_parts_add_up_to_its_equations(
     scope: str, mean: str, penalty: str
 ) -> None:
-    method = OrpoMethod(nll_scope=scope, nll_mean=mean, penalty=penalty)
+    method = orpo(scope, mean, penalty)
     counts = torch.tensor([[3, 5, 2], [0, 1, 4], [6, 2, 9], [2, 7, 3], [1, 3, 1]])
     draw = torch.Generator().manual_seed(0)
     logps = -counts * (0.2 + torch.rand(5, 3, generator=draw, dtype=torch.float64))
@@ -141,15 +160,7 @@ def test_the_shares_of_a_steps_parts_add_up_to_its_equations(
         counts[:, 0], logps[:, 0] = 0, 0
     num_tokens = counts[:, :2].sum()
     losses = [
-        Orpo(method)
-        .losses(
-            logps[part],
-            counts[part],
-            beta=0.3,
-            num_tokens=num_tokens,
-            num_pairs=torch.tensor(5),
-        )
-        .loss
+        Orpo(method).losses(batch(logps[part], counts[part], num_tokens, 5), beta=0.3).loss
         for part in (slice(0, 1), slice(1, 4), slice(4, 5))
     ]
     pairs = [
@@ -163,31 +174,25 @@ def test_a_pair_that_is_as_likely_either_way_is_not_preferred() -> None:
     chosen, rejected = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.0, -2.5, -2.0])
     assert preference_terms(chosen, rejected)["preference_accuracy"].tolist() == [0, 1, 0]
     logps = torch.stack([torch.zeros(3), chosen, rejected], dim=1)
-    num = torch.tensor(3.0)
-    terms = (
-        Orpo(READINGS[0])
-        .losses(logps, torch.ones(3, 3), beta=0.1, num_tokens=num, num_pairs=num)
-        .terms
-    )
+    terms = Orpo(READINGS[0]).losses(batch(logps, torch.ones(3, 3), 3.0, 3.0), beta=0.1).terms
     assert terms["rewards/accuracies"].tolist() == [0, 1, 0]
 
 
-class SimPo:
-    """A method of two terms: SimPO (Meng, Xia and Chen 2024, arXiv:2405.14734, Eq. 6)."""
+class Hinge:
+    """A method of one term: SLiC's hinge loss (Zhao et al. 2023, arXiv:2305.10425)."""
 
     scores_prompt = False
-    gamma = 0.5
+    reads_rejected = True
+    needs_reference = False
 
     def num_supervised(self, counts: Tensor) -> Tensor:
         return torch.zeros(len(counts))
 
-    def losses(
-        self, logps: Tensor, counts: Tensor, *, beta: float, num_tokens: Tensor, num_pairs: Tensor
-    ) -> Losses:
-        chosen, rejected = mean_logps(logps, counts)
-        simpo = -logsigmoid(beta * (chosen - rejected) - self.gamma)
-        terms = {"simpo_loss": simpo} | preference_terms(chosen, rejected)
-        return Losses(simpo.sum() / num_pairs, terms)
+    def losses(self, batch: Batch, beta: float) -> Losses:
+        chosen, rejected = mean_logps(batch)
+        hinge = torch.relu(1 - beta * (chosen - rejected))
+        terms = {"hinge_loss": hinge} | preference_terms(chosen, rejected)
+        return Losses(None, hinge.sum() / batch.num_pairs, terms)
 
 
 def test_an_engine_trains_by_a_method_that_it_does_not_know(
@@ -195,7 +200,7 @@ def test_an_engine_trains_by_a_method_that_it_does_not_know(
 ) -> None:
     """Loss, every gradient and the terms, against the equation on plain sequences."""
     loaded = load("optimizer=adamw")
-    monkeypatch.setattr(methods, "build", lambda config: SimPo())
+    monkeypatch.setattr(methods, "build", lambda config: Hinge())
     ids = torch.randint(3, 90, (3, 12), generator=torch.Generator().manual_seed(0)).tolist()
     pairs = [
         {"prompt_ids": row[:4], "chosen_ids": row[4:7], "rejected_ids": row[7:]} for row in ids
@@ -209,7 +214,7 @@ def test_an_engine_trains_by_a_method_that_it_does_not_know(
             logps = model(input_ids=sequence).logits[0, :-1].log_softmax(-1)
             means.append(logps.gather(1, sequence[0, 1:, None])[3:].mean())
         margins.append(means[0] - means[1])
-    expected = -logsigmoid(2.0 * torch.stack(margins) - 0.5).mean()
+    expected = torch.relu(1 - 2.0 * torch.stack(margins)).mean()
     expected.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
@@ -222,7 +227,7 @@ def test_an_engine_trains_by_a_method_that_it_does_not_know(
         score = built.score(micro_batches[0], beta=2.0)
     score.loss.backward()
     assert score.loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert score.sums.names[0] == "simpo_loss"
+    assert score.sums.names[0] == "hinge_loss"
     assert score.sums.values[0].item() == pytest.approx(3 * expected.item(), rel=1e-5)
     largest = max(gradient.abs().max() for gradient in gradients.values())
     for name, p in model.named_parameters():

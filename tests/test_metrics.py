@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from orpo_lab import config, methods, metrics
+from orpo_lab.config.method import METHODS
 from orpo_lab.evaluate import Generation, Scores, generation_metrics, preference_metrics
+from orpo_lab.methods.base import Batch
 from orpo_lab.metrics import HELD_OUT, TRAINING, HeldOutMetric
 from orpo_lab.records import results
 from tests.conftest import ROOT
@@ -50,11 +52,11 @@ def test_every_held_out_metric_is_documented_with_its_direction() -> None:
         assert not metric.better or rows[metric.name][2] == metric.better, metric.name
 
 
-def test_a_methods_terms_are_in_the_table(load: Load) -> None:
-    num = torch.tensor(2.0)
-    losses = methods.build(load()).losses(
-        -torch.ones(2, 3), torch.ones(2, 3), beta=0.1, num_tokens=num, num_pairs=num
-    )
+@pytest.mark.parametrize("method", METHODS)
+def test_a_methods_terms_are_in_the_table(load: Load, method: str) -> None:
+    num, ones = torch.tensor(2.0), torch.ones(2, 3)
+    batch = Batch(-ones, ones, reference=-ones[:, 1:], num_supervised=num, num_pairs=num)
+    losses = methods.build(load(f"method={method}")).losses(batch, beta=0.1)
     assert losses.terms.keys() <= {metric.name for metric in TRAINING}
 
 

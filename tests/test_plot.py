@@ -78,7 +78,7 @@ def test_the_curves_of_a_run_are_what_they_are_called(drawn: list[Any], tmp_path
     assert found == {
         ("loss (nats)", "total"): [[1, 5.0]],
         ("loss (nats)", "SFT (NLL)"): [[1, 4.0]],
-        ("odds-ratio loss (nats)", "training"): [[1, 0.9]],
+        ("preference loss (nats)", "training"): [[1, 0.9]],
         ("beta", "beta"): [[1, 0.2]],
         ("preference accuracy", "training"): [[1, 0.3]],
         ("preference accuracy", "held out"): [[3, 0.6]],

@@ -50,14 +50,14 @@ class Config:
 
     name: str | None = free()
     seed: int = setting()
-    beta: float = setting()
-    beta_end: float = setting(unread_under=("beta_schedule", "constant"))
+    beta: float = setting(unread_under={"method": "sft"})
+    beta_end: float = setting(unread_under={"beta_schedule": "constant", "method": "sft"})
     resume: str | None = free()
     accept_changes: bool = free()
     model: Model = lasting()
     quantization: Quantization = lasting()
     optimizer: Optimizer = lasting()
-    beta_schedule: BetaSchedule = setting()
+    beta_schedule: BetaSchedule = setting(unread_under={"method": "sft"})
     dataset: Dataset = setting()
     method: Method = setting()
     engine: Engine = setting()
@@ -70,8 +70,21 @@ class Config:
         for key in ("beta", "beta_end"):
             value = getattr(self, key)
             check(0 <= value < math.inf, f"{key}={value} must be a number of at least 0")
+        self._check_beta()
         self._check_quantization()
         self._check_engine()
+
+    def _check_beta(self) -> None:
+        least, keys = self.method.least_beta, ["beta"]
+        if not isinstance(self.beta_schedule, Constant):
+            keys.append("beta_end")
+        for key in keys:
+            value = getattr(self, key)
+            check(
+                value >= least,
+                f"{key}={value} must be at least {least:g} with method={kind(self.method)}, which "
+                "divides by beta",
+            )
 
     def _check_quantization(self) -> None:
         quantized = not isinstance(self.quantization, Unquantized)
@@ -110,7 +123,11 @@ class Config:
                 f"train.batch_size={size} must be a multiple of engine.micro_batch_size={micro}",
             )
             trl = OrpoMethod(
-                nll_scope="prompt_and_completion", nll_mean="tokens", penalty="log_sigmoid"
+                default_beta=self.method.default_beta,
+                nll_scope="prompt_and_completion",
+                nll_mean="tokens",
+                penalty="log_sigmoid",
+                log_odds_scale=1.0,
             )
             check(
                 self.method == trl,

@@ -68,7 +68,7 @@ class Dataset:
     num_train: int | None = setting()
     num_eval: int | None = setting()
     num_generations: int = setting()
-    max_new_tokens: int = setting(unread_under=("dataset.num_generations", 0))
+    max_new_tokens: int = setting(unread_under={"dataset.num_generations": 0})
     num_proc: int | None = free()
     faults: Faults = setting()
 

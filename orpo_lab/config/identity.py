@@ -61,10 +61,10 @@ def settings(values: dict[str, Any]) -> dict[str, Any]:
 
 def _is_setting(key: str, values: dict[str, Any]) -> bool:
     policy = policies().get(key, Policy("setting"))
-    if policy.unread_under is not None:
-        other, value = policy.unread_under
-        if values.get(other) == value:
-            return False
+    of_group = policies().get(key.partition(".")[0], policy)
+    unread_under = [*policy.unread_under.items(), *of_group.unread_under.items()]
+    if any(values.get(other) == value for other, value in unread_under):
+        return False
     return policy.kind in ("setting", "lasting")
 
 

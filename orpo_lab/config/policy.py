@@ -8,7 +8,7 @@
 - *free*: the key changes no weight and no held-out figure.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,9 +22,9 @@ class Policy:
     """What one key means to a run's identity."""
 
     kind: Kind
-    unread_under: tuple[str, Any] | None = None
-    """Another key and its value. With that value a run never reads this key, so this key does not
-    identify the run."""
+    unread_under: Mapping[str, Any] = field(default_factory=dict)
+    """Other keys and their values. With one of these values a run never reads this key, so this key
+    does not identify the run."""
     files: tuple[str, ...] = ()
     """For a location: patterns of the files that are read from a folder there. Empty: the location
     is a name, not a path."""
@@ -40,17 +40,18 @@ def _field(policy: Policy, factory: Callable[[], Any] | None = None) -> Any:
 
 
 def setting(
-    *, unread_under: tuple[str, Any] | None = None, factory: Callable[[], Any] | None = None
+    *, unread_under: Mapping[str, Any] | None = None, factory: Callable[[], Any] | None = None
 ) -> Any:
     """Return a field that a run's result depends on.
 
     A resumed run may change the value with `accept_changes=true`.
 
     Args:
-        unread_under: another key and its value, with which no run reads this key.
+        unread_under: other keys and their values; with one of these values no run reads this key.
+            A group's keys are not read either where the group is not.
         factory: makes the default value. None: a YAML file must give the value.
     """
-    return _field(Policy("setting", unread_under=unread_under), factory)
+    return _field(Policy("setting", unread_under=unread_under or {}), factory)
 
 
 def switch() -> Any:

@@ -15,7 +15,7 @@ class Train:
     num_epochs: float | None = setting()
     batch_size: int = setting()
     lr_scheduler_type: str = setting()
-    warmup_steps: float = setting(unread_under=("train.lr_scheduler_type", "constant"))
+    warmup_steps: float = setting(unread_under={"train.lr_scheduler_type": "constant"})
     max_grad_norm: float = setting()
     gradient_checkpointing: str = switch()
     logging_steps: int = free()
@@ -24,7 +24,7 @@ class Train:
     num_checkpoints: int = free()
     max_hours: float | None = free()
     on_nonfinite: str = setting()
-    max_skipped_steps: int = setting(unread_under=("train.on_nonfinite", "stop"))
+    max_skipped_steps: int = setting(unread_under={"train.on_nonfinite": "stop"})
 
     def __post_init__(self) -> None:
         at_least(

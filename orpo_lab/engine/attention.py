@@ -346,6 +346,9 @@ def by_pair(
         end = start + prompt + chosen
         row = (query, key, value)
         outputs.append(attend(*(states[:, :, start:end] for states in row)))
+        if not rejected:
+            start = end
+            continue
         queries = query[:, :, end : end + rejected]
         behind = (
             torch.cat([heads[:, :, start : start + prompt], heads[:, :, end : end + rejected]], 2)

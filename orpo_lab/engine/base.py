@@ -7,9 +7,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-# Token ids of `prompt_ids`, `chosen_ids` and `rejected_ids`
-Pair = Mapping[str, list[int]]
+# Token ids of `prompt_ids`, `chosen_ids` and `rejected_ids`; and REFERENCE if the method needs it
+Pair = Mapping[str, Any]
 COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
+# The column with the reference's sums of log-probabilities over chosen and rejected tokens, [2]
+REFERENCE = "reference"
 MicroBatch = dict[str, Any]
 
 
@@ -54,7 +56,7 @@ class Engine(Protocol):
 
         Args:
             micro_batch: one of the micro-batches that `micro_batches` returned.
-            beta: weight of the odds-ratio loss.
+            beta: the method's beta in this step.
         """
 
     def recover(self, error: BaseException, micro_batches: Sequence[MicroBatch], step: int) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import arange
 
-from orpo_lab.engine.base import MicroBatch, Pair
+from orpo_lab.engine.base import REFERENCE, MicroBatch, Pair
 
 
 def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -73,6 +73,7 @@ class Collator:
             `sums`: for each scored token the index, in a flattened [B, 3], of the sum that its
             log-probability belongs to, [N].
             `counts`: how many scored tokens each of these sums has, [B, 3].
+            `reference`: the pairs' own columns of this name, if they have one, [B, 2].
         """
         sizes = [sizes_of(pair) for pair in pairs]
         input_ids: list[int] = []
@@ -90,12 +91,13 @@ class Collator:
                 sources += range(start, last)
                 targets += pair["prompt_ids"][1:]
             sources += range(last, last + chosen)
-            sources += [last, *range(last + chosen + 1, last + chosen + rejected)]
+            sources += [last, *range(last + chosen + 1, last + chosen + rejected)][:rejected]
             targets += [*pair["chosen_ids"], *pair["rejected_ids"]]
         padding = -len(input_ids) % self.multiple
         counts = torch.tensor(sizes)
         parts = torch.tensor([*counts.flatten(), padding])
         counts[:, 0] = counts[:, 0] - 1 if self.prompt_is_scored else 0
+        references = [pair[REFERENCE] for pair in pairs if REFERENCE in pair]
         return {
             "sizes": sizes,
             "input_ids": torch.tensor([input_ids + [self.pad_token_id] * padding]),
@@ -106,6 +108,7 @@ class Collator:
             "targets": torch.tensor(targets),
             "sums": torch.arange(counts.numel()).repeat_interleave(counts.flatten()),
             "counts": counts,
+            REFERENCE: torch.tensor(references) if references else None,
         }
 
 
@@ -134,10 +137,11 @@ def sequences(sizes: Sequence[tuple[int, int, int]], padding: int) -> dict[str, 
     for prompt, chosen, rejected in sizes:
         start, key = cu_seq_q[-1], cu_seq_k[-1]
         middle, copy = start + prompt + chosen, key + prompt + chosen
-        end, behind = middle + rejected, copy + prompt
-        places += [arange(start, middle), arange(start, start + prompt), arange(middle, end)]
+        copied = prompt if rejected else 0  # no keys for a sequence without queries
+        end, behind = middle + rejected, copy + copied
+        places += [arange(start, middle), arange(start, start + copied), arange(middle, end)]
         first += [arange(key, copy), arange(behind, behind + rejected)]
-        second += [arange(copy, behind), torch.full((chosen + rejected,), -1)]
+        second += [arange(copy, behind), torch.full((end - start - copied,), -1)]
         cu_seq_q += [middle, end]
         cu_seq_k += [copy, behind + rejected]
     if padding:

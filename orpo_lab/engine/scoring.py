@@ -33,20 +33,28 @@ TOKENS_PER_CPU_ROW = 2048
 Scorer = Callable[[datasets.Dataset, str], tuple[Tensor, Tensor]]
 
 
-@torch.no_grad()
 def by_rows(engine: SharedPrefix, pairs: datasets.Dataset, desc: str) -> tuple[Tensor, Tensor]:
-    """Return the log-probabilities of both completions of N pairs, read in packed rows.
+    """Return the log-probabilities of both completions of N pairs; see `sums_by_rows`.
 
-    If memory runs out, all pairs are scored again in rows of half the tokens. This is repeated
-    until every row is a single pair.
+    Returns:
+        See `Scorer`.
+    """
+    sizes = torch.tensor([[len(ids) for ids in pairs[name]] for name in COLUMNS[1:]])
+    chosen, rejected = sums_by_rows(engine, pairs, desc).mT / sizes
+    return chosen, rejected
+
+
+@torch.no_grad()
+def sums_by_rows(engine: SharedPrefix, pairs: datasets.Dataset, desc: str) -> Tensor:
+    """Return the sums of log-probabilities of chosen and rejected tokens, [N, 2], in nats.
+
+    The pairs are read in packed rows. If memory runs out, all pairs are scored again in rows of
+    half the tokens. This is repeated until every row is a single pair.
 
     Args:
         engine: its model is in evaluation mode.
         pairs: N tokenized pairs.
         desc: text of the progress bar.
-
-    Returns:
-        See `Scorer`.
 
     Raises:
         OutOfMemoryError, RuntimeError: a single pair needs too much memory.
@@ -59,7 +67,7 @@ def by_rows(engine: SharedPrefix, pairs: datasets.Dataset, desc: str) -> tuple[T
     while True:
         rows = pack(list(map(sum, sizes)), collator.budget)
         try:
-            return _means_of_rows(engine, collator, plain, rows, desc)
+            return _sums_of_rows(engine, collator, plain, rows, desc)
         except (RuntimeError, MemoryError) as error:
             budget = halved(collator.budget, [[sizes[i] for i in row] for row in rows])
             if budget is None or not memory.ran_out(error):
@@ -70,24 +78,27 @@ def by_rows(engine: SharedPrefix, pairs: datasets.Dataset, desc: str) -> tuple[T
         memory.give_back()
 
 
-def _means_of_rows(
+def _sums_of_rows(
     engine: SharedPrefix,
     collator: Collator,
     pairs: Sequence[Pair],
     rows: list[list[int]],
     desc: str,
-) -> tuple[Tensor, Tensor]:
-    """Score the rows that `pack` returns, see `by_rows`; the host waits for the device once."""
-    means = []
+) -> Tensor:
+    """Score the rows that `pack` returns; see `sums_by_rows`. The host waits for the device once.
+
+    Returns:
+        The sums in the order of the pairs, [N, 2].
+    """
+    sums = []
     with engine.reading():
         for row in tqdm(rows, desc=f"{desc}: score", leave=False, disable=None):
             micro_batch = engine.devices.place(collator.lay_out([pairs[i] for i in row]))
             sizes = [size for _, *both in micro_batch["sizes"] for size in both]
-            means += [logps.mean() for logps in engine.logps(micro_batch).split(sizes)]
-    scores = torch.empty(len(pairs), 2)
-    scores[[i for row in rows for i in row]] = torch.stack(means).view(-1, 2).to(scores)
-    chosen, rejected = scores.unbind(1)
-    return chosen, rejected
+            sums += [logps.sum() for logps in engine.logps(micro_batch).split(sizes)]
+    ordered = torch.empty(len(pairs), 2)
+    ordered[[i for row in rows for i in row]] = torch.stack(sums).view(-1, 2).to(ordered)
+    return ordered
 
 
 @torch.no_grad()

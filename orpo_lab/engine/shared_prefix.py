@@ -23,12 +23,12 @@ from orpo_lab.config import Config
 from orpo_lab.config.checks import AUTO
 from orpo_lab.config.engine import SharedPrefixEngine
 from orpo_lab.engine import attention
-from orpo_lab.engine.base import MicroBatch, Pair, Score, Sums
+from orpo_lab.engine.base import REFERENCE, MicroBatch, Pair, Score, Sums
 from orpo_lab.engine.compiled import CompiledLayers
 from orpo_lab.engine.head import add_scoring
 from orpo_lab.engine.packing import Collator, halved, tokens_of
 from orpo_lab.errors import NonFiniteError, UserError, one_line
-from orpo_lab.methods.base import Method
+from orpo_lab.methods.base import Batch, Method
 from orpo_lab.model.causal import CausalModel, without_adapters
 from orpo_lab.model.layers import fused, fusible
 from orpo_lab.training.devices import OneDevice
@@ -106,19 +106,20 @@ class SharedPrefix:
     def micro_batches(self, pairs: Sequence[Pair]) -> list[MicroBatch]:
         """Return all pairs, packed into micro-batches, each with the totals of the step.
 
-        The totals `num_tokens` (supervised tokens) and `num_pairs` are scalars. With them the loss
-        of a micro-batch is computed as a share of the step's loss. Where several processes average
-        their gradients, the totals are averaged over the processes too.
+        The totals `num_supervised` (see `Method.num_supervised`) and `num_pairs` are scalars. With
+        them the loss of a micro-batch is computed as a share of the step's loss. Where several
+        processes average their gradients, the totals are averaged over the processes too.
         """
+        if not self.method.reads_rejected:
+            pairs = [{**pair, "rejected_ids": []} for pair in pairs]
         laid_out = self.collator(pairs)
         self._widest = max(map(tokens_of, laid_out))
         counts = torch.cat([micro_batch["counts"] for micro_batch in laid_out])
-        num_tokens = self.method.num_supervised(counts).float().sum()
-        totals = self.devices.average(torch.stack([num_tokens, torch.tensor(float(len(pairs)))]))
-        return [
-            self.devices.place(micro_batch | {"num_tokens": totals[0], "num_pairs": totals[1]})
-            for micro_batch in laid_out
-        ]
+        num_supervised = self.method.num_supervised(counts).float().sum()
+        totals = torch.stack([num_supervised, torch.tensor(float(len(pairs)))])
+        names = ("num_supervised", "num_pairs")
+        shared = dict(zip(names, self.devices.average(totals), strict=True))
+        return [self.devices.place(micro_batch | shared) for micro_batch in laid_out]
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
@@ -146,13 +147,14 @@ class SharedPrefix:
         """Return the micro-batch's share of the step's loss, and the micro-batch's metrics."""
         scored, counts = self.logps(micro_batch), micro_batch["counts"]
         logps = scored.new_zeros(counts.numel()).index_add(0, micro_batch["sums"], scored)
-        losses = self.method.losses(
+        batch = Batch(
             logps.view_as(counts),
             counts,
-            beta=beta,
-            num_tokens=micro_batch["num_tokens"],
+            reference=micro_batch[REFERENCE],
+            num_supervised=micro_batch["num_supervised"],
             num_pairs=micro_batch["num_pairs"],
         )
+        losses = self.method.losses(batch, beta)
         sums = torch.stack(tuple(losses.terms.values())).detach().sum(1)
         return Score(losses.loss, Sums(tuple(losses.terms), sums, len(counts)))
 

@@ -5,9 +5,19 @@ the loss, and logs the terms that the method returns.
 """
 
 from orpo_lab.config import Config
-from orpo_lab.config.method import OrpoMethod
+from orpo_lab.config.method import (
+    CpoMethod,
+    DpoMethod,
+    IpoMethod,
+    OrpoMethod,
+    SftMethod,
+    SimpoMethod,
+)
 from orpo_lab.methods.base import Method
+from orpo_lab.methods.cpo import Cpo, Simpo
+from orpo_lab.methods.dpo import Dpo, Ipo
 from orpo_lab.methods.orpo import Orpo
+from orpo_lab.methods.sft import Sft
 
 
 def build(config: Config) -> Method:
@@ -15,4 +25,14 @@ def build(config: Config) -> Method:
     match config.method:
         case OrpoMethod() as orpo:
             return Orpo(orpo)
+        case SftMethod() as sft:
+            return Sft(sft)
+        case DpoMethod() as dpo:
+            return Dpo(dpo)
+        case IpoMethod():
+            return Ipo()
+        case SimpoMethod() as simpo:
+            return Simpo(simpo)
+        case CpoMethod() as cpo:
+            return Cpo(cpo)
     raise TypeError(f"no method: {config.method!r}")

@@ -6,7 +6,16 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from orpo_lab.config.method import OrpoMethod
-from orpo_lab.methods.base import Losses, mean_logps, preference_terms
+from orpo_lab.methods.base import (
+    Batch,
+    Losses,
+    mean_logps,
+    nll,
+    nll_term,
+    preference_terms,
+    reward_terms,
+    scope,
+)
 from orpo_lab.methods.odds import log_odds_ratio
 
 
@@ -17,6 +26,9 @@ class Orpo:
     config: OrpoMethod
     """Which tokens L_SFT covers, how L_SFT averages over them, and which penalty is used."""
 
+    reads_rejected = True
+    needs_reference = False
+
     @property
     def scores_prompt(self) -> bool:
         """Whether the prompt is part of L_SFT."""
@@ -24,53 +36,25 @@ class Orpo:
 
     def num_supervised(self, counts: Tensor) -> Tensor:
         """Return how many tokens of each pair L_SFT covers, [B]."""
-        return supervised(counts, self.config)
+        return counts[:, scope(self.config)].sum(1)
 
-    def losses(
-        self,
-        logps: Tensor,
-        counts: Tensor,
-        *,
-        beta: float,
-        num_tokens: Tensor,
-        num_pairs: Tensor,
-    ) -> Losses:
+    def losses(self, batch: Batch, beta: float) -> Losses:
         """Return the share of some pairs in the step's ORPO loss; see `Method.losses`.
 
         The terms have TRL's names. `odds_ratio_loss` is the penalty of each pair: L_OR (Eq. 7), or
         minus the log odds ratio if `method.penalty` is log_odds.
         """
-        chosen, rejected = mean_logps(logps, counts)
-        sft_logps, sft_counts = (supervised(sums, self.config) for sums in (logps, counts))
-        if self.config.nll_mean == "tokens":
-            nll = -sft_logps.sum() / num_tokens
-        else:
-            nll = -(sft_logps / sft_counts).sum() / num_pairs
+        chosen, rejected = mean_logps(batch)
+        by_sequence = self.config.nll_mean == "sequences"
+        likelihood = nll(batch, scope(self.config), by_sequence=by_sequence)
         log_odds = log_odds_ratio(chosen, rejected)
-        log_sigmoid = logsigmoid(log_odds)
+        log_sigmoid = logsigmoid(self.config.log_odds_scale * log_odds)
         odds_ratio = -log_sigmoid if self.config.penalty == "log_sigmoid" else -log_odds
-        loss = nll + beta * odds_ratio.sum() / num_pairs
         terms = {
-            "rewards/chosen": beta * chosen,
-            "rewards/rejected": beta * rejected,
-            "rewards/accuracies": (beta * chosen > beta * rejected).to(chosen),
-            "rewards/margins": beta * (chosen - rejected),
-            # Scaled so that the mean over all pairs of the step is L_SFT of the step
-            "nll_loss": (nll * num_pairs / len(chosen)).expand_as(chosen),
+            "nll_loss": nll_term(likelihood, batch),
             "log_odds_ratio": log_sigmoid,
             "log_odds_chosen": log_odds,
             "odds_ratio_loss": odds_ratio,
         }
-        return Losses(loss, terms | preference_terms(chosen, rejected))
-
-
-def supervised(sums: Tensor, config: OrpoMethod) -> Tensor:
-    """Return the sum of the columns that L_SFT covers, [B].
-
-    Args:
-        sums: columns of prompt, chosen and rejected, [B, 3].
-        config: says whether L_SFT covers the prompt too.
-    """
-    if config.nll_scope == "prompt_and_completion":
-        return sums[:, 0] + sums[:, 1]
-    return sums[:, 1]
+        terms |= reward_terms(beta * chosen, beta * rejected) | preference_terms(chosen, rejected)
+        return Losses(likelihood, beta * odds_ratio.sum() / batch.num_pairs, terms)

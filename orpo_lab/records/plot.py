@@ -54,7 +54,10 @@ def draw_training(metrics: list[dict[str, float]], title: str, file: Path) -> No
 
 
 def _draw_panel(axes: Any, lines: list[dict[str, float]], panel: str) -> None:
-    members = [metric for metric in TRAINING if metric.panel == panel]
+    of_panel = [metric for metric in TRAINING if metric.panel == panel]
+    # Each method has its own metrics
+    members = [metric for metric in of_panel if any(metric.name in line for line in lines)]
+    members = members or of_panel
     drawn = 0
     for key, name, colour in _panel_curves(members):
         points = [(line["step"], line[key]) for line in lines if key in line]

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from orpo_lab.config import Config
+from orpo_lab.config import Config, kind
 from orpo_lab.config.model import EMBEDDED, local_path
 from orpo_lab.config.optimizer import Lora
 from orpo_lab.data import Data
@@ -297,6 +297,7 @@ def model_card(place: RunFolder, config: Config, summary: dict[str, Any]) -> str
         else ""
     )
     code = " Code that comes with it was run." if config.model.trust_remote_code else ""
+    beta = f"beta {config.beta:g}, " if config.method.reads_beta else ""
     figures = (
         f"Measured on {summary['after']['num_pairs']} held-out pairs:\n\n{_table(summary)}"
         if summary["after"]
@@ -304,12 +305,12 @@ def model_card(place: RunFolder, config: Config, summary: dict[str, Any]) -> str
     )
     return f"""---
 {from_where}library_name: {library}
-tags: [orpo, orpo_lab]
+tags: [{kind(config.method)}, orpo_lab]
 ---
 # {name}
 
-{base}, aligned with ORPO (Hong, Lee and Thorne 2024, arXiv:2403.07691) by orpo_lab:
-beta {config.beta:g}, {summary["train"]["steps"]} steps of {config.train.batch_size} pairs, seed
+{base}, aligned with {config.method.title} by orpo_lab:
+{beta}{summary["train"]["steps"]} steps of {config.train.batch_size} pairs, seed
 {config.seed}. The whole configuration stands in `config.yaml` of the run folder.{code}{moved}
 
 {figures}

@@ -13,7 +13,7 @@ from torch import Tensor
 from orpo_lab import memory
 from orpo_lab.beta_schedule import beta_at, progress
 from orpo_lab.config import Config
-from orpo_lab.engine.base import COLUMNS, Engine, MicroBatch, Pair, Sums
+from orpo_lab.engine.base import COLUMNS, REFERENCE, Engine, MicroBatch, Pair, Sums
 from orpo_lab.stop import Stop
 from orpo_lab.training.finite import FiniteCheck, check_weights
 from orpo_lab.training.lines import Lines
@@ -204,7 +204,7 @@ def add_gradients(
         engine: lays out the pairs, and scores them.
         state: its weights get the gradients; in fp16 these are multiplied by the loss scale.
         pairs: all pairs of the step.
-        beta: weight of the odds-ratio loss.
+        beta: the method's beta in this step.
 
     Returns:
         The step's loss, a scalar without an autograd graph, and the metrics of each micro-batch.
@@ -275,9 +275,7 @@ def batches(pairs: datasets.Dataset, size: int, seed: int, start: int) -> Iterat
 
 
 def rows(pairs: datasets.Dataset, indices: Sequence[int]) -> list[Pair]:
-    """Return the token ids of the pairs at the given indices."""
-    columns = pairs[list(indices)]
-    return [
-        dict(zip(COLUMNS, values, strict=True))
-        for values in zip(*(columns[name] for name in COLUMNS), strict=True)
-    ]
+    """Return the token ids of the pairs at the given indices, and their references if any."""
+    names, columns = [*COLUMNS, REFERENCE], pairs[list(indices)]
+    given = {name: columns[name] for name in names if name in columns}
+    return [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=True)]

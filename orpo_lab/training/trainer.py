@@ -3,17 +3,19 @@
 import contextlib
 import logging
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import datasets
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from orpo_lab import engine
+from orpo_lab import engine, methods
 from orpo_lab import optimizer as optimizers
 from orpo_lab.config import Config
 from orpo_lab.config.checks import AUTO
 from orpo_lab.data import Data
+from orpo_lab.engine import reference
+from orpo_lab.engine.base import COLUMNS
 from orpo_lab.errors import UserError
 from orpo_lab.records.run_folder import RunFolder
 from orpo_lab.stop import Stop, Stopped
@@ -86,7 +88,7 @@ def fit(
         Stopped: the run was asked to end; a checkpoint holds its last step.
     """
     num_steps = count_steps(config, len(data.train))
-    data = replace(data, train=_whole_batches(data.train, config.train.batch_size))
+    train = _whole_batches(data.train, config.train.batch_size)
     devices = OneDevice(next(model.parameters()).device, dtype)
     updater = optimizers.build(config, model, num_steps=num_steps, dtype=dtype)
     state = State(
@@ -104,6 +106,7 @@ def fit(
         path = place.path / "checkpoints" / f"checkpoint-{state.step}"
         with checkpoint.written(path) as files:
             state.save(files)
+            reference.save(data, files)
             tokenizer.save_pretrained(path)
             checkpoint.seal(files, place, made, meter.spent(computing.token_budget))
         checkpoint.rotate(place, config.train.num_checkpoints)
@@ -127,7 +130,7 @@ def fit(
             engine=computing,
             finite=FiniteCheck(config.train, meter, is_scaled=dtype == torch.float16),
             lines=lines,
-            train=data.train,
+            train=train,
             held_out=data.held_out,
             num_steps=num_steps,
             save=save,
@@ -142,7 +145,7 @@ def fit(
     return TrainStats(
         steps=state.step,
         wall_seconds=spent.wall_seconds,
-        tokens_per_second=pairs * _mean_tokens(data) / spent.wall_seconds,
+        tokens_per_second=pairs * _mean_tokens(config, train) / spent.wall_seconds,
         pairs_per_second=pairs / spent.wall_seconds,
         peak_memory_bytes=spent.peak_memory_bytes,
         skipped_steps=spent.num_skipped,
@@ -207,8 +210,7 @@ def say_length(config: Config, num_pairs: int) -> None:
         )
 
 
-def _mean_tokens(data: Data) -> float:
-    """Return the mean number of tokens of a training pair: prompt once, and both completions."""
-    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
-    total = sum(len(ids) for column in columns for ids in data.train[column])
-    return total / len(data.train)
+def _mean_tokens(config: Config, pairs: datasets.Dataset) -> float:
+    """Return the mean number of tokens that are read of a pair; the prompt counts once."""
+    columns = COLUMNS if methods.build(config).reads_rejected else COLUMNS[:2]
+    return sum(len(ids) for column in columns for ids in pairs[column]) / len(pairs)

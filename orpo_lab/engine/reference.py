@@ -1,0 +1,93 @@
+"""The reference of DPO and its relatives: log-probabilities of the model before training.
+
+They are computed once, before the first step, from the model that the run starts from. So no second
+model is ever in memory. Jobs of a sweep share them, and checkpoints hold them.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from orpo_lab.config import Config
+from orpo_lab.data import Data
+from orpo_lab.engine import scoring, shared_prefix
+from orpo_lab.engine.base import REFERENCE
+from orpo_lab.errors import NonFiniteError
+from orpo_lab.model.causal import CausalModel
+from orpo_lab.training import tensors
+from orpo_lab.training.devices import OneDevice
+from orpo_lab.training.files import Files
+
+FILE = "reference.pt"
+# Fields of `Data` whose pairs get a reference
+SPLITS = ("train", "held_out")
+
+# For each split the sums of log-probabilities of chosen and rejected tokens, [N, 2], in nats
+References = dict[str, Tensor]
+
+
+def compute(
+    config: Config,
+    model: CausalModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Data,
+    *,
+    dtype: torch.dtype,
+) -> References:
+    """Return the log-probabilities of all pairs under the model as it is now, without dropout.
+
+    Args:
+        config: the run's configuration.
+        model: on its device, with adapters if it has any; stays in training or evaluation mode.
+        tokenizer: with a pad token.
+        data: tokenized pairs.
+        dtype: precision of the arithmetic, as in training.
+
+    Raises:
+        NonFiniteError: a log-probability is not finite.
+    """
+    devices, was_training = OneDevice(model.device, dtype), model.training
+    engine = shared_prefix.build(config, model=model, tokenizer=tokenizer, devices=devices)
+    model.eval()
+    try:
+        found = {
+            split: scoring.sums_by_rows(engine, getattr(data, split), f"reference, {split}")
+            for split in SPLITS
+        }
+    finally:
+        model.train(was_training)
+    if not all(torch.isfinite(sums).all() for sums in found.values()):
+        raise NonFiniteError(
+            "log-probabilities of the model before training are not finite, and "
+            "the method needs them as its reference: the weights are damaged, or model.dtype is "
+            "too narrow for them"
+        )
+    return found
+
+
+def attach(data: Data, references: References) -> Data:
+    """Return the pairs with the column REFERENCE."""
+    return replace(data, **{split: _joined(data, split, references) for split in SPLITS})
+
+
+def _joined(data: Data, split: str, references: References) -> datasets.Dataset:
+    pairs: Any = getattr(data, split)
+    return pairs.add_column(REFERENCE, references[split].tolist())
+
+
+def save(data: Data, files: Files) -> None:
+    """Write the references of all pairs, if the pairs have any, to the files of a checkpoint."""
+    if REFERENCE in data.train.column_names:
+        references = {split: torch.tensor(getattr(data, split)[REFERENCE][:]) for split in SPLITS}
+        tensors.save(references, files, FILE)
+
+
+def load(file: Path) -> References:
+    """Read what `save` or `torch.save` has written."""
+    found: References = torch.load(file, map_location="cpu", weights_only=True)
+    return found
