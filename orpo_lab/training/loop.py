@@ -18,6 +18,7 @@ from orpo_lab.stop import Stop
 from orpo_lab.training.finite import FiniteCheck, check_weights
 from orpo_lab.training.lines import Lines
 from orpo_lab.training.meter import Means
+from orpo_lab.training.preference import PreferenceMeter
 from orpo_lab.training.state import RandomState, State
 
 
@@ -42,6 +43,8 @@ class Loop:
     """Writes a checkpoint of the state."""
     stop: Stop
 
+    preference: PreferenceMeter = field(default_factory=lambda: PreferenceMeter(None))
+    """Measures how much of a step's gradient is preference."""
     means: Means = field(default_factory=Means)
     """Means of the metrics since the last line."""
     total_loss: Tensor | float = 0.0
@@ -68,7 +71,7 @@ class Loop:
         state.model.zero_grad()
         for pairs in batches(self.train, settings.batch_size, self.config.seed, state.step):
             before = memory.allocated_bytes()
-            norm, rate = self.take_step(pairs)
+            norm, rate, measured = self.take_step(pairs)
             if state.step == 1:
                 self.fit_budget(before)
             self.lines.move()
@@ -77,12 +80,14 @@ class Loop:
             evaluates = is_due(state.step, settings.eval_steps, is_last)
             saves = is_due(state.step, settings.save_steps, is_last) or bool(reason)
             logs = saves or state.step == 1 or state.step % settings.logging_steps == 0
-            if logs or evaluates or is_last:
+            if logs or evaluates or is_last or measured:
                 self.finite.check()
             if saves:
                 check_weights(state.model, state.step)
             if logs:
                 self.write_line(norm, rate)
+            if measured:
+                self.lines.write(state.step, measured | {"epoch": self.epoch()})
             if evaluates:
                 self.evaluate()
             if saves:
@@ -91,15 +96,19 @@ class Loop:
                 return reason
         raise AssertionError("batches never end")
 
-    def take_step(self, pairs: Sequence[Pair]) -> tuple[Tensor, float]:
+    def take_step(self, pairs: Sequence[Pair]) -> tuple[Tensor, float, dict[str, float]]:
         """Take one optimizer step on the pairs.
 
         Returns:
-            The gradient norm before clipping, a scalar on the device, and the learning rate.
+            The gradient norm before clipping, a scalar on the device; the learning rate; and what
+            the meter of preference has measured, if the step was measured.
         """
-        state = self.state
+        state, beta, measured = self.state, self.beta_at(self.state.step), {}
         state.model.train()
-        loss, sums = add_gradients(self.engine, state, pairs, self.beta_at(state.step))
+        random = RandomState.now()
+        loss, sums = add_gradients(self.engine, state, pairs, beta)
+        if self.preference.is_due(state.step + 1):
+            measured = self.preference.measure(self.engine, state, pairs, beta, random)
         state.devices.unscale(state.updater.optimizer)
         norm = state.updater.clip(self.config.train.max_grad_norm)
         self.finite.look(state.step + 1, loss, norm, state.updater.gradients())
@@ -112,7 +121,7 @@ class Loop:
             self.means.add(some)
         self.total_loss = self.total_loss + loss
         self.num_since += 1
-        return norm, rate
+        return norm, rate, measured
 
     def fit_budget(self, before: int) -> None:
         """Let the engine raise its token budget to what fits, after the run's first step.
