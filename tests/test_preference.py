@@ -69,17 +69,17 @@ def make_state(loaded: config.Config, network: Any) -> State:
 
 
 @pytest.mark.parametrize(
-    ("method", "overrides"),
+    ("method", "beta", "overrides"),
     [
-        ("orpo", "optimizer=lora optimizer.dropout=0"),
-        ("orpo", LAYERWISE),
-        ("cpo", "optimizer=adamw"),
+        ("orpo", 0.3, "optimizer=lora optimizer.dropout=0"),
+        ("orpo", 0.3, LAYERWISE),
+        ("cpo", 0.01, "optimizer=adamw"),
     ],
 )
 def test_the_meter_is_two_separate_backward_passes_of_the_equations(
-    load: Load, build_model: Any, tokenizer: Any, method: str, overrides: str
+    load: Load, build_model: Any, tokenizer: Any, method: str, beta: float, overrides: str
 ) -> None:
-    pairs, beta = make_pairs(6), 0.3
+    pairs = make_pairs(6)
     loaded = load(f"method={method}", *overrides.split(), "engine.tokens_per_microbatch=200")
     network = build_model(loaded)
     torch.manual_seed(0)
