@@ -16,7 +16,7 @@ from orpo_lab.errors import NonFiniteError, UserError
 from orpo_lab.methods.base import LIKELIHOOD, PREFERENCE
 from orpo_lab.optimizer.galore import GaLore
 from orpo_lab.records.run_folder import RunFolder
-from orpo_lab.training import checkpoint, preference
+from orpo_lab.training import checkpoint
 from orpo_lab.training.checkpoint import Checkpoint, Made, Spent
 from orpo_lab.training.devices import OneDevice
 from orpo_lab.training.preference import PreferenceMeter, figures, split
@@ -210,27 +210,31 @@ def test_where_memory_runs_out_weights_are_measured_in_parts_or_not_at_all(
     load: Load,
     build_model: Any,
     tokenizer: Any,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     logging.getLogger("orpo_lab").propagate = True
-    lengths = ("train.max_steps=5", "train.meter_steps=2")
-    loaded, found = load("optimizer=lora", *SMALL, *lengths), []
-    num = sum(weight.requires_grad for weight in build_model(loaded).parameters())
+    loaded = load(*DROPOUT.split())
+    network, pairs = build_model(loaded), make_pairs(2)
+    state = make_state(loaded, network)
+    built = engine.build(loaded, model=network, tokenizer=tokenizer, devices=state.devices)
+    begun, num = RandomState.now(), len(state.updater.optimizer.param_groups[0]["params"])
+    found = []
     for limit in (num, num // 2, 0):
+        meter = PreferenceMeter(2)
         with monkeypatch.context() as patched:
             asked = run_out(limit, patched)
-            _, place = fit(loaded, build_model(loaded), tokenizer, tmp_path / str(limit))
-        found.append([line for line in place.metrics() if "meter/cosine" in line])
-        told = [record for record in caplog.records if "meter of preference" in record.message]
-        assert len(told) == (limit == 0)
-    whole, in_parts, left_out = found
-    assert [line["step"] for line in whole] == [2, 4]
-    assert in_parts == [pytest.approx(line, rel=1e-9) for line in whole]
-    assert left_out == []
-    assert len(asked) < 2 * preference.MAX_PARTS, "and not tried again in step 4"
-    assert "step 2: out of memory in the meter" in caplog.text
+            found += [meter.measure(built, state, pairs, 0.3, begun) for _ in range(2)]
+        assert torch.equal(RandomState.now().cpu, begun.cpu)
+        warned = [record for record in caplog.records if record.levelname == "WARNING"]
+        assert len(warned) == (limit == 0)
+    assert found[0].keys() >= {"meter/preference_share", "meter/cosine"}
+    assert found[1:4] == [pytest.approx(found[0], rel=1e-9)] * 3
+    assert found[4:] == [{}, {}]
+    assert asked == sorted(asked, reverse=True), "and not tried again"
+    assert len(asked) == 5, "whole, and in 2, 4, 8 and 16 parts"
+    assert not meter.is_due(4)
+    assert "step 1: out of memory in the meter of preference" in caplog.text
 
 
 def test_parts_are_in_order_and_of_about_equal_size() -> None:

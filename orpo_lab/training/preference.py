@@ -36,8 +36,9 @@ class PreferenceMeter:
     step. The passes change nothing: neither the weights' `grad`, nor random numbers, nor a state of
     the optimizer. So the step is the same bit for bit as without a meter.
 
-    The two gradients need memory: twice that of the trained weights. If memory runs out, half of
-    the weights are measured at a time, then a quarter, and so on.
+    The sums of two gradients and the gradients of a micro-batch need memory, each as much as the
+    trained weights. If memory runs out, half of the weights are measured at a time, then a quarter,
+    and so on.
     """
 
     interval: int | None
@@ -85,14 +86,16 @@ class PreferenceMeter:
 
     def _take_smaller_parts(self, step: int) -> None:
         self.num_parts *= 2
-        if self.num_parts > MAX_PARTS:
-            self.interval = None
-            log.warning(
-                "step %d: out of memory in the meter of preference, which is left out from now on; "
-                "the step itself is not touched by that (engine.tokens_per_microbatch lower, or "
-                "train.meter_steps=null)",
-                step,
-            )
+        if self.num_parts <= MAX_PARTS:
+            log.info("step %d: the meter measures weights in %d parts now", step, self.num_parts)
+            return
+        self.interval = None
+        log.warning(
+            "step %d: out of memory in the meter of preference, which is left out from now on; the "
+            "step itself is not touched by that (engine.tokens_per_microbatch lower, or "
+            "train.meter_steps=null)",
+            step,
+        )
 
     def _products(
         self, engine: Engine, state: State, pairs: Sequence[Pair], beta: float, random: RandomState
