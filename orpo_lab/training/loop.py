@@ -45,6 +45,8 @@ class Loop:
 
     preference: PreferenceMeter = field(default_factory=lambda: PreferenceMeter(None))
     """Measures how much of a step's gradient is preference."""
+    measured: dict[str, float] = field(default_factory=dict)
+    """What was measured of the last step; empty: nothing."""
     means: Means = field(default_factory=Means)
     """Means of the metrics since the last line."""
     total_loss: Tensor | float = 0.0
@@ -71,7 +73,7 @@ class Loop:
         state.model.zero_grad()
         for pairs in batches(self.train, settings.batch_size, self.config.seed, state.step):
             before = memory.allocated_bytes()
-            norm, rate, measured = self.take_step(pairs)
+            norm, rate = self.take_step(pairs)
             if state.step == 1:
                 self.fit_budget(before)
             self.lines.move()
@@ -80,14 +82,14 @@ class Loop:
             evaluates = is_due(state.step, settings.eval_steps, is_last)
             saves = is_due(state.step, settings.save_steps, is_last) or bool(reason)
             logs = saves or state.step == 1 or state.step % settings.logging_steps == 0
-            if logs or evaluates or is_last or measured:
+            if logs or evaluates or is_last or self.measured:
                 self.finite.check()
             if saves:
                 check_weights(state.model, state.step)
             if logs:
                 self.write_line(norm, rate)
-            if measured:
-                self.lines.write(state.step, measured | {"epoch": self.epoch()})
+            if self.measured:
+                self.lines.write(state.step, self.measured | {"epoch": self.epoch()})
             if evaluates:
                 self.evaluate()
             if saves:
@@ -96,19 +98,19 @@ class Loop:
                 return reason
         raise AssertionError("batches never end")
 
-    def take_step(self, pairs: Sequence[Pair]) -> tuple[Tensor, float, dict[str, float]]:
+    def take_step(self, pairs: Sequence[Pair]) -> tuple[Tensor, float]:
         """Take one optimizer step on the pairs.
 
         Returns:
-            The gradient norm before clipping, a scalar on the device; the learning rate; and what
-            the meter of preference has measured, if the step was measured.
+            The gradient norm before clipping, a scalar on the device, and the learning rate.
         """
-        state, beta, measured = self.state, self.beta_at(self.state.step), {}
+        state, beta = self.state, self.beta_at(self.state.step)
         state.model.train()
         random = RandomState.now()
         loss, sums = add_gradients(self.engine, state, pairs, beta)
+        self.measured = {}
         if self.preference.is_due(state.step + 1):
-            measured = self.preference.measure(self.engine, state, pairs, beta, random)
+            self.measured = self.preference.measure(self.engine, state, pairs, beta, random)
         state.devices.unscale(state.updater.optimizer)
         norm = state.updater.clip(self.config.train.max_grad_norm)
         self.finite.look(state.step + 1, loss, norm, state.updater.gradients())
@@ -121,7 +123,7 @@ class Loop:
             self.means.add(some)
         self.total_loss = self.total_loss + loss
         self.num_since += 1
-        return norm, rate, measured
+        return norm, rate
 
     def fit_budget(self, before: int) -> None:
         """Let the engine raise its token budget to what fits, after the run's first step.
