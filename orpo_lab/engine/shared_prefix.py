@@ -156,7 +156,7 @@ class SharedPrefix:
         )
         losses = self.method.losses(batch, beta)
         sums = torch.stack(tuple(losses.terms.values())).detach().sum(1)
-        return Score(losses.loss, Sums(tuple(losses.terms), sums, len(counts)))
+        return Score(losses.loss, Sums(tuple(losses.terms), sums, len(counts)), losses.parts)
 
     def recover(self, error: BaseException, micro_batches: Sequence[MicroBatch], step: int) -> bool:
         """Halve the token budget if memory ran out; otherwise give up compiled layers.
