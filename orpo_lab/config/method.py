@@ -129,11 +129,30 @@ class CpoMethod(Method):
         self._check_smoothing(self.label_smoothing)
 
 
+@dataclass(kw_only=True)
+class KtoMethod(Method):
+    """KTO: each completion is compared with the reference on its own; beta as in DPO."""
+
+    title: ClassVar[str] = "KTO (Ethayarajh et al. 2024, arXiv:2402.01306)"
+    more_beta_is_more_preference: ClassVar[bool] = False
+
+    desirable_weight: float = setting()
+    undesirable_weight: float = setting()
+
+    def __post_init__(self) -> None:
+        at_least(
+            0,
+            method__desirable_weight=self.desirable_weight,
+            method__undesirable_weight=self.undesirable_weight,
+        )
+
+
 METHODS: dict[str, type[Method]] = {
     "orpo": OrpoMethod,
     "sft": SftMethod,
     "dpo": DpoMethod,
     "ipo": IpoMethod,
+    "kto": KtoMethod,
     "simpo": SimpoMethod,
     "cpo": CpoMethod,
 }
