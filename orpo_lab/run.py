@@ -107,7 +107,7 @@ def _train(
     # These imports take seconds, so they wait until the configuration and the folder are checked
     from transformers import set_seed
 
-    from orpo_lab import engine, methods, tracker
+    from orpo_lab import data, engine, methods, tracker
     from orpo_lab.engine import mismatched, reference
     from orpo_lab.evaluate import evaluate
     from orpo_lab.model import quantization
@@ -132,6 +132,9 @@ def _train(
     started = date.fromisoformat(segment["started"][:10])
     pairs = _load_data(config, tokenizer, sweep, today=started)
     check_ids(tokenizer, model_config, pairs)
+    method = methods.build(config)
+    if not method.reads_rejected:
+        pairs = data.without_undesirable(pairs)
     trainer.say_length(config, len(pairs.train))
 
     # Weights, quantization, adapter
@@ -153,7 +156,6 @@ def _train(
     measure = partial(evaluate, network, tokenizer, pairs, config, dtype=dtype)
     before = _measure_before(config, measure, sweep)
     stop.check()
-    method = methods.build(config)
     if method.needs_reference and not (start and start.is_trained):
         if method.needs_divergence:
             pairs = mismatched.attach(pairs, config.dataset.max_length)

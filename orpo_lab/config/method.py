@@ -19,6 +19,8 @@ class Method:
     """Whether a higher beta moves the model further towards the chosen answers. True for ORPO,
     where beta is the weight of a loss. False for a method like DPO, where beta keeps the model near
     its start."""
+    reads_unpaired: ClassVar[bool] = False
+    """Whether the method can learn from single completions with a label."""
     least_beta: ClassVar[float] = 0.0
     """The smallest beta that the method is defined for."""
 
@@ -67,6 +69,7 @@ class SftMethod(Method):
 
     title: ClassVar[str] = "supervised fine-tuning on the chosen answers"
     reads_beta: ClassVar[bool] = False
+    reads_unpaired: ClassVar[bool] = True
 
     nll_scope: str = setting()
     nll_mean: str = setting()
@@ -135,6 +138,7 @@ class KtoMethod(Method):
 
     title: ClassVar[str] = "KTO (Ethayarajh et al. 2024, arXiv:2402.01306)"
     more_beta_is_more_preference: ClassVar[bool] = False
+    reads_unpaired: ClassVar[bool] = True
 
     desirable_weight: float = setting()
     undesirable_weight: float = setting()
