@@ -245,7 +245,7 @@ def test_unpaired_rows_are_trls(
 
 
 def by_equation(logps: Tensor, reference: Tensor, has: Tensor, z: float, beta: float) -> float:
-    """The loss of a step in plain floats (Eq. 7 and 8), with weights of 0.5 and 2."""
+    """The loss of a step in plain floats (Eq. 7), with weights of 0.5 and 2."""
     losses = []
     for ratios, present in zip((logps - reference).tolist(), has.tolist(), strict=True):
         for ratio, is_there, weight, sign in zip(ratios, present, (0.5, 2), (1, -1), strict=True):

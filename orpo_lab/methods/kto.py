@@ -12,7 +12,7 @@ from orpo_lab.methods.dpo import log_ratios
 
 @dataclass(frozen=True)
 class Kto:
-    """Kahneman-Tversky optimization (Ethayarajh et al. 2024, arXiv:2402.01306, Eq. 7 and 8).
+    """Kahneman-Tversky optimization (Ethayarajh et al. 2024, arXiv:2402.01306, Eq. 7).
 
     The loss of a chosen completion is w_D (1 - sigmoid(beta (r - z))), that of a rejected one
     w_U (1 - sigmoid(beta (z - r))). The log ratio r = log pi(y|x) - log pi_ref(y|x) is a sum over
