@@ -90,8 +90,10 @@ def stock(
 ) -> tuple[tuple[float, dict[str, Tensor]], dict[str, float]]:
     """Return TRL's loss of one micro-batch, its gradients and its metrics.
 
-    TRL takes the reference of a model with adapters from the model that it is made with.
+    TRL takes the reference of a model with adapters from the model that it is made with, and rounds
+    adapters on a quantized base to bf16. The rounding is undone.
     """
+    trained = {name: p.data.clone() for name, p in start.named_parameters() if p.requires_grad}
     trainer = Stock(
         model=start,
         ref_model=None if hasattr(start, "peft_config") else copy.deepcopy(start),
@@ -110,6 +112,9 @@ def stock(
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=_tokenizer(),
     )
+    for name, values in trained.items():
+        for adapter in (name, name.replace(".default.", ".ref.")):
+            trainer.model.get_parameter(adapter).data = values.clone()
     move(trainer.model, factor)
     trainer.model.train()
     loss = trainer.compute_loss(trainer.model, trainer.data_collator(rows))

@@ -68,8 +68,8 @@ def to_pair(row: Any, columns: Columns) -> Pair:
     """
     contents = {
         key: to_content(_value_of(row, name, key), name)
-        for key, name in vars(columns).items()
-        if name is not None
+        for key in ("prompt", "chosen", "rejected")
+        if (name := getattr(columns, key)) is not None
     }
     _check_size(list(contents.values()))
     pair = split(contents.get("prompt"), contents["chosen"], contents["rejected"])
