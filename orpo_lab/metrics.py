@@ -171,6 +171,7 @@ TRAINING = (
     TrainingMetric(name="log_odds_chosen", unit="nats", better="higher"),
     TrainingMetric(name="logps/chosen", unit="nats per token"),
     TrainingMetric(name="logps/rejected", unit="nats per token"),
+    TrainingMetric(name="kl", unit="nats"),
     TrainingMetric(name="logits/chosen"),
     TrainingMetric(name="logits/rejected"),
     TrainingMetric(name="rewards/chosen", is_beta_free=False),

@@ -107,8 +107,8 @@ def _train(
     # These imports take seconds, so they wait until the configuration and the folder are checked
     from transformers import set_seed
 
-    from orpo_lab import engine, methods, tracker
-    from orpo_lab.engine import reference
+    from orpo_lab import data, engine, methods, tracker
+    from orpo_lab.engine import mismatched, reference
     from orpo_lab.evaluate import evaluate
     from orpo_lab.model import quantization
     from orpo_lab.model.adapter import attach
@@ -132,6 +132,9 @@ def _train(
     started = date.fromisoformat(segment["started"][:10])
     pairs = _load_data(config, tokenizer, sweep, today=started)
     check_ids(tokenizer, model_config, pairs)
+    method = methods.build(config)
+    if not method.reads_rejected:
+        pairs = data.without_undesirable(pairs)
     trainer.say_length(config, len(pairs.train))
 
     # Weights, quantization, adapter
@@ -153,7 +156,9 @@ def _train(
     measure = partial(evaluate, network, tokenizer, pairs, config, dtype=dtype)
     before = _measure_before(config, measure, sweep)
     stop.check()
-    if methods.build(config).needs_reference and not (start and start.is_trained):
+    if method.needs_reference and not (start and start.is_trained):
+        if method.needs_divergence:
+            pairs = mismatched.attach(pairs, config.dataset.max_length)
         compute = partial(reference.compute, config, network, tokenizer, pairs, dtype=dtype)
         pairs = reference.attach(pairs, _references(config, compute, start, made, sweep))
         stop.check()
@@ -356,13 +361,15 @@ def _references(
     """
     import torch
 
+    from orpo_lab import methods
     from orpo_lab.engine import reference
 
     if start is not None and start.made.data == made.data:
         return reference.load(start.path / reference.FILE)
     if sweep is None:
         return compute()
-    return sweep.once(f"reference-{_start_of(config)}", compute, torch.save, reference.load)
+    of = "reference-mismatched" if methods.build(config).needs_divergence else "reference"
+    return sweep.once(f"{of}-{_start_of(config)}", compute, torch.save, reference.load)
 
 
 def _start_of(config: Config) -> str:

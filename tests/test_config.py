@@ -28,6 +28,8 @@ NEEDS = {
     "dataset/hub": ["dataset.path=org/name"],
     "dataset/file": ["dataset.train_path=pairs.jsonl"],
     "dataset/jsonl": ["dataset.train_path=pairs.jsonl"],
+    "dataset/unpaired": ["dataset.train_path=rows.jsonl", "method=kto"],
+    "dataset/unpaired_hub": ["dataset.path=org/name", "method=sft"],
     "quantization/none": ["optimizer=lora"],
     "quantization/int8": ["optimizer=qlora"],
 }

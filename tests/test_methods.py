@@ -184,6 +184,7 @@ class Hinge:
     scores_prompt = False
     reads_rejected = True
     needs_reference = False
+    needs_divergence = False
 
     def num_supervised(self, counts: Tensor) -> Tensor:
         return torch.zeros(len(counts))

@@ -31,7 +31,15 @@ from orpo_lab.config.beta_schedule import (
     Step,
 )
 from orpo_lab.config.checks import at_least, check
-from orpo_lab.config.dataset import Dataset, EmbeddedDataset, FileDataset, HubDataset, OasstDataset
+from orpo_lab.config.dataset import (
+    Dataset,
+    EmbeddedDataset,
+    FileDataset,
+    HubDataset,
+    OasstDataset,
+    UnpairedFileDataset,
+    UnpairedHubDataset,
+)
 from orpo_lab.config.engine import Engine, SharedPrefixEngine, TrlEngine
 from orpo_lab.config.method import METHODS, Method, OrpoMethod
 from orpo_lab.config.model import Model
@@ -71,6 +79,7 @@ class Config:
             value = getattr(self, key)
             check(0 <= value < math.inf, f"{key}={value} must be a number of at least 0")
         self._check_beta()
+        self._check_pairs()
         self._check_quantization()
         self._check_engine()
 
@@ -85,6 +94,14 @@ class Config:
                 f"{key}={value} must be at least {least:g} with method={kind(self.method)}, which "
                 "divides by beta",
             )
+
+    def _check_pairs(self) -> None:
+        is_unpaired = isinstance(self.dataset, UnpairedFileDataset | UnpairedHubDataset)
+        check(
+            self.method.reads_unpaired or not is_unpaired,
+            f"dataset={kind(self.dataset)} gives single completions, and "
+            f"method={kind(self.method)} needs pairs; use method=kto or method=sft",
+        )
 
     def _check_quantization(self) -> None:
         quantized = not isinstance(self.quantization, Unquantized)
@@ -159,6 +176,8 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "hub": HubDataset,
         "file": FileDataset,
         "oasst": OasstDataset,
+        "unpaired": UnpairedFileDataset,
+        "unpaired_hub": UnpairedHubDataset,
     },
     "method": {**METHODS},
     "engine": {"shared_prefix": SharedPrefixEngine, "trl": TrlEngine},
