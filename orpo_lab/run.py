@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from orpo_lab.data import Data
     from orpo_lab.evaluate import Evaluation
     from orpo_lab.records.results import Missing
+    from orpo_lab.training.files import Files
 
 log = logging.getLogger("orpo_lab")
 
@@ -109,11 +110,10 @@ def _train(
     from orpo_lab import engine, tracker
     from orpo_lab.evaluate import evaluate
     from orpo_lab.model import quantization
-    from orpo_lab.model.adapter import attach
     from orpo_lab.model.precision import resolve_device, resolve_dtype
     from orpo_lab.model.source import load_config
+    from orpo_lab.model.start import origin_of
     from orpo_lab.model.tokenizer import check_context, check_ids, load_tokenizer
-    from orpo_lab.model.weights import fingerprint, load_model
     from orpo_lab.records import results
     from orpo_lab.training import trainer
 
@@ -121,12 +121,14 @@ def _train(
     sweep_name = sweep.folder.name if sweep else None
     tracker.check(config.tracker, folder=place.path, sweep=sweep_name)
     start = _find_start(config, place, segment["config_hash"])
-    model_config = load_config(config.model)
+    origin = origin_of(config)
+    model_config = load_config(origin.base.model)
     check_context(model_config, config.dataset)
-    quantization.check(config, model_config)
+    quantization.check(origin.base, model_config)
 
     # Rows -> pairs -> token ids
     tokenizer = load_tokenizer(config.model, model_config)
+    origin.check_tokenizer(tokenizer)
     started = date.fromisoformat(segment["started"][:10])
     pairs = _load_data(config, tokenizer, sweep, today=started)
     check_ids(tokenizer, model_config, pairs)
@@ -135,15 +137,13 @@ def _train(
     # Weights, quantization, adapter
     set_seed(config.seed)
     dtype = resolve_dtype(config.model.dtype, resolve_device())
-    network: Any = load_model(config, tokenizer, dtype)
+    network, begun_from = origin.load(tokenizer, dtype)
     made = checkpoint.Made(
         config_hash=segment["config_hash"],
         data="-".join(pairs.report[split]["fingerprint"] for split in ("train", "held_out")),
-        model=fingerprint(network),
+        model=begun_from,
     )
     _check_made(start, made, accept_changes=config.accept_changes)
-    if isinstance(config.optimizer, Lora):
-        network = attach(network, config.optimizer)
     engine.check(config, network, dtype)
     stop.check()
 
@@ -170,8 +170,12 @@ def _train(
                 start=start,
                 stop=stop,
             )
+
             # Save the model first: what follows may fail or be stopped
-            save = partial(results.save_model, network, tokenizer, dtype=model_config.dtype)
+            def save(files: "Files") -> None:
+                results.save_model(network, tokenizer, files, dtype=model_config.dtype)
+                origin.save_base(network, files, place.file("final"))
+
             trained = checkpoint.keep_trained(place, start, save, made, stats)
         finally:
             stop.waits = False
@@ -191,6 +195,7 @@ def _train(
             stats=stats,
             data=pairs,
             missing=missing,
+            start=origin.words,
         )
     return RunResult(place.path, summary, missing)
 
@@ -271,15 +276,15 @@ def _check_made(
     """Check that a run goes on with the base model and the data that it began with.
 
     Raises:
-        UserError: the base model has changed; or the data have changed, and `accept_changes` is
-            false or the run is trained to its end.
+        UserError: the base model or the result in `start_from` has changed; or the data have
+            changed, and `accept_changes` is false or the run is trained to its end.
     """
     if start is None:
         return
     if start.made.model != made.model:
         raise UserError(
-            "the base model is not the one that the checkpoint was trained from (its files have "
-            "changed); put back the old one, or start a new run"
+            "the base model is not the one that the checkpoint was trained from (its files, or "
+            "the result in start_from, have changed); put back the old one, or start a new run"
         )
     if start.made.data == made.data:
         return
@@ -324,16 +329,19 @@ def _measure_before(
 ) -> "Evaluation":
     """Return the untrained model's evaluation, which jobs of a sweep share.
 
-    A sweep makes one for each base model, data, quantization, kind of optimizer and kind of engine.
-    Adapters of any rank and seed share it: new adapters do not change what the base model computes.
+    A sweep makes one for each base model, start, data, quantization, kind of optimizer and kind of
+    engine. Adapters of any rank and seed share it: new adapters do not change what the base model
+    computes. An earlier run's adapter is the exception: its shape decides whether it is merged.
     Engines do not share it: each reads pairs in its own way, before and after training.
     """
     from orpo_lab.evaluate import Evaluation
 
     if sweep is None:
         return measure(desc="before")
-    parts = identity(config, "dataset", "model", "quantization")
+    parts = identity(config, "dataset", "model", "quantization", "start_from")
     name = f"before-{kind(config.optimizer)}-{kind(config.engine)}-{parts}"
+    if config.start_from and isinstance(config.optimizer, Lora):
+        name += f"-{config.optimizer.r}-{config.optimizer.alpha:g}"
     return sweep.once(name, lambda: measure(desc="before"), Evaluation.save, Evaluation.restore)
 
 
