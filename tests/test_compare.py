@@ -182,6 +182,16 @@ def test_other_data_and_other_models_are_other_settings(write: Write) -> None:
     )
 
 
+def test_other_starts_are_other_settings(write: Write) -> None:
+    for number, (place, held) in enumerate([("a/sft", "1"), ("b/sft", "1"), ("b/sft", "2")]):
+        contents = {"model.path": "same", "start_from": held}
+        write(str(number), seed=number, config={"start_from": place}, contents=contents)
+    folder = write("3", contents={"model.path": "same"}).parent
+    settings = {setting.name: len(setting.runs) for setting in compare_sweep(folder).settings}
+    assert sorted(settings.values()) == [1, 1, 2]
+    assert all(re.fullmatch(r"start_from=(null|[ab]/sft) \(\w{6}\)", name) for name in settings)
+
+
 def test_named_models_are_called_by_their_names(write: Write) -> None:
     for name in ("tiny", "phi2"):
         folder = write(

@@ -18,7 +18,7 @@ from orpo_lab import config, methods, run
 from orpo_lab.config.optimizer import Lora
 from orpo_lab.data import Data
 from orpo_lab.engine import mismatched, reference
-from orpo_lab.engine.base import MISMATCHED
+from orpo_lab.engine.base import MISMATCHED, REFERENCE
 from orpo_lab.errors import UserError
 from orpo_lab.methods.base import Batch
 from orpo_lab.model.adapter import attach
@@ -373,11 +373,17 @@ def test_a_sweep_shares_the_reference_of_its_jobs_by_what_it_holds(
     """DPO needs no mismatched completions: neither takes the other's reference."""
     sweep = Sweep(tmp_path)
     sweep.begin(accept_changes=False)
-    made = Made("", "", "")
+    rows = datasets.Dataset.from_dict(
+        {"prompt_ids": [[3], [4]], "chosen_ids": [[5], [6]], "rejected_ids": [[7], [8]]}
+    )
+    pairs = Data(train=rows, held_out=rows, report={}, checkable=False)
 
     def of(method: str, computed: float) -> float:
-        found = {"train": torch.tensor([[computed]])}
-        loaded = load(f"method={method}")
-        return float(run._references(loaded, lambda: found, None, made, sweep)["train"])
+        found = {split: torch.full((2, 4), computed) for split in ("train", "held_out")}
+        made = Made("", "", "")
+        held = run._with_reference(
+            load(f"method={method}"), pairs, lambda _: found, None, made, sweep
+        )
+        return float(held.train[REFERENCE][0][0])
 
     assert [of("dpo", 1.0), of("kto", 2.0), of("ipo", 3.0), of("kto", 4.0)] == [1, 2, 1, 2]

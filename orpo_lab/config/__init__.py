@@ -42,9 +42,9 @@ from orpo_lab.config.dataset import (
 )
 from orpo_lab.config.engine import Engine, SharedPrefixEngine, TrlEngine
 from orpo_lab.config.method import METHODS, Method, OrpoMethod
-from orpo_lab.config.model import Model
+from orpo_lab.config.model import RESULT_FILES, Model
 from orpo_lab.config.optimizer import AdamW, Galore, Lora, Optimizer, Qlora
-from orpo_lab.config.policy import free, lasting, setting
+from orpo_lab.config.policy import free, lasting, location, setting
 from orpo_lab.config.quantization import Int8, Nf4, Quantization, Unquantized
 from orpo_lab.config.resolvers import RESOLVERS
 from orpo_lab.config.tracker import NoTracker, Tracker, WandbTracker
@@ -62,6 +62,7 @@ class Config:
     beta_end: float = setting(unread_under={"beta_schedule": "constant", "method": "sft"})
     resume: str | None = free()
     accept_changes: bool = free()
+    start_from: str | None = location(*RESULT_FILES)
     model: Model = lasting()
     quantization: Quantization = lasting()
     optimizer: Optimizer = lasting()
@@ -78,6 +79,7 @@ class Config:
         for key in ("beta", "beta_end"):
             value = getattr(self, key)
             check(0 <= value < math.inf, f"{key}={value} must be a number of at least 0")
+        check(self.start_from != "", "start_from is empty; give a run folder, or leave it out")
         self._check_beta()
         self._check_pairs()
         self._check_quantization()
