@@ -148,6 +148,7 @@ class Config:
             )
             trl = OrpoMethod(
                 default_beta=self.method.default_beta,
+                learning_rate_factor=self.method.learning_rate_factor,
                 nll_scope="prompt_and_completion",
                 nll_mean="tokens",
                 penalty="log_sigmoid",

@@ -24,8 +24,9 @@ class Method:
     least_beta: ClassVar[float] = 0.0
     """The smallest beta that the method is defined for."""
 
-    # Only the root key `beta` reads this key
+    # Only other keys read these two; a run uses `beta` and `optimizer.learning_rate`
     default_beta: float = free()
+    learning_rate_factor: float = free()
 
     def _check_likelihood(self, nll_scope: str, nll_mean: str) -> None:
         one_of(("prompt_and_completion", "completion"), method__nll_scope=nll_scope)
