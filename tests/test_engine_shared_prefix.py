@@ -188,13 +188,20 @@ def step(loop: Loop) -> tuple[float, dict[str, Tensor]]:
 
 
 def assert_same(
-    ours: tuple[float, dict[str, Tensor]], theirs: tuple[float, dict[str, Tensor]], limit: float
+    ours: tuple[float, dict[str, Tensor]],
+    theirs: tuple[float, dict[str, Tensor]],
+    limit: float,
+    smallest: float = 1e-5,
 ) -> None:
+    """Compare losses, and every gradient relative to its size.
+
+    A gradient below the share `smallest` of the largest gradient is compared relative to that
+    share: where a gradient is zero but for rounding, its own size is no measure.
+    """
     assert ours[0] == pytest.approx(theirs[0], rel=limit)
     assert ours[1].keys() == theirs[1].keys()
     assert len(ours[1]) > 10
-    # Where a gradient is zero but for rounding, its own size is no measure
-    least = 1e-5 * max(reference.abs().max() for reference in theirs[1].values())
+    least = smallest * max(reference.abs().max() for reference in theirs[1].values())
     for name, reference in theirs[1].items():
         error = (ours[1][name] - reference).abs().max() / max(reference.abs().max(), least)
         assert error < limit, (name, float(error))
