@@ -16,11 +16,11 @@ from torch import Tensor
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
-from orpo_lab import data
+from orpo_lab import data, methods
 from orpo_lab.config.method import METHODS
 from orpo_lab.config.optimizer import Lora
 from orpo_lab.data import Data
-from orpo_lab.engine import reference
+from orpo_lab.engine import mismatched, reference
 from orpo_lab.engine.base import REFERENCE
 from orpo_lab.engine.trl import TrlTrainer
 from orpo_lab.model.adapter import attach
@@ -118,7 +118,7 @@ class Base:
 
     make: Make
     """Makes the same model anew."""
-    pairs: list[Pair]
+    pairs: list[Any]
     smallest: float = 1e-5
     """See `assert_same`."""
 
@@ -216,8 +216,11 @@ def ours(load: Load, tokenizer: Any, tmp_path: Path) -> MakeLoop:
 
     def make(model: Any, pairs: list[Pair], *overrides: str) -> Loop:
         loop = make_loop(load, tmp_path, tokenizer, model, pairs, *overrides)
-        if loop.engine.method.needs_reference:
+        method = methods.build(loop.config)
+        if method.needs_reference:
             both = Data(loop.train, loop.held_out, report={}, checkable=False)
+            if method.needs_divergence:
+                both = mismatched.attach(both, loop.config.dataset.max_length)
             found = reference.compute(loop.config, model, tokenizer, both, dtype=torch.float32)
             loop.train = reference.attach(both, found).train
         return loop
@@ -235,8 +238,9 @@ def check(
     copy_trained(model, trainer.model)
     theirs = step_of(trainer)
     for budget, num_rows in ((4096, 1), (40, 3)):
-        loop.engine.collator.budget = budget
-        assert len(loop.engine.micro_batches(base.pairs)) >= num_rows
+        engine: Any = loop.engine
+        engine.collator.budget = budget
+        assert len(engine.micro_batches(base.pairs)) >= num_rows
         assert_same(step(loop), theirs, 1e-5, base.smallest)
         model.zero_grad()
 
