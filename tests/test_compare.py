@@ -310,6 +310,12 @@ def test_the_tables_hold_the_means_of_unequal_numbers_of_seeds_and_every_runs_co
     assert [row["chosen_nll"] for row in rows] == ["1.150", "1.200"]
     for run in _run_rows(compared.runs):
         assert (run["wall time (s)"], run["tokens"], run["GPU-hours"]) == ("13.5", "1000", "0")
+        assert "preference share" not in run, "not measured"
+    first, *others = compared.runs
+    assert first.summary is not None
+    first.summary["train"]["preference_share"] = 0.25
+    shares = [run["preference share"] for run in _run_rows([first, *others])]
+    assert shares == ["0.250", *[""] * len(others)]
 
 
 def test_a_run_is_what_it_was_at_its_last_start(write: Write) -> None:

@@ -41,7 +41,8 @@ def draw(compared: Comparison) -> dict[str, Picture]:
     for metric in TRAINING:
         lines = (line for run in compared.runs for line in run.metrics)
         if metric.compared and any(metric.name in line for line in lines):
-            pictures[metric.name] = _curves(compared.settings, metric.name, metric.compared)
+            name = metric.name.replace("/", "_")  # the name of a file
+            pictures[name] = _curves(compared.settings, metric.name, metric.compared)
     return pictures
 
 

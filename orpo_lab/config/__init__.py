@@ -139,6 +139,11 @@ class Config:
                 size % micro == 0,
                 f"train.batch_size={size} must be a multiple of engine.micro_batch_size={micro}",
             )
+            check(
+                self.train.meter_steps is None,
+                f"train.meter_steps={self.train.meter_steps} needs engine=shared_prefix, since "
+                "engine=trl returns its loss as one number, not as two terms; or set it to null",
+            )
             trl = OrpoMethod(
                 default_beta=self.method.default_beta,
                 nll_scope="prompt_and_completion",

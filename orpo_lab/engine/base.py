@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -37,6 +37,9 @@ class Score:
     loss: Tensor
     """The micro-batch's share of the step's loss, a scalar: the shares add up to the loss."""
     sums: Sums
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    """The loss by its terms, see `methods.base.Losses.parts`. Empty: the engine does not tell the
+    terms apart."""
 
 
 class Engine(Protocol):

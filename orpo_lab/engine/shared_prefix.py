@@ -173,7 +173,7 @@ class SharedPrefix:
         sums = torch.stack(tuple(losses.terms.values())).detach().sum(1)
         ones = torch.ones_like(batch.logps[:, 0])
         nums = torch.stack([losses.nums.get(name, ones).sum() for name in losses.terms])
-        return Score(losses.loss, Sums(tuple(losses.terms), sums, nums))
+        return Score(losses.loss, Sums(tuple(losses.terms), sums, nums), losses.parts)
 
     def _sums(self, micro_batch: MicroBatch) -> Tensor:
         """Return the sums of log-probabilities of prompt, chosen and rejected tokens, [B, 3]."""

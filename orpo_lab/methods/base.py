@@ -7,6 +7,9 @@ from torch import Tensor
 
 from orpo_lab.config.method import OrpoMethod, SftMethod
 
+# Names of the two terms of a loss
+LIKELIHOOD, PREFERENCE = "likelihood", "preference"
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -50,13 +53,16 @@ class Losses:
     entry is the sum of, [B]. The term's mean is over figures, not over pairs."""
 
     @property
+    def parts(self) -> dict[str, Tensor]:
+        """The batch's share in each term that the method has, a scalar, by the term's name."""
+        parts = {LIKELIHOOD: self.likelihood, PREFERENCE: self.preference}
+        return {name: share for name, share in parts.items() if share is not None}
+
+    @property
     def loss(self) -> Tensor:
         """The batch's share in the step's loss, a scalar."""
-        likelihood, preference = self.likelihood, self.preference
-        if likelihood is None:
-            assert preference is not None, "a method has at least one term"
-            return preference
-        return likelihood if preference is None else likelihood + preference
+        first, *others = self.parts.values()  # a method has at least one term
+        return sum(others, start=first)
 
 
 class Method(Protocol):

@@ -26,7 +26,7 @@ from orpo_lab.config.optimizer import Lora
 from orpo_lab.data import Data
 from orpo_lab.errors import NonFiniteError, UserError, one_line
 from orpo_lab.evaluate import Evaluation
-from orpo_lab.metrics import HELD_OUT
+from orpo_lab.metrics import HELD_OUT, PREFERENCE_SHARE
 from orpo_lab.records.plot import draw_training
 from orpo_lab.records.run_folder import RunFolder, git_commit, put_in_place, versions
 from orpo_lab.redaction import redact
@@ -161,6 +161,8 @@ def leave(
         with missing.noted(name):
             make_result()
     log.info("\n%s\n", _table(summary))
+    if said := preference_said(place.metrics()):
+        log.info("%s\n", said)
     for name, file in {"run folder": "", "model": "final", "plot": "plots/training.png"}.items():
         if file not in missing:
             log.info("%-10s  %s", name, place.file(file))
@@ -176,11 +178,13 @@ def summarize(
     place: RunFolder,
 ) -> dict[str, Any]:
     """Return the content of `summary.json`, without the versions and the commit."""
+    shares = [share for _, share in preference_shares(place.metrics())]
+    measured = {"preference_share": sum(shares) / len(shares)} if shares else {}
     return {
         "config_hash": config_hash,
         "before": before.metrics,
         "after": after.metrics if after else {},
-        "train": dataclasses.asdict(stats),
+        "train": dataclasses.asdict(stats) | measured,
         "evaluation_seconds": {
             "before": before.seconds,
             **({"after": after.seconds} if after else {}),
@@ -192,6 +196,34 @@ def summarize(
         # What was changed at each start of this run, in order; {} for an unchanged start
         "changes": [segment["changes"] for segment in place.segments()],
     }
+
+
+def preference_shares(lines: list[dict[str, float]]) -> list[tuple[int, float]]:
+    """Return the steps that the meter of preference has measured, and the share at each of them.
+
+    Args:
+        lines: the lines of `metrics.jsonl`.
+    """
+    return [
+        (int(line["step"]), line[PREFERENCE_SHARE]) for line in lines if PREFERENCE_SHARE in line
+    ]
+
+
+def preference_said(lines: list[dict[str, float]]) -> str:
+    """Return a sentence that says how much of the gradient was preference; empty: not measured.
+
+    Args:
+        lines: the lines of `metrics.jsonl`.
+    """
+    shares = preference_shares(lines)
+    if not shares:
+        return ""
+    mean = sum(share for _, share in shares) / len(shares)
+    ends = " and ".join(f"{share:.1%} at step {step}" for step, share in (shares[0], shares[-1]))
+    return (
+        f"Of the steps' gradient, {mean:.1%} is preference (mean of {len(shares)} measured steps; "
+        f"{ends})"
+    )
 
 
 def save_scores(place: RunFolder, before: Evaluation, after: Evaluation) -> None:

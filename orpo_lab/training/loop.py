@@ -18,6 +18,7 @@ from orpo_lab.stop import Stop
 from orpo_lab.training.finite import FiniteCheck, check_weights
 from orpo_lab.training.lines import Lines
 from orpo_lab.training.meter import Means
+from orpo_lab.training.preference import PreferenceMeter
 from orpo_lab.training.state import RandomState, State
 
 
@@ -42,6 +43,10 @@ class Loop:
     """Writes a checkpoint of the state."""
     stop: Stop
 
+    preference: PreferenceMeter = field(default_factory=lambda: PreferenceMeter(None))
+    """Measures how much of a step's gradient is preference."""
+    measured: dict[str, float] = field(default_factory=dict)
+    """What was measured of the last step; empty: nothing."""
     means: Means = field(default_factory=Means)
     """Means of the metrics since the last line."""
     total_loss: Tensor | float = 0.0
@@ -77,12 +82,14 @@ class Loop:
             evaluates = is_due(state.step, settings.eval_steps, is_last)
             saves = is_due(state.step, settings.save_steps, is_last) or bool(reason)
             logs = saves or state.step == 1 or state.step % settings.logging_steps == 0
-            if logs or evaluates or is_last:
+            if logs or evaluates or is_last or self.measured:
                 self.finite.check()
             if saves:
                 check_weights(state.model, state.step)
             if logs:
                 self.write_line(norm, rate)
+            if self.measured:
+                self.lines.write(state.step, self.measured | {"epoch": self.epoch()})
             if evaluates:
                 self.evaluate()
             if saves:
@@ -97,9 +104,13 @@ class Loop:
         Returns:
             The gradient norm before clipping, a scalar on the device, and the learning rate.
         """
-        state = self.state
+        state, beta = self.state, self.beta_at(self.state.step)
         state.model.train()
-        loss, sums = add_gradients(self.engine, state, pairs, self.beta_at(state.step))
+        random = RandomState.now()
+        loss, sums = add_gradients(self.engine, state, pairs, beta)
+        self.measured = {}
+        if self.preference.is_due(state.step + 1):
+            self.measured = self.preference.measure(self.engine, state, pairs, beta, random)
         state.devices.unscale(state.updater.optimizer)
         norm = state.updater.clip(self.config.train.max_grad_norm)
         self.finite.look(state.step + 1, loss, norm, state.updater.gradients())
