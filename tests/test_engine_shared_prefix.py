@@ -409,6 +409,9 @@ def test_rejected_never_sees_chosen_and_pairs_never_see_each_other(
 @pytest.mark.parametrize("name", ["llama", "mistral_sliding", "qwen2_sliding", "gemma2", "phi3"])
 def test_flex_attention_reads_a_row_as_it_is_read_by_pair(build: Build, name: str) -> None:
     pairs = make_pairs(5)
+    pairs += [
+        pair | {f"{side}_ids": []} for pair, side in zip(make_pairs(2, 1), SIDES, strict=True)
+    ]
     built = build(make_model(name), pairs)
     by_pair = logps(built, pairs)
     built.engine.attention_implementation = attention.FLEX
@@ -544,7 +547,7 @@ def test_a_step_does_not_wait_for_the_device(
         built.write_line(norm, rate)
     assert synchronisations.seen == []
     on_device = [each for each in lists if each.is_floating_point()]
-    assert [len(each) for each in on_device] == [3, 14]
+    assert [len(each) for each in on_device] == [3, 2 + 2 * 12]
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {

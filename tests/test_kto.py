@@ -18,6 +18,7 @@ from orpo_lab import config, methods, run
 from orpo_lab.config.optimizer import Lora
 from orpo_lab.data import Data
 from orpo_lab.engine import mismatched, reference
+from orpo_lab.engine.attention import VARLEN
 from orpo_lab.engine.base import MISMATCHED, REFERENCE
 from orpo_lab.errors import UserError
 from orpo_lab.methods.base import Batch
@@ -247,6 +248,52 @@ def test_unpaired_rows_are_trls(
     for name in ("kl", "rewards/chosen", "rewards/rejected"):
         assert found[name] == pytest.approx(metrics[name], rel=1e-5), name
     assert not {"preference_accuracy", "logp_margin", "rewards/margins"} & found.keys()
+
+
+@pytest.mark.parametrize("runs_out", [False, True])
+def test_the_divergence_is_that_of_a_whole_step_and_computed_once(
+    build: Build, runs_out: bool
+) -> None:
+    """If memory runs out meanwhile, the step is taken again."""
+    start = make_model("llama")
+    expected = step(build(copy.deepcopy(start), PAIRS, ONE_ROW))
+    loop = build(start, PAIRS, ROWS)
+    computing: Any = loop.engine
+    compute, calls = computing._divergence, []
+
+    def counted(rows: Any) -> Tensor:
+        calls.append(len(rows))
+        if runs_out and len(calls) == 1:
+            raise torch.OutOfMemoryError
+        return compute(rows)
+
+    computing._divergence = counted
+    assert_same(step(loop), expected, 1e-5)
+    assert len(calls) == 1 + runs_out
+    assert calls[0] > 1
+    assert len(calls) == 1 or calls[1] > calls[0]
+
+
+# torch's compiler instantiates autograd functions, of which torch warns (2.13)
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.slow
+@pytest.mark.usefixtures("flash_kernel")
+def test_compiled_layers_have_one_graph_more_for_the_divergence(build: Build, load: Load) -> None:
+    lora = load("optimizer=lora", "optimizer.dropout=0").optimizer
+    assert isinstance(lora, Lora)
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    found = []
+    for compiled in ("true", "false"):
+        torch.manual_seed(0)
+        model = attach(make_model("llama"), lora)
+        loop = build(model, PAIRS, ROWS, f"engine.compile={compiled}", factor=1.0)
+        computing: Any = loop.engine
+        computing.attention_implementation = VARLEN
+        found.append(step(loop))
+    assert_same(found[0], found[1], 1e-5)
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 def by_equation(logps: Tensor, reference: Tensor, has: Tensor, z: float, beta: float) -> float:
