@@ -22,12 +22,15 @@ from orpo_lab.engine.attention import VARLEN
 from orpo_lab.engine.base import MISMATCHED, REFERENCE
 from orpo_lab.errors import UserError
 from orpo_lab.methods.base import Batch
+from orpo_lab.metrics import PREFERENCE_SHARE
 from orpo_lab.model.adapter import attach
 from orpo_lab.records.run_folder import RunFolder
 from orpo_lab.stop import Stopped
 from orpo_lab.sweep.folder import Sweep
 from orpo_lab.training.checkpoint import Made
-from orpo_lab.training.loop import Loop
+from orpo_lab.training.loop import Loop, add_gradients
+from orpo_lab.training.preference import PreferenceMeter
+from orpo_lab.training.state import RandomState
 from tests.test_engine_shared_prefix import (
     EXACT,
     assert_same,
@@ -272,6 +275,20 @@ def test_the_divergence_is_that_of_a_whole_step_and_computed_once(
     assert len(calls) == 1 + runs_out
     assert calls[0] > 1
     assert len(calls) == 1 or calls[1] > calls[0]
+
+
+def test_the_meter_of_preference_measures_a_step_with_its_own_dropout(
+    build: Build, load: Load
+) -> None:
+    lora = load("optimizer=lora", "optimizer.dropout=0.3").optimizer
+    assert isinstance(lora, Lora)
+    loop = build(attach(make_model("llama"), lora).train(), PAIRS, factor=1.0)
+    random, pairs = RandomState.now(), loop.train.to_list()
+    add_gradients(loop.engine, loop.state, pairs, 0.3)
+    gradients = [p.grad.flatten() for p in loop.state.model.parameters() if p.grad is not None]
+    norm = float(torch.cat(gradients).norm())
+    measured = PreferenceMeter(1).measure(loop.engine, loop.state, pairs, 0.3, random)
+    assert measured == {"meter/preference_norm": pytest.approx(norm), PREFERENCE_SHARE: 1}
 
 
 # torch's compiler instantiates autograd functions, of which torch warns (2.13)

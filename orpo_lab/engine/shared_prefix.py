@@ -129,11 +129,17 @@ class SharedPrefix:
 
     @torch.no_grad()
     def _divergence(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """Return `Batch.divergence`, from the mismatched pairs of a step."""
-        total, num = torch.zeros(2, device=self.devices.device)
-        for micro_batch in map(self.devices.place, micro_batches):
-            ratios = self._sums(micro_batch)[:, 1:] - micro_batch[REFERENCE]
-            total, num = total + ratios.sum(), num + (micro_batch["counts"][:, 1:] > 0).sum()
+        """Return `Batch.divergence`, from the mismatched pairs of a step.
+
+        The random numbers of the step are left as they are. So its dropout is the same when its
+        micro-batches are scored again.
+        """
+        device = self.devices.device
+        total, num = torch.zeros(2, device=device)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            for micro_batch in map(self.devices.place, micro_batches):
+                ratios = self._sums(micro_batch)[:, 1:] - micro_batch[REFERENCE]
+                total, num = total + ratios.sum(), num + (micro_batch["counts"][:, 1:] > 0).sum()
         return self.devices.average(total / num).clamp(min=0)
 
     @contextlib.contextmanager
