@@ -79,19 +79,25 @@ def test_what_was_compiled_is_kept_for_the_next_run(
     assert kept == (own or str(Path("~/.cache/orpo_lab/torchinductor").expanduser()))
 
 
-def failing(call: Any, **options: Any) -> Any:
-    """Stand for a compiler that fails when it is first called."""
+class FailingCompiler:
+    """Stands for a compiler that fails when it is first called, and may not be called again."""
 
-    def compile_and_call(*args: Any, **kwargs: Any) -> Any:
-        raise torch._dynamo.exc.TorchDynamoException("no compiler here")
+    is_tried = False
 
-    return compile_and_call
+    def __call__(self, call: Any, **options: Any) -> Any:
+        def compile_and_call(*args: Any, **kwargs: Any) -> Any:
+            if self.is_tried:
+                pytest.fail("compiled layers are tried again")
+            self.is_tried = True
+            raise torch._dynamo.exc.TorchDynamoException("no compiler here")
+
+        return compile_and_call
 
 
 def test_where_compiling_fails_the_run_says_so_once_and_goes_on(
     make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(torch, "compile", failing)
+    monkeypatch.setattr(torch, "compile", FailingCompiler())
     loop, plain = make(4, COMPILED), make(4, UNCOMPILED)
     found, right = step(loop), step(plain)
     loop.state.model.zero_grad()
