@@ -138,8 +138,24 @@ def compare(runs: Sequence[Run], margins: dict[str, float]) -> Comparison:
     if not complete:
         states = ", ".join(f"{run.folder.name}: {run.state}" for run in runs)
         raise UserError(f"no run has finished with scores to compare ({states})")
+    return weigh(runs, group(complete), margins)
+
+
+def weigh(
+    runs: Sequence[Run], settings: Sequence[Setting], margins: dict[str, float]
+) -> Comparison:
+    """Compare settings whose runs are complete.
+
+    Args:
+        runs: all runs that a report names, complete or not.
+        settings: at least one.
+        margins: for each quality, how much worse than the best setting's it may be.
+
+    Raises:
+        UserError: the runs were not scored on the same held-out pairs.
+    """
+    complete = [run for setting in settings for run in setting.runs]
     _check_same_pairs(complete)
-    settings = group(complete)
     accuracy = Measure(
         [
             _stack(setting, lambda s: (s["chosen_logp"] > s["rejected_logp"]).astype(float))
@@ -150,7 +166,7 @@ def compare(runs: Sequence[Run], margins: dict[str, float]) -> Comparison:
     qualities = _qualities(settings, margins)
     return Comparison(
         runs=list(runs),
-        settings=settings,
+        settings=list(settings),
         accuracy=accuracy,
         qualities=qualities,
         verdict=decide(accuracy, qualities),
