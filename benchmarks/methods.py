@@ -77,7 +77,7 @@ BETAS: dict[str, tuple[float, ...]] = {
     "ipo": (0.1, 1.0),
     "kto": (0.1, 0.5),
     "simpo": (2.0, 10.0),
-    RLHF: (0.1, 0.02),
+    RLHF: (0.05,),
 }
 GRID_SEED = 0
 # Training pairs of the embedded default in `--curves`, besides all of them

@@ -33,6 +33,8 @@ class TrainingMetric:
     better: Better = ""
     is_beta_free: bool = True
     """Whether the figure can be compared across betas, and along an annealed run."""
+    is_method_free: bool = True
+    """Whether the figure can be compared across methods."""
     is_setting: bool = False
     """Whether the figure says how the run trains, not how well."""
     panel: str = ""
@@ -93,6 +95,7 @@ TRAINING = (
         unit="nats",
         better="lower",
         is_beta_free=False,
+        is_method_free=False,
         panel="loss (nats)",
         curve="total",
         bar="loss",
@@ -102,18 +105,25 @@ TRAINING = (
         name="nll_loss",
         unit="nats per token",
         better="lower",
+        # Over prompt and completion, or over the completion alone, as the method says
+        is_method_free=False,
         panel="loss (nats)",
         curve="SFT (NLL)",
         compared="SFT loss (nats)",
     ),
     TrainingMetric(
-        name="odds_ratio_loss", unit="nats", better="lower", panel="preference loss (nats)"
+        name="odds_ratio_loss",
+        unit="nats",
+        better="lower",
+        is_method_free=False,
+        panel="preference loss (nats)",
     ),
     TrainingMetric(
         name="preference_loss",
         unit="nats",
         better="lower",
         is_beta_free=False,
+        is_method_free=False,
         panel="preference loss (nats)",
     ),
     TrainingMetric(
@@ -134,9 +144,16 @@ TRAINING = (
         bar="margin",
         is_said=True,
     ),
-    TrainingMetric(name="beta", is_setting=True, panel="beta", compared="beta", is_said=True),
+    TrainingMetric(
+        name="beta",
+        is_method_free=False,
+        is_setting=True,
+        panel="beta",
+        compared="beta",
+        is_said=True,
+    ),
     TrainingMetric(name="learning_rate", is_setting=True, panel="learning rate"),
-    TrainingMetric(name="grad_norm", is_beta_free=False, is_setting=True),
+    TrainingMetric(name="grad_norm", is_beta_free=False, is_method_free=False, is_setting=True),
     # The other metrics of TRL
     TrainingMetric(name="log_odds_ratio", unit="nats", better="higher"),
     TrainingMetric(name="log_odds_chosen", unit="nats", better="higher"),
@@ -144,10 +161,12 @@ TRAINING = (
     TrainingMetric(name="logps/rejected", unit="nats per token"),
     TrainingMetric(name="logits/chosen"),
     TrainingMetric(name="logits/rejected"),
-    TrainingMetric(name="rewards/chosen", is_beta_free=False),
-    TrainingMetric(name="rewards/rejected", is_beta_free=False),
-    TrainingMetric(name="rewards/margins", better="higher", is_beta_free=False),
-    TrainingMetric(name="rewards/accuracies", unit="0 to 1", better="higher"),
+    TrainingMetric(name="rewards/chosen", is_beta_free=False, is_method_free=False),
+    TrainingMetric(name="rewards/rejected", is_beta_free=False, is_method_free=False),
+    TrainingMetric(
+        name="rewards/margins", better="higher", is_beta_free=False, is_method_free=False
+    ),
+    TrainingMetric(name="rewards/accuracies", unit="0 to 1", better="higher", is_method_free=False),
 )
 
 
