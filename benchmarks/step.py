@@ -88,9 +88,12 @@ CASES = {
 }
 
 
-def compose_case(case: Case, which: str, options: argparse.Namespace) -> config.Config:
+def compose_case(
+    case: Case, which: str, options: argparse.Namespace, *others: str
+) -> config.Config:
     """Compose the run that the step is taken from."""
     overrides = [
+        *others,
         f"engine={which}",
         f"optimizer={case.optimizer}",
         f"dataset.max_length={case.max_length}",

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # The metric by which runs are compared
 PREFERENCE = "preference_accuracy"
+# How much of the gradient is preference
+PREFERENCE_SHARE = "meter/preference_share"
 # Where answers were checked, the only quality that is compared
 CHECKED = "exact_match"
 # Prefix of a training metric's name when the metric is measured on held-out pairs
@@ -154,11 +156,41 @@ TRAINING = (
     ),
     TrainingMetric(name="learning_rate", is_setting=True, panel="learning rate"),
     TrainingMetric(name="grad_norm", is_beta_free=False, is_method_free=False, is_setting=True),
+    # What the meter of preference measures, `train.meter_steps`
+    TrainingMetric(
+        name="meter/likelihood_norm",
+        is_method_free=False,
+        is_setting=True,
+        panel="gradient norm of each term",
+        curve="likelihood",
+    ),
+    TrainingMetric(
+        name="meter/preference_norm",
+        is_beta_free=False,
+        is_method_free=False,
+        is_setting=True,
+        panel="gradient norm of each term",
+        curve="preference",
+    ),
+    TrainingMetric(
+        name=PREFERENCE_SHARE,
+        unit="0 to 1",
+        is_setting=True,
+        panel="preference share of the gradient",
+        compared="preference share of the gradient",
+    ),
+    TrainingMetric(
+        name="meter/cosine",
+        unit="-1 to 1",
+        is_setting=True,
+        panel="cosine of the two gradients",
+    ),
     # The other metrics of TRL
     TrainingMetric(name="log_odds_ratio", unit="nats", better="higher"),
     TrainingMetric(name="log_odds_chosen", unit="nats", better="higher"),
     TrainingMetric(name="logps/chosen", unit="nats per token"),
     TrainingMetric(name="logps/rejected", unit="nats per token"),
+    TrainingMetric(name="kl", unit="nats"),
     TrainingMetric(name="logits/chosen"),
     TrainingMetric(name="logits/rejected"),
     TrainingMetric(name="rewards/chosen", is_beta_free=False, is_method_free=False),

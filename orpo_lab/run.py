@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from orpo_lab.engine.reference import References
     from orpo_lab.evaluate import Evaluation
     from orpo_lab.records.results import Missing
+    from orpo_lab.training.files import Files
 
 log = logging.getLogger("orpo_lab")
 
@@ -107,15 +108,14 @@ def _train(
     # These imports take seconds, so they wait until the configuration and the folder are checked
     from transformers import set_seed
 
-    from orpo_lab import engine, methods, tracker
+    from orpo_lab import data, engine, methods, tracker
     from orpo_lab.engine import reference
     from orpo_lab.evaluate import evaluate
     from orpo_lab.model import quantization
-    from orpo_lab.model.adapter import attach
     from orpo_lab.model.precision import resolve_device, resolve_dtype
     from orpo_lab.model.source import load_config
+    from orpo_lab.model.start import origin_of
     from orpo_lab.model.tokenizer import check_context, check_ids, load_tokenizer
-    from orpo_lab.model.weights import fingerprint, load_model
     from orpo_lab.records import results
     from orpo_lab.training import trainer
 
@@ -123,29 +123,32 @@ def _train(
     sweep_name = sweep.folder.name if sweep else None
     tracker.check(config.tracker, folder=place.path, sweep=sweep_name)
     start = _find_start(config, place, segment["config_hash"])
-    model_config = load_config(config.model)
+    origin = origin_of(config)
+    model_config = load_config(origin.base.model)
     check_context(model_config, config.dataset)
-    quantization.check(config, model_config)
+    quantization.check(origin.base, model_config)
 
     # Rows -> pairs -> token ids
     tokenizer = load_tokenizer(config.model, model_config)
+    origin.check_tokenizer(tokenizer)
     started = date.fromisoformat(segment["started"][:10])
     pairs = _load_data(config, tokenizer, sweep, today=started)
     check_ids(tokenizer, model_config, pairs)
+    method = methods.build(config)
+    if not method.reads_rejected:
+        pairs = data.without_undesirable(pairs)
     trainer.say_length(config, len(pairs.train))
 
     # Weights, quantization, adapter
     set_seed(config.seed)
     dtype = resolve_dtype(config.model.dtype, resolve_device())
-    network: Any = load_model(config, tokenizer, dtype)
+    network, begun_from = origin.load(tokenizer, dtype)
     made = checkpoint.Made(
         config_hash=segment["config_hash"],
         data="-".join(pairs.report[split]["fingerprint"] for split in ("train", "held_out")),
-        model=fingerprint(network),
+        model=begun_from,
     )
     _check_made(start, made, accept_changes=config.accept_changes)
-    if isinstance(config.optimizer, Lora):
-        network = attach(network, config.optimizer)
     engine.check(config, network, dtype)
     stop.check()
 
@@ -153,9 +156,9 @@ def _train(
     measure = partial(evaluate, network, tokenizer, pairs, config, dtype=dtype)
     before = _measure_before(config, measure, sweep)
     stop.check()
-    if methods.build(config).needs_reference and not (start and start.is_trained):
-        compute = partial(reference.compute, config, network, tokenizer, pairs, dtype=dtype)
-        pairs = reference.attach(pairs, _references(config, compute, start, made, sweep))
+    if not (start and start.is_trained):
+        compute = partial(reference.compute, config, network, tokenizer, dtype=dtype)
+        pairs = _with_reference(config, pairs, compute, start, made, sweep)
         stop.check()
     metrics = start.path / checkpoint.METRICS if start else None
     missing = results.Missing(place)
@@ -176,8 +179,12 @@ def _train(
                 start=start,
                 stop=stop,
             )
+
             # Save the model first: what follows may fail or be stopped
-            save = partial(results.save_model, network, tokenizer, dtype=model_config.dtype)
+            def save(files: "Files") -> None:
+                results.save_model(network, tokenizer, files, dtype=model_config.dtype)
+                origin.save_base(network, files, place.file("final"))
+
             trained = checkpoint.keep_trained(place, start, save, made, stats)
         finally:
             stop.waits = False
@@ -197,6 +204,7 @@ def _train(
             stats=stats,
             data=pairs,
             missing=missing,
+            start=origin.words,
         )
     return RunResult(place.path, summary, missing)
 
@@ -277,15 +285,15 @@ def _check_made(
     """Check that a run goes on with the base model and the data that it began with.
 
     Raises:
-        UserError: the base model has changed; or the data have changed, and `accept_changes` is
-            false or the run is trained to its end.
+        UserError: the base model or the result in `start_from` has changed; or the data have
+            changed, and `accept_changes` is false or the run is trained to its end.
     """
     if start is None:
         return
     if start.made.model != made.model:
         raise UserError(
-            "the base model is not the one that the checkpoint was trained from (its files have "
-            "changed); put back the old one, or start a new run"
+            "the base model is not the one that the checkpoint was trained from (its files, or "
+            "the result in start_from, have changed); put back the old one, or start a new run"
         )
     if start.made.data == made.data:
         return
@@ -330,8 +338,9 @@ def _measure_before(
 ) -> "Evaluation":
     """Return the untrained model's evaluation, which jobs of a sweep share.
 
-    A sweep makes one for each base model, data, quantization, kind of optimizer and kind of engine.
-    Adapters of any rank and seed share it: new adapters do not change what the base model computes.
+    A sweep makes one for each base model, start, data, quantization, kind of optimizer and kind of
+    engine. Adapters of any rank and seed share it: new adapters do not change what the base model
+    computes. An earlier run's adapter is the exception: its shape decides whether it is merged.
     Engines do not share it: each reads pairs in its own way, before and after training.
     """
     from orpo_lab.evaluate import Evaluation
@@ -342,27 +351,36 @@ def _measure_before(
     return sweep.once(name, lambda: measure(desc="before"), Evaluation.save, Evaluation.restore)
 
 
-def _references(
+def _with_reference(
     config: Config,
-    compute: Callable[[], "References"],
+    pairs: "Data",
+    compute: "Callable[[Data], References]",
     start: checkpoint.Checkpoint | None,
     made: checkpoint.Made,
     sweep: Sweep | None,
-) -> "References":
-    """Return the reference of all pairs: from the checkpoint, or made once in a sweep.
+) -> "Data":
+    """Return the pairs with what the method compares the model with; see `engine.reference`.
 
     A checkpoint's reference is that of its own pairs. If the pairs have changed since, the
-    reference is computed again.
+    reference is computed again. Jobs of a sweep share a reference.
     """
     import torch
 
-    from orpo_lab.engine import reference
+    from orpo_lab import methods
+    from orpo_lab.engine import mismatched, reference
 
+    method, name = methods.build(config), "reference"
+    if not method.needs_reference:
+        return pairs
+    if method.needs_divergence:
+        pairs, name = mismatched.attach(pairs, config.dataset.max_length), "reference-mismatched"
     if start is not None and start.made.data == made.data:
-        return reference.load(start.path / reference.FILE)
+        return reference.attach(pairs, reference.load(start.path / reference.FILE))
     if sweep is None:
-        return compute()
-    return sweep.once(f"reference-{_start_of(config)}", compute, torch.save, reference.load)
+        return reference.attach(pairs, compute(pairs))
+    make = partial(compute, pairs)
+    found = sweep.once(f"{name}-{_start_of(config)}", make, torch.save, reference.load)
+    return reference.attach(pairs, found)
 
 
 def _start_of(config: Config) -> str:
@@ -370,8 +388,12 @@ def _start_of(config: Config) -> str:
 
     Runs of one name differ in nothing that the figures of the untrained model depend on.
     """
-    parts = identity(config, "dataset", "model", "quantization")
-    return f"{kind(config.optimizer)}-{kind(config.engine)}-{parts}"
+    parts = identity(config, "dataset", "model", "quantization", "start_from")
+    name = f"{kind(config.optimizer)}-{kind(config.engine)}-{parts}"
+    if config.start_from and isinstance(config.optimizer, Lora):
+        # An adapter of another shape is merged, which rounds
+        name += f"-{config.optimizer.r}-{config.optimizer.alpha:g}"
+    return name
 
 
 def _measure_after(

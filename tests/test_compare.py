@@ -185,6 +185,16 @@ def test_other_data_and_other_models_are_other_settings(write: Write) -> None:
     )
 
 
+def test_other_starts_are_other_settings(write: Write) -> None:
+    for number, (place, held) in enumerate([("a/sft", "1"), ("b/sft", "1"), ("b/sft", "2")]):
+        contents = {"model.path": "same", "start_from": held}
+        write(str(number), seed=number, config={"start_from": place}, contents=contents)
+    folder = write("3", contents={"model.path": "same"}).parent
+    settings = {setting.name: len(setting.runs) for setting in compare_sweep(folder).settings}
+    assert sorted(settings.values()) == [1, 1, 2]
+    assert all(re.fullmatch(r"start_from=(null|[ab]/sft) \(\w{6}\)", name) for name in settings)
+
+
 def test_named_models_are_called_by_their_names(write: Write) -> None:
     for name in ("tiny", "phi2"):
         folder = write(
@@ -361,6 +371,12 @@ def test_the_tables_hold_the_means_of_unequal_numbers_of_seeds_and_every_runs_co
     assert [row["chosen_nll"] for row in rows] == ["1.150", "1.200"]
     for run in _run_rows(compared.runs):
         assert (run["wall time (s)"], run["tokens"], run["GPU-hours"]) == ("13.5", "1000", "0")
+        assert "preference share" not in run, "not measured"
+    first, *others = compared.runs
+    assert first.summary is not None
+    first.summary["train"]["preference_share"] = 0.25
+    shares = [run["preference share"] for run in _run_rows([first, *others])]
+    assert shares == ["0.250", *[""] * len(others)]
 
 
 def test_a_run_is_what_it_was_at_its_last_start(write: Write) -> None:

@@ -12,6 +12,7 @@ from orpo_lab import config
 from orpo_lab.config.checks import AUTO
 from orpo_lab.config.command_line import as_typed
 from orpo_lab.config.dataset import Faults
+from orpo_lab.config.method import METHODS
 from orpo_lab.config.model import local_path
 from orpo_lab.config.quantization import Nf4, Unquantized
 from orpo_lab.config.resolvers import fresh_or_resumed, slug
@@ -28,6 +29,8 @@ NEEDS = {
     "dataset/hub": ["dataset.path=org/name"],
     "dataset/file": ["dataset.train_path=pairs.jsonl"],
     "dataset/jsonl": ["dataset.train_path=pairs.jsonl"],
+    "dataset/unpaired": ["dataset.train_path=rows.jsonl", "method=kto"],
+    "dataset/unpaired_hub": ["dataset.path=org/name", "method=sft"],
     "quantization/none": ["optimizer=lora"],
     "quantization/int8": ["optimizer=qlora"],
 }
@@ -323,3 +326,13 @@ def test_one_wish_is_one_key(
 def test_a_file_and_a_data_set_of_the_hub_are_cut_alike(load: Callable[..., config.Config]) -> None:
     hub, file = (load(*NEEDS[f"dataset/{name}"], f"dataset={name}") for name in ("hub", "file"))
     assert hub.dataset.overlong == file.dataset.overlong
+
+
+def test_a_method_brings_its_beta_and_its_learning_rate(load: Any) -> None:
+    rates = {method: load(f"method={method}").optimizer.learning_rate for method in METHODS}
+    assert rates["orpo"] == 1e-3
+    assert rates["dpo"] == 1e-4
+    assert load("method=dpo", "optimizer=galore").optimizer.learning_rate == 1.5e-5
+    assert load("method=dpo", "optimizer.learning_rate=0.5").optimizer.learning_rate == 0.5
+    assert [load(f"method={method}").beta for method in ("orpo", "simpo")] == [0.1, 2.0]
+    assert load("method=simpo", "beta=3").beta == 3

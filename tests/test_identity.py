@@ -62,6 +62,7 @@ def test_a_key_means_the_same_in_every_option_of_its_group() -> None:
         ([], ["beta_end=0.05"]),
         ([], ["tracker=none", "name=other", "train.logging_steps=1", "train.save_steps=1"]),
         ([], ["dataset.num_proc=2"]),
+        ([], ["train.meter_steps=5"]),
         ([], ["model.full_learning_rate=1"]),
         (["optimizer=galore"], ["optimizer=galore", "model.learning_rate=1"]),
         ([], ["train.max_skipped_steps=3"]),

@@ -24,6 +24,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 def orpo(scope: str, mean: str, penalty: str, scale: float = 1.0) -> OrpoMethod:
     return OrpoMethod(
         default_beta=0.1,
+        learning_rate_factor=1.0,
         nll_scope=scope,
         nll_mean=mean,
         penalty=penalty,
@@ -184,6 +185,7 @@ class Hinge:
     scores_prompt = False
     reads_rejected = True
     needs_reference = False
+    needs_divergence = False
 
     def num_supervised(self, counts: Tensor) -> Tensor:
         return torch.zeros(len(counts))

@@ -66,7 +66,8 @@ def test_every_held_out_metric_is_documented_with_its_direction() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_methods_terms_are_in_the_table(load: Load, method: str) -> None:
     num, ones = torch.tensor(2.0), torch.ones(2, 3)
-    batch = Batch(-ones, ones, reference=-ones[:, 1:], num_supervised=num, num_pairs=num)
+    known = {"reference": -ones[:, 1:], "divergence": num}
+    batch = Batch(-ones, ones, num_supervised=num, num_pairs=num, **known)
     losses = methods.build(load(f"method={method}")).losses(batch, beta=0.1)
     assert losses.terms.keys() <= {metric.name for metric in TRAINING}
 

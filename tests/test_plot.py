@@ -1,5 +1,6 @@
 """What the curves of a run and of a comparison are drawn from, point by point."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from orpo_lab.compare import pictures
 from orpo_lab.compare.evidence import Setting, compare
 from orpo_lab.compare.read import Run
+from orpo_lab.metrics import MARGINS
 from orpo_lab.records import plot
 
 # Two seeds that logged at other steps, as one does that was resumed
@@ -53,7 +55,8 @@ def test_a_settings_curve_is_the_mean_of_its_seeds_and_the_band_their_range(
     drawn: list[Any],
 ) -> None:
     settings = [setting("one", 0.1, SEEDS), setting("other", 0.2, {1: {2: 0.4, 6: 0.8}})]
-    pictures._curves(settings, "nll_loss", "SFT loss (nats)")
+    curves = [pictures._curve(one, "nll_loss") for one in settings]
+    pictures._curves(settings, curves, "SFT loss (nats)")
     (axes,) = drawn[0].axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
     assert lines["one"] == [pytest.approx([1, 0.4]), pytest.approx([9, 0.6])]
@@ -86,6 +89,29 @@ def test_the_curves_of_a_run_are_what_they_are_called(drawn: list[Any], tmp_path
         ("logp margin (nats)", "held out"): [[3, 0.7]],
         ("learning rate", "learning rate"): [[1, 1e-4]],
     }
+
+
+def test_what_was_not_measured_has_no_panel(drawn: list[Any], tmp_path: Path) -> None:
+    line = {"step": 4, "loss": 5.0, "beta": 0.2, "learning_rate": 1e-4}
+    measured = {"meter/likelihood_norm": 3.0, "meter/preference_norm": 1.0}
+    measured |= {"meter/preference_share": 0.25, "meter/cosine": -0.5}
+    for lines in ([line], [line, {"step": 4, **measured}], []):
+        plot.draw_training(lines, "a run", tmp_path / "training.png")
+    without, with_meter, empty = (
+        {axes.get_title(loc="left"): axes for axes in figure.axes} for figure in drawn
+    )
+    assert list(without) == ["loss (nats)", "beta", "learning rate"]
+    assert list(with_meter) == [
+        *without,
+        "gradient norm of each term",
+        "preference share of the gradient",
+        "cosine of the two gradients",
+    ]
+    assert not empty
+    assert drawn[1].get_figheight() == 2 * drawn[0].get_figheight()
+    norms, share, cosine = list(with_meter.values())[3:]
+    assert [curve.get_label() for curve in norms.lines] == ["likelihood", "preference"]
+    assert (share.get_ylim(), cosine.get_ylim()) == ((0, 1.02), (-1.02, 1.02))
 
 
 def scored(beta: float, seed: int, nll: float) -> Run:
@@ -122,3 +148,13 @@ def test_to_the_right_nll_is_lower_and_the_dotted_line_leaves_the_margin(drawn: 
     assert places == [[[x, y]] for x, y in zip(nll, accuracies, strict=True)]
     (dotted,) = (line for line in axes.lines if line.get_linestyle() == ":")
     assert dotted.get_xdata() == pytest.approx([min(nll) + 0.2] * 2)
+
+
+def test_a_comparison_shows_the_share_of_preference_if_it_was_measured() -> None:
+    runs = [scored(beta, seed, 1.0) for beta in (0.1, 0.2) for seed in (1, 2)]
+    assert "meter_preference_share" not in pictures.draw(compare(runs, MARGINS))
+    lines = [{"step": step, "meter/preference_share": 0.1} for step in (2, 4)]
+    # One of the runs was not measured
+    measured = [dataclasses.replace(run, metrics=lines) for run in runs[1:]]
+    found = pictures.draw(compare([runs[0], *measured], MARGINS))
+    assert found["meter_preference_share"][0].startswith("Preference share of the gradient over")

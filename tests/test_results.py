@@ -1,6 +1,7 @@
 """The model that a run leaves."""
 
 import errno
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,29 @@ def test_what_was_before_and_what_came_after_are_not_swapped(load: Load, place: 
         (0, "after", -0.25),
         (1, "after", -2.0),
     ]
+
+
+def test_a_measured_run_says_how_much_of_its_gradient_was_preference(
+    load: Load, place: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("orpo_lab").propagate = True
+    caplog.set_level(logging.INFO)
+    for step, share in ((2, 0.05), (4, 0.07), (6, 0.15)):
+        place.append_metrics(step, {"meter/preference_share": share})
+    assert leave(load, place)["train"]["preference_share"] == pytest.approx(0.09)
+    assert (
+        "Of the steps' gradient, 9.0% is preference (mean of 3 measured steps; 5.0% at step 2 and "
+        "15.0% at step 6)" in caplog.text
+    )
+
+
+def test_a_run_without_a_meter_says_nothing_of_it(
+    load: Load, place: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("orpo_lab").propagate = True
+    caplog.set_level(logging.INFO)
+    assert "preference_share" not in leave(load, place)["train"]
+    assert "gradient" not in caplog.text
 
 
 def test_final_is_the_trained_model_with_a_card_and_nothing_of_the_checkpoint(

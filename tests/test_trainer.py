@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from orpo_lab import config, data, memory, optimizer
 from orpo_lab.engine.shared_prefix import default_budget
 from orpo_lab.errors import NonFiniteError, UserError
+from orpo_lab.model.weights import check_loaded
 from orpo_lab.optimizer.galore import GaLore
 from orpo_lab.optimizer.updater import Updater
 from orpo_lab.records.run_folder import RunFolder
@@ -37,7 +38,7 @@ from orpo_lab.training.finite import FiniteCheck
 from orpo_lab.training.lines import Lines
 from orpo_lab.training.loop import batches
 from orpo_lab.training.meter import Meter
-from orpo_lab.training.state import State, check_loaded
+from orpo_lab.training.state import State
 
 Load = Callable[..., config.Config]
 Launch = Callable[..., subprocess.CompletedProcess[str]]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from faults.bench import UNTRACKED, Bench, Injection
-from faults.families.kills import OPTIMIZERS
+from faults.families.kills import RUNS
 from faults.families.security import evil, unharmed_by_code
 from faults.judge import Outcome, contents, refused, silent
 from orpo_lab.training.files import hash_of
@@ -20,9 +20,9 @@ ALL_KEPT = "train.num_checkpoints=9"
 Harm = Callable[[Path], object]
 
 
-def settings(optimizer: str = "qlora") -> tuple[str, ...]:
+def settings(kind: str = "qlora") -> tuple[str, ...]:
     """Return the command line of the runs whose checkpoints are damaged."""
-    return (*UNTRACKED, *OPTIMIZERS[optimizer], ALL_KEPT)
+    return (*UNTRACKED, *RUNS[kind], ALL_KEPT)
 
 
 def _flip_a_bit(file: Path) -> None:
@@ -58,10 +58,12 @@ def faults(bench: Bench) -> Iterator[Injection]:
     for file in FILES:
         for name, harm in HARMS.items():
             yield Injection(f"{file} {name}", _damaged(harm, file))
-    for optimizer in ("galore", "adamw"):
+    for kind in ("galore", "adamw"):
         for file in ("state.pt", "model.safetensors"):
-            name = f"{file} of one other bit, {optimizer}"
-            yield Injection(name, _damaged(_flip_a_bit, file, optimizer))
+            name = f"{file} of one other bit, {kind}"
+            yield Injection(name, _damaged(_flip_a_bit, file, kind))
+    for name, harm in HARMS.items():
+        yield Injection(f"reference.pt {name}", _damaged(harm, "reference.pt", "dpo with qlora"))
     yield Injection("a file too many", _damaged(Path.touch, "more.bin"))
     yield Injection("checkpoint 2 under the name of 4", _renamed)
     yield Injection("a checkpoint of another run", _of_another_run)
@@ -92,9 +94,9 @@ def faults(bench: Bench) -> Iterator[Injection]:
     yield Injection("run.log missing", _folder_damaged(harm, step=4))
 
 
-def _damaged(harm: Harm, file: str, optimizer: str = "qlora") -> Callable[[Bench], Outcome]:
+def _damaged(harm: Harm, file: str, kind: str = "qlora") -> Callable[[Bench], Outcome]:
     def happen(bench: Bench) -> Outcome:
-        arguments = settings(optimizer)
+        arguments = settings(kind)
         run = bench.killed_in_step_6(*arguments)
         harm(run / "checkpoints" / "checkpoint-4" / file)
         return _rejecting(bench, bench.resumed(*arguments, step=2), "checkpoint-4")

@@ -13,37 +13,41 @@ from faults.bench import UNTRACKED, Bench, Injection
 from faults.judge import Outcome, newest_sealed, silent, status
 from faults.processes import Done
 
-OPTIMIZERS = {
+# A period of GaLore's bases is half over at step 4
+GALORE = ("optimizer=galore", "optimizer.update_proj_gap=3")
+RUNS = {
     "qlora": ("optimizer=qlora",),
     "lora": ("optimizer=lora",),
-    # A period of its bases is half over at step 4
-    "galore": ("optimizer=galore", "optimizer.update_proj_gap=3"),
+    "galore": GALORE,
     "adamw": ("optimizer=adamw",),
+    # With a reference, which is in every checkpoint
+    "dpo with qlora": ("method=dpo", "optimizer=qlora"),
+    "sft with galore": ("method=sft", *GALORE),
 }
 RUN = "hydra.run.dir=run"
 # One checkpoint is kept: the save of step 4 has a rotation in it
 CHECKPOINT, ROTATED = "checkpoints/checkpoint-4", "checkpoints/checkpoint-2"
 
 
-def settings(optimizer: str) -> tuple[str, ...]:
+def settings(kind: str) -> tuple[str, ...]:
     """Return the command line of the runs that are killed."""
-    return (*UNTRACKED, *OPTIMIZERS[optimizer], "train.num_checkpoints=1")
+    return (*UNTRACKED, *RUNS[kind], "train.num_checkpoints=1")
 
 
 def faults(bench: Bench) -> Iterator[Injection]:
-    """Return every point of every optimizer's run but those of saves like the one that is there."""
-    for optimizer in OPTIMIZERS:
-        log = bench.path(f"events-{optimizer}")
-        watch = events.Watch(bench.path(f"recorded-{optimizer}/run"), log)
+    """Return every point of every kind of run but those of saves like the one that is there."""
+    for kind in RUNS:
+        log = bench.path(f"events-{kind}")
+        watch = events.Watch(bench.path(f"recorded-{kind}/run"), log)
         recorded = Bench(watch.folder.parent, bench.reference)
-        if recorded.run(*settings(optimizer), RUN, prepare=watch).code != 0:
-            raise RuntimeError(f"the unharmed run of {optimizer} failed")
+        if recorded.run(*settings(kind), RUN, prepare=watch).code != 0:
+            raise RuntimeError(f"the unharmed run of {kind} failed")
         for point in events.points(_chosen(events.read(log))):
             if not (point.torn and _is_put_in_place(point.event)):
-                yield Injection(f"{optimizer}: {point}", _killed_at(point, optimizer))
+                yield Injection(f"{kind}: {point}", _killed_at(point, kind))
         for step in (1, 4):
-            yield Injection(f"{optimizer}: in step {step}", _killed_in(step, optimizer))
-        yield Injection(f"{optimizer}: after step 3, from outside", _killed_from_outside(optimizer))
+            yield Injection(f"{kind}: in step {step}", _killed_in(step, kind))
+        yield Injection(f"{kind}: after step 3, from outside", _killed_from_outside(kind))
 
 
 def _is_put_in_place(event: events.Event) -> bool:
@@ -67,39 +71,39 @@ def _chosen(found: list[events.Event]) -> list[events.Event]:
     ]
 
 
-def _gone_on_with(bench: Bench, done: Done, optimizer: str, *, fresh: bool = False) -> Outcome:
+def _gone_on_with(bench: Bench, done: Done, kind: str, *, fresh: bool = False) -> Outcome:
     if done.code != -signal.SIGKILL:
         return silent(f"it was not killed: exit code {done.code}: {done.stderr[-300:]}")
     run = bench.path("run")
     # What had finished is left alone
     step = None if status(run) == "finished" else newest_sealed(run)
-    return bench.resumed(*settings(optimizer), step=step, fresh=fresh)
+    return bench.resumed(*settings(kind), step=step, fresh=fresh)
 
 
-def _killed_at(point: events.Point, optimizer: str) -> Callable[[Bench], Outcome]:
+def _killed_at(point: events.Point, kind: str) -> Callable[[Bench], Outcome]:
     def happen(bench: Bench) -> Outcome:
         watch = events.Watch(bench.path("run"), bench.path("events"), point)
-        done = bench.run(*settings(optimizer), RUN, prepare=watch)
-        return _gone_on_with(bench, done, optimizer)
+        done = bench.run(*settings(kind), RUN, prepare=watch)
+        return _gone_on_with(bench, done, kind)
 
     return happen
 
 
-def _killed_in(step: int, optimizer: str) -> Callable[[Bench], Outcome]:
+def _killed_in(step: int, kind: str) -> Callable[[Bench], Outcome]:
     def happen(bench: Bench) -> Outcome:
         kill = partial(inside.in_step, step, inside.die)
-        return _gone_on_with(bench, bench.run(*settings(optimizer), RUN, prepare=kill), optimizer)
+        return _gone_on_with(bench, bench.run(*settings(kind), RUN, prepare=kill), kind)
 
     return happen
 
 
-def _killed_from_outside(optimizer: str) -> Callable[[Bench], Outcome]:
+def _killed_from_outside(kind: str) -> Callable[[Bench], Outcome]:
     """Kill a process of its own, and go on in another."""
 
     def happen(bench: Bench) -> Outcome:
-        running = bench.start(*settings(optimizer), RUN, fresh=True)
+        running = bench.start(*settings(kind), RUN, fresh=True)
         running.wait_for(lambda: "step 3/6" in running.stdout)
         running.signal(signal.SIGKILL)
-        return _gone_on_with(bench, running.wait(), optimizer, fresh=True)
+        return _gone_on_with(bench, running.wait(), kind, fresh=True)
 
     return happen

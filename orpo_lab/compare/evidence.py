@@ -17,6 +17,12 @@ from orpo_lab.config.method import METHODS, Method
 from orpo_lab.errors import UserError
 from orpo_lab.metrics import HELD_OUT, HeldOutMetric, qualities_among
 
+# For the model, the data and the start of a run: the keys that say where these are
+PLACES = {
+    "model": ("model.path", "model.revision"),
+    "dataset": ("dataset.path", "dataset.train_path", "dataset.revision"),
+    "start_from": ("start_from",),
+}
 # A warning names settings whose answers are more than this many times as long, or as short, as
 # those of the setting that is best in the first quality
 MAX_LENGTH_RATIO = 1.25
@@ -59,7 +65,7 @@ def group(runs: Sequence[Run]) -> list[Setting]:
     keys = sorted({key for values in read for key in values})
     # If only some runs have a key, all with one value, another key separates these runs anyway
     differing = [key for key in keys if len({json.dumps(v[key]) for v in read if key in v}) > 1]
-    named = {key: _names(runs, read, key) for key in ("model", "dataset") if key in differing}
+    named = {key: _names(runs, read, key) for key in PLACES if key in differing}
     implied = _implied(read) - {"method", *named}
     found: dict[str, Setting] = {}
     ranks: dict[str, Any] = {}
@@ -107,17 +113,19 @@ def _rank(values: dict[str, Any]) -> list[tuple[str, bool, float, str]]:
 def _told_apart_by(run: Run) -> dict[str, Any]:
     """Return the values by which settings differ: all that identifies a run, without its seed.
 
-    Models are compared by the content of their files, data by the fingerprints of their pairs.
+    Models and starts are compared by the content of their files, data by the fingerprints of their
+    pairs.
     """
     told = identity.settings(run.values)
     told.pop("seed")
     data = run.summary["dataset_fingerprint"] if run.summary else None
     model = [content for key, content in sorted(run.contents.items()) if key.startswith("model.")]
-    return told | {"model": model, "dataset": data}
+    start = run.contents.get("start_from")
+    return told | {"model": model, "dataset": data, "start_from": start}
 
 
 def _names(runs: Sequence[Run], read: Sequence[dict[str, Any]], group: str) -> list[str]:
-    """Return a name for every run's model or data.
+    """Return a name for every run's model, data or start: for a key of PLACES.
 
     The name is the option, or the path, or path and hash: the first that separates exactly the runs
     that differ.
@@ -132,8 +140,8 @@ def _names(runs: Sequence[Run], read: Sequence[dict[str, Any]], group: str) -> l
 
 
 def _place(run: Run, group: str) -> str:
-    keys = [f"{group}.{name}" for name in ("path", "train_path", "revision")]
-    return "@".join(str(run.values[key]) for key in keys if run.values.get(key))
+    given = [str(run.values[key]) for key in PLACES[group] if run.values.get(key)]
+    return "@".join(given) or "null"
 
 
 def _label(key: str, value: Any) -> str:

@@ -100,6 +100,8 @@ def _run_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
         if run.summary:
             after, train = run.summary["after"], run.summary["train"]
             row |= brief(after)
+            if "preference_share" in train:
+                row["preference share"] = f"{train['preference_share']:.3f}"
             seconds = train["wall_seconds"] + sum(run.summary["evaluation_seconds"].values())
             row["wall time (s)"] = f"{seconds:.1f}"
             row["tokens"] = f"{train['tokens_per_second'] * train['wall_seconds']:.0f}"

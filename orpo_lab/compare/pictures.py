@@ -47,7 +47,8 @@ def draw(compared: Comparison) -> dict[str, Picture]:
             continue
         curves = [_curve(setting, metric.name) for setting in compared.settings]
         if any(curves):
-            pictures[metric.name] = _curves(compared.settings, curves, metric.compared)
+            name = metric.name.replace("/", "_")  # the name of a file
+            pictures[name] = _curves(compared.settings, curves, metric.compared)
     return pictures
 
 

@@ -31,12 +31,20 @@ from orpo_lab.config.beta_schedule import (
     Step,
 )
 from orpo_lab.config.checks import at_least, check
-from orpo_lab.config.dataset import Dataset, EmbeddedDataset, FileDataset, HubDataset, OasstDataset
+from orpo_lab.config.dataset import (
+    Dataset,
+    EmbeddedDataset,
+    FileDataset,
+    HubDataset,
+    OasstDataset,
+    UnpairedFileDataset,
+    UnpairedHubDataset,
+)
 from orpo_lab.config.engine import Engine, SharedPrefixEngine, TrlEngine
 from orpo_lab.config.method import METHODS, Method, OrpoMethod
-from orpo_lab.config.model import Model
+from orpo_lab.config.model import RESULT_FILES, Model
 from orpo_lab.config.optimizer import AdamW, Galore, Lora, Optimizer, Qlora
-from orpo_lab.config.policy import free, lasting, setting
+from orpo_lab.config.policy import free, lasting, location, setting
 from orpo_lab.config.quantization import Int8, Nf4, Quantization, Unquantized
 from orpo_lab.config.resolvers import RESOLVERS
 from orpo_lab.config.tracker import NoTracker, Tracker, WandbTracker
@@ -54,6 +62,7 @@ class Config:
     beta_end: float = setting(unread_under={"beta_schedule": "constant", "method": "sft"})
     resume: str | None = free()
     accept_changes: bool = free()
+    start_from: str | None = location(*RESULT_FILES)
     model: Model = lasting()
     quantization: Quantization = lasting()
     optimizer: Optimizer = lasting()
@@ -70,7 +79,9 @@ class Config:
         for key in ("beta", "beta_end"):
             value = getattr(self, key)
             check(0 <= value < math.inf, f"{key}={value} must be a number of at least 0")
+        check(self.start_from != "", "start_from is empty; give a run folder, or leave it out")
         self._check_beta()
+        self._check_pairs()
         self._check_quantization()
         self._check_engine()
 
@@ -85,6 +96,14 @@ class Config:
                 f"{key}={value} must be at least {least:g} with method={kind(self.method)}, which "
                 "divides by beta",
             )
+
+    def _check_pairs(self) -> None:
+        is_unpaired = isinstance(self.dataset, UnpairedFileDataset | UnpairedHubDataset)
+        check(
+            self.method.reads_unpaired or not is_unpaired,
+            f"dataset={kind(self.dataset)} gives single completions, and "
+            f"method={kind(self.method)} needs pairs; use method=kto or method=sft",
+        )
 
     def _check_quantization(self) -> None:
         quantized = not isinstance(self.quantization, Unquantized)
@@ -122,8 +141,14 @@ class Config:
                 size % micro == 0,
                 f"train.batch_size={size} must be a multiple of engine.micro_batch_size={micro}",
             )
+            check(
+                self.train.meter_steps is None,
+                f"train.meter_steps={self.train.meter_steps} needs engine=shared_prefix, since "
+                "engine=trl returns its loss as one number, not as two terms; or set it to null",
+            )
             trl = OrpoMethod(
                 default_beta=self.method.default_beta,
+                learning_rate_factor=self.method.learning_rate_factor,
                 nll_scope="prompt_and_completion",
                 nll_mean="tokens",
                 penalty="log_sigmoid",
@@ -154,6 +179,8 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "hub": HubDataset,
         "file": FileDataset,
         "oasst": OasstDataset,
+        "unpaired": UnpairedFileDataset,
+        "unpaired_hub": UnpairedHubDataset,
     },
     "method": {**METHODS},
     "engine": {"shared_prefix": SharedPrefixEngine, "trl": TrlEngine},

@@ -106,6 +106,20 @@ class Columns:
 
 
 @dataclass(kw_only=True)
+class LabelledColumns(Columns):
+    """Names of the columns of single completions; those of pairs are read from held-out rows."""
+
+    completion: str = setting()
+    label: str = setting()
+
+    def __post_init__(self) -> None:
+        check(
+            self.prompt is not None,
+            "dataset.columns.prompt=null: rows with a label need a column with their prompt",
+        )
+
+
+@dataclass(kw_only=True)
 class TableDataset(Dataset):
     """Base class of sources whose rows hold a pair in columns; never used itself."""
 
@@ -137,6 +151,20 @@ class FileDataset(TableDataset):
 
     train_path: str = location(ALL_FILES)
     eval_path: str | None = location(ALL_FILES)
+
+
+@dataclass(kw_only=True)
+class UnpairedFileDataset(FileDataset):
+    """A file of single completions, each with a label: desirable or not."""
+
+    columns: LabelledColumns = setting(factory=LabelledColumns)
+
+
+@dataclass(kw_only=True)
+class UnpairedHubDataset(HubDataset):
+    """Single completions with a label, from the Hugging Face hub."""
+
+    columns: LabelledColumns = setting(factory=LabelledColumns)
 
 
 @dataclass(kw_only=True)

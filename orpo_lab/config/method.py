@@ -19,11 +19,14 @@ class Method:
     """Whether a higher beta moves the model further towards the chosen answers. True for ORPO,
     where beta is the weight of a loss. False for a method like DPO, where beta keeps the model near
     its start."""
+    reads_unpaired: ClassVar[bool] = False
+    """Whether the method can learn from single completions with a label."""
     least_beta: ClassVar[float] = 0.0
     """The smallest beta that the method is defined for."""
 
-    # Only the root key `beta` reads this key
+    # Only other keys read these two; a run uses `beta` and `optimizer.learning_rate`
     default_beta: float = free()
+    learning_rate_factor: float = free()
 
     def _check_likelihood(self, nll_scope: str, nll_mean: str) -> None:
         one_of(("prompt_and_completion", "completion"), method__nll_scope=nll_scope)
@@ -67,6 +70,7 @@ class SftMethod(Method):
 
     title: ClassVar[str] = "supervised fine-tuning on the chosen answers"
     reads_beta: ClassVar[bool] = False
+    reads_unpaired: ClassVar[bool] = True
 
     nll_scope: str = setting()
     nll_mean: str = setting()
@@ -129,11 +133,31 @@ class CpoMethod(Method):
         self._check_smoothing(self.label_smoothing)
 
 
+@dataclass(kw_only=True)
+class KtoMethod(Method):
+    """KTO: each completion is compared with the reference on its own; beta as in DPO."""
+
+    title: ClassVar[str] = "KTO (Ethayarajh et al. 2024, arXiv:2402.01306)"
+    more_beta_is_more_preference: ClassVar[bool] = False
+    reads_unpaired: ClassVar[bool] = True
+
+    desirable_weight: float = setting()
+    undesirable_weight: float = setting()
+
+    def __post_init__(self) -> None:
+        at_least(
+            0,
+            method__desirable_weight=self.desirable_weight,
+            method__undesirable_weight=self.undesirable_weight,
+        )
+
+
 METHODS: dict[str, type[Method]] = {
     "orpo": OrpoMethod,
     "sft": SftMethod,
     "dpo": DpoMethod,
     "ipo": IpoMethod,
+    "kto": KtoMethod,
     "simpo": SimpoMethod,
     "cpo": CpoMethod,
 }

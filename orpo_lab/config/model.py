@@ -10,6 +10,12 @@ from orpo_lab.config.policy import free, lasting, location
 EMBEDDED = "orpo_lab/tiny"
 # The files that a model is loaded from; checkpoints and a README in the folder are not read
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
+# In `final/` of a run: the model that the adapter there belongs to, if `model.path` is another one
+BASE = "base"
+# The files of a run folder that another run starts from
+RESULT_FILES = tuple(
+    f"{folder}/{pattern}" for folder in ("final", f"final/{BASE}") for pattern in MODEL_FILES
+)
 
 
 @dataclass(kw_only=True)

@@ -42,11 +42,17 @@ def prompt_limit(usual: int, max_length: int) -> int:
     return usual if usual < max_length else max_length // 2
 
 
+def times(number: float, factor: float) -> float:
+    """Return a product as a person would write it: 1.5e-05, not 1.4999999999999999e-05."""
+    return float(f"{number * factor:.12g}")
+
+
 # The functions, by the names under which `conf/` calls them
 RESOLVERS: dict[str, Callable[..., Any]] = {
     "slug": slug,
     "half": lambda length: length // 2,
     "prompt_limit": prompt_limit,
     "divisor": largest_divisor,
+    "times": times,
     "fresh_or_resumed": fresh_or_resumed,
 }

@@ -19,6 +19,7 @@ class Train:
     max_grad_norm: float = setting()
     gradient_checkpointing: str = switch()
     logging_steps: int = free()
+    meter_steps: int | None = free()
     eval_steps: int | None = free()
     save_steps: int | None = free()
     num_checkpoints: int = free()
@@ -32,6 +33,7 @@ class Train:
             train__max_steps=self.max_steps,
             train__batch_size=self.batch_size,
             train__logging_steps=self.logging_steps,
+            train__meter_steps=self.meter_steps,
             train__eval_steps=self.eval_steps,
             train__save_steps=self.save_steps,
             train__num_checkpoints=self.num_checkpoints,

@@ -9,7 +9,7 @@ rejected), `splits` (repeated rows and held-out rows), `render` (the chat templa
 import hashlib
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -18,11 +18,17 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from orpo_lab.config.dataset import Dataset, EmbeddedDataset, OasstDataset, TableDataset
+from orpo_lab.config.dataset import (
+    Dataset,
+    EmbeddedDataset,
+    LabelledColumns,
+    OasstDataset,
+    TableDataset,
+)
 from orpo_lab.data import sources
 from orpo_lab.data.encode import FOUND, Encoder, special_tokens
 from orpo_lab.data.files import Source
-from orpo_lab.data.pairs import find_faults, from_transcripts, to_pair
+from orpo_lab.data.pairs import find_faults, from_label, from_transcripts, to_pair
 from orpo_lab.data.splits import NUM_EVAL, Split
 from orpo_lab.data.trees import Trees
 from orpo_lab.data.warn import (
@@ -96,6 +102,21 @@ def load(config: Dataset, tokenizer: PreTrainedTokenizerBase, *, today: date | N
     return Data(train_pairs, held_out_pairs, report, isinstance(config, EmbeddedDataset))
 
 
+def without_undesirable(data: Data) -> Data:
+    """Return the data without training rows that have no chosen completion, and log their number.
+
+    A method that learns from chosen completions alone has no use for such rows.
+    """
+    indices = [at for at, ids in enumerate(data.train["chosen_ids"]) if ids]
+    num = len(data.train) - len(indices)
+    if not num:
+        return data
+    if not indices:
+        raise UserError("no training row has a desirable completion, and method=sft needs some")
+    log.info("train: %d undesirable completions are not trained on", num)
+    return replace(data, train=data.train.select(indices))
+
+
 def _read(
     name: str, source: Source, config: Dataset, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Split, dict[str, Any]]:
@@ -110,7 +131,9 @@ def _read(
             about = {"replies": trees.report()}
         case TableDataset():
             parse = from_transcripts if config.transcripts else to_pair
-            columns = sources.needed(config)
+            columns = sources.of_pairs(config)
+            if name == "train" and isinstance(config.columns, LabelledColumns):
+                parse, columns = from_label, sources.needed(config)
             split.read(lambda raw, _: [parse(raw, config.columns)], find, columns=columns)
             warn_of_unread(split)
         case _:
@@ -135,6 +158,9 @@ def _draw(
         "num_repeated_prompts": sum(row.pair.repeated for row in split.rows),
         "fingerprint": _fingerprint(kept),
     }
+    labels = [row.pair.label for row in split.rows]
+    if None not in labels:
+        report["num_desirable"] = sum(map(bool, labels))
     _say(split, report)
     return kept.remove_columns([*FOUND, "faults", "cut"]), report
 
@@ -165,4 +191,7 @@ def _say(split: Split, report: dict[str, Any]) -> None:
     ):
         if report[key]:
             said.append(f"{report[key]} {what}")
-    log.info("%s", ", ".join([f"{split.name}: {report['num_kept']} pairs", *said]))
+    what = "pairs"
+    if "num_desirable" in report:
+        what = f"completions ({report['num_desirable']} desirable)"
+    log.info("%s", ", ".join([f"{split.name}: {report['num_kept']} {what}", *said]))

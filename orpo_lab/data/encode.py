@@ -81,7 +81,7 @@ class Encoder:
 
 def to_json(pair: Pair) -> str:
     """Return a pair as JSON for `encode_row`; so rows may hold values of different types."""
-    return json.dumps([pair.prompt, pair.chosen, pair.rejected, pair.context])
+    return json.dumps([pair.prompt, pair.chosen, pair.rejected, pair.context, pair.label])
 
 
 def encode_row(
@@ -90,13 +90,14 @@ def encode_row(
     """Return the token ids of a pair, and what was found while tokenizing.
 
     Args:
-        row: its `pair` holds prompt, chosen, rejected and context of a `Pair` as JSON.
+        row: its `pair` holds prompt, chosen, rejected, context and label of a `Pair` as JSON.
         dataset: says how long a pair may be.
         tokenizer: the model's tokenizer, with a chat template if there are messages.
         today: the date for templates that ask for a date.
 
     Returns:
-        `prompt_ids`, `chosen_ids`, `rejected_ids`: empty if a fault leaves no pair.
+        `prompt_ids`, `chosen_ids`, `rejected_ids`: empty if a fault leaves no pair. Of a single
+            completion the side that its label does not name is empty.
         `prompt_text`, `chosen_text`: the rendered texts, for people.
         `unused_ending`: see `Rendered`.
         `num_prompt_tokens`, `num_tokens`: numbers of tokens of the prompt, and of the prompt with
@@ -104,8 +105,8 @@ def encode_row(
         `cut`: whether the pair was cut.
         `faults`: names and details of the faults, as JSON.
     """
-    prompt, chosen, rejected, context = json.loads(row["pair"])
-    pair = Pair(prompt, chosen, rejected, context=context)
+    prompt, chosen, rejected, context, label = json.loads(row["pair"])
+    pair = Pair(prompt, chosen, rejected, context=context, label=label)
     ids: tuple[Ids, Ids, Ids] = ([], [], [])
     rendered = Rendered("", "", "")
     num_prompt_tokens, num_tokens, cut = 0, 0, False
@@ -114,9 +115,12 @@ def encode_row(
         rendered = render(pair, tokenizer, today)
         faults += find_unrendered(pair, rendered, tokenizer)
         whole = tokenize(rendered.prompt, rendered.chosen, rendered.rejected, tokenizer)
+        if whole[1] == whole[2] and label is None:
+            raise Fault("chosen_equals_rejected", "chosen and rejected are the same tokens")
         num_prompt_tokens = len(whole[0])
         num_tokens = num_prompt_tokens + max(map(len, whole[1:]))
         ids, cut = fit(*whole, dataset)
+        ids = _labelled(*ids, label)
     except Fault as fault:
         faults.append(fault)
     return {
@@ -129,6 +133,16 @@ def encode_row(
         "cut": cut,
         "faults": json.dumps([(fault.name, fault.detail) for fault in faults]),
     }
+
+
+def _labelled(prompt: Ids, chosen: Ids, rejected: Ids, label: bool | None) -> tuple[Ids, Ids, Ids]:
+    """Return the ids of a pair, or those of a single completion without its other side."""
+    match label:
+        case True:
+            return prompt, chosen, []
+        case False:
+            return prompt, [], rejected
+    return prompt, chosen, rejected
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
@@ -150,9 +164,9 @@ def tokenize(
     Then the prompt is what all three tokenizations (prompt, with chosen, with rejected) share.
 
     Raises:
-        Fault: a completion has no tokens, both completions have the same tokens, or the prompt has
-            no tokens. A prompt has none if the tokenizer has no BOS and merges all of the prompt
-            into the answer's first token, which nothing could predict then.
+        Fault: a completion has no tokens, or the prompt has no tokens. A prompt has none if the
+            tokenizer has no BOS and merges all of the prompt into the answer's first token, which
+            nothing could predict then.
     """
 
     def ids(text: str) -> Ids:
@@ -169,12 +183,10 @@ def tokenize(
     if not prompt_ids:
         raise Fault("empty_prompt", "the prompt has no token of its own")
     if not all(completions):
-        raise Fault("empty_completion", "chosen or rejected has no token")
+        raise Fault("empty_completion", "an answer has no token")
     chosen_ids, rejected_ids = (
         side if side[-1:] == [eos] else [*side, eos] for side in completions
     )
-    if chosen_ids == rejected_ids:
-        raise Fault("chosen_equals_rejected", "chosen and rejected are the same tokens")
     return prompt_ids, chosen_ids, rejected_ids
 
 
@@ -205,6 +217,6 @@ def fit(
     if dataset.overlong != "cut_completion":
         raise Fault("pair_too_long", f"prompt and completion have {len(prompt) + longest} tokens")
     left = dataset.max_length - len(prompt)
-    if chosen[:left] == rejected[:left]:
+    if chosen[:left] == rejected[:left] and chosen != rejected:
         raise Fault("chosen_equals_rejected_after_cut", "chosen and rejected are cut to the same")
     return (prompt, chosen[:left], rejected[:left]), True

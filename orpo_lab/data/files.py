@@ -121,7 +121,7 @@ def check_columns(present: list[str], wanted: list[str], name: str) -> None:
         raise UserError(
             f"{name} lacks column '{missing[0]}' (it has {', '.join(sorted(present)[:20])}); "
             "name the right ones with dataset.columns.prompt=... (null where there is none), "
-            "dataset.columns.chosen=... and dataset.columns.rejected=..."
+            "dataset.columns.chosen=..., dataset.columns.rejected=... and so on"
         )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from orpo_lab.config.dataset import Columns
+from orpo_lab.config.dataset import Columns, LabelledColumns
 from orpo_lab.data.faults import Fault, quote
 
 # Has a `role`, mostly a `content`, and other keys that a chat template may read (tool_calls, ...)
@@ -35,13 +35,22 @@ _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
+# What a label may be; the words are those of CSV files, in any case
+LABELS = {"true": True, "false": False, "1": True, "0": False}
+
+
 @dataclass(frozen=True)
 class Pair:
-    """A preference pair: three strings, or three lists of messages."""
+    """A preference pair: three strings, or three lists of messages.
+
+    A single completion with a label stands on both sides until it is tokenized.
+    """
 
     prompt: Content
     chosen: Content
     rejected: Content
+    # Of a single completion: whether it is desirable
+    label: bool | None = None
     # What the chat template reads in addition to the messages, by the names in CONTEXT
     context: dict[str, Any] = field(default_factory=dict)
     # Whether the row's own prompt differs from what both sides share
@@ -59,8 +68,8 @@ def to_pair(row: Any, columns: Columns) -> Pair:
     """
     contents = {
         key: to_content(_value_of(row, name, key), name)
-        for key, name in vars(columns).items()
-        if name is not None
+        for key in ("prompt", "chosen", "rejected")
+        if (name := getattr(columns, key)) is not None
     }
     _check_size(list(contents.values()))
     pair = split(contents.get("prompt"), contents["chosen"], contents["rejected"])
@@ -69,6 +78,24 @@ def to_pair(row: Any, columns: Columns) -> Pair:
     context = {name: _to_objects(row[name], name) for name in CONTEXT if row.get(name)}
     _check_size([context])
     return replace(pair, context=context)
+
+
+def from_label(row: Any, columns: Columns) -> Pair:
+    """Return the single completion that a row holds, with its label.
+
+    Raises:
+        Fault: the label is neither true nor false, or `to_pair` raises.
+    """
+    assert isinstance(columns, LabelledColumns)
+    given = _value_of(row, columns.label, "label")
+    label = LABELS.get(str(given).lower()) if isinstance(given, bool | int | str) else None
+    if label is None:
+        said = "null" if given is None else quote(str(given))
+        raise Fault("wrong_type", f"{columns.label} is {said}; it must be true or false, or 1 or 0")
+    # Named here, since `to_pair` would name the column of another key
+    _value_of(row, columns.completion, "completion")
+    both = Columns(prompt=columns.prompt, chosen=columns.completion, rejected=columns.completion)
+    return replace(to_pair(row, both), label=label)
 
 
 def from_transcripts(row: Any, columns: Columns) -> Pair:
@@ -252,8 +279,8 @@ def find_faults(pair: Pair, special_tokens: re.Pattern[str]) -> Iterator[Fault]:
     if any(not text.isascii() and _SURROGATE.search(text) for text in parts):
         yield Fault("lone_surrogate", "holds half of a surrogate pair, which is no character")
     if not (_is_visible(pair.chosen) and _is_visible(pair.rejected)):
-        yield Fault("empty_completion", "chosen or rejected is empty")
-    if pair.chosen == pair.rejected:
+        yield Fault("empty_completion", "an answer is empty")
+    if pair.chosen == pair.rejected and pair.label is None:
         yield Fault("chosen_equals_rejected", "chosen and rejected are the same")
     if unknown := next((role for role in map(_unknown_role, contents) if role is not None), None):
         yield Fault("unknown_role", f"has role {quote(unknown)}; known are {', '.join(ROLES)}")

@@ -13,6 +13,7 @@ from orpo_lab.config.dataset import (
     EmbeddedDataset,
     FileDataset,
     HubDataset,
+    LabelledColumns,
     OasstDataset,
     TableDataset,
 )
@@ -45,12 +46,15 @@ def read(config: Dataset) -> tuple[Source, Source | None]:
         case EmbeddedDataset():
             return _generate("train", config.num_train), _generate("eval", config.num_eval)
         case HubDataset():
-            train = _read_hub(config, config.train_split)
-            return train, _read_hub(config, config.eval_split) if config.eval_split else None
+            train = _read_hub(config, config.train_split, needed(config))
+            if config.eval_split is None:
+                return train, None
+            return train, _read_hub(config, config.eval_split, of_pairs(config))
         case FileDataset():
-            names = needed(config)
-            train = read_file(config.train_path, names)
-            return train, read_file(config.eval_path, names) if config.eval_path else None
+            train = read_file(config.train_path, needed(config))
+            if config.eval_path is None:
+                return train, None
+            return train, read_file(config.eval_path, of_pairs(config))
         case OasstDataset():
             train = read_file(config.train_path, None)
             return train, read_file(config.eval_path, None) if config.eval_path else None
@@ -58,8 +62,17 @@ def read(config: Dataset) -> tuple[Source, Source | None]:
 
 
 def needed(config: TableDataset) -> list[str]:
-    """Return the names of the columns that a pair is read from."""
-    return [name for name in vars(config.columns).values() if name is not None]
+    """Return the names of the columns that a training row is read from."""
+    match config.columns:
+        case LabelledColumns(prompt=prompt, completion=completion, label=label):
+            return [name for name in (prompt, completion, label) if name is not None]
+    return of_pairs(config)
+
+
+def of_pairs(config: TableDataset) -> list[str]:
+    """Return the names of the columns that a pair is read from; held-out rows are pairs."""
+    names = (config.columns.prompt, config.columns.chosen, config.columns.rejected)
+    return [name for name in names if name is not None]
 
 
 def _generate(split: embedded.Split, num: int | None) -> Source:
@@ -72,7 +85,7 @@ def _generate(split: embedded.Split, num: int | None) -> Source:
     return Source(f"dataset=embedded, {split}", "row", enumerate(rows))
 
 
-def _read_hub(config: HubDataset, split: str) -> Source:
+def _read_hub(config: HubDataset, split: str, columns: list[str]) -> Source:
     is_local = Path(config.path).is_dir()
     name = config.path if is_local else f"dataset.path={config.path}"
     try:
@@ -88,7 +101,7 @@ def _read_hub(config: HubDataset, split: str) -> Source:
             "the split and the connection to the hub, or give a local folder"
         ) from error
     unread: set[str] = set()
-    read = choose_columns(present, needed(config), name, unread)
+    read = choose_columns(present, columns, name, unread)
     batches: Iterator[pa.Table] = (
         rows.select_columns(read).with_format("arrow").iter(ROWS_PER_BATCH)
     )

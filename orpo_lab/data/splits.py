@@ -10,7 +10,7 @@ import math
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -48,8 +48,17 @@ class Row:
 
     @cached_property
     def answers(self) -> tuple[bytes, bytes]:
-        """Digests of the chosen and the rejected answer."""
-        return _digest(text_of(self.pair.chosen)), _digest(text_of(self.pair.rejected))
+        """Digests of the chosen and the rejected answer; of an answer that is not there, nothing.
+
+        So a single completion that is desirable in one row and not in another is a contradiction.
+        """
+        chosen, rejected = _digest(text_of(self.pair.chosen)), _digest(text_of(self.pair.rejected))
+        match self.pair.label:
+            case None:
+                return chosen, rejected
+            case True:
+                return chosen, b""
+        return b"", rejected
 
     @cached_property
     def context(self) -> bytes:
@@ -212,6 +221,8 @@ class Split:
         order of hashes move too. A longer conversation, which goes on from another prompt and
         quotes an answer to it, moves together with that prompt.
 
+        Single completions are held out as pairs: see `paired`.
+
         Args:
             num: number of prompts; None: `NUM_EVAL`, or a fifth if there are few prompts.
             encode: tokenizes rows, and writes the faults it finds into the rows.
@@ -220,22 +231,33 @@ class Split:
             UserError: there are too few prompts, or too few prompts with a good pair.
         """
         by_root = self._by_root()
-        ranked = sorted(by_root)
+        pairs = {root: paired(rows) for root, rows in by_root.items()}
+        ranked = sorted(root for root in by_root if pairs[root])
+        if by_root and not ranked:
+            raise UserError(
+                f"no prompt of {self.source.name} has a desirable and an undesirable completion, "
+                "of which a held-out pair could be made; give pairs with dataset.eval_path or "
+                "dataset.eval_split (columns prompt, chosen and rejected)"
+            )
         num = num or self._num_by_default(len(ranked))
         self._check_enough(len(ranked), num, "")
         moved: list[bytes] = []
         num_good = 0
         while num_good < num and len(moved) < len(ranked):
             block = ranked[len(moved) : len(moved) + num - num_good]
-            encode([row for root in block for row in by_root[root]])
-            num_good += sum(any(map(self._is_good, by_root[root])) for root in block)
+            encode([row for root in block for row in pairs[root]])
+            num_good += sum(any(map(self._is_good, pairs[root])) for root in block)
             moved += block
         self._check_enough(num_good + len(ranked) - len(moved), num, " whose pairs fit")
         taken = {id(row) for root in moved for row in by_root[root]}
         rows = [row for row in self.rows if id(row) in taken]
         self.rows = [row for row in self.rows if id(row) not in taken]
         self.num_rows -= len(rows)
-        return Split("held_out", self.source, self.policies, num_rows=len(rows), rows=rows)
+        held_out = paired(rows)
+        split = Split("held_out", self.source, self.policies, len(held_out), rows=held_out)
+        if held_out != rows:
+            log.info("%d rows with a label make %d held-out pairs", len(rows), len(held_out))
+        return split
 
     def _by_root(self) -> dict[bytes, list[Row]]:
         """Return the rows by their root: the shortest prompt that begins their conversation."""
@@ -328,6 +350,30 @@ class Split:
             "num_not_drawn": self.num_not_drawn,
             "unread_columns": sorted(self.unread),
         }
+
+
+def paired(rows: list[Row]) -> list[Row]:
+    """Return rows as pairs, in their order; what is a pair already stays as it is.
+
+    The single completions of a prompt make pairs: the first desirable one and the first that is
+    not, and so on. What is left over makes none.
+    """
+    by_prompt: dict[str, dict[bool, list[Row]]] = defaultdict(lambda: {True: [], False: []})
+    for row in rows:
+        if row.pair.label is None:
+            return rows
+        key = json.dumps([row.pair.prompt, row.pair.context], sort_keys=True)
+        by_prompt[key][row.pair.label].append(row)
+    return [
+        Row(
+            good.number,
+            replace(good.pair, rejected=bad.pair.rejected, label=None),
+            good.checks,
+            good.kept_despite + bad.kept_despite,
+        )
+        for of_prompt in by_prompt.values()
+        for good, bad in zip(of_prompt[True], of_prompt[False], strict=False)
+    ]
 
 
 class _Leak(NamedTuple):

@@ -2,16 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
 
-# Token ids of `prompt_ids`, `chosen_ids` and `rejected_ids`; and REFERENCE if the method needs it
+# Token ids of `prompt_ids`, `chosen_ids` and `rejected_ids`; and REFERENCE and MISMATCHED if the
+# method needs them. A row of data with a single completion has no token on the other side
 Pair = Mapping[str, Any]
 COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
-# The column with the reference's sums of log-probabilities over chosen and rejected tokens, [2]
+# The column with the reference's sums of log-probabilities over chosen and rejected tokens, [2].
+# With MISMATCHED, those of the mismatched completions follow, [4]
 REFERENCE = "reference"
+# The column with `chosen_ids` and `rejected_ids` of another pair; see `engine.mismatched`
+MISMATCHED = "mismatched"
 MicroBatch = dict[str, Any]
 
 
@@ -22,7 +26,8 @@ class Sums:
     names: tuple[str, ...]
     values: Tensor
     """The sum of each metric over the pairs, [M], without an autograd graph."""
-    num_pairs: int
+    nums: Tensor
+    """How many figures each sum is over, [M]: the number of pairs, unless some pairs lack it."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,9 @@ class Score:
     loss: Tensor
     """The micro-batch's share of the step's loss, a scalar: the shares add up to the loss."""
     sums: Sums
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    """The loss by its terms, see `methods.base.Losses.parts`. Empty: the engine does not tell the
+    terms apart."""
 
 
 class Engine(Protocol):

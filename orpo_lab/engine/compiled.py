@@ -58,4 +58,4 @@ class CompiledLayers:
 
 
 def _require_grad(module: nn.Module, inputs: object, output: Tensor) -> None:
-    output.requires_grad_(True)
+    output.requires_grad_(torch.is_grad_enabled())

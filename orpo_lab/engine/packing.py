@@ -73,7 +73,8 @@ class Collator:
             `sums`: for each scored token the index, in a flattened [B, 3], of the sum that its
             log-probability belongs to, [N].
             `counts`: how many scored tokens each of these sums has, [B, 3].
-            `reference`: the pairs' own columns of this name, if they have one, [B, 2].
+            `reference`: of the pairs' own columns of this name, if they have one, the sums of
+                chosen and rejected tokens, [B, 2].
         """
         sizes = [sizes_of(pair) for pair in pairs]
         input_ids: list[int] = []
@@ -97,7 +98,7 @@ class Collator:
         counts = torch.tensor(sizes)
         parts = torch.tensor([*counts.flatten(), padding])
         counts[:, 0] = counts[:, 0] - 1 if self.prompt_is_scored else 0
-        references = [pair[REFERENCE] for pair in pairs if REFERENCE in pair]
+        references = [pair[REFERENCE][:2] for pair in pairs if REFERENCE in pair]
         return {
             "sizes": sizes,
             "input_ids": torch.tensor([input_ids + [self.pad_token_id] * padding]),

@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from orpo_lab.config import Config
 from orpo_lab.data import Data
-from orpo_lab.engine import scoring, shared_prefix
-from orpo_lab.engine.base import REFERENCE
+from orpo_lab.engine import mismatched, scoring, shared_prefix
+from orpo_lab.engine.base import MISMATCHED, REFERENCE
+from orpo_lab.engine.shared_prefix import SharedPrefix
 from orpo_lab.errors import NonFiniteError
 from orpo_lab.model.causal import CausalModel
 from orpo_lab.training import tensors
@@ -27,7 +28,8 @@ FILE = "reference.pt"
 # Fields of `Data` whose pairs get a reference
 SPLITS = ("train", "held_out")
 
-# For each split the sums of log-probabilities of chosen and rejected tokens, [N, 2], in nats
+# For each split the sums of log-probabilities of chosen and rejected tokens, [N, 2], in nats. Where
+# the pairs have mismatched completions, the sums of these follow, [N, 4]
 References = dict[str, Tensor]
 
 
@@ -56,8 +58,7 @@ def compute(
     model.eval()
     try:
         found = {
-            split: scoring.sums_by_rows(engine, getattr(data, split), f"reference, {split}")
-            for split in SPLITS
+            split: _sums(engine, getattr(data, split), f"reference, {split}") for split in SPLITS
         }
     finally:
         model.train(was_training)
@@ -68,6 +69,14 @@ def compute(
             "too narrow for them"
         )
     return found
+
+
+def _sums(engine: SharedPrefix, pairs: datasets.Dataset, desc: str) -> Tensor:
+    sums = scoring.sums_by_rows(engine, pairs, desc)
+    if MISMATCHED not in pairs.column_names:
+        return sums
+    others = scoring.sums_by_rows(engine, mismatched.all_of(pairs), f"{desc}, mismatched")
+    return torch.cat([sums, others], 1)
 
 
 def attach(data: Data, references: References) -> Data:

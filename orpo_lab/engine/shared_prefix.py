@@ -22,8 +22,8 @@ from orpo_lab import memory, methods
 from orpo_lab.config import Config
 from orpo_lab.config.checks import AUTO
 from orpo_lab.config.engine import SharedPrefixEngine
-from orpo_lab.engine import attention
-from orpo_lab.engine.base import REFERENCE, MicroBatch, Pair, Score, Sums
+from orpo_lab.engine import attention, mismatched
+from orpo_lab.engine.base import MISMATCHED, REFERENCE, MicroBatch, Pair, Score, Sums
 from orpo_lab.engine.compiled import CompiledLayers
 from orpo_lab.engine.head import add_scoring
 from orpo_lab.engine.packing import Collator, halved, tokens_of
@@ -109,6 +109,9 @@ class SharedPrefix:
         The totals `num_supervised` (see `Method.num_supervised`) and `num_pairs` are scalars. With
         them the loss of a micro-batch is computed as a share of the step's loss. Where several
         processes average their gradients, the totals are averaged over the processes too.
+
+        `divergence` returns the step's `Batch.divergence`. It is computed when the first
+        micro-batch is scored: if memory runs out then, the step is taken again like any other.
         """
         if not self.method.reads_rejected:
             pairs = [{**pair, "rejected_ids": []} for pair in pairs]
@@ -119,7 +122,19 @@ class SharedPrefix:
         totals = torch.stack([num_supervised, torch.tensor(float(len(pairs)))])
         names = ("num_supervised", "num_pairs")
         shared = dict(zip(names, self.devices.average(totals), strict=True))
+        if MISMATCHED in pairs[0]:
+            others = self.collator(mismatched.of(pairs))
+            shared["divergence"] = functools.cache(functools.partial(self._divergence, others))
         return [self.devices.place(micro_batch | shared) for micro_batch in laid_out]
+
+    @torch.no_grad()
+    def _divergence(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        """Return `Batch.divergence`, from the mismatched pairs of a step."""
+        total, num = torch.zeros(2, device=self.devices.device)
+        for micro_batch in map(self.devices.place, micro_batches):
+            ratios = self._sums(micro_batch)[:, 1:] - micro_batch[REFERENCE]
+            total, num = total + ratios.sum(), num + (micro_batch["counts"][:, 1:] > 0).sum()
+        return self.devices.average(total / num).clamp(min=0)
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
@@ -145,18 +160,26 @@ class SharedPrefix:
 
     def score(self, micro_batch: MicroBatch, beta: float) -> Score:
         """Return the micro-batch's share of the step's loss, and the micro-batch's metrics."""
-        scored, counts = self.logps(micro_batch), micro_batch["counts"]
-        logps = scored.new_zeros(counts.numel()).index_add(0, micro_batch["sums"], scored)
+        divergence = micro_batch["divergence"]() if "divergence" in micro_batch else None
         batch = Batch(
-            logps.view_as(counts),
-            counts,
+            self._sums(micro_batch),
+            micro_batch["counts"],
             reference=micro_batch[REFERENCE],
             num_supervised=micro_batch["num_supervised"],
             num_pairs=micro_batch["num_pairs"],
+            divergence=divergence,
         )
         losses = self.method.losses(batch, beta)
         sums = torch.stack(tuple(losses.terms.values())).detach().sum(1)
-        return Score(losses.loss, Sums(tuple(losses.terms), sums, len(counts)))
+        ones = torch.ones_like(batch.logps[:, 0])
+        nums = torch.stack([losses.nums.get(name, ones).sum() for name in losses.terms])
+        return Score(losses.loss, Sums(tuple(losses.terms), sums, nums), losses.parts)
+
+    def _sums(self, micro_batch: MicroBatch) -> Tensor:
+        """Return the sums of log-probabilities of prompt, chosen and rejected tokens, [B, 3]."""
+        scored, counts = self.logps(micro_batch), micro_batch["counts"]
+        sums = scored.new_zeros(counts.numel()).index_add(0, micro_batch["sums"], scored)
+        return sums.view_as(counts)
 
     def recover(self, error: BaseException, micro_batches: Sequence[MicroBatch], step: int) -> bool:
         """Halve the token budget if memory ran out; otherwise give up compiled layers.

@@ -95,7 +95,8 @@ class Trl:
         loss, metrics = self.trainer.get_batch_loss_metrics(self.model, micro_batch)
         num_pairs = micro_batch["num_pairs"]
         sums = torch.tensor(list(metrics.values()), device=loss.device) * num_pairs
-        return Score(loss / micro_batch["num_shares"], Sums(tuple(metrics), sums, num_pairs))
+        nums = torch.full_like(sums, num_pairs)
+        return Score(loss / micro_batch["num_shares"], Sums(tuple(metrics), sums, nums))
 
     def recover(self, error: BaseException, micro_batches: Sequence[MicroBatch], step: int) -> bool:
         """Return False: the mean loss of two halves is not TRL's loss of the whole micro-batch."""

@@ -9,6 +9,7 @@ from orpo_lab.config.method import (
     CpoMethod,
     DpoMethod,
     IpoMethod,
+    KtoMethod,
     OrpoMethod,
     SftMethod,
     SimpoMethod,
@@ -16,6 +17,7 @@ from orpo_lab.config.method import (
 from orpo_lab.methods.base import Method
 from orpo_lab.methods.cpo import Cpo, Simpo
 from orpo_lab.methods.dpo import Dpo, Ipo
+from orpo_lab.methods.kto import Kto
 from orpo_lab.methods.orpo import Orpo
 from orpo_lab.methods.sft import Sft
 
@@ -31,6 +33,8 @@ def build(config: Config) -> Method:
             return Dpo(dpo)
         case IpoMethod():
             return Ipo()
+        case KtoMethod() as kto:
+            return Kto(kto)
         case SimpoMethod() as simpo:
             return Simpo(simpo)
         case CpoMethod() as cpo:

@@ -1,11 +1,14 @@
 """The interface through which an engine calls a method."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 
 from orpo_lab.config.method import OrpoMethod, SftMethod
+
+# Names of the two terms of a loss
+LIKELIHOOD, PREFERENCE = "likelihood", "preference"
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,10 @@ class Batch:
     """The sum of `Method.num_supervised` over the whole step, a scalar."""
     num_pairs: Tensor
     """The number of pairs of the whole step, a scalar."""
+    divergence: Tensor | None = None
+    """How far the model is from the reference on mismatched completions, a scalar, in nats: the
+    mean over the whole step of log pi(y'|x) - log pi_ref(y'|x), at least 0, without an autograd
+    graph. None: the method does not need it."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +48,21 @@ class Losses:
     such term."""
     terms: dict[str, Tensor]
     """A figure for each pair, [B], by the name under which it is logged."""
+    nums: dict[str, Tensor] = field(default_factory=dict)
+    """For a term of which a pair does not have exactly one figure: how many figures each pair's
+    entry is the sum of, [B]. The term's mean is over figures, not over pairs."""
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """The batch's share in each term that the method has, a scalar, by the term's name."""
+        parts = {LIKELIHOOD: self.likelihood, PREFERENCE: self.preference}
+        return {name: share for name, share in parts.items() if share is not None}
 
     @property
     def loss(self) -> Tensor:
         """The batch's share in the step's loss, a scalar."""
-        likelihood, preference = self.likelihood, self.preference
-        if likelihood is None:
-            assert preference is not None, "a method has at least one term"
-            return preference
-        return likelihood if preference is None else likelihood + preference
+        first, *others = self.parts.values()  # a method has at least one term
+        return sum(others, start=first)
 
 
 class Method(Protocol):
@@ -67,8 +80,14 @@ class Method(Protocol):
     def needs_reference(self) -> bool:
         """Whether the loss needs the log-probabilities of the model before training."""
 
+    @property
+    def needs_divergence(self) -> bool:
+        """Whether the loss needs `Batch.divergence`; such a method needs the reference too."""
+
     def num_supervised(self, counts: Tensor) -> Tensor:
         """Return how many tokens of each pair the method's likelihood term covers, [B].
+
+        Of a method whose loss is a mean over completions: how many completions each pair has.
 
         Args:
             counts: numbers of tokens of prompt, chosen and rejected, [B, 3].

@@ -33,6 +33,7 @@ class Cpo:
     scores_prompt = False
     reads_rejected = True
     needs_reference = False
+    needs_divergence = False
 
     def num_supervised(self, counts: Tensor) -> Tensor:
         """Return the number of tokens of each chosen completion, [B]."""
@@ -58,6 +59,7 @@ class Simpo:
     scores_prompt = False
     reads_rejected = True
     needs_reference = False
+    needs_divergence = False
 
     def num_supervised(self, counts: Tensor) -> Tensor:
         """Return the number of tokens of each chosen completion, [B]."""

@@ -24,6 +24,7 @@ class Dpo:
     scores_prompt = False
     reads_rejected = True
     needs_reference = True
+    needs_divergence = False
 
     def num_supervised(self, counts: Tensor) -> Tensor:
         """Return 0 for each pair, [B]: there is no likelihood term."""
@@ -49,6 +50,7 @@ class Ipo:
     scores_prompt = False
     reads_rejected = True
     needs_reference = True
+    needs_divergence = False
 
     def num_supervised(self, counts: Tensor) -> Tensor:
         """Return 0 for each pair, [B]: there is no likelihood term."""

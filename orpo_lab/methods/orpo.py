@@ -28,6 +28,7 @@ class Orpo:
 
     reads_rejected = True
     needs_reference = False
+    needs_divergence = False
 
     @property
     def scores_prompt(self) -> bool:

@@ -17,6 +17,7 @@ class Sft:
 
     reads_rejected = False
     needs_reference = False
+    needs_divergence = False
 
     @property
     def scores_prompt(self) -> bool:

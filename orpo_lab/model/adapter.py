@@ -2,9 +2,12 @@
 
 import logging
 from collections.abc import Collection
+from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -12,10 +15,12 @@ from transformers.pytorch_utils import Conv1D
 from orpo_lab.config.optimizer import Lora
 from orpo_lab.errors import UserError, one_line
 from orpo_lab.model.projections import projections
+from orpo_lab.model.weights import check_loaded
 
 log = logging.getLogger(__name__)
 
-
+# peft's name for the file of an adapter's weights
+ADAPTER = "adapter_model.safetensors"
 NARROW = (torch.bfloat16, torch.float16)
 # Layers whose weights are stored as they were loaded, quantized or in 16 bits
 STORED_NARROW = (nn.Linear, Conv1D, nn.Embedding)
@@ -30,10 +35,28 @@ def attach(model: PreTrainedModel, lora: Lora) -> PeftModel:
         UserError: the model has no such projections, or has layers that peft cannot adapt.
     """
     _widen(model)
+    adapted = put_on(model, lora)
+    trained, total = adapted.get_nb_trainable_parameters()
+    names = adapted.base_model.targeted_module_names
+    log.info(
+        "adapters on %s: %s of %s weights are trained",
+        ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names})),
+        f"{trained:,}",
+        f"{total:,}",
+    )
+    return adapted
+
+
+def put_on(model: PreTrainedModel, lora: Lora) -> PeftModel:
+    """Return the model with adapters, and leave the precision of its own weights as it is.
+
+    Raises:
+        UserError: see `attach`.
+    """
     layers = projections(model)
     targets = _names(model, layers)
     try:
-        adapted = get_peft_model(
+        return get_peft_model(
             model,
             LoraConfig(
                 task_type="CAUSAL_LM",
@@ -50,14 +73,18 @@ def attach(model: PreTrainedModel, lora: Lora) -> PeftModel:
             f"adapters cannot be put on {type(model).__name__} ({one_line(error)[:200]}); use "
             "optimizer=adamw"
         ) from error
-    trained, total = adapted.get_nb_trainable_parameters()
-    log.info(
-        "adapters on %s: %s of %s weights are trained",
-        ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layers})),
-        f"{trained:,}",
-        f"{total:,}",
+
+
+def load_adapter(adapted: PeftModel, folder: Path) -> None:
+    """Load the weights of the adapters from a folder.
+
+    Raises:
+        UserError: the folder holds adapters for another model.
+    """
+    found: Any = set_peft_model_state_dict(
+        adapted, load_file(folder / ADAPTER), adapter_name=adapted.active_adapter
     )
-    return adapted
+    check_loaded(adapted, found.missing_keys, found.unexpected_keys)
 
 
 def _widen(model: PreTrainedModel) -> None:

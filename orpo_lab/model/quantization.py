@@ -6,13 +6,15 @@ This module reads the config group `quantization`. The quantized layers are thos
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
-from transformers import BitsAndBytesConfig, PretrainedConfig
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from orpo_lab import upstream
 from orpo_lab.config import Config
 from orpo_lab.config.quantization import Int8, Nf4, Quantization
 from orpo_lab.errors import UserError
+from orpo_lab.model.layers import dense_weight
 
 # The settings that must be equal for two 4-bit or two 8-bit models to be stored in the same way
 STORED_ALIKE = {
@@ -112,3 +114,19 @@ def prepare(model: nn.Module, dtype: torch.dtype) -> None:
             upstream.switch_off_repacking(module)
             setattr(module, "compute_dtype", dtype)  # noqa: B010
     upstream.mend_4bit_kernel()
+
+
+def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Replace a model's quantized layers by plain ones, with the weights that the engine reads.
+
+    Args:
+        model: changed in place; a folder that it is saved to then says nothing of quantization.
+        dtype: precision of the new layers' weights.
+    """
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, Linear4bit | Linear8bitLt):
+            dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            dense.weight = nn.Parameter(dense_weight(layer, dtype))
+            dense.bias = layer.bias
+            model.set_submodule(name, dense)
+    model.hf_quantizer.remove_quantization_config(model)

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -244,3 +244,29 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}\0".encode())
         digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def check_loaded(model: nn.Module, missing: Collection[str], unexpected: Collection[str]) -> None:
+    """Check that every trained weight was loaded.
+
+    A tied weight has several names. Libraries report some of these names as missing, although the
+    weight was loaded under another name.
+
+    Args:
+        model: the model that the weights are for.
+        missing: names of the model's weights that the file does not have.
+        unexpected: names of weights in the file that the model does not have.
+
+    Raises:
+        UserError: a trained weight is missing, or the file has unexpected weights.
+    """
+    weights = {
+        name: weight
+        for name, weight in model.named_parameters(remove_duplicate=False)
+        if weight.requires_grad
+    }
+    loaded = {id(weight) for name, weight in weights.items() if name not in missing}
+    lost = [name for name, weight in weights.items() if id(weight) not in loaded]
+    if lost or unexpected:
+        names = ", ".join([*lost, *unexpected][:3])
+        raise UserError(f"the checkpoint's weights are not this model's ({names}); start a new run")

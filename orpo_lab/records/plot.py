@@ -12,9 +12,15 @@ from orpo_lab.upstream import matplotlib_as_shipped
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
 # How many panels of a run's plot are side by side
 NUM_COLUMNS = 3
-# Margins of the figure, as shares of its size, and spaces between panels, as shares of a panel's
+# Height of a row of panels, in inches
+ROW = 2.8
+# Margins of the figure, as shares of its width, and spaces between panels, as shares of a panel's
 # size. They leave room for tick labels of six digits
-SPACES = {"left": 0.07, "right": 0.99, "bottom": 0.09, "top": 0.88, "wspace": 0.3, "hspace": 0.42}
+SPACES = {"left": 0.07, "right": 0.99, "wspace": 0.3, "hspace": 0.42}
+# Margins below and above all panels, as shares of a row's height
+BELOW, ABOVE = 0.18, 0.24
+# The y-axis of metrics with these units
+RANGES = {"0 to 1": (0, 1.02), "-1 to 1": (-1.02, 1.02)}
 # Colours of curves that share a panel
 COLOURS_OF_A_PANEL = (BLUE, GREEN, ORANGE)
 
@@ -28,6 +34,8 @@ def plain(text: str) -> str:
 def draw_training(metrics: list[dict[str, float]], title: str, file: Path) -> None:
     """Draw the loss and its parts, beta, accuracy, margin and learning rate over the steps.
 
+    If the run was measured by the meter of preference, what the meter has measured is drawn too.
+
     Args:
         metrics: the lines of `metrics.jsonl`.
         title: text above the picture.
@@ -37,12 +45,13 @@ def draw_training(metrics: list[dict[str, float]], title: str, file: Path) -> No
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 5.6), dpi=160)
+    panels = _panels(metrics)
+    num_rows = max(1, math.ceil(len(panels) / NUM_COLUMNS))
+    figure = Figure(figsize=(10, ROW * num_rows), dpi=160)
     # Fixed margins: matplotlib's own layout draws everything twice, which takes half a second
-    figure.subplots_adjust(**SPACES)
+    figure.subplots_adjust(bottom=BELOW / num_rows, top=1 - ABOVE / num_rows, **SPACES)
     FigureCanvasAgg(figure)
-    panels = list(dict.fromkeys(metric.panel for metric in TRAINING if metric.panel))
-    grid = figure.subplots(math.ceil(len(panels) / NUM_COLUMNS), NUM_COLUMNS, squeeze=False).flat
+    grid = figure.subplots(num_rows, NUM_COLUMNS, squeeze=False).flat
     for axes, panel in itertools.zip_longest(grid, panels):
         if panel is None:
             axes.remove()
@@ -51,6 +60,13 @@ def draw_training(metrics: list[dict[str, float]], title: str, file: Path) -> No
     figure.suptitle(plain(title), fontsize=11)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
+
+
+def _panels(lines: list[dict[str, float]]) -> list[str]:
+    """Return the titles of the panels that have a curve."""
+    known = {name.removeprefix(HELD_OUT_PREFIX) for line in lines for name in line}
+    shown = [metric for metric in TRAINING if metric.panel and metric.name in known]
+    return list(dict.fromkeys(metric.panel for metric in shown))
 
 
 def _draw_panel(axes: Any, lines: list[dict[str, float]], panel: str) -> None:
@@ -73,9 +89,9 @@ def _draw_panel(axes: Any, lines: list[dict[str, float]], panel: str) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.ticklabel_format(axis="y", useOffset=False)
-    if members[0].unit == "0 to 1":
-        axes.set_ylim(0, 1.02)
-    if members[0].is_setting:
+    if members[0].unit in RANGES:
+        axes.set_ylim(*RANGES[members[0].unit])
+    elif members[0].is_setting:
         axes.set_ylim(bottom=0)
     if drawn > 1:
         axes.legend(fontsize=8, frameon=False)

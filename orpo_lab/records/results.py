@@ -7,7 +7,6 @@ log and `status.json` say so. The other results are made all the same.
 import contextlib
 import dataclasses
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -21,18 +20,18 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from orpo_lab.config import Config, kind
-from orpo_lab.config.model import EMBEDDED, local_path
+from orpo_lab.config.model import BASE, EMBEDDED, local_path
 from orpo_lab.config.optimizer import Lora
 from orpo_lab.data import Data
 from orpo_lab.errors import NonFiniteError, UserError, one_line
 from orpo_lab.evaluate import Evaluation
-from orpo_lab.metrics import HELD_OUT
+from orpo_lab.metrics import HELD_OUT, PREFERENCE_SHARE
 from orpo_lab.records.plot import draw_training
 from orpo_lab.records.run_folder import RunFolder, git_commit, put_in_place, versions
 from orpo_lab.redaction import redact
 from orpo_lab.tracker.base import Run
 from orpo_lab.training.checkpoint import MANIFEST, METRICS
-from orpo_lab.training.files import Files
+from orpo_lab.training.files import Files, link
 from orpo_lab.training.tensors import save_pretrained
 from orpo_lab.training.trainer import TrainStats
 
@@ -117,6 +116,7 @@ def leave(
     stats: TrainStats,
     data: Data,
     missing: Missing,
+    start: str = "",
 ) -> dict[str, Any]:
     """Put the model into `final/`, write the other results, and log a table of the figures.
 
@@ -130,6 +130,7 @@ def leave(
         stats: the cost of training.
         data: the tokenized pairs.
         missing: notes the results that cannot be made.
+        start: what the run started from, in words; empty: from `model.path` alone.
 
     Returns:
         The content of `summary.json`.
@@ -142,7 +143,8 @@ def leave(
         summary |= {"versions": versions(), "git_commit": git_commit()}
     card = ""
     with missing.noted("final/README.md"):
-        card = model_card(place, config, summary)
+        has_base = (trained / BASE).is_dir()
+        card = model_card(place, config, summary, start=start, has_base=has_base)
     save_final(place, trained, card)
     plot, samples = place.file("plots/training.png"), _samples(before, after)
     title = place.path.resolve().name
@@ -161,6 +163,8 @@ def leave(
         with missing.noted(name):
             make_result()
     log.info("\n%s\n", _table(summary))
+    if said := preference_said(place.metrics()):
+        log.info("%s\n", said)
     for name, file in {"run folder": "", "model": "final", "plot": "plots/training.png"}.items():
         if file not in missing:
             log.info("%-10s  %s", name, place.file(file))
@@ -176,11 +180,13 @@ def summarize(
     place: RunFolder,
 ) -> dict[str, Any]:
     """Return the content of `summary.json`, without the versions and the commit."""
+    shares = [share for _, share in preference_shares(place.metrics())]
+    measured = {"preference_share": sum(shares) / len(shares)} if shares else {}
     return {
         "config_hash": config_hash,
         "before": before.metrics,
         "after": after.metrics if after else {},
-        "train": dataclasses.asdict(stats),
+        "train": dataclasses.asdict(stats) | measured,
         "evaluation_seconds": {
             "before": before.seconds,
             **({"after": after.seconds} if after else {}),
@@ -192,6 +198,34 @@ def summarize(
         # What was changed at each start of this run, in order; {} for an unchanged start
         "changes": [segment["changes"] for segment in place.segments()],
     }
+
+
+def preference_shares(lines: list[dict[str, float]]) -> list[tuple[int, float]]:
+    """Return the steps that the meter of preference has measured, and the share at each of them.
+
+    Args:
+        lines: the lines of `metrics.jsonl`.
+    """
+    return [
+        (int(line["step"]), line[PREFERENCE_SHARE]) for line in lines if PREFERENCE_SHARE in line
+    ]
+
+
+def preference_said(lines: list[dict[str, float]]) -> str:
+    """Return a sentence that says how much of the gradient was preference; empty: not measured.
+
+    Args:
+        lines: the lines of `metrics.jsonl`.
+    """
+    shares = preference_shares(lines)
+    if not shares:
+        return ""
+    mean = sum(share for _, share in shares) / len(shares)
+    ends = " and ".join(f"{share:.1%} at step {step}" for step, share in (shares[0], shares[-1]))
+    return (
+        f"Of the steps' gradient, {mean:.1%} is preference (mean of {len(shares)} measured steps; "
+        f"{ends})"
+    )
 
 
 def save_scores(place: RunFolder, before: Evaluation, after: Evaluation) -> None:
@@ -266,22 +300,29 @@ def save_final(place: RunFolder, trained: Path, card: str) -> None:
     shutil.rmtree(part, ignore_errors=True)
     # peft writes a README.md too, which our card replaces
     ours = shutil.ignore_patterns(MANIFEST, METRICS, "README.md")
-    shutil.copytree(trained, part, ignore=ours, copy_function=_link)
+    shutil.copytree(trained, part, ignore=ours, copy_function=link)
     if card:
         (part / "README.md").write_text(card, encoding="utf-8")
     put_in_place(part, place.file("final"))
 
 
-def _link(source: str, target: str) -> None:
-    """Make a hard link to a file; copy the file if the file system has no hard links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+def model_card(
+    place: RunFolder,
+    config: Config,
+    summary: dict[str, Any],
+    *,
+    start: str = "",
+    has_base: bool = False,
+) -> str:
+    """Return a model card in the hub's format: the base, the training, and the held-out figures.
 
-
-def model_card(place: RunFolder, config: Config, summary: dict[str, Any]) -> str:
-    """Return a model card in the hub's format: the base, the training, and the held-out figures."""
+    Args:
+        place: the run folder.
+        config: the run's configuration.
+        summary: the content of `summary.json`.
+        start: what the run started from, in words; empty: from `model.path` alone.
+        has_base: whether the base of the adapter is saved beside it.
+    """
     is_adapter = isinstance(config.optimizer, Lora)
     is_local = config.model.path != EMBEDDED and local_path(config.model.path).is_dir()
     library = "peft" if is_adapter else "transformers"
@@ -296,8 +337,15 @@ def model_card(place: RunFolder, config: Config, summary: dict[str, Any]) -> str
         if is_local and is_adapter
         else ""
     )
+    if has_base:
+        moved = (
+            f" The adapter belongs to the model in `{BASE}/`, whose place `adapter_config.json` "
+            "names; put its name on the hub there before you publish this."
+        )
     code = " Code that comes with it was run." if config.model.trust_remote_code else ""
     beta = f"beta {config.beta:g}, " if config.method.reads_beta else ""
+    began = f" It began with another run's result: {redact(start)}." if start else ""
+    notes = f"{began}{code}{moved}"
     figures = (
         f"Measured on {summary['after']['num_pairs']} held-out pairs:\n\n{_table(summary)}"
         if summary["after"]
@@ -311,7 +359,7 @@ tags: [{kind(config.method)}, orpo_lab]
 
 {base}, aligned with {config.method.title} by orpo_lab:
 {beta}{summary["train"]["steps"]} steps of {config.train.batch_size} pairs, seed
-{config.seed}. The whole configuration stands in `config.yaml` of the run folder.{code}{moved}
+{config.seed}. The whole configuration stands in `config.yaml` of the run folder.{notes}
 
 {figures}
 

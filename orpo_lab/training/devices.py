@@ -5,6 +5,7 @@ methods. That class will average totals and gradients, wrap the model, and let o
 files.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -65,6 +66,18 @@ class OneDevice:
         In fp16 the added gradients are multiplied by the loss scale.
         """
         (self.scaler.scale(loss) if self.scaler else loss).backward()
+
+    def gradients(self, loss: Tensor, weights: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return the gradients of a scalar loss, one for each weight; `weight.grad` is not touched.
+
+        In fp16 the gradients are computed at the loss scale, as in `backward`, and then divided by
+        it. None: the loss does not depend on the weight.
+        """
+        if self.scaler is None:
+            return [*torch.autograd.grad(loss, weights, allow_unused=True)]
+        scale = self.scaler.get_scale()
+        found = torch.autograd.grad(loss * scale, weights, allow_unused=True)
+        return [None if gradient is None else gradient / scale for gradient in found]
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the gradients of a step by the loss scale, in place; called before they are read.

@@ -7,6 +7,7 @@ sent to the disk after that, training would wait for all three works, one after 
 import contextlib
 import hashlib
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -115,6 +116,14 @@ def names(folder: Path) -> list[str]:
     """Return the names of all files in a folder and its folders, relative to the folder."""
     found = (file for file in folder.rglob("*") if file.is_file())
     return sorted(str(file.relative_to(folder)) for file in found)
+
+
+def link(source: str | Path, target: str | Path) -> None:
+    """Make a hard link to a file; copy the file if the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def hash_of(file: Path, new_hash: Callable[[], Any] = HASHES[HASH]) -> str:

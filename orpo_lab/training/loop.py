@@ -13,11 +13,12 @@ from torch import Tensor
 from orpo_lab import memory
 from orpo_lab.beta_schedule import beta_at, progress
 from orpo_lab.config import Config
-from orpo_lab.engine.base import COLUMNS, REFERENCE, Engine, MicroBatch, Pair, Sums
+from orpo_lab.engine.base import COLUMNS, MISMATCHED, REFERENCE, Engine, MicroBatch, Pair, Sums
 from orpo_lab.stop import Stop
 from orpo_lab.training.finite import FiniteCheck, check_weights
 from orpo_lab.training.lines import Lines
 from orpo_lab.training.meter import Means
+from orpo_lab.training.preference import PreferenceMeter
 from orpo_lab.training.state import RandomState, State
 
 
@@ -42,6 +43,10 @@ class Loop:
     """Writes a checkpoint of the state."""
     stop: Stop
 
+    preference: PreferenceMeter = field(default_factory=lambda: PreferenceMeter(None))
+    """Measures how much of a step's gradient is preference."""
+    measured: dict[str, float] = field(default_factory=dict)
+    """What was measured of the last step; empty: nothing."""
     means: Means = field(default_factory=Means)
     """Means of the metrics since the last line."""
     total_loss: Tensor | float = 0.0
@@ -77,12 +82,14 @@ class Loop:
             evaluates = is_due(state.step, settings.eval_steps, is_last)
             saves = is_due(state.step, settings.save_steps, is_last) or bool(reason)
             logs = saves or state.step == 1 or state.step % settings.logging_steps == 0
-            if logs or evaluates or is_last:
+            if logs or evaluates or is_last or self.measured:
                 self.finite.check()
             if saves:
                 check_weights(state.model, state.step)
             if logs:
                 self.write_line(norm, rate)
+            if self.measured:
+                self.lines.write(state.step, self.measured | {"epoch": self.epoch()})
             if evaluates:
                 self.evaluate()
             if saves:
@@ -97,9 +104,13 @@ class Loop:
         Returns:
             The gradient norm before clipping, a scalar on the device, and the learning rate.
         """
-        state = self.state
+        state, beta = self.state, self.beta_at(self.state.step)
         state.model.train()
-        loss, sums = add_gradients(self.engine, state, pairs, self.beta_at(state.step))
+        random = RandomState.now()
+        loss, sums = add_gradients(self.engine, state, pairs, beta)
+        self.measured = {}
+        if self.preference.is_due(state.step + 1):
+            self.measured = self.preference.measure(self.engine, state, pairs, beta, random)
         state.devices.unscale(state.updater.optimizer)
         norm = state.updater.clip(self.config.train.max_grad_norm)
         self.finite.look(state.step + 1, loss, norm, state.updater.gradients())
@@ -143,16 +154,15 @@ class Loop:
         """
         state, skipped = self.state, self.finite.meter.num_skipped
         assert isinstance(self.total_loss, Tensor)
-        names = self.means.names
         figures = torch.stack([self.total_loss, norm.to(self.total_loss)])
         figures = torch.cat([figures, state.devices.average(self.means.take())])
-        loss, grad_norm, *means = figures.tolist()  # device-to-host sync
+        loss, grad_norm, *taken = figures.tolist()  # device-to-host sync
         line = {"grad_norm": grad_norm, "learning_rate": rate}
         if skipped > self.num_skipped:
             # The metrics of a skipped step may not be finite, so no means over pairs are written
             self.num_skipped = line["skipped_steps"] = skipped
         else:
-            line = {"loss": loss / self.num_since} | line | dict(zip(names, means, strict=True))
+            line = {"loss": loss / self.num_since} | line | self.means.named(taken)
         line |= {"epoch": self.epoch(), "beta": self.beta_at(state.step - 1)}
         self.lines.write(state.step, line)
         self.total_loss, self.num_since = 0.0, 0
@@ -170,16 +180,15 @@ class Loop:
                     score = self.engine.score(micro_batch, beta)
                     means.add(score.sums)
                     loss = loss + score.loss * len(part) / num_pairs
-        names = means.names
         figures = torch.cat([loss[None], means.take()])
-        eval_loss, *others = state.devices.average(figures).tolist()  # device-to-host sync
+        eval_loss, *taken = state.devices.average(figures).tolist()  # device-to-host sync
         seconds = time.perf_counter() - begin
         line = {
             "loss": eval_loss,
             "runtime": seconds,
             "samples_per_second": num_pairs / seconds,
             "steps_per_second": math.ceil(num_pairs / size) / seconds,
-            **dict(zip(names, others, strict=True)),
+            **means.named(taken),
         }
         line = {f"eval_{name}": value for name, value in line.items()} | {"epoch": self.epoch()}
         self.lines.write(state.step, line)
@@ -275,7 +284,7 @@ def batches(pairs: datasets.Dataset, size: int, seed: int, start: int) -> Iterat
 
 
 def rows(pairs: datasets.Dataset, indices: Sequence[int]) -> list[Pair]:
-    """Return the token ids of the pairs at the given indices, and their references if any."""
-    names, columns = [*COLUMNS, REFERENCE], pairs[list(indices)]
+    """Return the pairs at the given indices, with the columns that an engine reads."""
+    names, columns = [*COLUMNS, REFERENCE, MISMATCHED], pairs[list(indices)]
     given = {name: columns[name] for name in names if name in columns}
     return [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=True)]

@@ -2,8 +2,10 @@
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from orpo_lab import memory
@@ -44,17 +46,25 @@ class Means:
 
     names: tuple[str, ...] = ()
     sums: Tensor | None = None
-    num_pairs: int = 0
 
     def add(self, some: Sums) -> None:
-        """Add the metrics of some pairs; every pair weighs the same."""
+        """Add the metrics of some pairs; every figure weighs the same."""
         self.names = some.names
-        self.sums = some.values if self.sums is None else self.sums + some.values
-        self.num_pairs += some.num_pairs
+        both = torch.cat([some.values, some.nums.to(some.values)])
+        self.sums = both if self.sums is None else self.sums + both
 
     def take(self) -> Tensor:
-        """Return the mean of each of M metrics, [M], on the device, and reset the sums."""
+        """Return the sums of M metrics and what each is a sum of, [2 M], and reset the sums."""
         assert self.sums is not None
-        means = self.sums / self.num_pairs
-        self.sums, self.num_pairs = None, 0
-        return means
+        sums, self.sums = self.sums, None
+        return sums
+
+    def named(self, taken: Sequence[float]) -> dict[str, float]:
+        """Return the mean of each metric that some pair has.
+
+        Args:
+            taken: what `take` returned.
+        """
+        sums, nums = taken[: len(self.names)], taken[len(self.names) :]
+        given = zip(self.names, sums, nums, strict=True)
+        return {name: total / num for name, total, num in given if num}

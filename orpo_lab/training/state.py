@@ -1,18 +1,19 @@
 """The state of training: all that an optimizer step changes, and that a checkpoint holds."""
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from peft import PeftModel, set_peft_model_state_dict
-from safetensors.torch import load_file
+from peft import PeftModel
 from torch import Tensor, nn
 
 from orpo_lab.errors import UserError, one_line
+from orpo_lab.model.adapter import load_adapter
+from orpo_lab.model.weights import check_loaded
 from orpo_lab.optimizer.updater import Updater
 from orpo_lab.training import tensors
 from orpo_lab.training.checkpoint import STATE
@@ -20,9 +21,6 @@ from orpo_lab.training.devices import OneDevice
 from orpo_lab.training.files import Files
 
 log = logging.getLogger(__name__)
-
-# peft's name for the file of an adapter's weights
-ADAPTER = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -175,9 +173,7 @@ class State:
             UserError: the weights are those of another model.
         """
         if isinstance(self.model, PeftModel):
-            weights, adapter = load_file(folder / ADAPTER), self.model.active_adapter
-            result: Any = set_peft_model_state_dict(self.model, weights, adapter_name=adapter)
-            check_loaded(self.model, result.missing_keys, result.unexpected_keys)
+            load_adapter(self.model, folder)
             return
         # The names in the file may differ from the model's: the experts of a mixture, for example,
         # are saved one by one. `from_pretrained` puts them together
@@ -186,29 +182,3 @@ class State:
         )
         check_loaded(self.model, told["missing_keys"], told["unexpected_keys"])
         self.model.load_state_dict(loaded.state_dict())
-
-
-def check_loaded(model: nn.Module, missing: Collection[str], unexpected: Collection[str]) -> None:
-    """Check that every trained weight was loaded.
-
-    A tied weight has several names. Libraries report some of these names as missing, although the
-    weight was loaded under another name.
-
-    Args:
-        model: the model that the weights are for.
-        missing: names of the model's weights that the file does not have.
-        unexpected: names of weights in the file that the model does not have.
-
-    Raises:
-        UserError: a trained weight is missing, or the file has unexpected weights.
-    """
-    weights = {
-        name: weight
-        for name, weight in model.named_parameters(remove_duplicate=False)
-        if weight.requires_grad
-    }
-    loaded = {id(weight) for name, weight in weights.items() if name not in missing}
-    lost = [name for name, weight in weights.items() if id(weight) not in loaded]
-    if lost or unexpected:
-        names = ", ".join([*lost, *unexpected][:3])
-        raise UserError(f"the checkpoint's weights are not this model's ({names}); start a new run")

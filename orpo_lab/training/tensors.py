@@ -21,8 +21,14 @@ from orpo_lab.training.files import PIECE, Files, HashedFile
 METADATA = "__metadata__"
 
 
-def save_pretrained(model: Any, files: Files) -> None:
+def save_pretrained(model: Any, files: Files, folder: str = "", **options: Any) -> None:
     """Write a model or an adapter: the same files as those of its own `save_pretrained`.
+
+    Args:
+        model: the model or the adapter.
+        files: the files of a checkpoint.
+        folder: a folder inside the checkpoint; empty: the checkpoint's own folder.
+        options: of the model's own `save_pretrained`.
 
     Raises:
         OSError: the disk is full, or cannot be written to.
@@ -35,7 +41,7 @@ def save_pretrained(model: Any, files: Files) -> None:
             write_safetensors(file, tensors, metadata)
 
     with upstream.tensors_written_by(save_file):
-        model.save_pretrained(files.folder)
+        model.save_pretrained(files.folder / folder, **options)
 
 
 def save(value: Any, files: Files, name: str) -> None:

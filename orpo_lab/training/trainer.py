@@ -27,6 +27,7 @@ from orpo_lab.training.finite import FiniteCheck
 from orpo_lab.training.lines import Lines
 from orpo_lab.training.loop import Loop
 from orpo_lab.training.meter import Meter
+from orpo_lab.training.preference import PreferenceMeter
 from orpo_lab.training.state import State
 
 log = logging.getLogger(__name__)
@@ -135,6 +136,7 @@ def fit(
             num_steps=num_steps,
             save=save,
             stop=stop,
+            preference=PreferenceMeter(config.train.meter_steps),
         )
         with contextlib.closing(lines):
             reason = loop.run()
