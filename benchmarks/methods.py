@@ -259,7 +259,7 @@ def choose(bench: Bench, methods: tuple[str, ...]) -> dict[str, Any]:
         bench: with the choices of all stages before.
         methods: of each stage.
     """
-    tried = []
+    tried: list[dict[str, Any]] = []
     for rate, beta in product(RATES, BETAS[methods[-1]]):
         given = (f"optimizer.learning_rate={rate:g}", f"beta={beta:g}")
         key = " ".join(methods)
