@@ -10,10 +10,11 @@ starts from the stage before, or `rlhf.py`. Every stage of every road has the sa
 number of optimizer steps. A stage that two roads share is trained once and counted in both. A
 finished stage in OUT is not trained again, so the same command goes on after an interruption.
 
-`--grid` trains the last stage of each road with each learning rate and beta of `RATES` and `BETAS`,
-with GRID_SEED alone, which the table does not use. Of the settings whose qualities are within their
-margins of the road's best ones, the setting with the highest preference accuracy is chosen. Without
-`--grid` and without an earlier `OUT/grid.json` every stage has the lab's defaults.
+`--grid` trains the last stage of each road with the learning rates that are FACTORS times the
+method's own, then with the chosen rate and each other beta of `BETAS`. The seed is GRID_SEED, which
+the table does not use. Of the settings whose qualities are within their margins of the road's best
+ones, the setting with the highest preference accuracy is chosen. Without `--grid` and without an
+earlier `OUT/grid.json` every stage has the lab's defaults.
 
 `--curves` trains every road on fewer pairs (`SIZES`) for as many optimizer steps as on all pairs:
 the compute stays the same, and pairs come again.
@@ -34,9 +35,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
-from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -67,8 +67,9 @@ ROADS: dict[str, tuple[str, ...]] = {
 }
 # Settled by a verdict of their own
 DUEL = ("ORPO", "SFT, then DPO")
-# What `--grid` tries. The first beta is the default
-RATES = (1e-4, 3e-4, 1e-3)
+# What `--grid` tries
+FACTORS = (0.1, 0.3, 1.0)
+# By method, the default first
 BETAS: dict[str, tuple[float, ...]] = {
     "orpo": (0.1, 0.5),
     "cpo": (0.1, 0.5),
@@ -90,14 +91,13 @@ SMALL = (
 )
 # SmolLM2: as many steps as a CPU takes in minutes
 SMOLLM2 = (
-    "model=local",
+    "model=smollm2_135m",
     "dataset=jsonl",
     "dataset.max_length=512",
     "dataset.max_prompt_length=256",
     "dataset.num_generations=16",
     "dataset.max_new_tokens=64",
     "optimizer=lora",
-    "optimizer.learning_rate=2e-4",
     "train.max_steps=40",
     "train.batch_size=8",
 )
@@ -237,13 +237,17 @@ class Bench:
         num_train = data["train"]["num_kept"]
         pairs = train["pairs_per_second"] * train["wall_seconds"]
         tokens = train["tokens_per_second"] * train["wall_seconds"]
-        has_reference = methods.build(compose(*stage.overrides).config).needs_reference
+        method = methods.build(compose(*stage.overrides).config)
+        # KTO also reads every prompt with the completions of another one: for the reference, and
+        # in every step
+        forward = float(method.needs_reference)
+        forward += method.needs_divergence * (1 + pairs / num_train)
         return {
             "stages": 1,
             "passes": pairs / num_train,
             "tokens": tokens,
-            "forward_passes": float(has_reference),
-            "forward_tokens": tokens / pairs * num_train * has_reference,
+            "forward_passes": forward,
+            "forward_tokens": tokens / pairs * num_train * forward,
         }
 
 
@@ -259,16 +263,27 @@ def choose(bench: Bench, methods: tuple[str, ...]) -> dict[str, Any]:
         bench: with the choices of all stages before.
         methods: of each stage.
     """
-    tried: list[dict[str, Any]] = []
-    for rate, beta in product(RATES, BETAS[methods[-1]]):
-        given = (f"optimizer.learning_rate={rate:g}", f"beta={beta:g}")
-        key = " ".join(methods)
-        stage = Bench(bench.out, bench.common, bench.chosen | {key: given}).stage(
-            methods, GRID_SEED
-        )
-        bench.train(stage)
-        tried.append({"overrides": given, "after": bench.after(stage)})
-    qualities = qualities_among(tried[0]["after"].keys())
+    method = () if methods[-1] == RLHF else (f"method={methods[-1]}",)
+    own = compose(*method, *bench.common).config.optimizer.learning_rate
+    beta, *others = BETAS[methods[-1]]
+    tried = [_try(bench, methods, factor * own, beta) for factor in FACTORS]
+    rate = _best(tried)["rate"]
+    tried += [_try(bench, methods, rate, other) for other in others]
+    return {"tried": tried, "chosen": _best(tried)["overrides"]}
+
+
+def _try(bench: Bench, methods: tuple[str, ...], rate: float, beta: float) -> dict[str, Any]:
+    """Train a chain's last stage with a learning rate and a beta; return what came of it."""
+    given = (f"optimizer.learning_rate={rate:g}", f"beta={beta:g}")
+    trial = replace(bench, chosen=bench.chosen | {" ".join(methods): given})
+    stage = trial.stage(methods, GRID_SEED)
+    trial.train(stage)
+    return {"rate": rate, "overrides": given, "after": trial.after(stage)}
+
+
+def _best(tried: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the try with the highest preference accuracy among those of good quality."""
+    qualities = qualities_among(tried[0]["after"])
     best = {
         quality.name: max(quality.sign * one["after"][quality.name] for one in tried)
         for quality in qualities
@@ -283,10 +298,9 @@ def choose(bench: Bench, methods: tuple[str, ...]) -> dict[str, Any]:
     ]
     # If no setting is good in all qualities, the first quality decides
     first = qualities[0]
-    won = max(good, key=lambda one: one["after"][PREFERENCE], default=None) or max(
+    return max(good, key=lambda one: one["after"][PREFERENCE], default=None) or max(
         tried, key=lambda one: first.sign * one["after"][first.name]
     )
-    return {"tried": tried, "chosen": won["overrides"]}
 
 
 def search(bench: Bench, roads: Sequence[str]) -> Bench:
@@ -296,7 +310,7 @@ def search(bench: Bench, roads: Sequence[str]) -> Bench:
     for chain in dict.fromkeys(_chains(roads)):
         key = " ".join(chain)
         found[key] = choose(bench, chain)
-        bench = Bench(bench.out, bench.common, bench.chosen | {key: found[key]["chosen"]})
+        bench = replace(bench, chosen=bench.chosen | {key: tuple(found[key]["chosen"])})
         file.write_text(json.dumps(found))
         print(f"chosen for {key}: {' '.join(found[key]['chosen'])}", flush=True)
     return bench
