@@ -56,8 +56,8 @@ ROADS: dict[str, tuple[str, ...]] = {
     "CPO": ("cpo",),
     "SFT": ("sft",),
     "DPO": ("dpo",),
-    "IPO": ("ipo",),
     "SimPO": ("simpo",),
+    "ORPO, then ORPO": ("orpo", "orpo"),
     "SFT, then DPO": ("sft", "dpo"),
     "SFT, then IPO": ("sft", "ipo"),
     "SFT, then KTO": ("sft", "kto"),
@@ -205,9 +205,7 @@ class Bench:
 
     def after(self, stage: Stage) -> dict[str, float]:
         """Return what a stage has reached: preference accuracy and the qualities."""
-        after = self.summary(stage)["after"]
-        names = [PREFERENCE, *(metric.name for metric in HELD_OUT if metric.name in MARGINS)]
-        return {name: round(after[name], 4) for name in names if after.get(name) is not None}
+        return brief(self.summary(stage)["after"])
 
     def cost(self, stage: Stage) -> dict[str, float]:
         """Return the cost of a stage and those before it; the keys are those of `COSTS`."""
@@ -249,6 +247,12 @@ class Bench:
             "forward_passes": forward,
             "forward_tokens": tokens / pairs * num_train * forward,
         }
+
+
+def brief(figures: dict[str, Any]) -> dict[str, float]:
+    """Return preference accuracy and the qualities among held-out figures."""
+    names = [PREFERENCE, *(metric.name for metric in HELD_OUT if metric.name in MARGINS)]
+    return {name: round(figures[name], 4) for name in names if figures.get(name) is not None}
 
 
 def _weights(folder: Path) -> int:
@@ -322,7 +326,7 @@ def _chains(roads: Sequence[str]) -> Iterator[tuple[str, ...]]:
             yield ROADS[road][: end + 1]
 
 
-def settings(
+def trained(
     bench: Bench, roads: Sequence[str], seeds: Sequence[int], size: int | None = None
 ) -> list[Setting]:
     """Train roads; return each as a setting of a comparison, named by the road."""
@@ -364,15 +368,13 @@ def measure(
     bench: Bench, roads: Sequence[str], seeds: Sequence[int], sizes: Sequence[int]
 ) -> dict[str, Any]:
     """Train all roads and return the report."""
-    all_roads = settings(bench, roads, seeds)
+    all_roads = trained(bench, roads, seeds)
     whole = compared(all_roads)
     costs = {}
     for road in roads:
         of_seeds = [bench.cost(bench.stage(ROADS[road], seed)) for seed in seeds]
         costs[road] = {key: mean(cost[key] for cost in of_seeds) for key in COSTS}
-    curves = {
-        size: figures(compared(settings(bench, roads, seeds, size))) for size in sorted(sizes)
-    }
+    curves = {size: figures(compared(trained(bench, roads, seeds, size))) for size in sorted(sizes)}
     duel = [setting for setting in all_roads if setting.name in DUEL]
     summary = whole.runs[0].summary or {}
     return {
@@ -383,7 +385,7 @@ def measure(
         "seeds": list(seeds),
         "num_pairs": whole.accuracy.num_pairs,
         "chosen": {key: list(given) for key, given in bench.chosen.items()},
-        "before": summary["before"] | {"by_wording": None},
+        "before": brief(summary["before"]),
         "costs": costs,
         "figures": figures(whole),
         "verdict": [*verdict_text(whole), *whole.warnings],
@@ -418,18 +420,37 @@ def tables(report: dict[str, Any]) -> str:
         _table(
             ["road", "settings of the last stage", *names],
             [
-                [
-                    road,
-                    _settings_text(report["chosen"].get(" ".join(ROADS[road]))),
-                    *(_text(row.get(name)) for name in names),
-                ]
-                for road, row in report["figures"].items()
+                ["untrained", "", *(_text([report["before"].get(name)]) for name in names)],
+                *(
+                    [
+                        road,
+                        _settings_text(report["chosen"].get(" ".join(ROADS[road]))),
+                        *(_text(row.get(name)) for name in names),
+                    ]
+                    for road, row in report["figures"].items()
+                ),
             ],
         ),
         "\n".join(f"> {line}" for line in report["verdict"]),
     ]
     if report["duel"]:
         parts += [f"{DUEL[1]} against {DUEL[0]} alone:", f"> {' '.join(report['duel'])}"]
+    if report["grid"]:
+        parts += [
+            f"What the grid tried, seed {GRID_SEED}:",
+            _table(
+                ["stages", "settings of the last stage", *names],
+                [
+                    [
+                        ", ".join(key.split()),
+                        _settings_text(one["overrides"]) + _mark(one, entry),
+                        *(_text([one["after"].get(name)]) for name in names),
+                    ]
+                    for key, entry in report["grid"].items()
+                    for one in entry["tried"]
+                ],
+            ),
+        ]
     by_size = report["curves"] and {**report["curves"], "all": report["figures"]}
     for name in names if by_size else ():
         parts += [
@@ -459,10 +480,16 @@ def _settings_text(given: Sequence[str] | None) -> str:
     return ", ".join(item.replace("optimizer.", "") for item in given) if given else "defaults"
 
 
+def _mark(one: dict[str, Any], entry: dict[str, Any]) -> str:
+    return " (chosen)" if one["overrides"] == entry["chosen"] else ""
+
+
 def _text(numbers: Sequence[float | None] | None) -> str:
+    """Return an estimate with the ends of its interval, which are None where there are none."""
     if numbers is None or numbers[0] is None:
         return ""
-    return interval_text(Interval(*(math.nan if one is None else one for one in numbers)))
+    estimate, low, high = [math.nan if one is None else one for one in [*numbers, None, None][:3]]
+    return interval_text(Interval(estimate, low, high))
 
 
 def main() -> None:
@@ -500,6 +527,7 @@ def main() -> None:
     if options.grid:
         bench = search(bench, options.roads)
     report = measure(bench, options.roads, options.seeds, SIZES if options.curves else ())
+    report["grid"] = json.loads(grid.read_text()) if grid.exists() else {}
     (options.out / "methods.json").write_text(json.dumps(report))
     print(tables(report))
     print(json.dumps(report))
