@@ -16,8 +16,8 @@ the table does not use. Of the settings whose qualities are within their margins
 ones, the setting with the highest preference accuracy is chosen. Without `--grid` and without an
 earlier `OUT/grid.json` every stage has the lab's defaults.
 
-`--curves` trains every road on fewer pairs (`SIZES`) for as many optimizer steps as on all pairs:
-the compute stays the same, and pairs come again.
+`--curves` trains all roads, or those that are named after it, on fewer pairs (`SIZES`) for as many
+optimizer steps as on all pairs: the compute stays the same, and pairs come again.
 
 Cost: sums over a road's stages; the peak memory is that of the largest stage. Preference accuracy
 and qualities have the intervals of a comparison, over pairs and seeds. The last line of the output
@@ -365,16 +365,26 @@ def _numbers(interval: Interval, sign: int = 1) -> list[float | None]:
 
 
 def measure(
-    bench: Bench, roads: Sequence[str], seeds: Sequence[int], sizes: Sequence[int]
+    bench: Bench, roads: Sequence[str], seeds: Sequence[int], curves: Sequence[str]
 ) -> dict[str, Any]:
-    """Train all roads and return the report."""
+    """Train roads and return the report.
+
+    Args:
+        bench: with the chosen settings.
+        roads: names in `ROADS`.
+        seeds: of every road.
+        curves: the roads to train on fewer pairs, too.
+    """
     all_roads = trained(bench, roads, seeds)
     whole = compared(all_roads)
     costs = {}
     for road in roads:
         of_seeds = [bench.cost(bench.stage(ROADS[road], seed)) for seed in seeds]
         costs[road] = {key: mean(cost[key] for cost in of_seeds) for key in COSTS}
-    curves = {size: figures(compared(trained(bench, roads, seeds, size))) for size in sorted(sizes)}
+    by_size = {
+        size: figures(compared(trained(bench, curves, seeds, size)))
+        for size in (SIZES if curves else ())
+    }
     duel = [setting for setting in all_roads if setting.name in DUEL]
     summary = whole.runs[0].summary or {}
     return {
@@ -390,7 +400,7 @@ def measure(
         "figures": figures(whole),
         "verdict": [*verdict_text(whole), *whole.warnings],
         "duel": verdict_text(compared(duel)) if len(duel) == len(DUEL) else [],
-        "curves": curves,
+        "curves": by_size,
     }
 
 
@@ -459,7 +469,7 @@ def tables(report: dict[str, Any]) -> str:
                 ["road", *map(str, by_size)],
                 [
                     [road, *(_text(of_size[road].get(name)) for of_size in by_size.values())]
-                    for road in report["figures"]
+                    for road in next(iter(report["curves"].values()))
                 ],
             ),
         ]
@@ -502,7 +512,9 @@ def main() -> None:
     parser.add_argument("--roads", nargs="+", choices=ROADS, default=list(ROADS), metavar="ROAD")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--grid", action="store_true", help="choose learning rates and betas")
-    parser.add_argument("--curves", action="store_true", help="train on fewer pairs, too")
+    parser.add_argument(
+        "--curves", nargs="*", choices=ROADS, metavar="ROAD", help="train on fewer pairs, too"
+    )
     parser.add_argument("--small", action="store_true", help="a few steps, to see that all works")
     parser.add_argument("--override", nargs="+", default=[], help="for every stage of every road")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print a report as Markdown")
@@ -526,7 +538,8 @@ def main() -> None:
     bench = Bench(options.out.resolve(), (*common, *options.override), chosen)
     if options.grid:
         bench = search(bench, options.roads)
-    report = measure(bench, options.roads, options.seeds, SIZES if options.curves else ())
+    curves = [] if options.curves is None else options.curves or options.roads
+    report = measure(bench, options.roads, options.seeds, curves)
     report["grid"] = json.loads(grid.read_text()) if grid.exists() else {}
     (options.out / "methods.json").write_text(json.dumps(report))
     print(tables(report))
