@@ -35,6 +35,8 @@ class TrainingMetric:
     better: Better = ""
     is_beta_free: bool = True
     """Whether the figure can be compared across betas, and along an annealed run."""
+    is_method_free: bool = True
+    """Whether the figure can be compared across methods."""
     is_setting: bool = False
     """Whether the figure says how the run trains, not how well."""
     panel: str = ""
@@ -95,6 +97,7 @@ TRAINING = (
         unit="nats",
         better="lower",
         is_beta_free=False,
+        is_method_free=False,
         panel="loss (nats)",
         curve="total",
         bar="loss",
@@ -104,18 +107,25 @@ TRAINING = (
         name="nll_loss",
         unit="nats per token",
         better="lower",
+        # Over prompt and completion, or over the completion alone, as the method says
+        is_method_free=False,
         panel="loss (nats)",
         curve="SFT (NLL)",
         compared="SFT loss (nats)",
     ),
     TrainingMetric(
-        name="odds_ratio_loss", unit="nats", better="lower", panel="preference loss (nats)"
+        name="odds_ratio_loss",
+        unit="nats",
+        better="lower",
+        is_method_free=False,
+        panel="preference loss (nats)",
     ),
     TrainingMetric(
         name="preference_loss",
         unit="nats",
         better="lower",
         is_beta_free=False,
+        is_method_free=False,
         panel="preference loss (nats)",
     ),
     TrainingMetric(
@@ -136,12 +146,20 @@ TRAINING = (
         bar="margin",
         is_said=True,
     ),
-    TrainingMetric(name="beta", is_setting=True, panel="beta", compared="beta", is_said=True),
+    TrainingMetric(
+        name="beta",
+        is_method_free=False,
+        is_setting=True,
+        panel="beta",
+        compared="beta",
+        is_said=True,
+    ),
     TrainingMetric(name="learning_rate", is_setting=True, panel="learning rate"),
-    TrainingMetric(name="grad_norm", is_beta_free=False, is_setting=True),
+    TrainingMetric(name="grad_norm", is_beta_free=False, is_method_free=False, is_setting=True),
     # What the meter of preference measures, `train.meter_steps`
     TrainingMetric(
         name="meter/likelihood_norm",
+        is_method_free=False,
         is_setting=True,
         panel="gradient norm of each term",
         curve="likelihood",
@@ -149,6 +167,7 @@ TRAINING = (
     TrainingMetric(
         name="meter/preference_norm",
         is_beta_free=False,
+        is_method_free=False,
         is_setting=True,
         panel="gradient norm of each term",
         curve="preference",
@@ -174,10 +193,12 @@ TRAINING = (
     TrainingMetric(name="kl", unit="nats"),
     TrainingMetric(name="logits/chosen"),
     TrainingMetric(name="logits/rejected"),
-    TrainingMetric(name="rewards/chosen", is_beta_free=False),
-    TrainingMetric(name="rewards/rejected", is_beta_free=False),
-    TrainingMetric(name="rewards/margins", better="higher", is_beta_free=False),
-    TrainingMetric(name="rewards/accuracies", unit="0 to 1", better="higher"),
+    TrainingMetric(name="rewards/chosen", is_beta_free=False, is_method_free=False),
+    TrainingMetric(name="rewards/rejected", is_beta_free=False, is_method_free=False),
+    TrainingMetric(
+        name="rewards/margins", better="higher", is_beta_free=False, is_method_free=False
+    ),
+    TrainingMetric(name="rewards/accuracies", unit="0 to 1", better="higher", is_method_free=False),
 )
 
 

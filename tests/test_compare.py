@@ -17,11 +17,12 @@ import yaml
 
 from orpo_lab import metrics
 from orpo_lab.__main__ import main
+from orpo_lab.compare import pictures
 from orpo_lab.compare.evidence import Comparison, compare
 from orpo_lab.compare.page import _run_rows, setting_rows
 from orpo_lab.compare.read import find_runs, read_run
 from orpo_lab.compare.words import verdict_text
-from orpo_lab.config.method import OrpoMethod
+from orpo_lab.config.method import METHODS
 from orpo_lab.errors import UserError
 from orpo_lab.records.results import SCORES
 from orpo_lab.records.run_folder import RunFolder
@@ -49,6 +50,8 @@ def write(tmp_path: Path) -> Write:
         held_out: str = "same",
         train: str = "same",
         config: dict[str, Any] | None = None,
+        method: str = "orpo",
+        logged: dict[str, float] | None = None,
         choices: dict[str, str] | None = None,
         contents: dict[str, str] | None = None,
         length: int | None = 5,
@@ -61,13 +64,13 @@ def write(tmp_path: Path) -> Write:
         place.write("config.yaml", yaml.safe_dump(values | (config or {})))
         chosen = {"beta_schedule": schedule, "experiment": "x"} | (choices or {})
         place.write("choices.yaml", yaml.safe_dump({"choices": chosen, "overrides": []}))
-        kinds = {"beta_schedule": schedule, "model": "model", "dataset": "file", "method": "orpo"}
+        kinds = {"beta_schedule": schedule, "model": "model", "dataset": "file", "method": method}
         place.write_json("segments.json", [{"kinds": kinds, "contents": contents or {}}])
         reason = "" if state == "finished" else "diverged <at> step 3"
         place.set_status(state, reason, exit_code=0, config_hash=name)
         for step in (1, 5, 10):
             line = {"beta": beta, "nll_loss": 1 / step, "preference_accuracy": accuracy}
-            place.append_metrics(step, line)
+            place.append_metrics(step, line if logged is None else logged)
         if state != "finished":
             return place.path
         rng = np.random.default_rng(seed)
@@ -253,15 +256,63 @@ def test_accuracy_bought_with_quality_does_not_win_and_is_warned_of(write: Write
     assert "beta=1 looks over-optimised" in compared.warnings[0]
 
 
+@pytest.mark.parametrize("method", METHODS)
 def test_where_beta_holds_a_model_back_a_low_one_is_over_optimised(
-    write: Write, monkeypatch: pytest.MonkeyPatch
+    write: Write, method: str
 ) -> None:
-    sweep(write, {1.0: 0.7, 0.2: 0.8}, exact_match=0.9)
-    folder = sweep(write, {0.1: 0.95}, exact_match=0.4)
-    assert not compare_sweep(folder).warnings
-    monkeypatch.setattr(OrpoMethod, "more_beta_is_more_preference", False)
-    (warning,) = compare_sweep(folder).warnings
-    assert "beta=0.1 looks over-optimised" in warning
+    sweep(write, {1.0: 0.7, 0.2: 0.8}, exact_match=0.9, method=method)
+    folder = sweep(write, {0.1: 0.95}, exact_match=0.4, method=method)
+    warnings = compare_sweep(folder).warnings
+    if METHODS[method].more_beta_is_more_preference:
+        assert not warnings
+    else:
+        (warning,) = warnings
+        assert "beta=0.1 looks over-optimised" in warning
+
+
+def test_settings_of_several_methods_are_named_by_method(write: Write) -> None:
+    own = {"orpo": {"penalty": "log_sigmoid"}, "cpo": {"sft_weight": 1.0}}
+    own |= {"simpo": {"sft_weight": 0.0, "gamma": 0.5}, "sft": {"nll_scope": "completion"}}
+    betas = {"orpo": 0.1, "cpo": 0.1, "simpo": 2.0, "sft": 0.0}
+    for method, keys in own.items():
+        for seed in (1, 2):
+            given = {"method": method, "beta": betas[method], "config": {"method": keys}}
+            folder = write(f"{method}-{seed}", seed=seed, **given).parent
+    names = [setting.name for setting in compare_sweep(folder).settings]
+    assert names == ["method=cpo", "method=orpo", "method=sft", "method=simpo"]
+    write("other", method="orpo", beta=0.5, config={"method": own["orpo"]})
+    named = [setting.name for setting in compare_sweep(folder).settings]
+    assert named[1:3] == ["beta=0.1 method=orpo", "beta=0.5 method=orpo"]
+    # SFT reads no beta
+    assert named[3] == "method=sft"
+
+
+def test_a_beta_that_no_method_reads_tells_no_settings_apart(write: Write) -> None:
+    write("0", method="sft", beta=0.0)
+    folder = write("1", method="sft", beta=0.5, seed=2).parent
+    (setting,) = compare_sweep(folder).settings
+    assert setting.seeds == [1, 2]
+
+
+def test_pictures_across_methods_show_only_what_compares_across_methods(write: Write) -> None:
+    folder = sweep(write, {0.1: 0.8, 0.2: 0.9})
+    assert pictures.draw(compare_sweep(folder)).keys() == {
+        "pareto",
+        "beta",
+        "nll_loss",
+        "preference_accuracy",
+    }
+    write("sft", method="sft", logged={"nll_loss": 1.0, "logps/chosen": -1.0})
+    drawn = pictures.draw(compare_sweep(folder))
+    assert drawn.keys() == {"pareto", "preference_accuracy"}
+    caption, _ = drawn["preference_accuracy"]
+    assert caption.endswith("; not logged by method=sft")
+
+
+def test_a_metric_of_failed_runs_alone_has_no_picture(write: Write) -> None:
+    write("0", logged={"loss": 1.0})
+    folder = write("1", seed=2, state="failed").parent
+    assert pictures.draw(compare_sweep(folder)).keys() == {"pareto"}
 
 
 def scores_of(folder: Path) -> list[dict[str, Any]]:

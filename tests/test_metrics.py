@@ -45,6 +45,17 @@ def test_every_training_metric_is_documented_with_its_direction_and_whether_beta
             assert across_beta in expected, metric.name
 
 
+def test_what_does_not_compare_across_methods_is_documented() -> None:
+    text = (ROOT / "docs" / "reading_curves.md").read_text().split("**Across methods**")[1]
+    named = re.findall(r"`([^`]+)`", text.split("A comparison")[0])
+    assert named == [metric.name for metric in TRAINING if not metric.is_method_free]
+
+
+def test_what_beta_scales_does_not_compare_across_methods() -> None:
+    for metric in TRAINING:
+        assert metric.is_beta_free or not metric.is_method_free, metric.name
+
+
 def test_every_held_out_metric_is_documented_with_its_direction() -> None:
     rows = documented("`summary.json`")
     assert rows.keys() == {metric.name for metric in HELD_OUT} | {"by_wording"}

@@ -55,7 +55,8 @@ def test_a_settings_curve_is_the_mean_of_its_seeds_and_the_band_their_range(
     drawn: list[Any],
 ) -> None:
     settings = [setting("one", 0.1, SEEDS), setting("other", 0.2, {1: {2: 0.4, 6: 0.8}})]
-    pictures._curves(settings, "nll_loss", "SFT loss (nats)")
+    curves = [pictures._curve(one, "nll_loss") for one in settings]
+    pictures._curves(settings, curves, "SFT loss (nats)")
     (axes,) = drawn[0].axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
     assert lines["one"] == [pytest.approx([1, 0.4]), pytest.approx([9, 0.6])]

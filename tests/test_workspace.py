@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from orpo_lab import config
+from orpo_lab.metrics import MARGINS, PREFERENCE
 from orpo_lab.tracker import workspace
 from tests.conftest import ROOT, compose_config
 from tests.wandb_server import WandbServer
@@ -40,7 +41,12 @@ def test_the_saved_view_groups_by_beta_and_shows_only_metrics_that_compare(tmp_p
     assert "rewards/" not in spec
     grouping = re.search(r'"grouping": (\[.*?\])', spec)
     assert grouping is not None
-    assert [key in grouping.group(1) for key in ("beta", "beta_schedule")] == [True, True]
+    for key in ("method", "beta", "beta_schedule"):
+        assert key in grouping.group(1)
+    bars = re.findall(
+        r'"summary_metrics\.(after\.\w+)"\], "vertical": \w+, "groupBy": "(.*?)"', spec
+    )
+    assert bars == [(f"after.{name}", "choices.value.method") for name in (PREFERENCE, *MARGINS)]
 
 
 @pytest.mark.slow

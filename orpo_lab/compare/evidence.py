@@ -57,28 +57,47 @@ class Comparison:
 def group(runs: Sequence[Run]) -> list[Setting]:
     """Group runs into settings: runs that are equal in everything but the seed.
 
-    A setting is named by the values that differ between settings. Settings are sorted by their beta
-    schedule, then by beta. If two runs have the same seed and values (two sweeps that overlap),
-    only the first run counts.
+    A setting is named by the values that differ between settings, without values that the method's
+    name implies. Settings are sorted by their method, then by their beta schedule, then by beta. If
+    two runs have the same seed and values (two sweeps that overlap), only the first run counts.
     """
     read = [_told_apart_by(run) for run in runs]
     keys = sorted({key for values in read for key in values})
     # If only some runs have a key, all with one value, another key separates these runs anyway
     differing = [key for key in keys if len({json.dumps(v[key]) for v in read if key in v}) > 1]
     named = {key: _names(runs, read, key) for key in PLACES if key in differing}
+    implied = _implied(read) - {"method", *named}
     found: dict[str, Setting] = {}
     ranks: dict[str, Any] = {}
     for number, (run, values) in enumerate(zip(runs, read, strict=True)):
         mine = {key: values[key] for key in differing if key in values}
         shown = mine | {key: names[number] for key, names in named.items()}
+        shown = {key: value for key, value in shown.items() if key not in implied}
         name = " ".join(_label(key, value) for key, value in shown.items()) or "all runs"
         # Group by exact values, since names are rounded
         exact = json.dumps(mine)
         setting = found.setdefault(exact, Setting(name, run.values, []))
-        ranks[exact] = (run.values["beta_schedule"], run.values["beta"], _rank(mine))
+        method = run.values.get("method", "")
+        ranks[exact] = (method, run.values["beta_schedule"], run.values["beta"], _rank(mine))
         if run.values["seed"] not in setting.seeds:
             setting.runs.append(run)
     return [found[exact] for exact in sorted(found, key=ranks.__getitem__)]
+
+
+def _implied(read: Sequence[dict[str, Any]]) -> set[str]:
+    """Return the keys that have one value in all runs of a method, whichever the method is."""
+    by_method: dict[str, list[dict[str, Any]]] = {}
+    for values in read:
+        by_method.setdefault(values.get("method", ""), []).append(values)
+    return {
+        key
+        for values in read
+        for key in values
+        if all(
+            len({json.dumps(other.get(key)) for other in of_method}) == 1
+            for of_method in by_method.values()
+        )
+    }
 
 
 def _rank(values: dict[str, Any]) -> list[tuple[str, bool, float, str]]:
@@ -146,8 +165,24 @@ def compare(runs: Sequence[Run], margins: dict[str, float]) -> Comparison:
     if not complete:
         states = ", ".join(f"{run.folder.name}: {run.state}" for run in runs)
         raise UserError(f"no run has finished with scores to compare ({states})")
+    return weigh(runs, group(complete), margins)
+
+
+def weigh(
+    runs: Sequence[Run], settings: Sequence[Setting], margins: dict[str, float]
+) -> Comparison:
+    """Compare settings.
+
+    Args:
+        runs: all runs that a report names; those of settings are complete.
+        settings: at least one.
+        margins: for each quality, how much worse than the best setting's it may be.
+
+    Raises:
+        UserError: the runs were not scored on the same held-out pairs.
+    """
+    complete = [run for run in runs if run.is_complete]
     _check_same_pairs(complete)
-    settings = group(complete)
     accuracy = Measure(
         [
             _stack(setting, lambda s: (s["chosen_logp"] > s["rejected_logp"]).astype(float))
@@ -158,7 +193,7 @@ def compare(runs: Sequence[Run], margins: dict[str, float]) -> Comparison:
     qualities = _qualities(settings, margins)
     return Comparison(
         runs=list(runs),
-        settings=settings,
+        settings=list(settings),
         accuracy=accuracy,
         qualities=qualities,
         verdict=decide(accuracy, qualities),

@@ -36,13 +36,19 @@ Picture = tuple[str, bytes]
 
 @matplotlib_as_shipped()
 def draw(compared: Comparison) -> dict[str, Picture]:
-    """Return the pictures of a comparison by name: a caption and a PNG."""
+    """Return the pictures of a comparison by name: a caption and a PNG.
+
+    Between settings of several methods only figures that compare across methods are drawn.
+    """
     pictures = {"pareto": _pareto(compared)}
+    methods = {setting.values.get("method") for setting in compared.settings}
     for metric in TRAINING:
-        lines = (line for run in compared.runs for line in run.metrics)
-        if metric.compared and any(metric.name in line for line in lines):
+        if not metric.compared or (len(methods) > 1 and not metric.is_method_free):
+            continue
+        curves = [_curve(setting, metric.name) for setting in compared.settings]
+        if any(curves):
             name = metric.name.replace("/", "_")  # the name of a file
-            pictures[name] = _curves(compared.settings, metric.name, metric.compared)
+            pictures[name] = _curves(compared.settings, curves, metric.compared)
     return pictures
 
 
@@ -161,30 +167,44 @@ def _pareto(compared: Comparison) -> Picture:
     return caption, _png(figure, compared.settings)
 
 
-def _curves(settings: Sequence[Setting], key: str, label: str) -> Picture:
-    """Draw one metric over the steps: for each setting the mean and the range of its seeds."""
-    figure, axes = _figure(settings, height=3.2)
-    for setting, look in zip(settings, _looks(settings), strict=True):
-        runs = [
-            {line["step"]: line[key] for line in run.metrics if key in line} for run in setting.runs
-        ]
-        steps = sorted(set.intersection(*map(set, runs)))
-        values = [[run[step] for run in runs] for step in steps]
+# One value for each run, by step
+Curve = dict[float, list[float]]
+
+
+def _curve(setting: Setting, key: str) -> Curve:
+    """Return a metric at the steps where all runs of a setting have it; empty: it is not there."""
+    runs = [
+        {line["step"]: line[key] for line in run.metrics if key in line} for run in setting.runs
+    ]
+    steps = sorted(set.intersection(*map(set, runs)))
+    return {step: [run[step] for run in runs] for step in steps}
+
+
+def _curves(settings: Sequence[Setting], curves: Sequence[Curve], label: str) -> Picture:
+    """Draw one metric over the steps: for each setting the mean and the range of its seeds.
+
+    Settings with an empty curve are named in the caption alone.
+    """
+    drawn = [setting for setting, curve in zip(settings, curves, strict=True) if curve]
+    figure, axes = _figure(drawn, height=3.2)
+    for setting, look, curve in zip(settings, _looks(settings), curves, strict=True):
+        if not curve:
+            continue
         axes.plot(
-            steps,
-            [sum(value) / len(value) for value in values],
+            list(curve),
+            [sum(values) / len(values) for values in curve.values()],
             color=look.colour,
             linestyle=look.line,
             linewidth=0.8 if look.is_light else 1.6,
-            marker="o" if len(steps) < 12 else None,
+            marker="o" if len(curve) < 12 else None,
             markersize=3,
             label=_label(setting),
         )
-        if len(runs) > 1:
+        if len(setting.runs) > 1:
             axes.fill_between(
-                steps,
-                list(map(min, values)),
-                list(map(max, values)),
+                list(curve),
+                list(map(min, curve.values())),
+                list(map(max, curve.values())),
                 color=look.colour,
                 alpha=0.15,
                 linewidth=0,
@@ -192,4 +212,7 @@ def _curves(settings: Sequence[Setting], key: str, label: str) -> Picture:
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(label)
     caption = f"{label[0].upper()}{label[1:]} over the steps, mean and range of the seeds"
-    return caption, _png(figure, settings)
+    absent = [setting.name for setting in settings if setting not in drawn]
+    if absent:
+        caption += f"; not logged by {', '.join(absent)}"
+    return caption, _png(figure, drawn)

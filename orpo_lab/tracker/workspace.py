@@ -1,8 +1,9 @@
 """A W&B workspace for comparing runs: `python -m orpo_lab workspace [--project P] [--entity E]`.
 
-The command saves a view of the project, with runs grouped by beta and by beta schedule. Its charts
-show figures that do not depend on beta: preference accuracy against quality, and curves that can be
-compared along an annealed run. A last section shows settings such as beta. Needs a key
+The command saves a view of the project, with runs grouped by method, beta and beta schedule. Its
+charts show figures that do not depend on beta: preference accuracy against quality, the same
+figures by method, and curves that can be compared along an annealed run. Curves that cannot be
+compared across methods, and settings such as beta, have sections of their own. Needs a key
 (`wandb login`) and `pip install -e ".[workspace]"`.
 """
 
@@ -14,14 +15,17 @@ from orpo_lab.tracker.wandb import PROJECT
 
 # Training metrics that say how well a run trains, and that can be compared between runs
 FREE_OF_BETA = [
-    metric.name
-    for metric in TRAINING
-    if metric.panel and metric.is_beta_free and not metric.is_setting
+    metric for metric in TRAINING if metric.panel and metric.is_beta_free and not metric.is_setting
 ]
+COMPARED = [metric.name for metric in FREE_OF_BETA if metric.is_method_free]
+OF_ONE_METHOD = [metric.name for metric in FREE_OF_BETA if not metric.is_method_free]
 # Sections of line charts over the steps: the metrics of each, by the names that runs log
 CURVES = {
-    "Training, free of beta": FREE_OF_BETA,
-    "Held out, free of beta": [HELD_OUT_PREFIX + name for name in FREE_OF_BETA],
+    "Training, free of beta": COMPARED,
+    "Held out, free of beta": [HELD_OUT_PREFIX + name for name in COMPARED],
+    "Free of beta, but of one method alone": [
+        prefix + name for prefix in ("", HELD_OUT_PREFIX) for name in OF_ONE_METHOD
+    ],
     "Settings": [metric.name for metric in TRAINING if metric.is_setting],
 }
 
@@ -40,8 +44,17 @@ def save(project: str, entity: str, name: str) -> str:
         panels.ScatterPlot(x=panels.SummaryMetric(f"after.{quality}"), y=accuracy)
         for quality in MARGINS
     ]
+    by_method = [
+        panels.BarPlot(
+            title=f"{figure} by method",
+            metrics=[panels.SummaryMetric(f"after.{figure}")],
+            groupby=panels.Config("choices.method"),
+        )
+        for figure in (PREFERENCE, *MARGINS)
+    ]
     sections = [
         workspaces.Section(name="Preference against quality", panels=pareto, is_open=True),
+        workspaces.Section(name="By method", panels=by_method, is_open=True),
         *(
             workspaces.Section(
                 name=title,
@@ -51,7 +64,7 @@ def save(project: str, entity: str, name: str) -> str:
             for title, metrics in CURVES.items()
         ),
     ]
-    groups = [workspaces.Config("beta"), workspaces.Config("choices.beta_schedule")]
+    groups = [workspaces.Config(key) for key in ("choices.method", "beta", "choices.beta_schedule")]
     workspace = workspaces.Workspace(
         entity=entity,
         project=project,
