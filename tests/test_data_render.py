@@ -417,7 +417,9 @@ def test_a_date_in_a_template_is_the_runs_whatever_the_clock_says(
     settings = replace(config.load(compose_config()).dataset, max_length=512, max_prompt_length=400)
 
     def ids(today: date) -> Any:
-        row = {"pair": json.dumps([kind.pair.prompt, kind.pair.chosen, kind.pair.rejected, {}])}
+        row = {
+            "pair": json.dumps([kind.pair.prompt, kind.pair.chosen, kind.pair.rejected, {}, None])
+        }
         return encode_row(row, dataset=settings, tokenizer=asked, today=today)["prompt_ids"]
 
     before = ids(TODAY)
