@@ -220,11 +220,13 @@ def preference_said(lines: list[dict[str, float]]) -> str:
     shares = preference_shares(lines)
     if not shares:
         return ""
+    (first, share), (last, share_of_last) = shares[0], shares[-1]
+    if first == last:
+        return f"Of the gradient of step {first}, {share:.1%} is preference"
     mean = sum(share for _, share in shares) / len(shares)
-    ends = " and ".join(f"{share:.1%} at step {step}" for step, share in (shares[0], shares[-1]))
     return (
         f"Of the steps' gradient, {mean:.1%} is preference (mean of {len(shares)} measured steps; "
-        f"{ends})"
+        f"{share:.1%} at step {first} and {share_of_last:.1%} at step {last})"
     )
 
 
