@@ -1,0 +1,54 @@
+"""The benchmark of rivals: what it chooses, and that its page shows what it has measured."""
+
+import json
+from typing import Any
+
+import pytest
+
+from benchmarks import methods
+from orpo_lab.config.method import METHODS
+from tests.conftest import ROOT
+
+REPORTS = sorted((ROOT / "docs" / "results").glob("rivals_*.json"))
+
+
+@pytest.mark.parametrize("file", REPORTS, ids=lambda file: file.stem)
+def test_the_page_holds_the_tables_of_the_reports(file: Any) -> None:
+    page = (ROOT / "docs" / "rivals.md").read_text()
+    assert methods.tables(json.loads(file.read_text())) in page
+
+
+def test_every_method_is_on_a_road() -> None:
+    on_roads = {method for road in methods.ROADS.values() for method in road}
+    assert on_roads == {*METHODS, methods.RLHF}
+    assert on_roads == methods.BETAS.keys()
+
+
+def tried(**figures: dict[str, float]) -> list[dict[str, Any]]:
+    return [{"overrides": (name,), "after": after} for name, after in figures.items()]
+
+
+def test_the_grid_takes_the_highest_accuracy_among_settings_of_good_quality() -> None:
+    grid = tried(
+        low={"preference_accuracy": 0.8, "exact_match": 0.97},
+        good={"preference_accuracy": 0.9, "exact_match": 0.95},
+        spoilt={"preference_accuracy": 1.0, "exact_match": 0.2},
+    )
+    assert methods._best(grid)["overrides"] == ("good",)
+
+
+def test_where_no_setting_is_good_in_all_qualities_the_first_decides() -> None:
+    grid = tried(
+        likely={"preference_accuracy": 0.5, "chosen_nll": 1.0, "repetition": 0.9},
+        varied={"preference_accuracy": 0.9, "chosen_nll": 2.0, "repetition": 0.1},
+    )
+    assert methods._best(grid)["overrides"] == ("likely",)
+
+
+def test_a_stage_that_two_roads_share_is_one_folder_and_other_settings_are_another() -> None:
+    bench = methods.Bench(ROOT, (), {"sft": ("optimizer.learning_rate=0.001",)})
+    dpo = bench.stage(("sft", "dpo"), seed=1)
+    assert dpo.before == bench.stage(("sft",), seed=1)
+    other = methods.Bench(ROOT, (), {"sft": ("optimizer.learning_rate=0.003",)})
+    assert other.stage(("sft", "dpo"), seed=1).name != dpo.name
+    assert bench.stage(("sft", "dpo"), seed=1, size=120).name != dpo.name
