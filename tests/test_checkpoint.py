@@ -82,6 +82,8 @@ def assert_same(folder: Path, other: Path) -> None:
         f"{GALORE} optimizer.bits=8 optimizer.layerwise=true model.dtype=bf16",
         f"{GALORE} optimizer.bits=8",
         f"{GALORE} optimizer.implementation=galore_torch",
+        "method=dpo optimizer=qlora",
+        f"method=sft {GALORE}",
     ],
 )
 def test_a_killed_run_resumed_equals_an_uninterrupted_one_bit_for_bit(
@@ -151,7 +153,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory, _server: None) -> Path:
     return folder / "run"
 
 
+# Of a method whose checkpoints hold a reference
 RUN = (
+    "method=dpo",
     "optimizer=lora",
     *SMALL,
     "train.max_steps=6",
@@ -177,7 +181,7 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["state.pt", "adapter_model.safetensors"])
+@pytest.mark.parametrize("name", ["state.pt", "adapter_model.safetensors", "reference.pt"])
 def test_a_damaged_checkpoint_is_rejected_and_the_one_before_it_is_taken(
     finished: Path, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:

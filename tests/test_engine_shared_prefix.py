@@ -438,6 +438,41 @@ def test_flex_attention_sees_as_far_as_the_longest_sequence_is(build: Build, win
         assert torch.allclose(value, flex[part], atol=2e-5), part
 
 
+@pytest.mark.usefixtures("flash_kernel")
+@pytest.mark.parametrize("scope", ["completion", "prompt_and_completion"])
+def test_sft_does_not_read_the_rejected_completion(build: Build, scope: str) -> None:
+    pairs, model = make_pairs(6), make_model("mistral_sliding")
+    others = [{**pair, "rejected_ids": [5] * (9 - i)} for i, pair in enumerate(pairs)]
+    method = ("method=sft", f"method.nll_scope={scope}")
+    steps = {}
+    for implementation, given in itertools.product(EXACT, (pairs, others)):
+        built = build(copy.deepcopy(model), given, *method)
+        built.engine.attention_implementation = implementation
+        read = sum(map(packing.tokens_of, built.engine.micro_batches(given)))
+        assert read == sum(len(pair["prompt_ids"] + pair["chosen_ids"]) for pair in pairs)
+        steps[implementation, given is pairs] = step(built)
+    for implementation in EXACT:
+        loss, gradients = steps[implementation, True]
+        assert loss == steps[implementation, False][0]
+        same = steps[implementation, False][1]
+        assert all(torch.equal(gradients[name], same[name]) for name in gradients)
+    assert_same(steps[attention.VARLEN, True], steps[attention.BY_PAIR, True], 1e-5)
+
+
+@pytest.mark.usefixtures("plain_flex")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_reads_pairs_without_a_rejected_completion(build: Build) -> None:
+    pairs = [{**pair, "rejected_ids": []} for pair in make_pairs(5)]
+    built = build(make_model("mistral_sliding"), pairs, "method=sft")
+    by_pair = logps(built, pairs)
+    built.engine.attention_implementation = attention.FLEX
+    built.engine.collator.multiple = attention.BLOCK
+    flex = logps(built, pairs)
+    assert len(flex["rejected"]) == 0
+    for part in ("chosen", "others"):
+        assert torch.allclose(by_pair[part], flex[part], atol=2e-5), part
+
+
 def test_it_logs_trls_metrics_and_evaluates_as_trl_does(build: Build) -> None:
     pairs = make_pairs(12)
     model = make_model("llama")

@@ -24,6 +24,7 @@ SAMPLE = {
     "changes": ["resume=FOLDER beta=0.5", "another row in the training file"],
     "checkpoints": [
         "state.pt of one other bit",
+        "reference.pt of one other bit",
         "manifest.json missing",
         "every checkpoint damaged",
     ],
@@ -41,6 +42,8 @@ SAMPLE = {
         "galore: before os.rename checkpoints/checkpoint-4/manifest.json.part",
         "adamw: in step 4",
         "lora: after step 3, from outside",
+        "dpo with qlora: before os.rename checkpoints/checkpoint-4/manifest.json.part",
+        "sft with galore: in step 4",
     ],
     "numbers": ["learning rate 1e30, adamw", "a step that is skipped, galore"],
     "processes": ["torchrun with two ranks"],

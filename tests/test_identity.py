@@ -68,6 +68,8 @@ def test_a_key_means_the_same_in_every_option_of_its_group() -> None:
         ([], ["train.max_skipped_steps=3"]),
         (["dataset.num_generations=0"], ["dataset.num_generations=0", "dataset.max_new_tokens=7"]),
         (["optimizer=galore_8bit"], ["optimizer=galore", "optimizer.bits=8"]),
+        (["method=sft"], ["method=sft", "beta=0.5"]),
+        (["method=sft"], ["method=sft", "beta_schedule=linear", "beta_end=0.7"]),
         (
             ["train.lr_scheduler_type=constant"],
             ["train.lr_scheduler_type=constant", "train.warmup_steps=5"],

@@ -126,7 +126,9 @@ def test_log_odds_ratio_is_that_of_the_paper() -> None:
     assert torch.equal(log_odds_ratio(*narrow), wide)
 
 
-def by_equations(pairs: list[Any], beta: float, scope: str, mean: str, penalty: str) -> float:
+def by_equations(
+    pairs: list[Any], beta: float, scope: str, mean: str, penalty: str, scale: float
+) -> float:
     """The loss of a step in plain floats, from each pair's (sum, count) of its three parts."""
     learned = [[part for part in pair[:2] if part[1]] for pair in pairs]
     if scope == "completion":
@@ -143,17 +145,20 @@ def by_equations(pairs: list[Any], beta: float, scope: str, mean: str, penalty: 
 
     ratios = [log_odds(chosen) - log_odds(rejected) for _, chosen, rejected in pairs]
     if penalty == "log_sigmoid":
-        ratios = [-math.log1p(math.exp(-ratio)) for ratio in ratios]
+        ratios = [-math.log1p(math.exp(-scale * ratio)) for ratio in ratios]
     return nll - beta * sum(ratios) / len(ratios)
 
 
-@pytest.mark.parametrize("penalty", ["log_sigmoid", "log_odds"])
+@pytest.mark.parametrize(
+    ("penalty", "scale"), [("log_sigmoid", 1.0), ("log_sigmoid", 2.5), ("log_odds", 1.0)]
+)
 @pytest.mark.parametrize("mean", ["tokens", "sequences"])
 @pytest.mark.parametrize("scope", ["prompt_and_completion", "completion"])
 def test_the_shares_of_a_steps_parts_add_up_to_its_equations(
-    scope: str, mean: str, penalty: str
+    scope: str, mean: str, penalty: str, scale: float
 ) -> None:
-    method = orpo(scope, mean, penalty)
+    """The scale is beta of arXiv:2502.01237, inside the log-sigmoid."""
+    method = orpo(scope, mean, penalty, scale)
     counts = torch.tensor([[3, 5, 2], [0, 1, 4], [6, 2, 9], [2, 7, 3], [1, 3, 1]])
     draw = torch.Generator().manual_seed(0)
     logps = -counts * (0.2 + torch.rand(5, 3, generator=draw, dtype=torch.float64))
@@ -167,7 +172,7 @@ def test_the_shares_of_a_steps_parts_add_up_to_its_equations(
     pairs = [
         list(zip(*row, strict=True)) for row in zip(logps.tolist(), counts.tolist(), strict=True)
     ]
-    expected = by_equations(pairs, 0.3, scope, mean, penalty)
+    expected = by_equations(pairs, 0.3, scope, mean, penalty, scale)
     assert float(sum(losses)) == pytest.approx(expected, rel=1e-12)
 
 

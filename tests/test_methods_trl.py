@@ -23,6 +23,7 @@ from orpo_lab.data import Data
 from orpo_lab.engine import mismatched, reference
 from orpo_lab.engine.base import REFERENCE
 from orpo_lab.engine.trl import TrlTrainer
+from orpo_lab.errors import NonFiniteError
 from orpo_lab.model.adapter import attach
 from orpo_lab.training.loop import Loop, rows
 from tests.test_engine_shared_prefix import (
@@ -307,3 +308,25 @@ def test_any_beta_gives_a_finite_step(method: str, beta: float, ours: MakeLoop) 
     loss, gradients = step(loop)
     assert math.isfinite(loss)
     assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+def test_the_reference_is_without_dropout_and_leaves_the_model_in_training(
+    load: Load, ours: MakeLoop
+) -> None:
+    pairs, adapters = make_pairs(4), load("optimizer=lora", "optimizer.dropout=0.5").optimizer
+    assert isinstance(adapters, Lora)
+    model = attach(make_model("llama"), adapters)
+    train_a_little(model)
+    found = [ours(model, pairs, "method=dpo").train[REFERENCE][:] for _ in range(2)]
+    assert found[0] == found[1]
+    assert model.training
+
+
+def test_a_reference_that_is_not_finite_is_refused(ours: MakeLoop) -> None:
+    model = make_model("llama")
+    loop = ours(model, make_pairs(2), "method=sft")
+    model.lm_head.weight.data[5, 0] = math.nan
+    both = Data(loop.train, loop.held_out, report={}, checkable=False)
+    given: Any = (loop.config, model, None, both)
+    with pytest.raises(NonFiniteError, match="the model before training are not finite"):
+        reference.compute(*given, dtype=torch.float32)
