@@ -240,7 +240,7 @@ RANGES: list[tuple[str, list[str], str, list[Any], list[Any]]] = [
         [0.0, 1.1, NAN],
     ),
     ("", ["method=ipo"], "beta", [1e-6], [1e-7, 0.0]),
-    ("", ["method=ipo", "beta_schedule=cosine"], "beta_end", [1e-6], [0.0]),
+    ("", ["method=ipo", "beta_schedule=cosine", "beta_end=1"], "beta_end", [1e-6], [0.0]),
     ("", ["method=ipo"], "beta_end", [0.0], [-0.1]),
     ("method", [], "log_odds_scale", [1e-3, 50.0], [0.0, -1.0, NAN]),
     ("method", ["method=dpo"], "label_smoothing", [0.0, 0.49], [-0.1, 0.5, NAN]),

@@ -737,3 +737,11 @@ def test_the_trial_pair_may_differ_by_the_rounding_of_8_bits_where_layers_have_8
     else:
         with pytest.raises(UserError, match=r"differ by 0\.015 nats a token"):
             engine.check(loaded, model, torch.float32)
+
+
+def test_a_model_is_tried_on_ordinary_tokens_where_it_has_them() -> None:
+    small, large = make_model("llama"), make_model("llama")
+    large.resize_token_embeddings(2 * shared_prefix.ORDINARY + 1)
+    assert shared_prefix._probe(small) == [*shared_prefix.PROBE]
+    assert min(map(min, shared_prefix._probe(large))) > shared_prefix.ORDINARY
+    shared_prefix.check(large, torch.float32)

@@ -322,11 +322,11 @@ def test_the_reference_is_without_dropout_and_leaves_the_model_in_training(
     assert model.training
 
 
-def test_a_reference_that_is_not_finite_is_refused(ours: MakeLoop) -> None:
+def test_a_reference_that_is_not_finite_is_refused(ours: MakeLoop, tokenizer: Any) -> None:
     model = make_model("llama")
     loop = ours(model, make_pairs(2), "method=sft")
     model.lm_head.weight.data[5, 0] = math.nan
     both = Data(loop.train, loop.held_out, report={}, checkable=False)
-    given: Any = (loop.config, model, None, both)
+    given: Any = (loop.config, model, tokenizer, both)
     with pytest.raises(NonFiniteError, match="the model before training are not finite"):
         reference.compute(*given, dtype=torch.float32)
