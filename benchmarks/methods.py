@@ -95,11 +95,12 @@ SMOLLM2 = (
     "dataset=jsonl",
     "dataset.max_length=512",
     "dataset.max_prompt_length=256",
-    "dataset.num_generations=16",
-    "dataset.max_new_tokens=64",
-    "optimizer=lora",
-    "train.max_steps=40",
-    "train.batch_size=8",
+    "dataset.overlong=cut_completion",
+    "dataset.num_eval=64",
+    "dataset.num_generations=4",
+    "dataset.max_new_tokens=48",
+    "train.max_steps=24",
+    "train.batch_size=4",
 )
 FILES = {"math": ("train.jsonl", "test.jsonl"), "chat": ("train_prefs.jsonl", "test_prefs.jsonl")}
 COSTS = {
@@ -540,7 +541,9 @@ def main() -> None:
         bench = search(bench, options.roads)
     curves = [] if options.curves is None else options.curves or options.roads
     report = measure(bench, options.roads, options.seeds, curves)
-    report["grid"] = json.loads(grid.read_text()) if grid.exists() else {}
+    found = json.loads(grid.read_text()) if grid.exists() else {}
+    chains = dict.fromkeys(" ".join(chain) for chain in _chains(options.roads))
+    report["grid"] = {chain: found[chain] for chain in chains if chain in found}
     (options.out / "methods.json").write_text(json.dumps(report))
     print(tables(report))
     print(json.dumps(report))
