@@ -65,8 +65,15 @@ ROADS: dict[str, tuple[str, ...]] = {
     "SFT, then CPO": ("sft", "cpo"),
     "SFT, reward model, RLOO": ("sft", RLHF),
 }
-# Settled by a verdict of their own
-DUEL = ("ORPO", "SFT, then DPO")
+# Pairs with a verdict of their own
+DUELS = (
+    ("SFT, then DPO", "ORPO"),
+    ("SFT, then DPO", "ORPO, then ORPO"),
+    ("ORPO", "SFT"),
+    ("SFT, then DPO", "SFT"),
+    ("SFT, then DPO", "SFT, then IPO"),
+    ("SFT, reward model, RLOO", "SFT"),
+)
 # What `--grid` tries
 FACTORS = (0.1, 0.3, 1.0)
 # By method, the default first
@@ -386,7 +393,12 @@ def measure(
         size: figures(compared(trained(bench, curves, seeds, size)))
         for size in (SIZES if curves else ())
     }
-    duel = [setting for setting in all_roads if setting.name in DUEL]
+    by_name = {setting.name: setting for setting in all_roads}
+    duels = {
+        " against ".join(duel): verdict_text(compared([by_name[road] for road in duel]))
+        for duel in DUELS
+        if by_name.keys() >= set(duel)
+    }
     summary = whole.runs[0].summary or {}
     return {
         "date": str(date.today()),
@@ -400,7 +412,7 @@ def measure(
         "costs": costs,
         "figures": figures(whole),
         "verdict": [*verdict_text(whole), *whole.warnings],
-        "duel": verdict_text(compared(duel)) if len(duel) == len(DUEL) else [],
+        "duels": duels,
         "curves": by_size,
     }
 
@@ -444,8 +456,8 @@ def tables(report: dict[str, Any]) -> str:
         ),
         "\n".join(f"> {line}" for line in report["verdict"]),
     ]
-    if report["duel"]:
-        parts += [f"{DUEL[1]} against {DUEL[0]} alone:", f"> {' '.join(report['duel'])}"]
+    for duel, said in report["duels"].items():
+        parts.append(f"- {duel}: {' '.join(said)}")
     if report["grid"]:
         parts += [
             f"What the grid tried, seed {GRID_SEED}:",
