@@ -65,8 +65,15 @@ ROADS: dict[str, tuple[str, ...]] = {
     "SFT, then CPO": ("sft", "cpo"),
     "SFT, reward model, RLOO": ("sft", RLHF),
 }
-# Settled by a verdict of their own
-DUEL = ("ORPO", "SFT, then DPO")
+# Pairs with a verdict of their own
+DUELS = (
+    ("SFT, then DPO", "ORPO"),
+    ("SFT, then DPO", "ORPO, then ORPO"),
+    ("ORPO", "SFT"),
+    ("SFT, then DPO", "SFT"),
+    ("SFT, then DPO", "SFT, then IPO"),
+    ("SFT, reward model, RLOO", "SFT"),
+)
 # What `--grid` tries
 FACTORS = (0.1, 0.3, 1.0)
 # By method, the default first
@@ -95,11 +102,12 @@ SMOLLM2 = (
     "dataset=jsonl",
     "dataset.max_length=512",
     "dataset.max_prompt_length=256",
-    "dataset.num_generations=16",
-    "dataset.max_new_tokens=64",
-    "optimizer=lora",
-    "train.max_steps=40",
-    "train.batch_size=8",
+    "dataset.overlong=cut_completion",
+    "dataset.num_eval=64",
+    "dataset.num_generations=4",
+    "dataset.max_new_tokens=48",
+    "train.max_steps=24",
+    "train.batch_size=4",
 )
 FILES = {"math": ("train.jsonl", "test.jsonl"), "chat": ("train_prefs.jsonl", "test_prefs.jsonl")}
 COSTS = {
@@ -385,7 +393,12 @@ def measure(
         size: figures(compared(trained(bench, curves, seeds, size)))
         for size in (SIZES if curves else ())
     }
-    duel = [setting for setting in all_roads if setting.name in DUEL]
+    by_name = {setting.name: setting for setting in all_roads}
+    duels = {
+        " against ".join(duel): verdict_text(compared([by_name[road] for road in duel]))
+        for duel in DUELS
+        if by_name.keys() >= set(duel)
+    }
     summary = whole.runs[0].summary or {}
     return {
         "date": str(date.today()),
@@ -399,7 +412,7 @@ def measure(
         "costs": costs,
         "figures": figures(whole),
         "verdict": [*verdict_text(whole), *whole.warnings],
-        "duel": verdict_text(compared(duel)) if len(duel) == len(DUEL) else [],
+        "duels": duels,
         "curves": by_size,
     }
 
@@ -443,8 +456,8 @@ def tables(report: dict[str, Any]) -> str:
         ),
         "\n".join(f"> {line}" for line in report["verdict"]),
     ]
-    if report["duel"]:
-        parts += [f"{DUEL[1]} against {DUEL[0]} alone:", f"> {' '.join(report['duel'])}"]
+    for duel, said in report["duels"].items():
+        parts.append(f"- {duel}: {' '.join(said)}")
     if report["grid"]:
         parts += [
             f"What the grid tried, seed {GRID_SEED}:",
@@ -540,7 +553,9 @@ def main() -> None:
         bench = search(bench, options.roads)
     curves = [] if options.curves is None else options.curves or options.roads
     report = measure(bench, options.roads, options.seeds, curves)
-    report["grid"] = json.loads(grid.read_text()) if grid.exists() else {}
+    found = json.loads(grid.read_text()) if grid.exists() else {}
+    chains = dict.fromkeys(" ".join(chain) for chain in _chains(options.roads))
+    report["grid"] = {chain: found[chain] for chain in chains if chain in found}
     (options.out / "methods.json").write_text(json.dumps(report))
     print(tables(report))
     print(json.dumps(report))
