@@ -82,6 +82,9 @@ def test_a_folder_with_a_comma_in_a_sweep_is_one_where_it_exists(
         ("gradient_accumulation_steps", "train.batch_size"),
         ("lora_r", "optimizer.r"),
         ("dataset.maxlength", "dataset.max_length"),
+        ("loss_type", "method"),
+        ("method.cpo_alpha", "method.sft_weight"),
+        ("ref_model", "start_from"),
     ],
 )
 def test_the_key_that_was_meant_is_named_in_full(typed: str, meant: str) -> None:
@@ -91,6 +94,13 @@ def test_the_key_that_was_meant_is_named_in_full(typed: str, meant: str) -> None
 def test_a_key_of_another_option_is_said_to_be_one() -> None:
     said = did_you_mean("Could not override 'optimizer.rank'.")
     assert said == ". optimizer.rank is a key of optimizer=galore"
+    said = did_you_mean("Could not override 'dataset.columns.label'.")
+    assert said == ". dataset.columns.label is a key of dataset=unpaired or unpaired_hub"
+
+
+def test_an_option_in_capitals_is_recognised() -> None:
+    said = did_you_mean("Could not find 'method/DPO'\nAvailable options:\n\tdpo\n\tsft")
+    assert said == ". Did you mean 'dpo'?"
 
 
 def test_what_others_call_a_key_leads_to_a_key() -> None:

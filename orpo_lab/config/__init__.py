@@ -195,8 +195,13 @@ def all_fields() -> dict[str, Field[Any]]:
     found = dict(_fields_in(Config, ""))
     for group, options in SCHEMAS.items():
         for schema in options.values():
-            found |= dict(_fields_in(schema, f"{group}."))
+            found |= fields_of(schema, group)
     return found
+
+
+def fields_of(schema: type[Any], group: str) -> dict[str, Field[Any]]:
+    """Return the dataclass field of every key of an option of a group."""
+    return dict(_fields_in(schema, f"{group}."))
 
 
 def _fields_in(schema: type[Any], prefix: str) -> Iterator[tuple[str, Field[Any]]]:

@@ -34,11 +34,13 @@ NOT_COMPOSED = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
 # A quoted text, or a text between characters that Hydra's grammar reserves
 TOKEN = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^,\[\]()'"]+""")
 
-# Names that other trainers (transformers, TRL, PEFT, axolotl) and the paper use, and our keys
+# Names that papers and other trainers (transformers, TRL, PEFT, axolotl, LLaMA-Factory) use, and
+# our keys
 ALSO_CALLED = {
     "attn_implementation": "model.attention",
     "base_model": "model.path",
     "bf16": "model.dtype",
+    "cpo_alpha": "method.sft_weight",
     "dataset_name": "dataset.path",
     "dataset_num_proc": "dataset.num_proc",
     "data_path": "dataset.train_path",
@@ -49,6 +51,7 @@ ALSO_CALLED = {
     "learning_rate": "optimizer.learning_rate",
     "load_in_4bit": "quantization",
     "load_in_8bit": "quantization",
+    "loss_type": "method",
     "lora_alpha": "optimizer.alpha",
     "lora_dropout": "optimizer.dropout",
     "lora_r": "optimizer.r",
@@ -61,14 +64,23 @@ ALSO_CALLED = {
     "model_name_or_path": "model.path",
     "num_train_epochs": "train.num_epochs",
     "optim": "optimizer",
+    "orpo_alpha": "beta",
     "output_dir": "hydra.run.dir",
     "per_device_train_batch_size": "train.batch_size",
+    "pref_beta": "beta",
+    "pref_ftx": "method.sft_weight",
+    "pref_loss": "method",
+    "ref_model": "start_from",
     "report_to": "tracker",
     "resume_from_checkpoint": "resume",
+    "rpo_alpha": "method.sft_weight",
     "run_name": "name",
     "save_total_limit": "train.num_checkpoints",
+    "simpo_gamma": "method.gamma",
+    "tau": "beta",
     "torch_dtype": "model.dtype",
     "train_file": "dataset.train_path",
+    "truncation_mode": "dataset.overlong",
     "wandb_project": "tracker.project",
     "warmup_ratio": "train.warmup_steps",
 }
@@ -224,17 +236,12 @@ def did_you_mean(text: str) -> str:
     options = re.findall(r"^\t(.+)$", text, flags=re.MULTILINE)  # the options that Hydra lists
     typed = unknown[1].rsplit("/", 1)[-1] if options else unknown[1]
     if typed in config.all_fields():
-        group, _, name = typed.partition(".")
-        owners = [
-            option for option, schema in config.SCHEMAS[group].items() if name in _names(schema)
-        ]
+        group = typed.partition(".")[0]
+        schemas = config.SCHEMAS[group].items()
+        owners = [option for option, schema in schemas if typed in config.fields_of(schema, group)]
         return f". {typed} is a key of {group}={' or '.join(owners)}"
     close = _closest(typed, options)
     return f". Did you mean '{close}'?" if close else ""
-
-
-def _names(schema: type[Any]) -> list[str]:
-    return list(schema.__dataclass_fields__)
 
 
 def _closest(typed: str, options: Sequence[str]) -> str | None:
@@ -244,7 +251,7 @@ def _closest(typed: str, options: Sequence[str]) -> str | None:
     `options`, only a similar spelling among these.
     """
     if options:
-        return next(iter(difflib.get_close_matches(typed, options, n=1)), None)
+        return next(iter(difflib.get_close_matches(typed.lower(), options, n=1)), None)
     last = typed.rsplit(".", 1)[-1]
     if last in ALSO_CALLED:
         return ALSO_CALLED[last]
