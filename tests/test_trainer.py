@@ -268,6 +268,15 @@ def test_beta_is_logged_at_every_logging_step(
     assert stats.peak_memory_bytes > 50e6
 
 
+def test_a_method_that_reads_no_beta_writes_none(
+    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    loaded = load("optimizer=lora", "method=sft", *SMALL, "train.max_steps=1")
+    _, place = fit(loaded, build_model(loaded), tokenizer, tmp_path)
+    assert [line["step"] for line in place.metrics()] == [1]
+    assert "beta" not in place.metrics()[0]
+
+
 def test_steps_that_are_not_finite_are_skipped_counted_and_capped(
     load: Load,
     build_model: Any,

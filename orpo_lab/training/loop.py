@@ -163,7 +163,9 @@ class Loop:
             self.num_skipped = line["skipped_steps"] = skipped
         else:
             line = {"loss": loss / self.num_since} | line | self.means.named(taken)
-        line |= {"epoch": self.epoch(), "beta": self.beta_at(state.step - 1)}
+        line["epoch"] = self.epoch()
+        if self.config.method.reads_beta:
+            line["beta"] = self.beta_at(state.step - 1)
         self.lines.write(state.step, line)
         self.total_loss, self.num_since = 0.0, 0
 
