@@ -1,4 +1,4 @@
-"""Run an ORPO experiment: `python launch.py [option ...]`, e.g. `launch.py optimizer=galore`.
+"""Run an experiment: `python launch.py [option ...]`, e.g. `launch.py optimizer=galore`.
 
 Only composes and checks the configuration; torch and its friends are imported once it is known to
 be good, so that `--help` and a typo answer within a second.

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from orpo_lab import config
@@ -187,6 +188,10 @@ GALORE_TORCH = "optimizer.implementation=galore_torch"
         (["dataset.faults.wrong_type=keep"], "faults.wrong_type=keep must be one of refuse, drop"),
         (["+dataset.faults.typo=drop"], "unknown key: dataset.faults.typo"),
         (["dataset=hub", "dataset.path=a/b", "dataset.transcripts=true"], "columns.prompt=null"),
+        (
+            [*NEEDS["dataset/unpaired"], "dataset=unpaired", "dataset.transcripts=true"],
+            "rows with a label hold none; leave it false",
+        ),
         (["dataset=oasst", "dataset.pairing=some"], "must be one of best_worst, adjacent, all"),
         (["dataset=oasst", "dataset.max_depth=0"], "dataset.max_depth=0 must be at least 1"),
         (["model.dtype=bfloat16"], "must be one of bf16"),
@@ -293,6 +298,18 @@ def test_paths_and_folders_are_where_they_are_said_to_be() -> None:
     for resume in (None, AUTO):
         assert fresh_or_resumed(resume, "outputs/a b") == "outputs/a-b"
     assert fresh_or_resumed("my run", "outputs/a") == "my run"
+
+
+def test_the_folder_of_a_run_names_its_method_and_the_beta_that_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for overrides, end in (
+        (["method=dpo", "beta=0.3"], "-tiny-dpo-qlora-beta0.3-constant"),
+        (["method=sft", "beta=0.3"], "-tiny-sft-qlora"),
+    ):
+        composed = compose_job(*overrides)
+        monkeypatch.setattr(HydraConfig.instance(), "cfg", composed)
+        assert composed.hydra.run.dir.endswith(end)
 
 
 def test_annealing_keys_are_ignored_by_constant(load: Callable[..., config.Config]) -> None:

@@ -28,6 +28,7 @@ RECORD = {
     "choices": {
         "model": "tiny",
         "dataset": "embedded",
+        "method": "orpo",
         "optimizer": "galore",
         "beta_schedule": "linear",
     },
@@ -396,7 +397,7 @@ def test_wandbs_own_names_hold_where_ours_leave_them_open(
     sent = server.runs["their-run_id"]["upserts"][0]
     names = ("project", "name", "job_type", "notes", "run_group", "run_id")
     assert [sent[key] for key in SENT] == [f"their-{name}" for name in names]
-    assert {"mine", "theirs", "others", "galore"} <= set(sent["tags"])
+    assert {"mine", "theirs", "others", "orpo", "galore"} <= set(sent["tags"])
 
 
 def test_our_own_names_win_over_wandbs(

@@ -129,6 +129,11 @@ class TableDataset(Dataset):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(
+            not self.transcripts or not isinstance(self.columns, LabelledColumns),
+            "dataset.transcripts=true reads pairs of transcripts, and rows with a label hold none; "
+            "leave it false",
+        )
+        check(
             not self.transcripts or self.columns.prompt is None,
             "dataset.transcripts=true reads the prompt out of the transcripts: "
             "set dataset.columns.prompt=null",

@@ -5,6 +5,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
+
 from orpo_lab.config.checks import AUTO
 from orpo_lab.redaction import redact
 
@@ -47,6 +49,11 @@ def times(number: float, factor: float) -> float:
     return float(f"{number * factor:.12g}")
 
 
+def if_read(method: DictConfig, beta: str) -> str:
+    """Return what a name says of beta; empty: the method does not read beta."""
+    return beta if OmegaConf.get_type(method).reads_beta else ""
+
+
 # The functions, by the names under which `conf/` calls them
 RESOLVERS: dict[str, Callable[..., Any]] = {
     "slug": slug,
@@ -54,5 +61,6 @@ RESOLVERS: dict[str, Callable[..., Any]] = {
     "prompt_limit": prompt_limit,
     "divisor": largest_divisor,
     "times": times,
+    "if_read": if_read,
     "fresh_or_resumed": fresh_or_resumed,
 }

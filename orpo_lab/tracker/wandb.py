@@ -84,7 +84,7 @@ def start(
         log.info("W&B: disabled, by its own settings (WANDB_MODE, wandb disabled)")
         return Untracked()
     own, choices = _settings(), config["choices"]
-    groups = ("model", "dataset", "optimizer", "beta_schedule")
+    groups = ("model", "dataset", "method", "optimizer", "beta_schedule")
     return WandbRun(
         tracker,
         folder=folder,
