@@ -361,7 +361,7 @@ def _with_reference(
 ) -> "Data":
     """Return the pairs with what the method compares the model with; see `engine.reference`.
 
-    A checkpoint's reference is that of its own pairs. If the pairs have changed since, the
+    A checkpoint's reference is that of its own pairs and method. If these have changed since, the
     reference is computed again. Jobs of a sweep share a reference.
     """
     import torch
@@ -375,7 +375,9 @@ def _with_reference(
     if method.needs_divergence:
         pairs, name = mismatched.attach(pairs, config.dataset.max_length), "reference-mismatched"
     if start is not None and start.made.data == made.data:
-        return reference.attach(pairs, reference.load(start.path / reference.FILE))
+        kept = reference.kept(start.path, pairs)
+        if kept is not None:
+            return reference.attach(pairs, kept)
     if sweep is None:
         return reference.attach(pairs, compute(pairs))
     make = partial(compute, pairs)

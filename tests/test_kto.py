@@ -431,6 +431,17 @@ def test_a_resumed_run_reads_the_same_reference_and_is_the_same_bit_for_bit(
     assert any(line.get("kl", 0) > 0 or line.get("eval_kl", 0) > 0 for line in whole)
 
 
+@pytest.mark.parametrize("first", ["sft", "dpo"])
+def test_a_run_that_goes_on_by_another_method_computes_what_its_checkpoint_lacks(
+    load: Load, tmp_path: Path, first: str
+) -> None:
+    keys: Any = {"choices": {}, "overrides": []}
+    with pytest.raises(Stopped):
+        run.train(load(*SMALL, f"method={first}", "train.max_hours=1e-9"), tmp_path, **keys)
+    run.train(load(*SMALL, "resume=auto", "accept_changes=true"), tmp_path, **keys)
+    assert "eval_kl" in {name for line in RunFolder(tmp_path).metrics() for name in line}
+
+
 def test_a_sweep_shares_the_reference_of_its_jobs_by_what_it_holds(
     load: Load, tmp_path: Path
 ) -> None:

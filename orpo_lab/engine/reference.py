@@ -96,6 +96,22 @@ def save(data: Data, files: Files) -> None:
         tensors.save(references, files, FILE)
 
 
+def kept(folder: Path, data: Data) -> References | None:
+    """Return the references in a checkpoint; None: the checkpoint has none that the pairs need.
+
+    Its run may have gone on with another method since: one without a reference, or one that reads
+    no mismatched completions.
+
+    Args:
+        folder: of the checkpoint, whose pairs are those of `data`.
+        data: tokenized pairs, with the column MISMATCHED if the method needs this column.
+    """
+    if not (folder / FILE).is_file():
+        return None
+    found, num_sums = load(folder / FILE), 4 if MISMATCHED in data.train.column_names else 2
+    return found if all(sums.shape[1] >= num_sums for sums in found.values()) else None
+
+
 def load(file: Path) -> References:
     """Read what `save` or `torch.save` has written."""
     found: References = torch.load(file, map_location="cpu", weights_only=True)
