@@ -192,6 +192,13 @@ GALORE_TORCH = "optimizer.implementation=galore_torch"
             [*NEEDS["dataset/unpaired"], "dataset=unpaired", "dataset.transcripts=true"],
             "rows with a label hold none; leave it false",
         ),
+        (["method=dpo", "beta=0"], "beta=0: method=dpo learns nothing at a beta of 0"),
+        (["method=cpo", "beta=0", "method.sft_weight=0"], "method=cpo learns nothing"),
+        (["method=simpo", "beta=0", "beta_schedule=linear"], "beta=0 and beta_end=0: method=simpo"),
+        (
+            ["method=kto", "method.desirable_weight=0", "method.undesirable_weight=0"],
+            "are both 0, so nothing would be learned",
+        ),
         (["dataset=oasst", "dataset.pairing=some"], "must be one of best_worst, adjacent, all"),
         (["dataset=oasst", "dataset.max_depth=0"], "dataset.max_depth=0 must be at least 1"),
         (["model.dtype=bfloat16"], "must be one of bf16"),

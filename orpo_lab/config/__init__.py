@@ -96,6 +96,11 @@ class Config:
                 f"{key}={value} must be at least {least:g} with method={kind(self.method)}, which "
                 "divides by beta",
             )
+        check(
+            self.method.learns_at_beta_zero or any(getattr(self, key) > 0 for key in keys),
+            f"{' and '.join(f'{key}=0' for key in keys)}: method={kind(self.method)} learns "
+            "nothing at a beta of 0; give a beta above 0",
+        )
 
     def _check_pairs(self) -> None:
         is_unpaired = isinstance(self.dataset, UnpairedFileDataset | UnpairedHubDataset)

@@ -28,6 +28,11 @@ class Method:
     default_beta: float = free()
     learning_rate_factor: float = free()
 
+    @property
+    def learns_at_beta_zero(self) -> bool:
+        """Whether the loss has a gradient at a beta of 0."""
+        return True
+
     def _check_likelihood(self, nll_scope: str, nll_mean: str) -> None:
         one_of(("prompt_and_completion", "completion"), method__nll_scope=nll_scope)
         one_of(("tokens", "sequences"), method__nll_mean=nll_mean)
@@ -91,6 +96,11 @@ class DpoMethod(Method):
     def __post_init__(self) -> None:
         self._check_smoothing(self.label_smoothing)
 
+    @property
+    def learns_at_beta_zero(self) -> bool:
+        """Never: beta is a factor of the gradient."""
+        return False
+
 
 @dataclass(kw_only=True)
 class IpoMethod(Method):
@@ -114,6 +124,11 @@ class SimpoMethod(Method):
     def __post_init__(self) -> None:
         at_least(0, method__gamma=self.gamma, method__sft_weight=self.sft_weight)
 
+    @property
+    def learns_at_beta_zero(self) -> bool:
+        """Whether there is an SFT term; beta is a factor of the other term's gradient."""
+        return self.sft_weight > 0
+
 
 @dataclass(kw_only=True)
 class CpoMethod(Method):
@@ -131,6 +146,11 @@ class CpoMethod(Method):
     def __post_init__(self) -> None:
         at_least(0, method__sft_weight=self.sft_weight)
         self._check_smoothing(self.label_smoothing)
+
+    @property
+    def learns_at_beta_zero(self) -> bool:
+        """Whether there is an SFT term; beta is a factor of the other term's gradient."""
+        return self.sft_weight > 0
 
 
 @dataclass(kw_only=True)
@@ -150,6 +170,16 @@ class KtoMethod(Method):
             method__desirable_weight=self.desirable_weight,
             method__undesirable_weight=self.undesirable_weight,
         )
+        check(
+            self.desirable_weight > 0 or self.undesirable_weight > 0,
+            "method.desirable_weight and method.undesirable_weight are both 0, so nothing would be "
+            "learned; give one of them a weight above 0",
+        )
+
+    @property
+    def learns_at_beta_zero(self) -> bool:
+        """Never: beta is a factor of the gradient."""
+        return False
 
 
 METHODS: dict[str, type[Method]] = {
