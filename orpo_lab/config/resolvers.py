@@ -51,7 +51,8 @@ def times(number: float, factor: float) -> float:
 
 def if_read(method: DictConfig, beta: str) -> str:
     """Return what a name says of beta; empty: the method does not read beta."""
-    return beta if OmegaConf.get_type(method).reads_beta else ""
+    schema: Any = OmegaConf.get_type(method)
+    return beta if schema.reads_beta else ""
 
 
 # The functions, by the names under which `conf/` calls them
