@@ -168,6 +168,13 @@ def test_final_is_the_trained_model_with_a_card_and_nothing_of_the_checkpoint(
     assert "model = AutoModelForCausalLM.from_pretrained" in card
 
 
+def test_a_card_says_how_beta_went_and_what_a_step_was_of(load: Load, place: RunFolder) -> None:
+    rows = ("dataset=unpaired", "dataset.train_path=rows.jsonl")
+    leave(load, place, "method=kto", "beta_schedule=cosine", "beta=0.3", *rows)
+    card = place.file("final/README.md").read_text()
+    assert "\nbeta 0.3 to 0 (cosine), 1 steps of 16 completions, seed\n" in card
+
+
 def test_results_are_put_down_to_the_last_start_before_the_first_is_written(
     load: Load, place: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -656,7 +656,7 @@ def test_an_adapter_finds_its_base_and_its_card_tells_of_no_machine(
     card = place.file("final/README.md").read_text()
     assert str(tmp_path) not in card
     assert "base_model_name_or_path" not in card.split("---")[1]
-    assert "\nbase, aligned with ORPO" in card
+    assert "\nbase, trained with ORPO" in card
 
 
 def test_a_plot_is_drawn_whatever_a_notebook_or_a_matplotlibrc_says(tmp_path: Path) -> None:

@@ -395,6 +395,9 @@ def test_steps_are_counted_from_epochs(load: Load) -> None:
     assert trainer.count_steps(part, 64) == 5
     with pytest.raises(UserError, match=r"train.batch_size=8 is above the 7 training pairs"):
         trainer.count_steps(loaded, 7)
+    rows = ("method=kto", "dataset=unpaired", "dataset.train_path=rows.jsonl")
+    with pytest.raises(UserError, match=r"is above the 7 training completions"):
+        trainer.count_steps(load(*rows, "train.batch_size=8"), 7)
 
 
 def said_of_length(caplog: pytest.LogCaptureFixture, loaded: config.Config) -> list[Any]:
@@ -491,7 +494,7 @@ def test_pairs_that_fill_no_batch_are_left_out_of_every_epoch(
     assert stats.steps == 4
     assert num_pairs == [8] * 4
     whole = datasets.Dataset.from_dict({"x": range(16)})
-    assert len(trainer._whole_batches(whole, 8)) == 16
+    assert len(trainer._whole_batches(loaded, whole)) == 16
 
 
 def test_a_resumed_run_has_settings_of_its_own_and_what_was_spent_before(

@@ -1,6 +1,7 @@
 """Keys of `dataset`: which preference pairs are used, and what happens to rows with a fault."""
 
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 from orpo_lab.config.checks import at_least, check, one_of
 from orpo_lab.config.policy import free, location, setting
@@ -61,6 +62,9 @@ class Faults:
 @dataclass(kw_only=True)
 class Dataset:
     """Base class of all sources of preference pairs; never used itself."""
+
+    unit: ClassVar[str] = "pairs"
+    """What training rows are, and so what `train.batch_size` and `num_train` count."""
 
     max_length: int = setting()
     max_prompt_length: int = setting()
@@ -162,12 +166,16 @@ class FileDataset(TableDataset):
 class UnpairedFileDataset(FileDataset):
     """A file of single completions, each with a label: desirable or not."""
 
+    unit: ClassVar[str] = "completions"
+
     columns: LabelledColumns = setting(factory=LabelledColumns)
 
 
 @dataclass(kw_only=True)
 class UnpairedHubDataset(HubDataset):
     """Single completions with a label, from the Hugging Face hub."""
+
+    unit: ClassVar[str] = "completions"
 
     columns: LabelledColumns = setting(factory=LabelledColumns)
 

@@ -20,6 +20,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from orpo_lab.config import Config, kind
+from orpo_lab.config.beta_schedule import Constant
 from orpo_lab.config.model import BASE, EMBEDDED, local_path
 from orpo_lab.config.optimizer import Lora
 from orpo_lab.data import Data
@@ -346,6 +347,9 @@ def model_card(
         )
     code = " Code that comes with it was run." if config.model.trust_remote_code else ""
     beta = f"beta {config.beta:g}, " if config.method.reads_beta else ""
+    if beta and not isinstance(config.beta_schedule, Constant):
+        schedule = kind(config.beta_schedule).replace("_", " ")
+        beta = f"beta {config.beta:g} to {config.beta_end:g} ({schedule}), "
     began = f" It began with another run's result: {redact(start)}." if start else ""
     notes = f"{began}{code}{moved}"
     figures = (
@@ -359,8 +363,8 @@ tags: [{kind(config.method)}, orpo_lab]
 ---
 # {name}
 
-{base}, aligned with {config.method.title} by orpo_lab:
-{beta}{summary["train"]["steps"]} steps of {config.train.batch_size} pairs, seed
+{base}, trained with {config.method.title} by orpo_lab:
+{beta}{summary["train"]["steps"]} steps of {config.train.batch_size} {config.dataset.unit}, seed
 {config.seed}. The whole configuration stands in `config.yaml` of the run folder.{notes}
 
 {figures}

@@ -89,7 +89,7 @@ def fit(
         Stopped: the run was asked to end; a checkpoint holds its last step.
     """
     num_steps = count_steps(config, len(data.train))
-    train = _whole_batches(data.train, config.train.batch_size)
+    train = _whole_batches(config, data.train)
     devices = OneDevice(next(model.parameters()).device, dtype)
     updater = optimizers.build(config, model, num_steps=num_steps, dtype=dtype)
     state = State(
@@ -156,15 +156,16 @@ def fit(
     )
 
 
-def _whole_batches(pairs: datasets.Dataset, batch_size: int) -> datasets.Dataset:
+def _whole_batches(config: Config, pairs: datasets.Dataset) -> datasets.Dataset:
     """Return the pairs that fill whole batches, without those that are left over.
 
     With the left-over pairs transformers would end every epoch in a smaller step. The pairs of that
     step would weigh more than others.
     """
+    batch_size, unit = config.train.batch_size, config.dataset.unit
     left_over = len(pairs) % batch_size
     if left_over:
-        log.info("%d training pairs are left over from whole batches and not used", left_over)
+        log.info("%d training %s are left over from whole batches and not used", left_over, unit)
     return pairs.select(range(len(pairs) - left_over))
 
 
@@ -177,8 +178,8 @@ def count_steps(config: Config, num_pairs: int) -> int:
     per_epoch = num_pairs // config.train.batch_size
     if per_epoch == 0:
         raise UserError(
-            f"train.batch_size={config.train.batch_size} is above the {num_pairs} training pairs; "
-            "lower it"
+            f"train.batch_size={config.train.batch_size} is above the {num_pairs} training "
+            f"{config.dataset.unit}; lower it"
         )
     if config.train.max_steps is not None:
         return config.train.max_steps
@@ -193,10 +194,11 @@ def say_length(config: Config, num_pairs: int) -> None:
     is_often = num_epochs > MAX_EPOCHS
     log.log(
         logging.WARNING if is_often else logging.INFO,
-        "%d steps are %.3g epochs of %d pairs%s",
+        "%d steps are %.3g epochs of %d %s%s",
         num_steps,
         num_epochs,
         num_pairs,
+        config.dataset.unit,
         f", more than the {MAX_EPOCHS} of any published recipe here: see train.max_steps"
         if is_often
         else "",
