@@ -109,7 +109,7 @@ def _train(
     from transformers import set_seed
 
     from orpo_lab import data, engine, methods, tracker
-    from orpo_lab.engine import reference
+    from orpo_lab.engine import mismatched, reference
     from orpo_lab.evaluate import evaluate
     from orpo_lab.model import quantization
     from orpo_lab.model.precision import resolve_device, resolve_dtype
@@ -137,6 +137,8 @@ def _train(
     method = methods.build(config)
     if not method.reads_rejected:
         pairs = data.without_undesirable(pairs)
+    if method.needs_divergence:
+        pairs = mismatched.attach(pairs, config.dataset.max_length)
     trainer.say_length(config, len(pairs.train))
 
     # Weights, quantization, adapter
@@ -367,20 +369,20 @@ def _with_reference(
     import torch
 
     from orpo_lab import methods
-    from orpo_lab.engine import mismatched, reference
+    from orpo_lab.engine import reference
 
-    method, name = methods.build(config), "reference"
+    method = methods.build(config)
     if not method.needs_reference:
         return pairs
-    if method.needs_divergence:
-        pairs, name = mismatched.attach(pairs, config.dataset.max_length), "reference-mismatched"
     if start is not None and start.made.data == made.data:
         kept = reference.kept(start.path, pairs)
         if kept is not None:
             return reference.attach(pairs, kept)
     if sweep is None:
         return reference.attach(pairs, compute(pairs))
-    make = partial(compute, pairs)
+    make, name = partial(compute, pairs), "reference"
+    if method.needs_divergence:
+        name += "-mismatched"
     found = sweep.once(f"{name}-{_start_of(config)}", make, torch.save, reference.load)
     return reference.attach(pairs, found)
 

@@ -23,6 +23,7 @@ from orpo_lab.engine.base import MISMATCHED, REFERENCE
 from orpo_lab.errors import UserError
 from orpo_lab.methods.base import Batch
 from orpo_lab.metrics import PREFERENCE_SHARE
+from orpo_lab.model import weights
 from orpo_lab.model.adapter import attach
 from orpo_lab.records.run_folder import RunFolder
 from orpo_lab.stop import Stopped
@@ -361,7 +362,9 @@ def test_the_shares_of_a_steps_parts_add_up_to_its_equation(load: Load) -> None:
 
 @pytest.mark.parametrize("beta", [0.0, 1e-6, 1e3])
 def test_the_loss_and_its_gradients_are_finite_at_any_beta(build: Build, beta: float) -> None:
-    loss, gradients = step(build(make_model("llama"), UNPAIRED, f"beta={beta}"))
+    # A beta of 0 is a step of a schedule that goes on to another beta
+    keys = (f"beta={beta}", "beta_schedule=linear", "beta_end=0.1")
+    loss, gradients = step(build(make_model("llama"), UNPAIRED, *keys))
     assert 0 <= loss <= 1
     assert (loss == 0.5) == (beta == 0)
     assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
@@ -429,6 +432,14 @@ def test_a_resumed_run_reads_the_same_reference_and_is_the_same_bit_for_bit(
         assert {name: mine[name] for name in same} == {name: other[name] for name in same}
     assert {"kl", "eval_kl"} <= {name for line in whole for name in line}
     assert any(line.get("kl", 0) > 0 or line.get("eval_kl", 0) > 0 for line in whole)
+
+
+def test_a_single_prompt_is_refused_before_weights_are_loaded(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "load_model", lambda *_, **__: pytest.fail("weights are loaded"))
+    with pytest.raises(UserError, match=r"the held_out pairs have a single one .*dataset.num_eval"):
+        run.train(load(*SMALL, "dataset.num_eval=1"), tmp_path, choices={}, overrides=[])
 
 
 @pytest.mark.parametrize("first", ["sft", "dpo"])

@@ -43,7 +43,8 @@ def _attached(name: str, pairs: datasets.Dataset, max_length: int) -> datasets.D
     if all(prompt == prompts[0] for prompt in prompts):
         raise UserError(
             f"method=kto reads a prompt with the completions of another prompt, and the {name} "
-            f"pairs have a single one ({len(prompts)} pairs); give more prompts"
+            f"pairs have a single one ({len(prompts)} pairs); give more prompts, by the data or by "
+            f"dataset.num_{'train' if name == 'train' else 'eval'}"
         )
     others = pairs.select(partners(prompts)).select_columns(SIDES).to_list()
     rooms = [max_length - len(prompt) for prompt in prompts]
