@@ -100,6 +100,23 @@ def test_a_label_or_a_completion_of_another_kind_is_refused_or_counted(
     assert found.report["train"]["dropped"]["wrong_type"]["rows"] == [2]
 
 
+def test_a_label_may_be_a_number_of_a_table(read: Callable[..., data.Data]) -> None:
+    rows = [row | {"label": float(row["label"])} for row in THUMBS]
+    assert read(rows).report["train"]["num_desirable"] == sum(row["label"] for row in THUMBS)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_single_completions_in_the_place_of_pairs_are_recognised(
+    read: Callable[..., data.Data], tmp_path: Path, suffix: str
+) -> None:
+    file = write(tmp_path / "thumbs.jsonl", THUMBS)
+    if suffix == "csv":
+        file = tmp_path / "thumbs.csv"
+        file.write_text("prompt,completion,label\na,b,1\n")
+    with pytest.raises(UserError, match=r"lacks column 'chosen'.*; held-out rows are pairs"):
+        read(THUMBS, f"dataset.eval_path={file}", evaluates=False)
+
+
 @pytest.mark.parametrize("name", ["prompt", "completion", "label"])
 def test_a_row_without_a_column_is_refused_with_the_key_that_names_it(
     read: Callable[..., data.Data], name: str

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from huggingface_hub import hf_hub_download
 
 from orpo_lab.data.faults import Fault
-from orpo_lab.data.pairs import CONTEXT
+from orpo_lab.data.pairs import CONTEXT, of_completions
 from orpo_lab.errors import UserError, one_line
 
 Rows = Iterator[tuple[int, Any]]
@@ -122,6 +122,7 @@ def check_columns(present: list[str], wanted: list[str], name: str) -> None:
             f"{name} lacks column '{missing[0]}' (it has {', '.join(sorted(present)[:20])}); "
             "name the right ones with dataset.columns.prompt=... (null where there is none), "
             "dataset.columns.chosen=..., dataset.columns.rejected=... and so on"
+            f"{of_completions(set(present) - set(wanted))}"
         )
 
 

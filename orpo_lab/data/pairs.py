@@ -10,7 +10,7 @@ raise the fault. If the row gives a pair, `find_faults` yields its faults.
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,8 +35,9 @@ _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-# What a label may be; the words are those of CSV files, in any case
-LABELS = {"true": True, "false": False, "1": True, "0": False}
+# What a label may be; the words are those of CSV files, in any case. Tables in which a label is
+# missing hold the others as 1.0 and 0.0
+LABELS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def from_label(row: Any, columns: Columns) -> Pair:
     """
     assert isinstance(columns, LabelledColumns)
     given = _value_of(row, columns.label, "label")
-    label = LABELS.get(str(given).lower()) if isinstance(given, bool | int | str) else None
+    label = LABELS.get(str(given).lower()) if isinstance(given, int | float | str) else None
     if label is None:
         said = "null" if given is None else quote(str(given))
         raise Fault("wrong_type", f"{columns.label} is {said}; it must be true or false, or 1 or 0")
@@ -121,12 +122,27 @@ def _value_of(row: Any, name: str, key: str) -> Any:
     if name not in row:
         null = ", or null where there is none" if key == "prompt" else ""
         present = ", ".join(quote(column) for column in sorted(row)[:20])
+        hint = of_completions(row) if key in ("chosen", "rejected") else ""
         raise Fault(
             "missing_column",
             f"lacks column '{name}' (it has {present or 'none'}); "
-            f"name the right one with dataset.columns.{key}=...{null}",
+            f"name the right one with dataset.columns.{key}=...{null}{hint}",
         )
     return row[name]
+
+
+def of_completions(unread: Collection[str]) -> str:
+    """Return a hint if a table that should hold pairs holds single completions; empty: none.
+
+    Args:
+        unread: columns of the table that nothing is read from.
+    """
+    if not {"completion", "label"} <= set(unread):
+        return ""
+    return (
+        ". Single completions with a label are training rows of dataset=unpaired or unpaired_hub; "
+        "held-out rows are pairs (docs/data.md)"
+    )
 
 
 def _check_size(contents: list[Any]) -> None:
