@@ -45,8 +45,16 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
     return found
 
 
-def num_tensors() -> int:
-    return sum(issubclass(type(item), torch.Tensor) for item in gc.get_objects())
+def tensors() -> dict[int, weakref.ref[torch.Tensor]]:
+    """Return references to the process's tensors by their identity, which keep nothing alive."""
+    found = (item for item in gc.get_objects() if issubclass(type(item), torch.Tensor))
+    return {id(item): weakref.ref(item) for item in found}
+
+
+def num_new(before: dict[int, weakref.ref[torch.Tensor]]) -> int:
+    """Count tensors made since, whatever becomes of others that tests before this test left."""
+    gone = weakref.ref(torch.empty(0))
+    return sum(before.get(key, gone)() is not ref() for key, ref in tensors().items())
 
 
 @pytest.mark.parametrize(
@@ -63,14 +71,14 @@ def num_tensors() -> int:
 def test_a_job_leaves_nothing_in_memory(
     load: Load, seen: list[weakref.ref[Any]], tmp_path: Path, overrides: str
 ) -> None:
-    held = []
+    held, before = [], tensors()
     # What is freed is freed by the run itself, not by a collection that happens to come
     gc.disable()
     try:
         for seed in (1, 2):
             loaded = load(*overrides.split(), *SMALL, f"seed={seed}")
             run.train(loaded, tmp_path / str(seed), choices={}, overrides=[])
-            held.append(num_tensors())
+            held.append(num_new(before))
     finally:
         gc.enable()
     assert len(seen) > 80, "two models with their weights"
