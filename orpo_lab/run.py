@@ -20,6 +20,7 @@ from orpo_lab.records.run_folder import DISK_TROUBLE, RunFolder, groups
 from orpo_lab.redaction import RedactingFormatter, redact
 from orpo_lab.stop import Stop, Stopped
 from orpo_lab.sweep.folder import CACHE, Sweep
+from orpo_lab.sweep.forks import Forks
 from orpo_lab.tracker.base import Run, Untracked
 from orpo_lab.training import checkpoint
 from orpo_lab.upstream import silence
@@ -93,6 +94,7 @@ def train(
                 result = _train(config, place, segment, chosen, sweep, stop)
         _finish(place, result.missing)
         if sweep:
+            Forks(sweep).release()
             stop.check()
         return result
 
@@ -151,6 +153,12 @@ def _train(
         model=begun_from,
     )
     _check_made(start, made, accept_changes=config.accept_changes)
+    fork_steps: frozenset[int] = frozenset()
+    if sweep:
+        forks, num_steps = Forks(sweep), trainer.count_steps(config, len(pairs.train))
+        start = forks.begin(config, place, made, start, num_steps, stop)
+        fork_steps = forks.steps(config)
+        forks.release()
     engine.check(config, network, dtype)
     stop.check()
 
@@ -180,6 +188,7 @@ def _train(
                 made=made,
                 start=start,
                 stop=stop,
+                forks=fork_steps,
             )
 
             # Save the model first: what follows may fail or be stopped

@@ -162,7 +162,7 @@ def make_loop(
         train=datasets.Dataset.from_list(pairs),
         held_out=datasets.Dataset.from_list(make_pairs(max(1, len(pairs) - 1), seed=99)),
         num_steps=1,
-        save=lambda: None,
+        save=lambda kinds: None,
         stop=Stop(),
     )
 

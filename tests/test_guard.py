@@ -201,8 +201,9 @@ def test_combinations_that_cannot_be_are_left_out_and_named(
     # What all jobs have does not tell one from another
     not_this = ["optimizer=galore", f"name={TOKEN}", "optimizer.r=8", "beta=0.1"]
     batch = [[*fits], [*not_this]]
-    num_jobs, left_out = guard.leave_out_what_cannot_be(sweeper, batch)
-    assert (batch, num_jobs) == ([fits], 1)
+    composed_jobs, left_out = guard.leave_out_what_cannot_be(sweeper, batch)
+    assert batch == [fits]
+    assert [job.beta for job in composed_jobs] == [0.1]
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: optimizer=galore name=***: ")
     assert left_out == [line]

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 import launch as command
 from orpo_lab import config
@@ -319,9 +320,9 @@ def test_a_number_in_a_recipe_where_text_belongs_is_refused(launch: Launch, tmp_
 
 def test_a_sweep_that_left_jobs_out_has_failed() -> None:
     jobs = Jobs()
-    jobs.count(1, [])
+    jobs.count([OmegaConf.create()], [])
     assert jobs.close() == 0
-    jobs.count(1, ["optimizer=galore optimizer.r=8"])
+    jobs.count([OmegaConf.create()], ["optimizer=galore optimizer.r=8"])
     assert jobs.close() == 1
 
 

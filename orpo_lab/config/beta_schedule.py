@@ -1,6 +1,7 @@
 """Keys of `beta_schedule`: how beta changes in a run."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from orpo_lab.config.checks import check
 from orpo_lab.config.policy import setting
@@ -9,6 +10,9 @@ from orpo_lab.config.policy import setting
 @dataclass(kw_only=True)
 class BetaSchedule:
     """Base class of the schedules, which change beta from `beta` to `beta_end`."""
+
+    is_known_before: ClassVar[bool] = True
+    """Whether beta is known at every step before the run begins."""
 
 
 @dataclass(kw_only=True)

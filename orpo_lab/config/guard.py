@@ -35,8 +35,8 @@ KNOWN = {
         "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",
     ),
 }
-# Called with the number of a sweep's jobs, and a line for each job that cannot be composed
-Count = Callable[[int, list[str]], None]
+# Called with the configurations of a sweep's jobs, and a line for each job that cannot be composed
+Count = Callable[[list[DictConfig], list[str]], None]
 # A single folder name: made safe by `slug`, or of safe characters and the number of the job
 SUBDIR = re.compile(
     r"\$\{slug:([^/{}]|\$\{[\w.]+\})*\}|(\$\{hydra\.job\.num\}|[\w=+,-]|(?<=\w)\.(?=\w))+"
@@ -47,8 +47,8 @@ def install(count: Count) -> None:
     """Check Hydra's flags, and let Hydra compose and save through this module.
 
     Args:
-        count: called with the number of a sweep's jobs, and a line for each job that cannot be
-            composed.
+        count: called with the configurations of a sweep's jobs, and a line for each job that cannot
+            be composed.
 
     Raises:
         UserError: a flag is unknown, or would load a pickle or a Python package.
@@ -79,7 +79,9 @@ def check_what_is_composed() -> None:
     upstream.compose_through(CheckedLoader)
 
 
-def leave_out_what_cannot_be(sweeper: Any, batch: list[list[str]]) -> tuple[int, list[str]]:
+def leave_out_what_cannot_be(
+    sweeper: Any, batch: list[list[str]]
+) -> tuple[list[DictConfig], list[str]]:
     """Remove the combinations that cannot be composed from a sweep, and print why; the others run.
 
     Args:
@@ -87,7 +89,8 @@ def leave_out_what_cannot_be(sweeper: Any, batch: list[list[str]]) -> tuple[int,
         batch: the overrides of each job; changed in place.
 
     Returns:
-        The number of jobs that are left, and a line for each combination that was removed.
+        The configurations of the jobs that are left, and a line for each combination that was
+        removed.
 
     Raises:
         UserError: the sweep has no job.
@@ -96,10 +99,13 @@ def leave_out_what_cannot_be(sweeper: Any, batch: list[list[str]]) -> tuple[int,
     if not batch:
         raise UserError("this sweep has no job: a list, a range or a glob in it is empty")
     loader = sweeper.hydra_context.config_loader
+    composed: list[DictConfig] = []
     refused: list[tuple[list[str], HydraException]] = []
     for overrides in batch:
         try:
-            loader.load_sweep_config(master_config=sweeper.config, sweep_overrides=overrides)
+            composed.append(
+                loader.load_sweep_config(master_config=sweeper.config, sweep_overrides=overrides)
+            )
         except HydraException as error:
             refused.append((overrides, error))
     if len(refused) == len(batch):
@@ -113,7 +119,7 @@ def leave_out_what_cannot_be(sweeper: Any, batch: list[list[str]]) -> tuple[int,
         which = " ".join(override for override in overrides if override in swept)
         left_out.append(redact(f"error: {which}: {explain(reason)}"))
         print(left_out[-1], file=sys.stderr)
-    return len(batch), left_out
+    return composed, left_out
 
 
 class CheckedLoader(ConfigLoaderImpl):

@@ -139,6 +139,16 @@ def identity(config: Config, *groups: str) -> str:
     return _hash([_of(settings(values(config)), groups), _of(contents(config), groups)])
 
 
+def identity_without_beta(config: Config) -> str:
+    """Return a hash of all that a run's result depends on, except beta and its schedule."""
+    read = {
+        key: value
+        for key, value in settings(values(config)).items()
+        if key.split(".")[0] not in ("beta", "beta_end", "beta_schedule")
+    }
+    return _hash([read, contents(config)])
+
+
 def name_of(config: Config, *groups: str) -> str:
     """Return a hash of the settings and locations of some groups; contents are not read."""
     return _hash([_of(settings(values(config)), groups), _of(locations(config), groups)])

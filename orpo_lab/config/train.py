@@ -23,6 +23,7 @@ class Train:
     eval_steps: int | None = free()
     save_steps: int | None = free()
     num_checkpoints: int = free()
+    forks: bool = free()
     max_hours: float | None = free()
     on_nonfinite: str = setting()
     max_skipped_steps: int = setting(unread_under={"train.on_nonfinite": "stop"})

@@ -3,8 +3,11 @@
 from dataclasses import dataclass, field
 from datetime import timedelta
 
+from omegaconf import DictConfig
+
 from orpo_lab.config.tracker import Tracker
 from orpo_lab.redaction import redact
+from orpo_lab.sweep import forks
 from orpo_lab.sweep.folder import Sweep
 
 
@@ -30,10 +33,12 @@ class Jobs:
     seconds: list[float] = field(default_factory=list)
     """The duration of each job that has ended, in seconds."""
 
-    def count(self, num: int, left_out: list[str]) -> None:
-        """Note the number of the sweep's jobs, and the combinations that cannot be composed."""
-        self.num = num
+    def count(self, composed: list[DictConfig], left_out: list[str]) -> None:
+        """Note the configurations of the sweep's jobs, and what cannot be composed."""
+        self.num = len(composed)
         self.left_out += left_out
+        if self.sweep is not None:
+            forks.plan(self.sweep, composed)
 
     def progress(self, number: int) -> str:
         """Return a line with the time that the sweep has taken, and an estimate of the time left.

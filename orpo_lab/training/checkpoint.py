@@ -13,15 +13,16 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from orpo_lab.errors import UserError, one_line
 from orpo_lab.records.run_folder import RunFolder, versions
 from orpo_lab.training.files import EARLIER_HASH, HASH, HASHES, Files, hash_of, names
+from orpo_lab.training.files import link as make_link
 
 if TYPE_CHECKING:
     from orpo_lab.training.trainer import TrainStats
@@ -33,8 +34,11 @@ MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
 # The file of all that a step changes, except the weights
 STATE = "state.pt"
-# Begins the name of the trained model's folder; the step follows. The folder exists until the run
-# has finished
+# These begin the names of folders; the step follows.
+CHECKPOINT = "checkpoint-"
+# Of a checkpoint from which other jobs of a sweep begin, see `sweep.forks`
+FORK = "fork-"
+# Of the trained model; this folder exists until the run has finished
 TRAINED = "trained-"
 
 
@@ -60,6 +64,9 @@ class Spent:
     """Number of steps that were skipped because a number was not finite."""
     token_budget: int | None = None
     """The lowered token budget, after memory ran out. None: the configuration's is in use."""
+    num_shared: int = 0
+    """Number of steps that another run has taken: this run began from its fork. Their time and
+    memory are counted there."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +95,33 @@ def step_of(path: Path) -> int:
     return int(path.name.rsplit("-", 1)[-1])
 
 
+def folder(place: RunFolder, kind: str, step: int) -> Path:
+    """Return the folder of a run's checkpoint after a step; `kind` is a name's beginning."""
+    return place.path / "checkpoints" / f"{kind}{step}"
+
+
 def folders(place: RunFolder) -> list[Path]:
     """Return a run's checkpoint folders, valid or not, oldest first."""
-    return sorted((place.path / "checkpoints").glob("checkpoint-*[0-9]"), key=step_of)
+    return _folders(place, CHECKPOINT)
+
+
+def forks(place: RunFolder) -> list[Path]:
+    """Return the folders of a run's forks, valid or not, oldest first."""
+    return _folders(place, FORK)
+
+
+def trained(place: RunFolder) -> list[Path]:
+    """Return the folders of trained models, valid or not, oldest first."""
+    return _folders(place, TRAINED)
+
+
+def _folders(place: RunFolder, kind: str) -> list[Path]:
+    return sorted((place.path / "checkpoints").glob(f"{kind}*[0-9]"), key=step_of)
+
+
+def last_step(place: RunFolder) -> int:
+    """Return the last step of which a run has a checkpoint, valid or not; 0: it has none."""
+    return max(map(step_of, [*folders(place), *forks(place), *trained(place)]), default=0)
 
 
 def seal(files: Files, place: RunFolder, made: Made, spent: Spent) -> None:
@@ -106,13 +137,17 @@ def seal(files: Files, place: RunFolder, made: Made, spent: Spent) -> None:
     manifest = {
         "step": step_of(files.folder),
         "made": asdict(made),
-        # Padded to a fixed width, so that checkpoints of the same step have the same size
-        "spent": json.dumps(asdict(spent), allow_nan=False).ljust(160),
+        "spent": _padded(spent),
         "versions": versions(),
         "hash": HASH,
         "files": files.hashes(),
     }
     RunFolder(files.folder).write_json(MANIFEST, manifest)
+
+
+def _padded(spent: Spent) -> str:
+    """Return JSON of a fixed width, so that checkpoints of the same step have the same size."""
+    return json.dumps(asdict(spent), allow_nan=False).ljust(160)
 
 
 def keep_trained(
@@ -137,17 +172,17 @@ def keep_trained(
     """
     if start and start.is_trained:
         return start.path
-    path = place.path / "checkpoints" / f"{TRAINED}{stats.steps}"
+    path = folder(place, TRAINED, stats.steps)
     with written(path) as files:
         save(files)
-        spent = Spent(stats.wall_seconds, stats.peak_memory_bytes, stats.skipped_steps)
+        spent = Spent(
+            stats.wall_seconds,
+            stats.peak_memory_bytes,
+            stats.skipped_steps,
+            num_shared=stats.shared_steps,
+        )
         seal(files, place, made, spent)
     return path
-
-
-def trained(place: RunFolder) -> list[Path]:
-    """Return the folders of trained models, valid or not, oldest first."""
-    return sorted((place.path / "checkpoints").glob(f"{TRAINED}*[0-9]"), key=step_of)
 
 
 def remove_trained(place: RunFolder) -> None:
@@ -166,7 +201,8 @@ def newest_valid(place: RunFolder, config_hash: str) -> Checkpoint | None:
         config_hash: identity of the run as it is configured now. A trained model of another
             identity is rejected.
     """
-    for path in [*reversed(trained(place)), *reversed(folders(place))]:
+    checkpoints = sorted([*forks(place), *folders(place)], key=step_of)
+    for path in [*reversed(trained(place)), *reversed(checkpoints)]:
         try:
             found = _verify(path, place)
             if found.is_trained and found.made.config_hash != config_hash:
@@ -190,6 +226,50 @@ def _say_other_versions(before: dict[str, str | None]) -> None:
             "what an uninterrupted run would be",
             ", ".join(other),
         )
+
+
+def link(path: Path, copy: Path, **changes: Any) -> None:
+    """Make a copy of a sealed checkpoint, with links to its files, which nobody changes.
+
+    Args:
+        path: the sealed checkpoint.
+        copy: the folder of the copy.
+        changes: new values of keys of the manifest, which is written last.
+
+    Raises:
+        UserError: the copy cannot be written.
+    """
+    with written(copy):
+        for name in names(path):
+            if name != MANIFEST:
+                (copy / name).parent.mkdir(parents=True, exist_ok=True)
+                make_link(path / name, copy / name)
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        RunFolder(copy).write_json(MANIFEST, manifest | changes)
+
+
+def adopt(fork: Path, owner: RunFolder, place: RunFolder, made: Made) -> Checkpoint:
+    """Let a run begin from a fork of another run, as if it had taken the fork's steps itself.
+
+    Args:
+        fork: the folder of the fork.
+        owner: the folder of the run that made the fork.
+        place: the folder of the run that begins; gets a copy of the fork, and the lines of metrics
+            so far.
+        made: what the run that begins is made from.
+
+    Raises:
+        UserError: the fork is damaged, or was made from something else; or the copy cannot be
+            written.
+    """
+    found = _verify(fork, owner)
+    if (found.made.data, found.made.model) != (made.data, made.model):
+        raise UserError("it was made from other weights or pairs")
+    spent = replace(found.spent, wall_seconds=0.0, peak_memory_bytes=0, num_shared=found.step)
+    copy = folder(place, FORK, found.step)
+    link(fork, copy, made=asdict(made), spent=_padded(spent))
+    place.write(METRICS, (copy / METRICS).read_text(encoding="utf-8"))
+    return Checkpoint(copy, made, spent, found.versions)
 
 
 def rotate(place: RunFolder, num_checkpoints: int) -> None:

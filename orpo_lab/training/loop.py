@@ -15,20 +15,17 @@ from orpo_lab.beta_schedule import beta_at, progress
 from orpo_lab.config import Config
 from orpo_lab.engine.base import COLUMNS, MISMATCHED, REFERENCE, Engine, MicroBatch, Pair, Sums
 from orpo_lab.stop import Stop
+from orpo_lab.training.checkpoint import CHECKPOINT, FORK
 from orpo_lab.training.finite import FiniteCheck, check_weights
 from orpo_lab.training.lines import Lines
-from orpo_lab.training.meter import Means
+from orpo_lab.training.meter import Since
 from orpo_lab.training.preference import PreferenceMeter
 from orpo_lab.training.state import RandomState, State
 
 
 @dataclass
 class Loop:
-    """The training loop: `run` takes the remaining steps of a run.
-
-    Checkpoints do not hold the sums since the last line of metrics. So a line of metrics is written
-    together with every checkpoint.
-    """
+    """The training loop: `run` takes the remaining steps of a run."""
 
     config: Config
     state: State
@@ -39,22 +36,16 @@ class Loop:
     """Training pairs; their number is a multiple of the batch size."""
     held_out: datasets.Dataset
     num_steps: int
-    save: Callable[[], None]
-    """Writes a checkpoint of the state."""
+    save: Callable[[list[str]], None]
+    """Writes the state as a checkpoint of each given kind, `checkpoint.CHECKPOINT` or `FORK`."""
     stop: Stop
+    forks: frozenset[int] = frozenset()
+    """The steps after which the state is left for other jobs of a sweep, see `sweep.forks`."""
 
     preference: PreferenceMeter = field(default_factory=lambda: PreferenceMeter(None))
     """Measures how much of a step's gradient is preference."""
     measured: dict[str, float] = field(default_factory=dict)
     """What was measured of the last step; empty: nothing."""
-    means: Means = field(default_factory=Means)
-    """Means of the metrics since the last line."""
-    total_loss: Tensor | float = 0.0
-    """Sum of the steps' losses since the last line, on the device."""
-    num_since: int = 0
-    """Number of steps since the last line."""
-    num_skipped: int = 0
-    """Number of skipped steps that the lines so far have counted."""
 
     def run(self) -> str:
         """Take the steps from `state.step` to `num_steps`.
@@ -69,7 +60,6 @@ class Loop:
             UserError: a checkpoint cannot be written.
         """
         settings, state = self.config.train, self.state
-        self.num_skipped = self.finite.meter.num_skipped
         state.model.zero_grad()
         for pairs in batches(self.train, settings.batch_size, self.config.seed, state.step):
             before = memory.allocated_bytes()
@@ -80,9 +70,10 @@ class Loop:
 
             reason, is_last = self.stop.reason(), state.step == self.num_steps
             evaluates = is_due(state.step, settings.eval_steps, is_last)
-            saves = is_due(state.step, settings.save_steps, is_last) or bool(reason)
-            logs = saves or state.step == 1 or state.step % settings.logging_steps == 0
-            if logs or evaluates or is_last or self.measured:
+            is_kept = is_due(state.step, settings.save_steps, is_last) or bool(reason)
+            saves = [CHECKPOINT] * is_kept + [FORK] * (state.step in self.forks)
+            logs = state.step == 1 or is_due(state.step, settings.logging_steps, is_last)
+            if logs or evaluates or saves or self.measured:
                 self.finite.check()
             if saves:
                 check_weights(state.model, state.step)
@@ -93,7 +84,7 @@ class Loop:
             if evaluates:
                 self.evaluate()
             if saves:
-                self.save()
+                self.save(saves)
             if is_last or reason:
                 return reason
         raise AssertionError("batches never end")
@@ -115,14 +106,14 @@ class Loop:
         norm = state.updater.clip(self.config.train.max_grad_norm)
         self.finite.look(state.step + 1, loss, norm, state.updater.gradients())
         rate = state.set_rate()
-        if self.finite.skips():
+        is_skipped = self.finite.skips()
+        if is_skipped:
             state.skip_update()
         else:
             state.update()
         for some in sums:
-            self.means.add(some)
-        self.total_loss = self.total_loss + loss
-        self.num_since += 1
+            state.since.add(some)
+        state.since.add_step(loss, is_skipped=is_skipped)
         return norm, rate
 
     def fit_budget(self, before: int) -> None:
@@ -152,27 +143,28 @@ class Loop:
             norm: gradient norm of the last step before clipping, a scalar.
             rate: learning rate of the last step.
         """
-        state, skipped = self.state, self.finite.meter.num_skipped
-        assert isinstance(self.total_loss, Tensor)
-        figures = torch.stack([self.total_loss, norm.to(self.total_loss)])
-        figures = torch.cat([figures, state.devices.average(self.means.take())])
+        state, since = self.state, self.state.since
+        assert isinstance(since.total_loss, Tensor)
+        assert since.sums is not None
+        figures = torch.stack([since.total_loss, norm.to(since.total_loss)])
+        figures = torch.cat([figures, state.devices.average(since.sums)])
         loss, grad_norm, *taken = figures.tolist()  # device-to-host sync
         line = {"grad_norm": grad_norm, "learning_rate": rate}
-        if skipped > self.num_skipped:
+        if since.num_skipped:
             # The metrics of a skipped step may not be finite, so no means over pairs are written
-            self.num_skipped = line["skipped_steps"] = skipped
+            line["skipped_steps"] = self.finite.meter.num_skipped
         else:
-            line = {"loss": loss / self.num_since} | line | self.means.named(taken)
+            line = {"loss": loss / since.num_steps} | line | since.named(taken)
         line["epoch"] = self.epoch()
         if self.config.method.reads_beta:
             line["beta"] = self.beta_at(state.step - 1)
         self.lines.write(state.step, line)
-        self.total_loss, self.num_since = 0.0, 0
+        state.since = Since()
 
     def evaluate(self) -> None:
         """Write a line with the metrics of the held-out pairs; later steps are not affected."""
         begin, size, state = time.perf_counter(), self.config.train.batch_size, self.state
-        num_pairs, beta, means = len(self.held_out), self.beta_at(state.step - 1), Means()
+        num_pairs, beta, sums = len(self.held_out), self.beta_at(state.step - 1), Since()
         loss = torch.zeros((), device=state.devices.device)
         state.model.eval()
         with torch.no_grad(), self.engine.reading():
@@ -180,9 +172,10 @@ class Loop:
                 part = range(start, min(start + size, num_pairs))
                 for micro_batch in self.engine.micro_batches(rows(self.held_out, part)):
                     score = self.engine.score(micro_batch, beta)
-                    means.add(score.sums)
+                    sums.add(score.sums)
                     loss = loss + score.loss * len(part) / num_pairs
-        figures = torch.cat([loss[None], means.take()])
+        assert sums.sums is not None
+        figures = torch.cat([loss[None], sums.sums])
         eval_loss, *taken = state.devices.average(figures).tolist()  # device-to-host sync
         seconds = time.perf_counter() - begin
         line = {
@@ -190,7 +183,7 @@ class Loop:
             "runtime": seconds,
             "samples_per_second": num_pairs / seconds,
             "steps_per_second": math.ceil(num_pairs / size) / seconds,
-            **means.named(taken),
+            **sums.named(taken),
         }
         line = {f"eval_{name}": value for name, value in line.items()} | {"epoch": self.epoch()}
         self.lines.write(state.step, line)

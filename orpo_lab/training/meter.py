@@ -1,4 +1,4 @@
-"""What is measured while a run trains: the cost of training, and the means of the metrics."""
+"""What is measured while a run trains: the cost of training, and the sums of the metrics."""
 
 import math
 import time
@@ -37,15 +37,26 @@ class Meter:
             peak_memory_bytes=max(self.before.peak_memory_bytes, memory.peak_bytes()),
             num_skipped=self.num_skipped,
             token_budget=token_budget,
+            num_shared=self.before.num_shared,
         )
 
 
 @dataclass
-class Means:
-    """The means of metrics over all pairs since the last line."""
+class Since:
+    """What was summed since the last line of metrics; checkpoints hold these sums.
+
+    So lines of metrics are the same, whether and where checkpoints are written between them.
+    """
 
     names: tuple[str, ...] = ()
+    """Names of M metrics."""
     sums: Tensor | None = None
+    """Sums of the metrics over pairs, then the number of values in each sum, [2 M]."""
+    total_loss: Tensor | float = 0.0
+    """Sum of the steps' losses, on the device."""
+    num_steps: int = 0
+    num_skipped: int = 0
+    """Number of skipped steps among them."""
 
     def add(self, some: Sums) -> None:
         """Add the metrics of some pairs; every figure weighs the same."""
@@ -53,17 +64,17 @@ class Means:
         both = torch.cat([some.values, some.nums.to(some.values)])
         self.sums = both if self.sums is None else self.sums + both
 
-    def take(self) -> Tensor:
-        """Return the sums of M metrics and what each is a sum of, [2 M], and reset the sums."""
-        assert self.sums is not None
-        sums, self.sums = self.sums, None
-        return sums
+    def add_step(self, loss: Tensor, *, is_skipped: bool) -> None:
+        """Add the loss of a step, a scalar, and count the step."""
+        self.total_loss = self.total_loss + loss
+        self.num_steps += 1
+        self.num_skipped += is_skipped
 
     def named(self, taken: Sequence[float]) -> dict[str, float]:
         """Return the mean of each metric that some pair has.
 
         Args:
-            taken: what `take` returned.
+            taken: the values of `sums`.
         """
         sums, nums = taken[: len(self.names)], taken[len(self.names) :]
         given = zip(self.names, sums, nums, strict=True)

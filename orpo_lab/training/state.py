@@ -19,6 +19,7 @@ from orpo_lab.training import tensors
 from orpo_lab.training.checkpoint import STATE
 from orpo_lab.training.devices import OneDevice
 from orpo_lab.training.files import Files
+from orpo_lab.training.meter import Since
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +74,8 @@ class State:
         self.num_updates = 0
         """Position in the learning rate schedule: all steps but those that fp16's loss scaling
         skipped."""
+        self.since = Since()
+        """What was summed since the last line of metrics."""
         self._settings = [
             {key: value for key, value in group.items() if key != "params"}
             for group in updater.optimizer.param_groups
@@ -140,6 +143,7 @@ class State:
             "optimizer": self.updater.optimizer.state_dict(),
             "devices": self.devices.state_dict(),
             "random": {"cpu": random.cpu, "gpu": random.gpu},
+            "since": vars(self.since),
         }
         tensors.save(rest, files, STATE)
 
@@ -165,6 +169,8 @@ class State:
         self.devices.load_state_dict(rest["devices"])
         self.step, self.num_updates = rest["step"], rest["num_updates"]
         RandomState(**rest["random"]).restore()
+        # An earlier version of orpo_lab wrote a line with every checkpoint, and kept no sums
+        self.since = Since(**self.devices.place(rest.get("since", {})))
 
     def load_weights(self, folder: Path) -> None:
         """Load the weights of a checkpoint or of a trained model, and nothing else.

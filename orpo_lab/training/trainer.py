@@ -52,6 +52,9 @@ class TrainStats:
     """The GPU's name, or cpu."""
     galore_memory_bytes: dict[str, dict[str, int]] | None
     """Bytes of GaLore's weights, gradients and states; None without our GaLore."""
+    shared_steps: int = 0
+    """Number of the first steps that another run of the sweep has taken for this run, too. Seconds,
+    tokens and memory are those of the other steps."""
 
 
 def fit(
@@ -66,6 +69,7 @@ def fit(
     made: Made,
     start: Checkpoint | None,
     stop: Stop,
+    forks: frozenset[int] = frozenset(),
 ) -> TrainStats:
     """Train the model in place.
 
@@ -81,6 +85,7 @@ def fit(
         start: the checkpoint to continue from; None: begin with the first step.
         stop: says whether the run should end early. When `fit` returns, `stop` still makes signals
             wait, so that the caller can save the trained model first.
+        forks: the steps after which the state is left for other jobs of a sweep.
 
     Raises:
         NonFiniteError: a loss, a gradient or a weight is not finite; no checkpoint holds that step.
@@ -103,13 +108,15 @@ def fit(
     computing = engine.build(config, model=model, tokenizer=tokenizer, devices=devices)
     computing.token_budget = meter.before.token_budget
 
-    def save() -> None:
-        path = place.path / "checkpoints" / f"checkpoint-{state.step}"
+    def save(kinds: list[str]) -> None:
+        path, *others = (checkpoint.folder(place, kind, state.step) for kind in kinds)
         with checkpoint.written(path) as files:
             state.save(files)
             reference.save(data, files)
             tokenizer.save_pretrained(path)
             checkpoint.seal(files, place, made, meter.spent(computing.token_budget))
+        for other in others:
+            checkpoint.link(path, other)
         checkpoint.rotate(place, config.train.num_checkpoints)
 
     if config.train.gradient_checkpointing == "true":
@@ -136,6 +143,7 @@ def fit(
             num_steps=num_steps,
             save=save,
             stop=stop,
+            forks=forks,
             preference=PreferenceMeter(config.train.meter_steps),
         )
         with contextlib.closing(lines):
@@ -143,7 +151,7 @@ def fit(
     spent = meter.spent()
     if reason:
         raise Stopped(reason)
-    pairs = state.step * config.train.batch_size
+    pairs = (state.step - spent.num_shared) * config.train.batch_size
     return TrainStats(
         steps=state.step,
         wall_seconds=spent.wall_seconds,
@@ -153,6 +161,7 @@ def fit(
         skipped_steps=spent.num_skipped,
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         galore_memory_bytes=updater.memory(),
+        shared_steps=spent.num_shared,
     )
 
 
