@@ -1,13 +1,15 @@
 """How beta changes during a run; in ORPO beta is the weight of the odds-ratio loss.
 
-The functions are pure: beta depends only on the configuration and on the number of the optimizer
-step. So beta is the same after a resume and the same for every engine.
+The functions are pure. Beta depends only on the configuration and on the number of the optimizer
+step; for an adaptive schedule, on the margins of the batches so far. So beta is the same after a
+resume.
 """
 
 import math
 from bisect import bisect_right
 
 from orpo_lab.config.beta_schedule import (
+    Adaptive,
     BetaSchedule,
     Constant,
     Cosine,
@@ -44,3 +46,29 @@ def _share_moved(schedule: BetaSchedule, progress: float) -> float:
         case HoldThenAnneal(anneal_fraction=fraction):
             return max(0.0, (progress - (1 - fraction)) / fraction)
     raise TypeError(f"no beta schedule: {schedule!r}")
+
+
+def adapted(
+    schedule: Adaptive, margin: float, average: float | None, *, beta: float, direction: int
+) -> tuple[float, float | None]:
+    """Return beta for a batch, and the new average of margins.
+
+    The batch-level rule of beta-DPO (Wu et al. 2024, arXiv:2407.08639, Eq. 6 and 7):
+    beta_t = (1 + alpha (M_t - M)) beta, where M <- m M + (1 - m) M_t. M is the average of the
+    batches before. The change is cut off at `max_change`, so beta stays positive. A batch that is
+    separated well gets less preference.
+
+    Args:
+        schedule: its alpha, m and `max_change`.
+        margin: M_t, the batch's mean margin. If it is not finite, beta and the average stay.
+        average: M; None: this is the first batch, whose margin is the average.
+        beta: the beta of a batch of average margin.
+        direction: 1 if a higher beta means less preference (DPO), -1 if it means more (ORPO).
+    """
+    if not math.isfinite(margin):
+        return beta, average
+    average = margin if average is None else average
+    change = schedule.alpha * (margin - average)
+    change = max(-schedule.max_change, min(schedule.max_change, change))
+    moved = schedule.momentum * average + (1 - schedule.momentum) * margin
+    return beta * (1 + direction * change), moved

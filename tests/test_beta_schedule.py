@@ -2,8 +2,9 @@ import math
 
 import pytest
 
-from orpo_lab.beta_schedule import beta_at, progress
+from orpo_lab.beta_schedule import adapted, beta_at, progress
 from orpo_lab.config.beta_schedule import (
+    Adaptive,
     BetaSchedule,
     Constant,
     Cosine,
@@ -61,3 +62,33 @@ def test_hold_then_anneal_holds_and_falls_in_the_final_part() -> None:
 
 def test_a_run_of_one_step_uses_beta() -> None:
     assert curve(Linear(), 1, 0.2, 0.0) == [0.2]
+
+
+# An adaptive beta
+
+
+def adaptive(alpha: float = 0.6, momentum: float = 0.9, max_change: float = 0.9) -> Adaptive:
+    return Adaptive(alpha=alpha, momentum=momentum, max_change=max_change)
+
+
+@pytest.mark.parametrize("direction", [1, -1])
+def test_an_adaptive_beta_follows_the_equations_of_beta_dpo(direction: int) -> None:
+    average, betas = None, []
+    for margin in (1.0, 1.5, 0.5, 1.2):
+        beta, average = adapted(adaptive(), margin, average, beta=0.1, direction=direction)
+        betas.append(beta)
+    averages = [1.0, 1.05, 0.9 * 1.05 + 0.1 * 0.5]
+    gaps = [0, 0.5, 0.5 - averages[1], 1.2 - averages[2]]
+    assert betas == pytest.approx([0.1 * (1 + direction * 0.6 * gap) for gap in gaps])
+    assert average == pytest.approx(0.9 * averages[2] + 0.1 * 1.2)
+
+
+@pytest.mark.parametrize("direction", [1, -1])
+@pytest.mark.parametrize("margin", [1e30, -1e30, 0.0, math.nan, math.inf, -math.inf])
+def test_an_adaptive_beta_stays_positive_and_near_beta(direction: int, margin: float) -> None:
+    beta, average = adapted(adaptive(), margin, 0.3, beta=0.1, direction=direction)
+    assert 0.0099 < beta < 0.1901
+    assert average is not None
+    assert math.isfinite(average)
+    if not math.isfinite(margin):
+        assert (beta, average) == (0.1, 0.3)

@@ -61,15 +61,16 @@ def test_every_option_loads(load: Callable[..., config.Config], group: str, opti
 
 
 # Pairwise: every two options of different groups stand together, in a fifth of the product
+OPTIMIZERS, SCHEDULES = options("optimizer"), options("beta_schedule")
 TRIPLES = [
-    (experiment, optimizer, options("beta_schedule")[(i + j) % len(options("beta_schedule"))])
+    (experiment, OPTIMIZERS[i % len(OPTIMIZERS)], SCHEDULES[(i + j) % len(SCHEDULES)])
     for j, experiment in enumerate(EXPERIMENTS)
-    for i, optimizer in enumerate(options("optimizer"))
+    for i in range(max(len(OPTIMIZERS), len(SCHEDULES)))
 ]
 
 
 def test_the_triples_hold_every_pair_of_options() -> None:
-    groups = (EXPERIMENTS, options("optimizer"), options("beta_schedule"))
+    groups = (EXPERIMENTS, OPTIMIZERS, SCHEDULES)
     for index, other in itertools.combinations(range(3), 2):
         pairs = set(itertools.product(groups[index], groups[other]))
         assert {(triple[index], triple[other]) for triple in TRIPLES} == pairs
@@ -251,6 +252,10 @@ RANGES: list[tuple[str, list[str], str, list[Any], list[Any]]] = [
         [0.1, 1.0],
         [0.0, 1.1, NAN],
     ),
+    ("beta_schedule", ["beta_schedule=adaptive"], "alpha", [1e-3, 9.0], [0.0, -1.0, INF, NAN]),
+    ("beta_schedule", ["beta_schedule=adaptive"], "momentum", [0.0, 0.99], [-0.1, 1.0, NAN]),
+    ("beta_schedule", ["beta_schedule=adaptive"], "max_change", [0.01, 0.99], [0.0, 1.0, NAN]),
+    ("", ["beta_schedule=adaptive"], "beta", [1e-6], [0.0]),
     ("", ["method=ipo"], "beta", [1e-6], [1e-7, 0.0]),
     ("", ["method=ipo", "beta_schedule=cosine", "beta_end=1"], "beta_end", [1e-6], [0.0]),
     ("", ["method=ipo"], "beta_end", [0.0], [-0.1]),

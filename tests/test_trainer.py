@@ -23,6 +23,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from orpo_lab import config, data, memory, optimizer
+from orpo_lab.beta_schedule import adapted
+from orpo_lab.config.beta_schedule import Adaptive
 from orpo_lab.engine.shared_prefix import default_budget
 from orpo_lab.errors import NonFiniteError, UserError
 from orpo_lab.model.weights import check_loaded
@@ -36,7 +38,7 @@ from orpo_lab.training.checkpoint import Made, Spent
 from orpo_lab.training.devices import OneDevice
 from orpo_lab.training.finite import FiniteCheck
 from orpo_lab.training.lines import Lines
-from orpo_lab.training.loop import batches
+from orpo_lab.training.loop import Loop, batches
 from orpo_lab.training.meter import Meter
 from orpo_lab.training.state import State
 
@@ -1028,6 +1030,52 @@ def test_a_fork_is_the_whole_run_bit_for_bit(
     assert forked.metrics() == complete.metrics()[2:]
     lines = [(line["step"], line["beta"]) for line in complete.metrics()]
     assert lines == [(1, 0.4), (2, 0.4), (4, 0.2), (5, 0.0)]
+
+
+@pytest.mark.parametrize("method", ["orpo", "cpo"])
+def test_an_adaptive_beta_is_that_of_the_batchs_margin_and_nothing_else_changes(
+    load: Load,
+    build_model: Any,
+    tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+) -> None:
+    model = (f"method={method}", "optimizer=lora", "optimizer.dropout=0", "beta=0.4")
+    common = (*model, *SMALL, "train.max_steps=5", "train.logging_steps=1")
+    loaded = load(
+        *common, "beta_schedule=adaptive", "train.save_steps=2", "train.num_checkpoints=3"
+    )
+    whole = build_model(loaded)
+    _, place = fit(loaded, whole, tokenizer, tmp_path / "whole")
+    lines = place.metrics()
+    average, expected = None, []
+    for line in lines:
+        # The step's own metric, at the step's own beta
+        margin = line[loaded.method.margin] * (1 if method == "orpo" else 0.4 / line["beta"])
+        schedule, direction = loaded.beta_schedule, -1 if method == "orpo" else 1
+        assert isinstance(schedule, Adaptive)
+        beta, average = adapted(schedule, margin, average, beta=0.4, direction=direction)
+        expected.append(beta)
+    betas = [line["beta"] for line in lines]
+    assert betas == pytest.approx(expected, rel=1e-5)
+    assert len(set(betas)) > 3
+
+    resumed = build_model(loaded)
+    start = checkpoint.Checkpoint(checkpoint.folders(place)[0], Made("", "", ""), Spent(), {})
+    assert start.step == 2
+    _, rest = fit(loaded, resumed, tokenizer, tmp_path / "resumed", start)
+    assert rest.metrics() == lines[2:]
+
+    # The same betas, given
+    monkeypatch.setattr(Loop, "next_beta", lambda loop, pairs: betas[loop.state.step])
+    loaded = load(*common)
+    given = build_model(loaded)
+    fit(loaded, given, tokenizer, tmp_path / "given")
+    for other in (resumed, given):
+        assert all(
+            torch.equal(value, weights(whole)[name]) for name, value in weights(other).items()
+        )
 
 
 def test_a_model_that_is_saved_under_other_names_goes_on_bit_for_bit(

@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from orpo_lab.config.beta_schedule import (
+    Adaptive,
     BetaSchedule,
     Constant,
     Cosine,
@@ -59,7 +60,9 @@ class Config:
     name: str | None = free()
     seed: int = setting()
     beta: float = setting(unread_under={"method": "sft"})
-    beta_end: float = setting(unread_under={"beta_schedule": "constant", "method": "sft"})
+    beta_end: float = setting(
+        unread_under={"beta_schedule": ("constant", "adaptive"), "method": "sft"}
+    )
     resume: str | None = free()
     accept_changes: bool = free()
     start_from: str | None = location(*RESULT_FILES)
@@ -87,7 +90,7 @@ class Config:
 
     def _check_beta(self) -> None:
         least, keys = self.method.least_beta, ["beta"]
-        if not isinstance(self.beta_schedule, Constant):
+        if self.beta_schedule.reads_beta_end:
             keys.append("beta_end")
         for key in keys:
             value = getattr(self, key)
@@ -101,6 +104,10 @@ class Config:
             f"{' and '.join(f'{key}=0' for key in keys)}: method={kind(self.method)} learns "
             "nothing at a beta of 0; give a beta above 0",
         )
+        check(
+            self.beta > 0 or not isinstance(self.beta_schedule, Adaptive),
+            "beta=0: beta_schedule=adaptive changes beta by a share of it; give a beta above 0",
+        )
 
     def _check_pairs(self) -> None:
         is_unpaired = isinstance(self.dataset, UnpairedFileDataset | UnpairedHubDataset)
@@ -108,6 +115,11 @@ class Config:
             self.method.reads_unpaired or not is_unpaired,
             f"dataset={kind(self.dataset)} gives single completions, and "
             f"method={kind(self.method)} needs pairs; use method=kto or method=sft",
+        )
+        check(
+            not (is_unpaired and isinstance(self.beta_schedule, Adaptive)),
+            f"beta_schedule=adaptive reads the margins of pairs, and dataset={kind(self.dataset)} "
+            "has single completions; use another beta_schedule",
         )
 
     def _check_quantization(self) -> None:
@@ -178,6 +190,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "cosine": Cosine,
         "step": Step,
         "hold_then_anneal": HoldThenAnneal,
+        "adaptive": Adaptive,
     },
     "dataset": {
         "embedded": EmbeddedDataset,

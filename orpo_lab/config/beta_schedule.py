@@ -1,5 +1,6 @@
 """Keys of `beta_schedule`: how beta changes in a run."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,13 +12,16 @@ from orpo_lab.config.policy import setting
 class BetaSchedule:
     """Base class of the schedules, which change beta from `beta` to `beta_end`."""
 
+    reads_beta_end: ClassVar[bool] = True
     is_known_before: ClassVar[bool] = True
     """Whether beta is known at every step before the run begins."""
 
 
 @dataclass(kw_only=True)
 class Constant(BetaSchedule):
-    """beta stays the same in the whole run; `beta_end` is not used."""
+    """beta stays the same in the whole run."""
+
+    reads_beta_end: ClassVar[bool] = False
 
 
 @dataclass(kw_only=True)
@@ -55,4 +59,31 @@ class HoldThenAnneal(BetaSchedule):
         check(
             0 < self.anneal_fraction <= 1,
             f"beta_schedule.anneal_fraction={self.anneal_fraction} must be in (0, 1]",
+        )
+
+
+@dataclass(kw_only=True)
+class Adaptive(BetaSchedule):
+    """beta follows the margin of each batch (beta-DPO); see `beta_schedule.adapted`."""
+
+    reads_beta_end: ClassVar[bool] = False
+    is_known_before: ClassVar[bool] = False
+
+    alpha: float = setting()
+    momentum: float = setting()
+    max_change: float = setting()
+
+    def __post_init__(self) -> None:
+        check(
+            0 < self.alpha < math.inf,
+            f"beta_schedule.alpha={self.alpha} must be above 0; beta_schedule=constant keeps beta",
+        )
+        check(
+            0 <= self.momentum < 1,
+            f"beta_schedule.momentum={self.momentum} must be at least 0 and below 1",
+        )
+        check(
+            0 < self.max_change < 1,
+            f"beta_schedule.max_change={self.max_change} must be above 0 and below 1, so that beta "
+            "stays above 0",
         )

@@ -63,9 +63,13 @@ def _is_setting(key: str, values: dict[str, Any]) -> bool:
     policy = policies().get(key, Policy("setting"))
     of_group = policies().get(key.partition(".")[0], policy)
     unread_under = [*policy.unread_under.items(), *of_group.unread_under.items()]
-    if any(values.get(other) == value for other, value in unread_under):
+    if any(values.get(other) in _as_tuple(value) for other, value in unread_under):
         return False
     return policy.kind in ("setting", "lasting")
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def locations(config: Config) -> dict[str, str]:

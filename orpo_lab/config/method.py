@@ -19,6 +19,9 @@ class Method:
     """Whether a higher beta moves the model further towards the chosen answers. True for ORPO,
     where beta is the weight of a loss. False for a method like DPO, where beta keeps the model near
     its start."""
+    margin: ClassVar[str] = "rewards/margins"
+    """The metric of a pair by which an adaptive beta tells how far the model separates it: what
+    stands inside the log-sigmoid."""
     reads_unpaired: ClassVar[bool] = False
     """Whether the method can learn from single completions with a label."""
     least_beta: ClassVar[float] = 0.0
@@ -49,6 +52,7 @@ class OrpoMethod(Method):
     """ORPO, with the choice of how its equations are read (see docs/method.md)."""
 
     title: ClassVar[str] = "ORPO (Hong, Lee and Thorne 2024, arXiv:2403.07691)"
+    margin: ClassVar[str] = "log_odds_chosen"
 
     nll_scope: str = setting()
     nll_mean: str = setting()

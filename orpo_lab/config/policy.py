@@ -23,8 +23,8 @@ class Policy:
 
     kind: Kind
     unread_under: Mapping[str, Any] = field(default_factory=dict)
-    """Other keys and their values. With one of these values a run never reads this key, so this key
-    does not identify the run."""
+    """Other keys and their values, one or a tuple. With one of these values a run never reads this
+    key, so this key does not identify the run."""
     files: tuple[str, ...] = ()
     """For a location: patterns of the files that are read from a folder there. Empty: the location
     is a name, not a path."""

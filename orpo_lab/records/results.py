@@ -349,7 +349,8 @@ def model_card(
     beta = f"beta {config.beta:g}, " if config.method.reads_beta else ""
     if beta and not isinstance(config.beta_schedule, Constant):
         schedule = kind(config.beta_schedule).replace("_", " ")
-        beta = f"beta {config.beta:g} to {config.beta_end:g} ({schedule}), "
+        end = f" to {config.beta_end:g}" if config.beta_schedule.reads_beta_end else ""
+        beta = f"beta {config.beta:g}{end} ({schedule}), "
     began = f" It began with another run's result: {redact(start)}." if start else ""
     notes = f"{began}{code}{moved}"
     figures = (

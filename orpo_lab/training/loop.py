@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from orpo_lab import memory
-from orpo_lab.beta_schedule import beta_at, progress
+from orpo_lab.beta_schedule import adapted, beta_at, progress
 from orpo_lab.config import Config
+from orpo_lab.config.beta_schedule import Adaptive
 from orpo_lab.engine.base import COLUMNS, MISMATCHED, REFERENCE, Engine, MicroBatch, Pair, Sums
 from orpo_lab.stop import Stop
 from orpo_lab.training.checkpoint import CHECKPOINT, FORK
@@ -44,6 +45,8 @@ class Loop:
 
     preference: PreferenceMeter = field(default_factory=lambda: PreferenceMeter(None))
     """Measures how much of a step's gradient is preference."""
+    beta: float = 0.0
+    """Beta of the last step."""
     measured: dict[str, float] = field(default_factory=dict)
     """What was measured of the last step; empty: nothing."""
 
@@ -95,7 +98,8 @@ class Loop:
         Returns:
             The gradient norm before clipping, a scalar on the device, and the learning rate.
         """
-        state, beta = self.state, self.beta_at(self.state.step)
+        state = self.state
+        self.beta = beta = self.next_beta(pairs)
         state.model.train()
         random = RandomState.now()
         loss, sums = add_gradients(self.engine, state, pairs, beta)
@@ -131,10 +135,34 @@ class Loop:
             used = memory.peak_bytes() - before - gradients
             self.engine.fit_budget(used, room - gradients)
 
-    def beta_at(self, step: int) -> float:
-        """Return beta for the step after `step` steps; all micro-batches of a step share beta."""
-        config, at = self.config, progress(step, self.num_steps)
-        return beta_at(config.beta_schedule, at, beta=config.beta, beta_end=config.beta_end)
+    def next_beta(self, pairs: Sequence[Pair]) -> float:
+        """Return beta for the next step, on the given pairs; all its micro-batches share beta."""
+        config, schedule = self.config, self.config.beta_schedule
+        if isinstance(schedule, Adaptive):
+            beta, self.state.margin = adapted(
+                schedule,
+                self.mean_margin(pairs),
+                self.state.margin,
+                beta=config.beta,
+                direction=-1 if config.method.more_beta_is_more_preference else 1,
+            )
+            return beta
+        at = progress(self.state.step, self.num_steps)
+        return beta_at(schedule, at, beta=config.beta, beta_end=config.beta_end)
+
+    def mean_margin(self, pairs: Sequence[Pair]) -> float:
+        """Return the mean margin of pairs at the configuration's beta, without dropout.
+
+        This takes a forward pass of its own. See `Method.margin` in the configuration.
+        """
+        state, sums = self.state, Since()
+        state.model.eval()
+        with torch.no_grad(), self.engine.reading():
+            for micro_batch in self.engine.micro_batches(pairs):
+                sums.add(self.engine.score(micro_batch, self.config.beta).sums)
+        assert sums.sums is not None
+        taken = state.devices.average(sums.sums).tolist()  # device-to-host sync
+        return sums.named(taken)[self.config.method.margin]
 
     def write_line(self, norm: Tensor, rate: float) -> None:
         """Write a line with the means of the metrics since the last line, and reset the sums.
@@ -157,21 +185,21 @@ class Loop:
             line = {"loss": loss / since.num_steps} | line | since.named(taken)
         line["epoch"] = self.epoch()
         if self.config.method.reads_beta:
-            line["beta"] = self.beta_at(state.step - 1)
+            line["beta"] = self.beta
         self.lines.write(state.step, line)
         state.since = Since()
 
     def evaluate(self) -> None:
         """Write a line with the metrics of the held-out pairs; later steps are not affected."""
         begin, size, state = time.perf_counter(), self.config.train.batch_size, self.state
-        num_pairs, beta, sums = len(self.held_out), self.beta_at(state.step - 1), Since()
+        num_pairs, sums = len(self.held_out), Since()
         loss = torch.zeros((), device=state.devices.device)
         state.model.eval()
         with torch.no_grad(), self.engine.reading():
             for start in range(0, num_pairs, size):
                 part = range(start, min(start + size, num_pairs))
                 for micro_batch in self.engine.micro_batches(rows(self.held_out, part)):
-                    score = self.engine.score(micro_batch, beta)
+                    score = self.engine.score(micro_batch, self.beta)
                     sums.add(score.sums)
                     loss = loss + score.loss * len(part) / num_pairs
         assert sums.sums is not None

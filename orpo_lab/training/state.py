@@ -76,6 +76,8 @@ class State:
         skipped."""
         self.since = Since()
         """What was summed since the last line of metrics."""
+        self.margin: float | None = None
+        """Average of the batches' margins, for an adaptive beta; None: there is none."""
         self._settings = [
             {key: value for key, value in group.items() if key != "params"}
             for group in updater.optimizer.param_groups
@@ -144,6 +146,7 @@ class State:
             "devices": self.devices.state_dict(),
             "random": {"cpu": random.cpu, "gpu": random.gpu},
             "since": vars(self.since),
+            "margin": self.margin,
         }
         tensors.save(rest, files, STATE)
 
@@ -168,6 +171,7 @@ class State:
             group |= settings
         self.devices.load_state_dict(rest["devices"])
         self.step, self.num_updates = rest["step"], rest["num_updates"]
+        self.margin = rest.get("margin")
         RandomState(**rest["random"]).restore()
         # An earlier version of orpo_lab wrote a line with every checkpoint, and kept no sums
         self.since = Since(**self.devices.place(rest.get("since", {})))
