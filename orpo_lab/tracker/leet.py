@@ -1,0 +1,35 @@
+"""The folder in which `wandb leet` shows all runs of a sweep at once: `leet/` in the sweep's folder.
+
+`wandb leet` lists the folders `run-<time>-<name>` of one folder, and reads `run-<name>.wandb` in
+each. So every job has such a folder, which is named by the job and holds links to its W&B run.
+`wandb sync` does not look there. Tried with wandb 0.31.
+"""
+
+import glob
+import os
+import shutil
+from pathlib import Path
+
+FOLDER = "leet"
+
+
+def show(job: Path, logged: Path) -> None:
+    """Show a job's W&B run in its sweep; a run of an earlier start of the job is replaced.
+
+    Args:
+        job: the run folder, in the sweep's folder.
+        logged: the folder of the W&B run, `run-<time>-<id>` or `offline-run-<time>-<id>`.
+
+    Raises:
+        OSError: the links cannot be made.
+    """
+    place = job.parent / FOLDER
+    for old in place.glob(f"run-*_*-{glob.escape(job.name)}"):
+        shutil.rmtree(old)
+    time, run_id = logged.name.partition("run-")[2].split("-", 1)
+    shown = place / f"run-{time}-{job.name}"
+    shown.mkdir(parents=True)
+    links = {f"run-{job.name}.wandb": f"run-{run_id}.wandb", "files": "files"}
+    for name, target in links.items():
+        # Relative, so that the sweep's folder may be moved
+        (shown / name).symlink_to(os.path.relpath(logged / target, shown))
