@@ -1,4 +1,4 @@
-"""The folder in which `wandb leet` shows all runs of a sweep at once: `leet/` in the sweep's folder.
+"""The folder `leet/` of a sweep, in which `wandb leet` shows all runs of the sweep at once.
 
 `wandb leet` lists the folders `run-<time>-<name>` of one folder, and reads `run-<name>.wandb` in
 each. So every job has such a folder, which is named by the job and holds links to its W&B run.

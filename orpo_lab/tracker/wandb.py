@@ -225,9 +225,7 @@ class WandbRun:
                 options["id"] = _new_id(folder)
         if not online:
             self._run = wandb.init(mode="offline", **options)
-            log.info(
-                "W&B: offline, %s; to upload it: wandb sync %s", why, self.logged
-            )
+            log.info("W&B: offline, %s; to upload it: wandb sync %s", why, self.logged)
         else:
             log.info("W&B: online, %s", self._run.url)
         # W&B ignores lines that it has already. The others, not sent by a killed process, are added
