@@ -26,6 +26,7 @@ from orpo_lab.compare.words import verdict_text
 from orpo_lab.errors import UserError
 from orpo_lab.records.results import SCORES
 from orpo_lab.records.run_folder import RunFolder
+from tests.conftest import ROOT
 
 Write = Callable[..., Path]
 
@@ -499,6 +500,9 @@ def test_programs_read_the_report_too(write: Write) -> None:
     assert report["settings"][1]["figures"]["preference_accuracy"] == vars(interval)
     assert [model["name"] for model in report["untrained"]] == ["untrained"]
     assert {run["state"] for run in report["runs"]} == {"finished", "failed"}
+    explained = (ROOT / "docs" / "sweeps.md").read_text()
+    named = [report, ship, report["verdict"], report["settings"][0], report["runs"][0]]
+    assert [key for keys in named for key in keys if f"`{key}`" not in explained] == []
 
 
 @pytest.mark.parametrize("exact_match", [0.9, None])

@@ -140,8 +140,8 @@ def test_what_lies_near_the_edge_of_a_margin_is_said() -> None:
     assert ship.would_change() == [
         "A narrower margin: the exact_match of beta=0.2 is 7.0 points below the best; "
         "10.0 points are allowed.",
-        "A wider margin: with 12.0 points of exact_match instead of 10.0 points, beta=0.3 would "
-        "not be out, with a higher preference accuracy.",
+        "A wider margin: with about 12.0 points of exact_match instead of 10.0 points, beta=0.3 "
+        "would not be out, with a higher preference accuracy.",
     ]
     far = choose(compare(runs, {**MARGINS, "exact_match": 0.5}))
     assert far.would_change()[0].startswith("Nothing at hand")
@@ -193,8 +193,14 @@ def test_each_model_before_training_is_named_once_with_its_settings() -> None:
     names = [model.name for model in untrained(compare(runs, MARGINS))]
     assert names == ["untrained (beta=0.1)", "untrained (beta=0.2)"]
     values = {"beta": 0.1, "beta_schedule": "constant", "seed": 1, "start_from": "outputs/sft"}
-    (start,) = untrained(compare([run(0.1, 1, values=values)], MARGINS))
-    assert start.name == "before training"
+    found = compare([run(0.1, seed, values=values | {"seed": seed}) for seed in (1, 2)], MARGINS)
+    assert [model.name for model in untrained(found)] == ["before training"]
+    assert (
+        choose(found)
+        .against_untrained()[0]
+        .startswith("Against the model that training began with, preference_accuracy is better")
+    )
+    assert choose(found).samples()[0]["answers"][0]["of"] == "before training"
 
 
 def test_older_run_folders_without_scores_before_training_are_compared_all_the_same() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from orpo_lab.compare.evidence import Comparison, Setting
 from orpo_lab.compare.read import Run
-from orpo_lab.compare.untrained import Gain, gains, listed
+from orpo_lab.compare.untrained import Gain, gains, listed, name_before
 from orpo_lab.compare.verdict import Quality
 from orpo_lab.compare.words import amount_text, gap_text, needed_text
 from orpo_lab.redaction import HIDDEN
@@ -111,7 +111,7 @@ class Ship:
         ]
         found = []
         for place, sample in enumerate(self.typical.samples[:MAX_PROMPTS]):
-            answers = [{"of": "untrained", "answer": sample["before"]}]
+            answers = [{"of": name_before(self.typical), "answer": sample["before"]}]
             answers += [
                 {"of": each.setting.name, "answer": each.typical.samples[place]["after"]}
                 for each in same
@@ -169,15 +169,17 @@ class Ship:
 
     def against_untrained(self) -> list[str]:
         """Return how the setting compares with the untrained model, as sentences."""
+        has_start = self.best.values.get("start_from")
+        model = "the model that training began with" if has_start else "the untrained model"
         if not self.gains:
-            return ["How it compares with the untrained model was not measured."]
+            return [f"How it compares with {model} was not measured."]
         if len(self.setting.runs) == 1:
-            return ["One seed cannot show that it is better than the untrained model."]
+            return [f"One seed cannot show that it is better than {model}."]
         said = []
         for gain in self.gains:
             by = gap_text(gain.interval, gain.unit, is_share=gain.is_share)
             said.append(f"{gain.name} is {gain.said} (by {by})")
-        sentences = [f"Against the untrained model, {'; '.join(said)}."]
+        sentences = [f"Against {model}, {'; '.join(said)}."]
         worse = [gain.name for gain in self.gains if gain.said == "worse"]
         if worse:
             sentences.append(
@@ -230,7 +232,7 @@ class Ship:
         accuracy, _ = self._figures(self.number)
         for place, quality in enumerate(self.comparison.qualities):
             margin, gap = quality.margin, self._behind(place, self.number)
-            if (1 - EDGE) * margin <= gap <= margin:
+            if gap > 0 and (1 - EDGE) * margin <= gap <= margin:
                 yield (
                     f"A narrower margin: the {quality.name} of {self.setting.name} is "
                     f"{_amount(gap, quality)} below the best; {_amount(margin, quality)} are "
@@ -246,7 +248,7 @@ class Ship:
             if near:
                 widest = max(self._behind(place, number) for number in near)
                 yield (
-                    f"A wider margin: with {_amount(widest, quality)} of {quality.name} instead "
+                    f"A wider margin: with about {_amount(widest, quality)} of {quality.name} instead "
                     f"of {_amount(margin, quality)}, {self._names(near)} would not be out, with a "
                     "higher preference accuracy."
                 )

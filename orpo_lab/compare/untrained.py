@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from scipy import stats
 
 from orpo_lab.compare.evidence import Comparison, of_pairs, prefers
@@ -58,15 +57,17 @@ def untrained(comparison: Comparison) -> list[Untrained]:
     Settings have several such models if they differ in the model, its quantization, the start or
     the engine. Settings whose folders hold no scores before training have none.
     """
-    members: dict[bytes, list[int]] = {}
+    members: dict[tuple[str, ...], list[int]] = {}
     for number, setting in enumerate(comparison.settings):
         before = _before(comparison, setting.runs[0])
         if before:
-            members.setdefault(np.concatenate(before).tobytes(), []).append(number)
+            # As shown: processes may differ by rounding in what they measure of one model
+            shown = tuple(f"{scores.mean():.3f}" for scores in before)
+            members.setdefault(shown, []).append(number)
     found = []
     for numbers in members.values():
         run = comparison.settings[numbers[0]].runs[0]
-        name = "before training" if run.values.get("start_from") else "untrained"
+        name = name_before(run)
         if len(members) > 1:
             names = [comparison.settings[number].name for number in numbers]
             name += f" ({listed(names)})"
@@ -77,6 +78,11 @@ def untrained(comparison: Comparison) -> list[Untrained]:
         assert run.summary is not None
         found.append(Untrained(name, numbers, intervals, run.summary.get("before", {})))
     return found
+
+
+def name_before(run: Run) -> str:
+    """Return what the model before training is called in tables."""
+    return "before training" if run.values.get("start_from") else "untrained"
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:
