@@ -174,7 +174,7 @@ def test_the_difference_from_the_untrained_model_holds_where_there_is_none() -> 
             # Seeds move whole runs; around the untrained model's share
             drawn = scores(0.7, 0.9, 1.0, rng)
             drawn["rejected_logp"] = drawn["chosen_logp"] - np.where(
-                rng.random(NUM) < 0.7 + 0.03 * rng.normal(), 0.1, -0.1
+                rng.random(NUM) < 0.7 + 0.1 * rng.normal(), 0.1, -0.1
             )
             runs.append(run(0.1, seed, scores=drawn, scores_before=base))
         wrong += gains(compare(runs, MARGINS), 0)[0].said != "not separated"

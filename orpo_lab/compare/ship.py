@@ -248,9 +248,9 @@ class Ship:
             if near:
                 widest = max(self._behind(place, number) for number in near)
                 yield (
-                    f"A wider margin: with about {_amount(widest, quality)} of {quality.name} instead "
-                    f"of {_amount(margin, quality)}, {self._names(near)} would not be out, with a "
-                    "higher preference accuracy."
+                    f"A wider margin: with about {_amount(widest, quality)} of {quality.name} "
+                    f"instead of {_amount(margin, quality)}, {self._names(near)} would not be out, "
+                    "with a higher preference accuracy."
                 )
 
     def _behind(self, place: int, number: int) -> float:
