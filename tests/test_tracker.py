@@ -165,8 +165,8 @@ def test_leet_shows_all_runs_of_a_sweep_by_the_names_of_their_jobs(tmp_path: Pat
         run.finish(0)
     shown = {folder.name.split("-", 2)[2]: folder for folder in (tmp_path / "leet").iterdir()}
     assert len(list((tmp_path / "leet").iterdir())) == len(shown) == len(jobs)
-    newest = max((tmp_path / jobs[0] / "wandb").glob("offline-run-*"))
-    assert (shown[jobs[0]] / f"run-{jobs[0]}.wandb").resolve().parent == newest
+    newest = max((tmp_path / jobs[0] / "wandb").glob("offline-run-*/*.wandb"))
+    assert (shown[jobs[0]] / f"run-{jobs[0]}.wandb").resolve() == newest
     text = seen_by_leet(tmp_path / "leet", [*jobs, "steepness"])
     for expected in (*jobs, "steepness"):
         assert expected in text

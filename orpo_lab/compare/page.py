@@ -94,7 +94,7 @@ def _untrained_rows(comparison: Comparison, ship: Ship, columns: list[str]) -> l
         for key in NOTED:
             if key in model.figures:
                 row.setdefault(key, f"{model.figures[key]:.3f}")
-        if ship.number in model.settings:
+        if ship.gains and ship.number in model.settings:
             said = ", ".join(f"{gain.said} in {gain.name}" for gain in ship.gains)
             row["verdict"] = f"{ship.setting.name} is {said}"
         rows.append({key: row.get(key, "") for key in columns})

@@ -13,12 +13,14 @@ from pathlib import Path
 FOLDER = "leet"
 
 
-def show(job: Path, logged: Path) -> None:
+def show(job: Path, logged: Path, run_id: str) -> None:
     """Show a job's W&B run in its sweep; a run of an earlier start of the job is replaced.
 
     Args:
         job: the run folder, in the sweep's folder.
-        logged: the folder of the W&B run, `run-<time>-<id>` or `offline-run-<time>-<id>`.
+        logged: the folder of the W&B run, `[offline-]run-<time>-<id>`; of a second start within the
+            same second `...-<id>-1`.
+        run_id: the id of the W&B run.
 
     Raises:
         OSError: the links cannot be made.
@@ -26,7 +28,7 @@ def show(job: Path, logged: Path) -> None:
     place = job.parent / FOLDER
     for old in place.glob(f"run-*_*-{glob.escape(job.name)}"):
         shutil.rmtree(old)
-    time, run_id = logged.name.partition("run-")[2].split("-", 1)
+    time = logged.name.partition("run-")[2].partition("-")[0]
     shown = place / f"run-{time}-{job.name}"
     shown.mkdir(parents=True)
     links = {f"run-{job.name}.wandb": f"run-{run_id}.wandb", "files": "files"}

@@ -101,7 +101,7 @@ def start(
     )
     if sweep is not None:
         with contextlib.suppress(OSError):  # some file systems have no links
-            leet.show(folder, run.logged)
+            leet.show(folder, run.logged, run.id)
     return run
 
 
@@ -231,6 +231,11 @@ class WandbRun:
         # W&B ignores lines that it has already. The others, not sent by a killed process, are added
         for line in history:
             self.log(int(line["step"]), {key: line[key] for key in line if key != "step"})
+
+    @property
+    def id(self) -> str:
+        """The run's id in W&B."""
+        return self._run.id
 
     @property
     def logged(self) -> Path:
