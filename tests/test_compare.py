@@ -19,12 +19,14 @@ from orpo_lab import metrics
 from orpo_lab.__main__ import main
 from orpo_lab.compare import pictures
 from orpo_lab.compare.evidence import Comparison, compare
-from orpo_lab.compare.page import _run_rows, setting_rows
+from orpo_lab.compare.page import _run_rows, setting_rows, table_of_settings
 from orpo_lab.compare.read import find_runs, read_run
+from orpo_lab.compare.ship import choose
 from orpo_lab.compare.words import verdict_text
 from orpo_lab.errors import UserError
 from orpo_lab.records.results import SCORES
 from orpo_lab.records.run_folder import RunFolder
+from tests.conftest import ROOT
 
 Write = Callable[..., Path]
 
@@ -62,7 +64,8 @@ def write(tmp_path: Path) -> Write:
         values = {"beta": beta, "beta_end": beta_end, "seed": seed, "train": {"max_steps": 10}}
         place.write("config.yaml", yaml.safe_dump(values | (config or {})))
         chosen = {"beta_schedule": schedule, "experiment": "x"} | (choices or {})
-        place.write("choices.yaml", yaml.safe_dump({"choices": chosen, "overrides": []}))
+        overrides = [f"beta={beta:g}", f"beta_schedule={schedule}", f"seed={seed}"]
+        place.write("choices.yaml", yaml.safe_dump({"choices": chosen, "overrides": overrides}))
         kinds = {"beta_schedule": schedule, "model": "model", "dataset": "file", "method": method}
         place.write_json("segments.json", [{"kinds": kinds, "contents": contents or {}}])
         reason = "" if state == "finished" else "diverged <at> step 3"
@@ -108,8 +111,15 @@ def write(tmp_path: Path) -> Write:
             "peak_memory_bytes": 10**9,
             "device": "cpu",
         }
+        samples = [
+            {"prompt": f"<p>{n}", "chosen": "c", "before": "old ```", "after": f"new {seed}"}
+            for n in range(8)
+        ]
+        place.write_json("samples.json", samples)
+        place.file("final").mkdir()
         summary = {
             "evaluation_seconds": {"before": 1.0, "after": 2.5},
+            "before": {"chosen_nll": 2.0, "generated_tokens": 9.0},
             "after": after,
             "train": cost,
             "dataset_fingerprint": {"held_out": held_out, "train": train},
@@ -428,6 +438,12 @@ def test_reports_hold_everything_and_ask_for_nothing(write: Write) -> None:
     page, text = (folder / "report.html").read_text(), (folder / "report.md").read_text()
     for words in ("The winner is beta=0.2", "failed is not in the comparison", "0.2-3"):
         assert words in page
+    for report in (page, text):
+        assert report.index("Ship beta=0.2, the winner") < report.index("The winner is beta=0.2")
+        assert f"cp -r {folder}/0.2-3/final shipped_model" in report
+        assert "python launch.py beta=0.2 beta_schedule=constant seed=3" in report
+    assert "&lt;p&gt;0" in page
+    assert "````text\nold ```\n````" in text
     assert "diverged &lt;at&gt; step 3" in page
     assert not re.search(r"(src|href)=.(?!data:)", page)
     # Four letters stand by chance in a picture's base64, too
@@ -436,15 +452,92 @@ def test_reports_hold_everything_and_ask_for_nothing(write: Write) -> None:
     for name in re.findall(r"\]\((report/\w+\.png)\)", text):
         assert (folder / name).stat().st_size > 5000
     tables = re.findall(r"(?:^\|.*\|\n)+", text, flags=re.MULTILINE)
-    assert [table.count("\n") for table in tables] == [2 + 2, 2 + 7]
+    assert [table.count("\n") for table in tables] == [2 + 3, 2 + 7]
     for table in tables:
         assert len({line.count("|") for line in table.splitlines()}) == 1, table
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
-def test_the_report_opens_in_a_browser_without_a_request(write: Write, tmp_path: Path) -> None:
+def test_the_untrained_model_has_a_row_of_its_own(write: Write) -> None:
+    compared = compare_sweep(sweep(write, {0.1: 0.8, 0.2: 0.9}))
+    *settings, row = table_of_settings(compared, choose(compared))
+    assert settings == setting_rows(compared)
+    assert (row["setting"], row["seeds"]) == ("untrained", "")
+    assert row["preference_accuracy"] == "0.000 [0.000, 0.013]"
+    assert row["exact_match"].startswith("0.900 [")
+    assert (row["chosen_nll"], row["generated_tokens"]) == ("2.000", "9.000")
+    assert row["verdict"] == (
+        "beta=0.2 is better in preference_accuracy, not separated in exact_match"
+    )
+
+
+def read_report(folder: Path) -> Any:
+    """Return the content of `report.json`; numbers that JSON does not have are refused."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    return json.loads((folder / "report.json").read_text(), parse_constant=refuse)
+
+
+def test_programs_read_the_report_too(write: Write) -> None:
     folder = sweep(write, {0.1: 0.8, 0.2: 0.9})
+    write("failed", beta=7.0, state="failed")
     main(["compare", str(folder)])
+    report, compared = read_report(folder), compare_sweep(folder)
+    ship = report["ship"]
+    assert (ship["setting"], ship["is_winner"]) == ("beta=0.2", True)
+    assert (ship["best"]["folder"], ship["typical"]["folder"]) == (
+        str(folder / "0.2-3"),
+        str(folder / "0.2-2"),
+    )
+    assert ship["best"]["figures"]["preference_accuracy"] == pytest.approx(0.915)
+    assert ship["against_untrained"]["preference_accuracy"]["said"] == "better"
+    assert len(ship["samples"]) == 4
+    assert report["verdict"]["winner"] == "beta=0.2"
+    assert report["verdict"]["sentences"] == verdict_text(compared)
+    assert [setting["seeds"] for setting in report["settings"]] == [[1, 2, 3]] * 2
+    interval = compared.verdict.accuracies[1]
+    assert report["settings"][1]["figures"]["preference_accuracy"] == vars(interval)
+    assert [model["name"] for model in report["untrained"]] == ["untrained"]
+    assert {run["state"] for run in report["runs"]} == {"finished", "failed"}
+    explained = (ROOT / "docs" / "sweeps.md").read_text()
+    named = [report, ship, report["verdict"], report["settings"][0], report["runs"][0]]
+    assert [key for keys in named for key in keys if f"`{key}`" not in explained] == []
+
+
+@pytest.mark.parametrize("exact_match", [0.9, None])
+def test_the_report_of_one_run_has_no_number_that_json_lacks(
+    write: Write, exact_match: float | None
+) -> None:
+    folder = write("0", exact_match=exact_match)
+    main(["compare", str(folder)])
+    report = read_report(folder)
+    (setting,) = report["settings"]
+    assert setting["figures"]["preference_accuracy"] == {"estimate": 0.8, "low": None, "high": None}
+    # Lower is better, and the figure has the sign in which it is measured
+    assert all(figure["estimate"] >= 0 for figure in setting["figures"].values())
+    assert report["ship"]["best"] == report["ship"]["typical"]
+    assert report["verdict"]["lead"] is None
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
+@pytest.mark.parametrize("width", [400, 1280])
+def test_the_report_opens_in_a_browser_without_a_request_and_fits_its_width(
+    write: Write, tmp_path: Path, width: int
+) -> None:
+    long = {"optimizer": {"a_key_with_a_long_name": "a_value_without_a_space" * 3}}
+    sweep(write, {0.1: 0.8}, config=long)
+    folder = sweep(write, {0.2: 0.9})
+    main(["compare", str(folder)])
+    report, page = folder / "report.html", folder / "page.html"
+    # In a frame, since a window of the browser has 500 pixels at least
+    measure = "document.documentElement.scrollWidth + ' of ' + innerWidth"
+    tell = f"<script>parent.postMessage({measure} + ', ' + document.images.length, '*')</script>"
+    report.write_text(report.read_text() + tell)
+    page.write_text(
+        "<script>onmessage = message => document.title = message.data</script>"
+        f'<iframe src="report.html" style="border: 0; width: {width}px"></iframe>'
+    )
     log = tmp_path / "net.json"
     command = [
         "chromium",
@@ -456,12 +549,14 @@ def test_the_report_opens_in_a_browser_without_a_request(write: Write, tmp_path:
         "--disable-sync",
         f"--user-data-dir={tmp_path / 'browser'}",
         f"--log-net-log={log}",
-        "--window-size=400,3000",
+        "--window-size=1400,3000",
+        "--hide-scrollbars",
+        "--virtual-time-budget=2000",
         "--dump-dom",
-        (folder / "report.html").as_uri(),
+        page.as_uri(),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.count("<img") == 4
+    assert f"<title>{width} of {width}, 4</title>" in done.stdout
     asked = re.findall(r'"url":"(https?://[^"]+)"', log.read_text())
     assert [url for url in asked if not re.search("google|gstatic|chrome", url)] == []
 

@@ -254,6 +254,7 @@ def test_a_sweep_leaves_a_folder_and_a_wandb_run_for_every_job(
             "metrics.jsonl",
             "summary.json",
             "samples.md",
+            "samples.json",
             "data_report.json",
             "plots/training.png",
             "final/adapter_model.safetensors",

@@ -40,11 +40,14 @@ def setting(name: str, beta: float, seeds: dict[int, dict[int, float]]) -> Setti
             values=values | {"seed": seed},
             contents={},
             choices={},
+            overrides=[],
             state="finished",
             reason="",
             summary=None,
             metrics=[{"step": step, "nll_loss": value} for step, value in curve.items()],
             scores=None,
+            scores_before=None,
+            samples=[],
         )
         for seed, curve in seeds.items()
     ]
@@ -126,11 +129,14 @@ def scored(beta: float, seed: int, nll: float) -> Run:
         values={"beta": beta, "beta_schedule": "constant", "seed": seed},
         contents={},
         choices={},
+        overrides=[],
         state="finished",
         reason="",
         summary={"after": {}, "dataset_fingerprint": {"train": "", "held_out": ""}},
         metrics=[],
         scores=scores,
+        scores_before=None,
+        samples=[],
     )
 
 

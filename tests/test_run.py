@@ -302,7 +302,7 @@ def fails(*_: Any, **__: Any) -> Any:
         (
             evaluate,
             ("generation_metrics",),
-            {"evaluation after training", "scores.parquet", "samples.md"},
+            {"evaluation after training", "scores.parquet", "samples.md", "samples.json"},
         ),
     ],
     ids=["results", "evaluation"],

@@ -299,6 +299,7 @@ def wandb_says(folder: Path) -> list[str]:
             env={**os.environ, "PATH": _path()},
         ).stdout
         for file in sorted(folder.rglob("run-*.wandb"))
+        if not file.is_symlink()
     ]
 
 

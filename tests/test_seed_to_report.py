@@ -110,8 +110,11 @@ def of_beta(runs: list[Folder], beta: float) -> Iterator[Folder]:
 
 
 def test_every_setting_has_the_means_of_its_runs(sweep: Path, runs: list[Folder]) -> None:
-    settings, _ = tables((sweep / "report.md").read_text())
+    (*settings, untrained), _ = tables((sweep / "report.md").read_text())
     assert [row["setting"] for row in settings] == ["beta=0.05", "beta=1"]
+    before = runs[0].figures(runs[0].before)
+    for key in ("preference_accuracy", "exact_match", "chosen_nll", "generated_tokens"):
+        assert float(untrained[key].split()[0]) == pytest.approx(before[key], abs=5.1e-4), key
     for row, beta in zip(settings, BETAS, strict=True):
         assert row["seeds"] == "2"
         figures = [run.figures(run.after) for run in of_beta(runs, beta)]

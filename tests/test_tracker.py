@@ -1,11 +1,17 @@
 """W&B through its real client: offline runs, and servers that do not behave."""
 
+import fcntl
 import http.server
 import json
 import os
+import pty
+import select
 import shutil
+import signal
 import ssl
+import struct
 import subprocess
+import termios
 import threading
 import time
 from collections.abc import Iterator
@@ -116,7 +122,7 @@ def test_without_a_key_a_run_is_offline_and_says_how_to_sync(
 def test_a_comparison_is_a_run_of_its_own_where_it_is_asked_for(tmp_path: Path) -> None:
     folder = tmp_path / "a-sweep"
     (folder / "report").mkdir(parents=True)
-    for name in ("report.html", "report.md"):
+    for name in ("report.html", "report.md", "report.json"):
         (folder / name).write_text("the report")
     from orpo_lab.records.plot import draw_training
 
@@ -129,6 +135,45 @@ def test_a_comparison_is_a_run_of_its_own_where_it_is_asked_for(tmp_path: Path) 
     for expected in ("a-sweep-comparison", "The winner", "report.html", "pareto", "comparison-"):
         assert expected in text
     tracker.publish_comparison(NoTracker(), folder, ["The winner"], rows)
+
+
+def seen_by_leet(folder: Path, names: list[str]) -> str:
+    """Return what `wandb leet` writes to a terminal until it has shown all names."""
+    from wandb.util import get_core_path
+
+    child, terminal = pty.fork()
+    if child == 0:
+        command = [get_core_path(), "leet", "run", "--no-observability", str(folder)]
+        os.execvpe(command[0], command, {**os.environ, "TERM": "xterm-256color"})
+    size = struct.pack("HHHH", 50, 200, 0, 0)
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, size)
+    text, until = "", time.monotonic() + 30
+    while time.monotonic() < until and not all(name in text for name in names):
+        if select.select([terminal], [], [], 0.2)[0]:
+            text += os.read(terminal, 65536).decode(errors="replace")
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(terminal)
+    return text
+
+
+def test_leet_shows_all_runs_of_a_sweep_by_the_names_of_their_jobs(tmp_path: Path) -> None:
+    jobs = ["0-beta=0.1", "1-beta=0.2"]
+    for job in (*jobs, jobs[0]):  # the first job is started again
+        run = start(tmp_path / job, name=None)
+        run.log(1, {"beta": 0.1, "steepness": 2.0})
+        run.finish(0)
+    shown = {folder.name.split("-", 2)[2]: folder for folder in (tmp_path / "leet").iterdir()}
+    assert len(list((tmp_path / "leet").iterdir())) == len(shown) == len(jobs)
+    newest = max((tmp_path / jobs[0] / "wandb").glob("offline-run-*/*.wandb"))
+    assert (shown[jobs[0]] / f"run-{jobs[0]}.wandb").resolve() == newest
+    text = seen_by_leet(tmp_path / "leet", [*jobs, "steepness"])
+    for expected in (*jobs, "steepness"):
+        assert expected in text
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    links = list(moved.glob("leet/*/*"))
+    assert len(links) == 2 * len(jobs)
+    assert all(link.exists() for link in links)
 
 
 def test_two_runs_in_one_process_stay_two(tmp_path: Path) -> None:

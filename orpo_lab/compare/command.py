@@ -1,8 +1,9 @@
 """Compare runs: `python -m orpo_lab compare FOLDER... [--out FOLDER]`.
 
 A FOLDER is a run folder or a sweep folder. The command writes `report.html` (one file that opens
-offline) and `report.md`, with a verdict over held-out pairs and seeds (see `verdict`), and prints
-the verdict. It reads run folders and nothing else, and does not import torch.
+offline), `report.md` and `report.json`: what to ship (see `ship`), and a verdict over held-out
+pairs and seeds (see `verdict`). It prints both. It reads run folders and nothing else, and does not
+import torch.
 """
 
 import argparse
@@ -11,6 +12,7 @@ from pathlib import Path
 from orpo_lab.compare.evidence import compare
 from orpo_lab.compare.page import write
 from orpo_lab.compare.read import find_runs
+from orpo_lab.compare.ship import choose
 from orpo_lab.compare.words import verdict_text
 from orpo_lab.errors import UserError, one_line
 from orpo_lab.metrics import MARGINS
@@ -22,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "folders", nargs="+", type=Path, metavar="FOLDER", help="run or sweep folders"
     )
     parser.add_argument(
-        "--out", type=Path, help="where report.html and report.md go (default: the first FOLDER)"
+        "--out", type=Path, help="where report.html, .md and .json go (default: the first FOLDER)"
     )
     for name, margin in MARGINS.items():
         parser.add_argument(
@@ -51,4 +53,5 @@ def run(options: argparse.Namespace) -> None:
             f"{out} cannot be written to: {one_line(error)}; choose another with --out"
         ) from error
     lines = [*verdict_text(comparison), *comparison.warnings]
-    print("\n".join([*lines, "", f"report  {out / 'report.html'}"]))
+    report = f"report  {out / 'report.html'}"
+    print("\n".join([*lines, "", *choose(comparison).brief(), report]))

@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 
 from orpo_lab.compare.read import Run
-from orpo_lab.compare.verdict import Array, Measure, Quality, Verdict, decide, overoptimised
+from orpo_lab.compare.verdict import (
+    Array,
+    Interval,
+    Measure,
+    Quality,
+    Verdict,
+    decide,
+    overoptimised,
+)
 from orpo_lab.config import identity
 from orpo_lab.config.method import METHODS, Method
 from orpo_lab.errors import UserError
@@ -145,9 +153,13 @@ def _place(run: Run, group: str) -> str:
 
 
 def _label(key: str, value: Any) -> str:
-    """Return `beta=0.2` for most keys; for a beta schedule its name alone, such as `cosine`."""
+    """Return `beta=0.2` for most keys; for a beta schedule its name alone, such as `cosine`.
+
+    The keys of a schedule stand without its name, as in `hold_then_anneal hold_fraction=0.6`.
+    """
     if key == "beta_schedule":
         return str(value)
+    key = key.removeprefix("beta_schedule.")
     return f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
 
 
@@ -183,13 +195,7 @@ def weigh(
     """
     complete = [run for run in runs if run.is_complete]
     _check_same_pairs(complete)
-    accuracy = Measure(
-        [
-            _stack(setting, lambda s: (s["chosen_logp"] > s["rejected_logp"]).astype(float))
-            for setting in settings
-        ],
-        is_share=True,
-    )
+    accuracy = Measure([_stack(setting, prefers) for setting in settings], is_share=True)
     qualities = _qualities(settings, margins)
     return Comparison(
         runs=list(runs),
@@ -216,6 +222,33 @@ def _check_same_pairs(runs: Sequence[Run]) -> None:
         )
 
 
+def prefers(scores: dict[str, Array]) -> Array:
+    """Return for each pair whether the model prefers its chosen completion, 0 or 1, [N].
+
+    Args:
+        scores: columns of `scores.parquet`, [N] each.
+    """
+    return (scores["chosen_logp"] > scores["rejected_logp"]).astype(float)
+
+
+def of_pairs(metric: HeldOutMetric, scores: dict[str, Array]) -> Array:
+    """Return a quality at every pair, or, if the quality describes answers, at every answered pair.
+
+    Args:
+        metric: a metric that has `of_pair`.
+        scores: columns of `scores.parquet`, [N] each.
+    """
+    assert metric.of_pair is not None
+    found = metric.of_pair(scores)
+    return found[~np.isnan(scores["generated_tokens"])] if metric.of_answers else found
+
+
+def as_measured(quality: Quality, interval: Interval) -> Interval:
+    """Return a quality's interval with the sign in which the quality is measured and reported."""
+    low, high = sorted((quality.sign * interval.low, quality.sign * interval.high))
+    return Interval(quality.sign * interval.estimate, low, high)
+
+
 def _stack(setting: Setting, column: Any) -> Array:
     """Return a setting's values for each of its K runs and N pairs, [K, N]."""
     return np.stack([column(run.scores) for run in setting.runs])
@@ -224,26 +257,19 @@ def _stack(setting: Setting, column: Any) -> Array:
 def _qualities(settings: Sequence[Setting], margins: dict[str, float]) -> list[Quality]:
     """Return the qualities that all runs have; see `qualities_among`.
 
-    They are measured at every pair, or, if they describe answers, at every pair with an answer.
     Preference accuracy may not rise at their cost.
     """
-
-    def values(metric: HeldOutMetric, scores: dict[str, Array]) -> Array:
-        assert metric.of_pair is not None
-        found = metric.of_pair(scores)
-        return found[~np.isnan(scores["generated_tokens"])] if metric.of_answers else found
-
     all_scores = [run.scores for setting in settings for run in setting.runs if run.scores]
     present = [
         metric.name
         for metric in HELD_OUT
         if metric.of_pair
-        and all(not np.isnan(values(metric, scores)).all() for scores in all_scores)
+        and all(not np.isnan(of_pairs(metric, scores)).all() for scores in all_scores)
     ]
     found = []
     for metric in qualities_among(present):
         of_settings = [
-            metric.sign * _stack(setting, partial(values, metric)) for setting in settings
+            metric.sign * _stack(setting, partial(of_pairs, metric)) for setting in settings
         ]
         measure = Measure(of_settings, is_share=metric.is_share)
         margin = margins[metric.name]

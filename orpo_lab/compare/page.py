@@ -1,4 +1,4 @@
-"""The report: `report.html`, one file that opens offline, and `report.md` with its pictures."""
+"""The report: `report.html`, which opens offline, `report.md` with pictures, and `report.json`."""
 
 import base64
 from collections.abc import Sequence
@@ -8,16 +8,23 @@ import jinja2
 import numpy as np
 
 from orpo_lab.compare import pictures
-from orpo_lab.compare.evidence import Comparison
+from orpo_lab.compare.evidence import Comparison, as_measured
 from orpo_lab.compare.read import Run
-from orpo_lab.compare.verdict import CONFIDENCE, Interval, Verdict
+from orpo_lab.compare.record import record
+from orpo_lab.compare.ship import Ship, choose
+from orpo_lab.compare.untrained import untrained
+from orpo_lab.compare.verdict import CONFIDENCE, Verdict
 from orpo_lab.compare.words import interval_text, tied, verdict_text
 from orpo_lab.metrics import HELD_OUT, PREFERENCE, brief
+from orpo_lab.records.markdown import fenced
 from orpo_lab.records.run_folder import RunFolder
+
+# What the table of settings shows even where it is no quality
+NOTED = [metric.name for metric in HELD_OUT if metric.is_noted]
 
 
 def write(comparison: Comparison, folder: Path) -> None:
-    """Write `report.html`, `report.md`, and the pictures of `report.md` in `report/*.png`."""
+    """Write `report.html`, `report.md` with its pictures in `report/*.png`, and `report.json`."""
     drawn = pictures.draw(comparison)
     (folder / "report").mkdir(parents=True, exist_ok=True)
     for name, (_, png) in drawn.items():
@@ -29,13 +36,20 @@ def write(comparison: Comparison, folder: Path) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    ship = choose(comparison)
     context = {
+        "ship": ship,
+        "samples": ship.samples(),
+        "fenced": fenced,
+        "best": _of_run(ship.best),
+        "typical": _of_run(ship.typical),
+        "expected": interval_text(comparison.verdict.accuracies[ship.number]),
         "verdict": verdict_text(comparison),
         "warnings": comparison.warnings,
         "margins": _margins(comparison),
         "confidence": round(100 * CONFIDENCE),
         "num_pairs": comparison.accuracy.num_pairs,
-        "settings": setting_rows(comparison),
+        "settings": table_of_settings(comparison, ship),
         "runs": _run_rows(comparison.runs),
         "failed": [run for run in comparison.runs if not run.is_complete],
         "pictures": {
@@ -46,6 +60,7 @@ def write(comparison: Comparison, folder: Path) -> None:
     place = RunFolder(folder)
     for name in ("report.html", "report.md"):
         place.write(name, environment.get_template(f"{name}.jinja").render(context))
+    place.write_json("report.json", record(comparison, ship))
 
 
 def _margins(comparison: Comparison) -> str:
@@ -53,6 +68,37 @@ def _margins(comparison: Comparison) -> str:
         f"{quality.margin:g}{quality.unit and ' ' + quality.unit} of {quality.name}"
         for quality in comparison.qualities
     )
+
+
+def _of_run(run: Run) -> str:
+    """Return a run folder with its figures."""
+    assert run.summary is not None
+    figures = ", ".join(f"{name} {value}" for name, value in brief(run.summary["after"]).items())
+    return f"{run.folder} (seed {run.values['seed']}: {figures})"
+
+
+def table_of_settings(comparison: Comparison, ship: Ship) -> list[dict[str, str]]:
+    """Return a row for each setting, then a row for each model before training."""
+    rows = setting_rows(comparison)
+    return [*rows, *_untrained_rows(comparison, ship, list(rows[0]))]
+
+
+def _untrained_rows(comparison: Comparison, ship: Ship, columns: list[str]) -> list[dict[str, str]]:
+    """Return a row for each model before training, with a statement about the setting to ship."""
+    rows = []
+    for model in untrained(comparison):
+        accuracy, *of_qualities = model.intervals
+        row = {"setting": model.name, "seeds": "", PREFERENCE: interval_text(accuracy)}
+        for quality, interval in zip(comparison.qualities, of_qualities, strict=True):
+            row[quality.name] = interval_text(as_measured(quality, interval))
+        for key in NOTED:
+            if key in model.figures:
+                row.setdefault(key, f"{model.figures[key]:.3f}")
+        if ship.gains and ship.number in model.settings:
+            said = ", ".join(f"{gain.said} in {gain.name}" for gain in ship.gains)
+            row["verdict"] = f"{ship.setting.name} is {said}"
+        rows.append({key: row.get(key, "") for key in columns})
+    return rows
 
 
 def setting_rows(comparison: Comparison) -> list[dict[str, str]]:
@@ -65,9 +111,8 @@ def setting_rows(comparison: Comparison) -> list[dict[str, str]]:
         row = {"setting": setting.name, "seeds": str(len(setting.runs))}
         row[PREFERENCE] = interval_text(verdict.accuracies[number])
         for quality, interval in zip(comparison.qualities, standing.intervals, strict=True):
-            ends = sorted((quality.sign * interval.low, quality.sign * interval.high))
-            row[quality.name] = interval_text(Interval(quality.sign * interval.estimate, *ends))
-        for key in (metric.name for metric in HELD_OUT if metric.is_noted):
+            row[quality.name] = interval_text(as_measured(quality, interval))
+        for key in NOTED:
             values = [
                 run.summary["after"][key]
                 for run in setting.runs

@@ -27,12 +27,18 @@ class Run:
     """What was at the run's locations at its last start; see `identity.contents`."""
     choices: dict[str, str]
     """The option chosen in every group, by the name that the user gave."""
+    overrides: list[str]
+    """The overrides of the run's last start, with secrets redacted."""
     state: str
     reason: str
     summary: dict[str, Any] | None
     metrics: list[dict[str, float]]
     scores: dict[str, Array] | None
     """Columns of `scores.parquet` after training, [N] each; NaN: no value. None: no such file."""
+    scores_before: dict[str, Array] | None
+    """The same columns before training."""
+    samples: list[dict[str, str]]
+    """The content of `samples.json`; empty: no such file."""
 
     @property
     def is_complete(self) -> bool:
@@ -77,7 +83,8 @@ def read_run(folder: Path) -> Run:
     """
     place = RunFolder(folder)
     try:
-        choices = place.read_yaml("choices.yaml")["choices"]
+        chosen = place.read_yaml("choices.yaml")
+        choices = chosen["choices"]
         started = (place.segments() or [{}])[-1]
         values = identity.flat(place.read_yaml("config.yaml")) | started.get("kinds", choices)
         status = place.status()
@@ -88,11 +95,14 @@ def read_run(folder: Path) -> Run:
             # An earlier version of orpo_lab kept no contents
             contents=started.get("contents") or {"model.path": str(values.get("model.path"))},
             choices=choices,
+            overrides=chosen["overrides"],
             state=status["state"],
             reason=status["reason"],
             summary=json.loads((folder / "summary.json").read_text()) if has_summary else None,
             metrics=place.metrics(),
-            scores=_read_scores(folder / "scores.parquet"),
+            scores=_read_scores(folder / "scores.parquet", "after"),
+            scores_before=_read_scores(folder / "scores.parquet", "before"),
+            samples=place.read_json("samples.json") or [],
         )
     except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
         raise UserError(
@@ -100,9 +110,9 @@ def read_run(folder: Path) -> Run:
         ) from error
 
 
-def _read_scores(file: Path) -> dict[str, Array] | None:
+def _read_scores(file: Path, when: str) -> dict[str, Array] | None:
     if not file.is_file():
         return None
-    table = pq.read_table(file, filters=[("when", "=", "after")]).drop_columns(["pair", "when"])
+    table = pq.read_table(file, filters=[("when", "=", when)]).drop_columns(["pair", "when"])
     columns = {name: table[name].to_pylist() for name in table.column_names}
     return {name: np.array(column, dtype=np.float64) for name, column in columns.items()}

@@ -31,7 +31,7 @@ def verdict_text(comparison: Comparison) -> list[str]:
         if verdict.nearest is not None and verdict.lead is not None:
             lines.append(
                 "It is shown to be above every other setting of good quality; the nearest, "
-                f"{settings[verdict.nearest].name}, by {_points(verdict.lead)}."
+                f"{settings[verdict.nearest].name}, by {gap_text(verdict.lead)}."
             )
     else:
         lines += _undecided(comparison, leader, reached)
@@ -80,7 +80,7 @@ def _undecided(comparison: Comparison, leader: str, reached: str) -> list[str]:
     elif rest and verdict.lead is not None:
         lines.append(
             f"The evidence does not separate {leader} ({reached}) from {rest}. The smallest "
-            f"gap is {_points(verdict.lead)}. {_needed(verdict)}"
+            f"gap is {gap_text(verdict.lead)}. {needed_text(verdict)}"
         )
     elif not doubtful:
         lines.append(f"The evidence names no winner: {leader} leads with {reached}.")
@@ -92,7 +92,8 @@ def _undecided(comparison: Comparison, leader: str, reached: str) -> list[str]:
     return lines
 
 
-def _needed(verdict: Verdict) -> str:
+def needed_text(verdict: Verdict) -> str:
+    """Return how many seeds or pairs would show the open gap, if it is real."""
     if verdict.seeds_needed is None:
         return "If it is real, it is too small to show with 50 seeds: take them as equal."
     text = f"If it is real, about {verdict.seeds_needed} seeds a setting would show it"
@@ -102,11 +103,21 @@ def _needed(verdict: Verdict) -> str:
 
 
 def interval_text(interval: Interval) -> str:
+    """Return an estimate with its interval, or alone if there is no interval."""
     if math.isnan(interval.low):
         return f"{interval.estimate:.3f}"
     return f"{interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
 
 
-def _points(interval: Interval) -> str:
-    low, high = 100 * interval.low, 100 * interval.high
-    return f"{100 * interval.estimate:.1f} points [{low:.1f}, {high:.1f}]"
+def amount_text(value: float, unit: str, *, is_share: bool) -> str:
+    """Return a difference of shares in points, a difference of other figures in their unit."""
+    if is_share:
+        return f"{100 * value:.1f} points"
+    return f"{value:.3f} {unit}".strip()
+
+
+def gap_text(interval: Interval, unit: str = "", *, is_share: bool = True) -> str:
+    """Return a difference as `amount_text` does, with its interval."""
+    scale, digits = (100, 1) if is_share else (1, 3)
+    ends = ", ".join(f"{scale * end:.{digits}f}" for end in (interval.low, interval.high))
+    return f"{amount_text(interval.estimate, unit, is_share=is_share)} [{ends}]"

@@ -6,8 +6,8 @@ log and `status.json` say so. The other results are made all the same.
 
 import contextlib
 import dataclasses
+import json
 import logging
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +27,7 @@ from orpo_lab.data import Data
 from orpo_lab.errors import NonFiniteError, UserError, one_line
 from orpo_lab.evaluate import Evaluation
 from orpo_lab.metrics import HELD_OUT, PREFERENCE_SHARE
+from orpo_lab.records.markdown import fenced
 from orpo_lab.records.plot import draw_training
 from orpo_lab.records.run_folder import RunFolder, git_commit, put_in_place, versions
 from orpo_lab.redaction import redact
@@ -57,7 +58,7 @@ SCORES = pa.schema(
 )
 
 # Files of results, besides `final/`
-FILES = ("summary.json", "scores.parquet", "plots/training.png", "samples.md")
+FILES = ("summary.json", "scores.parquet", "plots/training.png", "samples.md", "samples.json")
 
 
 class Missing(dict[str, str]):
@@ -154,10 +155,11 @@ def leave(
         "scores.parquet": lambda: save_scores(place, before, after),  # type: ignore[arg-type]
         "plots/training.png": lambda: draw_training(place.metrics(), title, plot),
         "samples.md": lambda: place.write("samples.md", samples_text(samples)),
+        "samples.json": lambda: place.write("samples.json", json.dumps(samples, indent=2) + "\n"),
         "tracker": lambda: run.log_results(summary, [plot] if plot.exists() else [], samples),
     }
     if after is None:
-        for name in ("scores.parquet", "samples.md"):
+        for name in ("scores.parquet", "samples.md", "samples.json"):
             missing.add(name, "there is no evaluation after training")
             del make[name]
     for name, make_result in make.items():
@@ -395,13 +397,8 @@ def samples_text(samples: list[dict[str, str]]) -> str:
     parts = ["# Samples\n\nGreedy answers to held-out prompts, before and after training.\n"]
     for number, sample in enumerate(samples, start=1):
         parts.append(f"\n## {number}\n")
-        parts += [f"\n{key}:\n{_fenced(text)}" for key, text in sample.items()]
+        parts += [f"\n{key}:\n{fenced(text)}" for key, text in sample.items()]
     return "".join(parts)
-
-
-def _fenced(text: str) -> str:
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return f"{fence}text\n{text}\n{fence}\n"
 
 
 def _table(summary: dict[str, Any]) -> str:

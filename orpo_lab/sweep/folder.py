@@ -197,9 +197,11 @@ class Sweep:
         """Print a table of all jobs, write the comparison, and return the names of failed jobs."""
         from orpo_lab import tracker
         from orpo_lab.compare.evidence import compare
-        from orpo_lab.compare.page import setting_rows, write
+        from orpo_lab.compare.page import table_of_settings, write
         from orpo_lab.compare.read import find_runs
+        from orpo_lab.compare.ship import choose
         from orpo_lab.compare.words import verdict_text
+        from orpo_lab.tracker import leet
 
         shutil.rmtree(self.folder / CACHE, ignore_errors=True)
         # submitit's files for its processes hold the overrides as typed, perhaps with secrets
@@ -212,10 +214,13 @@ class Sweep:
             compared = compare(find_runs([self.folder]), MARGINS)
             write(compared, self.folder)
             verdict = [*verdict_text(compared), *compared.warnings]
+            ship = choose(compared)
             print("\n".join(["", *verdict]))
-            rows = setting_rows(compared)
+            rows = table_of_settings(compared, ship)
             tracker.publish_comparison(tracked_by, self.folder, verdict, rows)
-            print(f"\nreport  {self.folder / 'report.html'}")
+            print("\n".join(["", *ship.brief(), f"report  {self.folder / 'report.html'}"]))
+            if (shown := self.folder / leet.FOLDER).is_dir():
+                print(f"curves  wandb leet {shown}")
         except UserError as error:
             print(f"\nno comparison: {error}")
         return [job.path.name for job, status in jobs if status["state"] != "finished"]

@@ -1,5 +1,6 @@
 """The tracker Weights & Biases (W&B). A failure of W&B never stops a run."""
 
+import contextlib
 import logging
 import netrc
 import os
@@ -16,6 +17,7 @@ from orpo_lab.config.tracker import WandbTracker
 from orpo_lab.errors import UserError, one_line
 from orpo_lab.records.run_folder import RunFolder
 from orpo_lab.redaction import redact
+from orpo_lab.tracker import leet
 from orpo_lab.tracker.base import Run, Untracked
 
 log = logging.getLogger(__name__)
@@ -85,7 +87,7 @@ def start(
         return Untracked()
     own, choices = _settings(), config["choices"]
     groups = ("model", "dataset", "method", "optimizer", "beta_schedule")
-    return WandbRun(
+    run = WandbRun(
         tracker,
         folder=folder,
         # The jobs of a sweep cannot share a name or an id
@@ -97,6 +99,10 @@ def start(
         tags=[choices[group] for group in groups],
         history=history,
     )
+    if sweep is not None:
+        with contextlib.suppress(OSError):  # some file systems have no links
+            leet.show(folder, run.logged, run.id)
+    return run
 
 
 def publish_comparison(
@@ -219,14 +225,22 @@ class WandbRun:
                 options["id"] = _new_id(folder)
         if not online:
             self._run = wandb.init(mode="offline", **options)
-            log.info(
-                "W&B: offline, %s; to upload it: wandb sync %s", why, Path(self._run.dir).parent
-            )
+            log.info("W&B: offline, %s; to upload it: wandb sync %s", why, self.logged)
         else:
             log.info("W&B: online, %s", self._run.url)
         # W&B ignores lines that it has already. The others, not sent by a killed process, are added
         for line in history:
             self.log(int(line["step"]), {key: line[key] for key in line if key != "step"})
+
+    @property
+    def id(self) -> str:
+        """The run's id in W&B."""
+        return self._run.id
+
+    @property
+    def logged(self) -> Path:
+        """The folder in which W&B keeps the run."""
+        return Path(self._run.dir).parent
 
     def _decide(self, tracker: WandbTracker, own: Any) -> tuple[bool, str]:
         """Return whether the run goes online, and if not, the reason."""
@@ -266,7 +280,7 @@ class WandbRun:
 
         def send() -> None:
             artifact = self._wandb.Artifact(f"comparison-{self._run.id}", type="report")
-            for name in ("report.html", "report.md"):
+            for name in ("report.html", "report.md", "report.json"):
                 artifact.add_file(str(folder / name))
             artifact.add_dir(str(folder / "report"), name="report")
             self._run.log_artifact(artifact)
