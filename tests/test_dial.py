@@ -22,9 +22,9 @@ from orpo_lab.compare.evidence import Setting
 from orpo_lab.compare.read import read_run
 from orpo_lab.compare.verdict import Interval
 from orpo_lab.config.beta_schedule import Linear
-from orpo_lab.dial.ends import Ends, find_ends, mean_beta, read_config
+from orpo_lab.dial.ends import Ends, find_ends, mean_beta
 from orpo_lab.dial.front import Front, Gaps
-from orpo_lab.dial.mixture import Dial, Weights
+from orpo_lab.dial.mixture import Dial, Weights, read_config
 from orpo_lab.errors import UserError
 from orpo_lab.evaluate import Evaluation, Generation, Scores
 from orpo_lab.records.run_folder import RunFolder
@@ -249,6 +249,12 @@ def test_pairs_that_have_changed_since_the_runs_are_refused(here: Path, tmp_path
         Dial(low, high)
 
 
+def test_a_configuration_of_another_version_is_refused(here: Path, tmp_path: Path) -> None:
+    other = copy(Path("low"), tmp_path / "other", **{"train.colour": "blue"})
+    with pytest.raises(UserError, match=r"other/config.yaml cannot be read; another version"):
+        read_config(other)
+
+
 # Which runs take part, and which mixture stands for a beta
 
 
@@ -260,7 +266,7 @@ def test_a_run_is_read_back_as_it_was_configured(here: Path) -> None:
 
 
 def test_the_dial_of_every_seed_and_the_settings_between_are_found(here: Path) -> None:
-    given = [Path(name) for name in RUNS if "adamw" not in name]
+    given = [Path(name) for name in ("low", *COPIES)]
     ends = find_ends(Path("low"), Path("high"), given)
     named = {seed: [run.folder.name for run in pair] for seed, pair in ends.by_seed.items()}
     assert named == {42: ["low", "high"], 2: ["low-2", "high-2"]}
@@ -340,10 +346,10 @@ def front(here: Path) -> Callable[..., Front]:
         }
 
     def make(*points: tuple[int, int]) -> Front:
-        trained = setting(middle, evaluation(9000, 9000, 10000))
+        trained = setting(middle, evaluation(3600, 3600, 4000))
         ends = Ends(setting(low), setting(high), [trained], [])
         shares = sorted({0.0, 0.2, 1.0, ends.share_of(trained)})
-        found = [evaluation(*point, 10000) for point in points]
+        found = [evaluation(*point, 4000) for point in points]
         return Front(ends, shares, dict.fromkeys(range(3), found))
 
     return make
@@ -352,7 +358,7 @@ def front(here: Path) -> Callable[..., Front]:
 def test_the_mixture_of_the_rule_and_the_nearest_one_are_told_apart(
     front: Callable[..., Front],
 ) -> None:
-    (trained,) = front((8000, 9800), (9010, 8990), (9500, 8000), (9900, 5000)).trained
+    (trained,) = front((3200, 3920), (3604, 3596), (3800, 3200), (3960, 2000)).trained
     assert trained.by_rule.share == pytest.approx(math.log(5) / math.log(20))
     assert trained.by_rule.outcome == "missed"
     assert (trained.nearest.share, trained.nearest.outcome) == (0.2, "predicted")
@@ -362,10 +368,10 @@ def test_the_mixture_of_the_rule_and_the_nearest_one_are_told_apart(
     ("points", "best"),
     [
         # 2 points less quality than the best are within the margin, 4 points are not
-        ([(8000, 9800), (9000, 9600), (9500, 9400), (9900, 5000)], 0.2),
-        ([(8000, 9800), (9000, 9600), (9500, 9550), (9900, 9500)], 1.0),
-        ([(9000, 9800), (9000, 9800), (9000, 9800), (9900, 5000)], 0.0),
-        ([(9000, 5000), (9100, 9800), (9000, 9800), (9900, 5000)], 0.2),
+        ([(3200, 3920), (3600, 3840), (3800, 3760), (3960, 2000)], 0.2),
+        ([(3200, 3920), (3600, 3840), (3800, 3820), (3960, 3800)], 1.0),
+        ([(3600, 3920), (3600, 3920), (3600, 3920), (3960, 2000)], 0.0),
+        ([(3600, 2000), (3640, 3920), (3600, 3920), (3960, 2000)], 0.2),
     ],
 )
 def test_the_best_mixture_has_the_highest_accuracy_among_those_of_good_quality(
@@ -393,7 +399,7 @@ def test_an_end_that_comes_to_other_figures_than_its_run_is_named(here: Path) ->
 def test_the_command_shows_what_is_predicted_and_exports_a_mixture(
     here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    others = ["--trained", "middle", "low-2", "high-2", "faster", "--points", "3"]
+    others = ["--trained", "middle", "low-2", "high-2", "faster", "--points", "2"]
     target = ["--out", str(tmp_path / "out"), "--export", str(tmp_path / "mixture")]
     main(["dial", "low", "high", *others, *target, "--share", "0.4"])
     said = capsys.readouterr().out
@@ -402,7 +408,7 @@ def test_the_command_shows_what_is_predicted_and_exports_a_mixture(
     assert "Of 1 settings trained between the two" in said
     report = json.loads((tmp_path / "out" / "dial.json").read_text())
     shares = [mixture["share"] for mixture in report["mixtures"]]
-    assert shares == pytest.approx([0, 0.4, 0.5, math.log(5) / math.log(20), 1])
+    assert shares == pytest.approx([0, 0.4, math.log(5) / math.log(20), 1])
     assert (report["seeds"], report["unlike"]) == ([42, 2], [])
     assert report["trained"][0]["by_rule"]["outcome"] == "open", "one seed has been trained"
     text = (tmp_path / "out" / "dial.md").read_text()
@@ -411,3 +417,24 @@ def test_the_command_shows_what_is_predicted_and_exports_a_mixture(
     assert (tmp_path / "out" / "dial.png").read_bytes().startswith(b"\x89PNG")
     assert "0.6 of the change that low made" in (tmp_path / "mixture" / "README.md").read_text()
     assert RunFolder(tmp_path / "mixture").file("adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_adapters_on_an_earlier_runs_result_are_mixed_on_this_result(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_pairs(tmp_path / "pairs.jsonl")
+    shutil.copytree(here / "low", "first")
+    for name, beta in (("low", LOW), ("high", HIGH)):
+        # The adapter of the first run is merged into the base, which lies in final/base then
+        start(*RUN, beta, "start_from=first", "optimizer.r=4", f"hydra.run.dir={name}")
+    dial = Dial(Path("low"), Path("high"))
+    found = dial.measure([0.0, 1.0])
+    for name, evaluated in zip(("low", "high"), found, strict=True):
+        assert evaluated.metrics == json.loads(Path(name, "summary.json").read_text())["after"]
+    dial.save(0.5, tmp_path / "mixture", "")
+    for name in ("first", "low", "high"):
+        shutil.rmtree(name)
+    saved = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "mixture")
+    assert torch.equal(logits(saved), logits(dial.network))

@@ -9,17 +9,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import mean
-from typing import cast
 
-from omegaconf import DictConfig, OmegaConf
-
-from orpo_lab import config
 from orpo_lab.beta_schedule import beta_at, progress
 from orpo_lab.compare.evidence import Setting, group, told_apart_by
 from orpo_lab.compare.read import Run, find_runs, read_run
-from orpo_lab.config import SCHEMAS, Config
+from orpo_lab.config import SCHEMAS
 from orpo_lab.errors import UserError
-from orpo_lab.records.run_folder import RunFolder
 
 # What runs between which a dial turns may differ in, by the first part of the key or the whole key
 DIALLED = ("beta", "beta_end", "beta_schedule", "optimizer.r", "optimizer.alpha")
@@ -62,34 +57,19 @@ class Ends:
 
 
 def mean_beta(run: Run) -> float:
-    """Return the mean of beta over the steps of a run."""
-    read = read_config(run.folder)
+    """Return the mean of beta over the steps of a finished run."""
     assert run.summary is not None
-    num = run.summary["train"]["steps"]
+    values, num = run.values, run.summary["train"]["steps"]
+    own = {
+        key.removeprefix("beta_schedule."): value
+        for key, value in values.items()
+        if key.startswith("beta_schedule.")
+    }
+    schedule = SCHEMAS["beta_schedule"][values["beta_schedule"]](**own)
     return mean(
-        beta_at(read.beta_schedule, progress(step, num), beta=read.beta, beta_end=read.beta_end)
+        beta_at(schedule, progress(step, num), beta=values["beta"], beta_end=values["beta_end"])
         for step in range(num)
     )
-
-
-def read_config(folder: Path) -> Config:
-    """Return the configuration of the run in a folder; its tracker is left out.
-
-    Raises:
-        UserError: the configuration is not one of this version of orpo_lab.
-    """
-    place = RunFolder(folder)
-    values, kinds = place.read_yaml("config.yaml"), place.segments()[-1]["kinds"]
-    values["tracker"] = {}
-    try:
-        sections = {
-            name: OmegaConf.merge(OmegaConf.structured(SCHEMAS[name][kind]), values[name])
-            for name, kind in (kinds | {"tracker": "none"}).items()
-        }
-        merged = OmegaConf.merge(OmegaConf.structured(Config), values | sections)
-        return config.load(cast(DictConfig, merged))
-    except KeyError as error:
-        raise UserError(f"{folder}: {error}") from error
 
 
 def find_ends(low: Path, high: Path, trained: Sequence[Path]) -> Ends:

@@ -15,16 +15,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 
-from orpo_lab import data, engine
+from orpo_lab import config, data, engine
+from orpo_lab.config import SCHEMAS, Config
 from orpo_lab.config.optimizer import Lora
-from orpo_lab.dial.ends import read_config
-from orpo_lab.errors import UserError
+from orpo_lab.errors import UserError, one_line
 from orpo_lab.evaluate import Evaluation, evaluate
 from orpo_lab.metrics import brief
 from orpo_lab.model.adapter import load_adapter
@@ -39,6 +41,29 @@ from orpo_lab.training.files import Files
 
 # peft's name for the adapter that is saved without a folder of its own
 MIXED = "default"
+
+
+def read_config(folder: Path) -> Config:
+    """Return the configuration of the run in a folder; its tracker is left out.
+
+    Raises:
+        UserError: the configuration is not one of this version of orpo_lab.
+    """
+    place = RunFolder(folder)
+    values = place.read_yaml("config.yaml") | {"tracker": {}}
+    kinds = place.segments()[-1]["kinds"] | {"tracker": "none"}
+    try:
+        sections = {
+            group: OmegaConf.merge(OmegaConf.structured(SCHEMAS[group][kind]), values[group])
+            for group, kind in kinds.items()
+        }
+        merged = OmegaConf.merge(OmegaConf.structured(Config), values | sections)
+    except (KeyError, OmegaConfBaseException) as error:
+        raise UserError(
+            f"{folder}/config.yaml cannot be read; another version of orpo_lab may have made it "
+            f"({one_line(error)[:100]})"
+        ) from error
+    return config.load(cast(DictConfig, merged))
 
 
 class Mixer(Protocol):
