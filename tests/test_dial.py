@@ -305,6 +305,7 @@ def gaps(*given: tuple[float, float, float]) -> Gaps:
         # Shown to differ, but by less than the margin
         ([(0.02, 0.01, 0.029), (0.0, -0.01, 0.01)], "predicted", True),
         ([(0.01, -0.02, 0.031), (0.0, -0.01, 0.01)], "open", True),
+        ([(0.02, 0.01, 0.031), (0.0, -0.01, 0.01)], "open", True),
         ([(0.0, -0.01, 0.01), (-0.04, -0.09, 0.01)], "open", False),
         ([(0.0, -0.01, 0.01), (-0.04, -0.06, -0.02)], "missed", False),
         ([(0.01, math.nan, math.nan), (0.0, math.nan, math.nan)], "open", True),
@@ -405,7 +406,7 @@ def test_the_command_shows_what_is_predicted_and_exports_a_mixture(
     said = capsys.readouterr().out
     assert "left out: faster differs in optimizer.learning_rate" in said
     assert "Shares 0 and 1 come to exactly the figures of summary.json (4 runs)." in said
-    assert "Of 1 settings trained between the two" in said
+    assert "Settings trained between the two: 1." in said
     report = json.loads((tmp_path / "out" / "dial.json").read_text())
     shares = [mixture["share"] for mixture in report["mixtures"]]
     assert shares == pytest.approx([0, 0.4, math.log(5) / math.log(20), 1])

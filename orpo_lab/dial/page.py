@@ -66,9 +66,10 @@ def _predictions(front: Front) -> list[str]:
     nearest = [trained.nearest for trained in front.trained]
     margins = ", ".join(f"{SAME[name]:g} of {name}" for name in front.figures[0])
     return [
-        f"Of {num} settings trained between the two, the mixture at the share of the rule (linear "
-        f"in the logarithm of beta's mean, fixed in advance) {_counted(by_rule)}.",
-        f"The nearest mixture, chosen after looking, which favours the dial, {_counted(nearest)}.",
+        f"Settings trained between the two: {num}. The mixture at the share of the rule (linear in "
+        f"the logarithm of the mean beta, fixed in advance) {_counted(by_rule)}.",
+        f"The nearest mixture {_counted(nearest)}. It is chosen after looking, which favours the "
+        "dial.",
         f"Predicted: every figure is shown to be within its margin ({margins}). Missed: a figure "
         f"is beyond its margin, and shown to differ. In brackets: {100 * CONFIDENCE:.0f} % "
         "intervals over pairs and seeds.",
@@ -79,8 +80,8 @@ def _counted(gaps: Sequence[Gaps]) -> str:
     counts = Counter(gap.outcome for gap in gaps)
     near = sum(gap.is_near for gap in gaps)
     return (
-        f"predicts {counts['predicted']} and misses {counts['missed']}; {counts['open']} are open. "
-        f"By the estimates alone it is within the margins of {near}"
+        f"predicts {counts['predicted']} and misses {counts['missed']} (open: {counts['open']}); "
+        f"the estimates alone are within the margins of {near}"
     )
 
 
@@ -102,8 +103,9 @@ def trained_rows(front: Front) -> list[Row]:
     """Return the table of trained settings, each above the mixtures that stand for it."""
     rows = []
     for trained in front.trained:
-        seeds = len(trained.setting.runs)
-        row = {"setting": trained.setting.name, "what": f"trained, {seeds} seeds", "share": ""}
+        num = len(trained.setting.runs)
+        what = f"trained, {num} seed{'s' * (num > 1)}"
+        row = {"setting": trained.setting.name, "what": what, "share": ""}
         rows.append(row | _texts(trained.figures) | {"outcome": ""})
         for what, gaps in (("by the rule", trained.by_rule), ("nearest", trained.nearest)):
             figures = front.figures[front.shares.index(gaps.share)]
