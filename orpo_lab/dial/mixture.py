@@ -120,8 +120,8 @@ class Weights:
     """Mixes whole weights.
 
     The folder of a result holds its weights in the precision of its base. So a mixture is rounded
-    to this precision before it is measured. In bf16 a weight of the two runs may be two neighbouring
-    numbers: the nearest number is then the low run's at every share below one half. Stochastic
+    to this precision before it is measured. In bf16 a weight's values in the two runs may be
+    neighbours: the nearest number is then the low run's at every share below one half. Stochastic
     rounding keeps the mean.
 
     Args:
