@@ -12,6 +12,7 @@ from orpo_lab.errors import UserError, one_line
 # module is imported only when its command is called.
 COMMANDS = {
     "compare": ("orpo_lab.compare.command", "compare runs, over held-out pairs and seeds"),
+    "dial": ("orpo_lab.dial.command", "mix two runs, and see which betas a mixture predicts"),
     "search": ("orpo_lab.sweep.search", "search beta and other keys with Optuna"),
     "workspace": ("orpo_lab.tracker.workspace", "save a W&B workspace that compares runs"),
 }

@@ -69,7 +69,7 @@ def group(runs: Sequence[Run]) -> list[Setting]:
     name implies. Settings are sorted by their method, then by their beta schedule, then by beta. If
     two runs have the same seed and values (two sweeps that overlap), only the first run counts.
     """
-    read = [_told_apart_by(run) for run in runs]
+    read = [told_apart_by(run) for run in runs]
     keys = sorted({key for values in read for key in values})
     # If only some runs have a key, all with one value, another key separates these runs anyway
     differing = [key for key in keys if len({json.dumps(v[key]) for v in read if key in v}) > 1]
@@ -118,7 +118,7 @@ def _rank(values: dict[str, Any]) -> list[tuple[str, bool, float, str]]:
     ]
 
 
-def _told_apart_by(run: Run) -> dict[str, Any]:
+def told_apart_by(run: Run) -> dict[str, Any]:
     """Return the values by which settings differ: all that identifies a run, without its seed.
 
     Models and starts are compared by the content of their files, data by the fingerprints of their
@@ -195,8 +195,7 @@ def weigh(
     """
     complete = [run for run in runs if run.is_complete]
     _check_same_pairs(complete)
-    accuracy = Measure([_stack(setting, prefers) for setting in settings], is_share=True)
-    qualities = _qualities(settings, margins)
+    accuracy, qualities = measured(settings, margins)
     return Comparison(
         runs=list(runs),
         settings=list(settings),
@@ -205,6 +204,19 @@ def weigh(
         verdict=decide(accuracy, qualities),
         warnings=[*_changed(complete), *_warnings(settings, accuracy, qualities)],
     )
+
+
+def measured(
+    settings: Sequence[Setting], margins: dict[str, float]
+) -> tuple[Measure, list[Quality]]:
+    """Return preference accuracy and the qualities of settings.
+
+    Args:
+        settings: at least one; their runs have scores of the same held-out pairs.
+        margins: for each quality, how much worse than the best setting's it may be.
+    """
+    accuracy = Measure([_stack(setting, prefers) for setting in settings], is_share=True)
+    return accuracy, _qualities(settings, margins)
 
 
 def _check_same_pairs(runs: Sequence[Run]) -> None:
@@ -286,7 +298,7 @@ def _warnings(
     """
     families: dict[str, list[int]] = {}
     for number, setting in enumerate(settings):
-        rest = {k: v for k, v in _told_apart_by(setting.runs[0]).items() if k != "beta"}
+        rest = {k: v for k, v in told_apart_by(setting.runs[0]).items() if k != "beta"}
         families.setdefault(json.dumps(rest, sort_keys=True), []).append(number)
     said = []
     for family in families.values():

@@ -1,0 +1,241 @@
+"""Mixtures of the results of two runs: set in one network, measured, and saved.
+
+At a share t of the high run, adapters change a layer's weight by
+
+    (1 - t) s_low B_low A_low + t s_high B_high A_high
+
+with the scale s = alpha / r of each run. A product of mixed factors would be something else. So the
+factors stand side by side in one adapter, whose rank is the sum of both ranks (peft's
+`add_weighted_adapter` with "cat"). Whole weights are (1 - t) W_low + t W_high. At the shares 0 and
+1 the network is that of the run itself.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from peft import LoraConfig, PeftModel
+from torch import Tensor
+
+from orpo_lab import config, data, engine
+from orpo_lab.config import SCHEMAS, Config
+from orpo_lab.config.optimizer import Lora
+from orpo_lab.errors import UserError, one_line
+from orpo_lab.evaluate import Evaluation, evaluate
+from orpo_lab.metrics import brief
+from orpo_lab.model.adapter import load_adapter
+from orpo_lab.model.precision import resolve_device, resolve_dtype
+from orpo_lab.model.source import load_config
+from orpo_lab.model.start import Origin, origin_of
+from orpo_lab.model.tokenizer import load_tokenizer
+from orpo_lab.optimizer.write_back import stochastic_round
+from orpo_lab.records import results
+from orpo_lab.records.run_folder import RunFolder, put_in_place
+from orpo_lab.training.files import Files
+
+# peft's name for the adapter that is saved without a folder of its own
+MIXED = "default"
+
+
+def read_config(folder: Path) -> Config:
+    """Return the configuration of the run in a folder; its tracker is left out.
+
+    Raises:
+        UserError: the configuration is not one of this version of orpo_lab.
+    """
+    place = RunFolder(folder)
+    values = place.read_yaml("config.yaml") | {"tracker": {}}
+    kinds = place.segments()[-1]["kinds"] | {"tracker": "none"}
+    try:
+        sections = {
+            group: OmegaConf.merge(OmegaConf.structured(SCHEMAS[group][kind]), values[group])
+            for group, kind in kinds.items()
+        }
+        merged = OmegaConf.merge(OmegaConf.structured(Config), values | sections)
+    except (KeyError, OmegaConfBaseException) as error:
+        raise UserError(
+            f"{folder}/config.yaml cannot be read; another version of orpo_lab may have made it "
+            f"({one_line(error)[:100]})"
+        ) from error
+    return config.load(cast(DictConfig, merged))
+
+
+class Mixer(Protocol):
+    """Sets the mixtures of two results in a network."""
+
+    def turn(self, share: float) -> None:
+        """Set the mixture with this share of the high run, 0 to 1."""
+
+    def forget_ends(self) -> None:
+        """Leave nothing in the network but the mixture that was set last."""
+
+
+class Adapters:
+    """Mixes adapters.
+
+    Args:
+        network: the base with any adapter, which the mixtures replace.
+        finals: the folders of both results.
+    """
+
+    def __init__(self, network: PeftModel, *finals: Path) -> None:
+        self.network = network
+        self.finals = dict(zip(("low", "high"), finals, strict=True))
+        for name, final in self.finals.items():
+            self._put(name, final)
+
+    def _put(self, name: str, final: Path) -> None:
+        """Put the adapter in a folder on the network as it is, and make it the active one."""
+        self.network.add_adapter(name, LoraConfig.from_pretrained(final))
+        self.network.set_adapter(name)
+        load_adapter(self.network, final)
+
+    def turn(self, share: float) -> None:
+        """Set a mixture; see `Mixer`."""
+        self.network.set_adapter("low")
+        self.network.delete_adapter(MIXED)
+        if share in (0, 1):
+            # A mixture with a share of 0 would be the same adapter to rounding, and twice as large
+            self._put(MIXED, self.finals["high" if share else "low"])
+            return
+        self.network.add_weighted_adapter(
+            [*self.finals], [1 - share, share], MIXED, combination_type="cat"
+        )
+        self.network.set_adapter(MIXED)
+
+    def forget_ends(self) -> None:
+        """Delete the other adapters; see `Mixer`."""
+        for name in self.finals:
+            self.network.delete_adapter(name)
+        self.network.set_adapter(MIXED)
+
+
+class Weights:
+    """Mixes whole weights.
+
+    The folder of a result holds its weights in the precision of its base. So a mixture is rounded
+    to this precision before it is measured. In bf16 a weight's values in the two runs may be
+    neighbours: the nearest number is then the low run's at every share below one half. Stochastic
+    rounding keeps the mean.
+
+    Args:
+        network: the network of the low run.
+        high: the network of the high run.
+        stored: precision of the weights in the base's folder; None: that of the network.
+    """
+
+    def __init__(self, network: Any, high: Any, stored: torch.dtype | None) -> None:
+        self.network = network
+        # A folder is never wider than what was trained
+        self.stored = min(network.dtype, stored or network.dtype, key=lambda dtype: dtype.itemsize)
+        low = [weight.detach().cpu().clone() for weight in network.parameters()]
+        self.ends = low, [weight.detach().cpu() for weight in high.parameters()]
+
+    @torch.no_grad()
+    def turn(self, share: float) -> None:
+        """Set a mixture; see `Mixer`."""
+        generator = torch.Generator().manual_seed(0)
+        for weight, low, high in zip(self.network.parameters(), *self.ends, strict=True):
+            mixed = (1 - share) * low.float() + share * high.float()
+            weight.copy_(_rounded(mixed, self.stored, generator))
+
+    def forget_ends(self) -> None:
+        """Do nothing: the weights of the ends are not in the network."""
+
+
+def _rounded(wide: Tensor, stored: torch.dtype, generator: torch.Generator) -> Tensor:
+    return stochastic_round(wide, generator) if stored == torch.bfloat16 else wide.to(stored)
+
+
+class Dial:
+    """The network between the results of two runs.
+
+    Args:
+        low: folder of the run at share 0.
+        high: folder of the run at share 1; the two differ in beta, its schedule and, if they are
+            adapters, their rank alone.
+
+    Raises:
+        UserError: the base or the pairs are not those that the runs were made with.
+    """
+
+    def __init__(self, low: Path, high: Path) -> None:
+        self.config = read_config(low)
+        origin = origin_of(replace(self.config, start_from=str(low.resolve())))
+        own = load_config(origin.base.model)
+        self.tokenizer = load_tokenizer(self.config.model, own)
+        origin.check_tokenizer(self.tokenizer)
+        self.dtype = resolve_dtype(self.config.model.dtype, resolve_device())
+        self.origin, self.stored = origin, own.dtype
+        self.network = self._load(origin)
+        engine.check(self.config, self.network, self.dtype)
+        self.mixer: Mixer
+        if isinstance(self.config.optimizer, Lora):
+            self.mixer = Adapters(self.network, low / "final", high / "final")
+        else:
+            last = origin_of(replace(read_config(high), start_from=str(high.resolve())))
+            self.mixer = Weights(self.network, self._load(last), own.dtype)
+        self.pairs = self._pairs(low)
+
+    def _load(self, origin: Origin) -> Any:
+        network, _ = origin.load(self.tokenizer, self.dtype)
+        return network
+
+    def _pairs(self, low: Path) -> data.Data:
+        """Return the pairs that the runs were made with."""
+        place = RunFolder(low)
+        today = date.fromisoformat(place.segments()[-1]["started"][:10])
+        pairs = data.load(self.config.dataset, self.tokenizer, today=today)
+        held_out = place.read_json("summary.json")["dataset_fingerprint"]["held_out"]
+        if pairs.report["held_out"]["fingerprint"] != held_out:
+            raise UserError(
+                f"the held-out pairs are not those that {low} was measured on (their files have "
+                "changed); put back the old ones"
+            )
+        return pairs
+
+    def measure(self, shares: Sequence[float]) -> list[Evaluation]:
+        """Return the evaluation of a mixture for each share, and print its figures."""
+        return [self._measure_one(share) for share in shares]
+
+    def _measure_one(self, share: float) -> Evaluation:
+        self.mixer.turn(share)
+        found = evaluate(
+            self.network,
+            self.tokenizer,
+            self.pairs,
+            self.config,
+            dtype=self.dtype,
+            desc=f"share {share:.3g}",
+        )
+        said = "  ".join(f"{name} {value}" for name, value in brief(found.metrics).items())
+        print(f"share {share:<6.3g}{said}", flush=True)
+        return found
+
+    def save(self, share: float, folder: Path, card: str) -> None:
+        """Save a mixture as a run saves its result in `final/`. The dial cannot be turned after.
+
+        Args:
+            share: of the high run, 0 to 1.
+            folder: a new folder.
+            card: the text of its README.md.
+
+        Raises:
+            OSError: the disk is full, or cannot be written to.
+        """
+        self.mixer.turn(share)
+        self.mixer.forget_ends()
+        part = folder.with_name(f"{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        files = Files(part)
+        results.save_model(self.network, self.tokenizer, files, dtype=self.stored)
+        self.origin.save_base(self.network, files, folder)
+        (part / "README.md").write_text(card, encoding="utf-8")
+        put_in_place(part, folder)
