@@ -141,6 +141,7 @@ def test_jobs_that_shall_not_share_and_short_parts_make_no_fork(sweep: Sweep) ->
     assert Forks(sweep).steps(alone) == Forks(sweep).steps(other) == frozenset()
     place = run_of(sweep, alone, "0", "running")
     assert begin(sweep, alone, place) is None
+    planned(sweep, ["beta_schedule=adaptive"])
     with Forks(sweep).locked() as record:
         assert record["jobs"] == {}
     linear, _ = planned(sweep, ["beta_schedule=linear"], TRUNK)

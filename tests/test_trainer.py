@@ -549,6 +549,23 @@ def test_a_resumed_run_has_settings_of_its_own_and_what_was_spent_before(
     assert stats.pairs_per_second * stats.wall_seconds == pytest.approx(8 * 8)
 
 
+def test_lines_of_metrics_are_the_same_wherever_a_run_was_saved_and_resumed(
+    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    common = ("optimizer=lora", *SMALL, "train.max_steps=5", "train.logging_steps=3")
+    plain = load(*common)
+    _, place = fit(plain, build_model(plain), tokenizer, tmp_path / "plain")
+    lines = place.metrics()
+    assert [line["step"] for line in lines] == [1, 3, 5]
+    saving = load(*common, "train.save_steps=2", "train.num_checkpoints=3")
+    _, saved = fit(saving, build_model(saving), tokenizer, tmp_path / "saved")
+    assert saved.metrics() == lines
+    start = checkpoint.Checkpoint(checkpoint.folders(saved)[0], Made("", "", ""), Spent(), {})
+    assert start.step == 2
+    _, resumed = fit(plain, build_model(plain), tokenizer, tmp_path / "resumed", start)
+    assert resumed.metrics() == lines[1:]
+
+
 def test_a_run_whose_time_is_up_saves_its_step(
     load: Load, build_model: Any, tokenizer: Any, tmp_path: Path
 ) -> None:

@@ -14,7 +14,16 @@ from orpo_lab import memory
 from orpo_lab.beta_schedule import adapted, beta_at, progress
 from orpo_lab.config import Config
 from orpo_lab.config.beta_schedule import Adaptive
-from orpo_lab.engine.base import COLUMNS, MISMATCHED, REFERENCE, Engine, MicroBatch, Pair, Sums
+from orpo_lab.engine.base import (
+    COLUMNS,
+    MISMATCHED,
+    REFERENCE,
+    Engine,
+    MicroBatch,
+    Pair,
+    Score,
+    Sums,
+)
 from orpo_lab.stop import Stop
 from orpo_lab.training.checkpoint import CHECKPOINT, FORK
 from orpo_lab.training.finite import FiniteCheck, check_weights
@@ -155,14 +164,18 @@ class Loop:
 
         This takes a forward pass of its own. See `Method.margin` in the configuration.
         """
-        state, sums = self.state, Since()
-        state.model.eval()
-        with torch.no_grad(), self.engine.reading():
-            for micro_batch in self.engine.micro_batches(pairs):
-                sums.add(self.engine.score(micro_batch, self.config.beta).sums)
+        sums = Since()
+        for score in self.read(pairs, self.config.beta):
+            sums.add(score.sums)
         assert sums.sums is not None
-        taken = state.devices.average(sums.sums).tolist()  # device-to-host sync
+        taken = self.state.devices.average(sums.sums).tolist()  # device-to-host sync
         return sums.named(taken)[self.config.method.margin]
+
+    def read(self, pairs: Sequence[Pair], beta: float) -> list[Score]:
+        """Return the scores of all micro-batches of some pairs, without gradients and dropout."""
+        self.state.model.eval()
+        with torch.no_grad(), self.engine.reading():
+            return [self.engine.score(each, beta) for each in self.engine.micro_batches(pairs)]
 
     def write_line(self, norm: Tensor, rate: float) -> None:
         """Write a line with the means of the metrics since the last line, and reset the sums.
@@ -194,14 +207,11 @@ class Loop:
         begin, size, state = time.perf_counter(), self.config.train.batch_size, self.state
         num_pairs, sums = len(self.held_out), Since()
         loss = torch.zeros((), device=state.devices.device)
-        state.model.eval()
-        with torch.no_grad(), self.engine.reading():
-            for start in range(0, num_pairs, size):
-                part = range(start, min(start + size, num_pairs))
-                for micro_batch in self.engine.micro_batches(rows(self.held_out, part)):
-                    score = self.engine.score(micro_batch, self.beta)
-                    sums.add(score.sums)
-                    loss = loss + score.loss * len(part) / num_pairs
+        for start in range(0, num_pairs, size):
+            part = range(start, min(start + size, num_pairs))
+            for score in self.read(rows(self.held_out, part), self.beta):
+                sums.add(score.sums)
+                loss = loss + score.loss * len(part) / num_pairs
         assert sums.sums is not None
         figures = torch.cat([loss[None], sums.sums])
         eval_loss, *taken = state.devices.average(figures).tolist()  # device-to-host sync
