@@ -52,7 +52,7 @@ def launch(composed: DictConfig) -> None:
     number = hydra_config.job.num + 1 if is_sweep else 0
     begun = time.monotonic()
     if is_sweep and JOBS.num:
-        print(f"\njob {number} of {JOBS.num}: {folder}", flush=True)
+        print(f"\njob {number} of {JOBS.all}: {folder}", flush=True)
     try:
         run_job(composed, folder, Sweep(folder.parent) if is_sweep else None)
     except UserError as error:

@@ -13,6 +13,8 @@ Parts (all of them: an hour on a core):
     coverage: how often a setting's interval holds its share
     needed: how often as many pairs or seeds as a sweep asks for show the gap
     bound: what rules could do that know all that a verdict has to estimate
+    race: what races over seeds name and take, beside sweeps of as many seeds for every setting
+    pairing: what tests on pairs of runs of one seed would name (some minutes, as the race)
 
 Beside ours stand the rule before 2026-11-27, which pools the variance between seeds over all
 settings (`pooled`). The last line is one JSON object.
@@ -30,6 +32,7 @@ from numpy.random import Generator
 from numpy.typing import ArrayLike
 from scipy import special, stats
 
+from orpo_lab.compare.race import next_step
 from orpo_lab.compare.verdict import POWER, Array, Measure, Quality, decide
 
 NUM_SETTINGS = 8
@@ -42,6 +45,12 @@ RESAMPLES = 400
 ALLOWED = 17 / 200
 BOUND_SWEEPS = 2000
 QUIET, NOISY = 0.1, 0.8
+# Races: sweeps of each kind, seeds at the beginning and at most, how much one in log-odds is on the
+# latent scale (at a share of 0.85), and how much of the runs' variance may be the seed's
+NUM_RACES = 400
+MIN_SEEDS, MAX_SEEDS = 2, 5
+LOG_ODDS = 0.85 * 0.15 / stats.norm.pdf(stats.norm.ppf(0.85))
+SHARED = 0.7
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,8 @@ class Situation:
     """The setting that is truly above all others; None: there is none."""
     allowed: float = 0.065
     """Sweeps that may name another."""
+    shared: float = 0.0
+    """The share of the runs' variance that runs of one seed have in common."""
 
 
 def draw(
@@ -66,16 +77,19 @@ def draw(
     num_pairs: int,
     run_effects: ArrayLike = RUN_EFFECT,
     parts: tuple[float, float, float] = PARTS,
+    shared: float = 0.0,
 ) -> list[Array]:
     """Return 0/1 scores [K, N] of every setting, whose mean over runs is the setting's share."""
     shares, run_effects = np.broadcast_arrays(shares, run_effects)
     levels = stats.norm.ppf(shares) * np.sqrt(1 + run_effects**2)
     pair, own, noise = (np.sqrt(part) for part in parts)
     pairs = pair * rng.standard_normal(num_pairs)
+    of_seeds = np.sqrt(shared) * rng.standard_normal((max(num_seeds), 1)) if shared else 0.0
+    alone = np.sqrt(1 - shared)
     return [
         (
             level
-            + effect * rng.standard_normal((num, 1))
+            + effect * (alone * rng.standard_normal((num, 1)) + np.resize(of_seeds, (num, 1)))
             + pairs
             + own * rng.standard_normal(num_pairs)
             + noise * rng.standard_normal((num, num_pairs))
@@ -145,6 +159,41 @@ def situations() -> dict[str, Situation]:
     }
 
 
+def race_situations() -> dict[str, Situation]:
+    """Return what races are tried on: no difference, one leader, two leaders; MAX_SEEDS seeds.
+
+    Each with runs that share a part of their seed's effect, and with runs that share none.
+    """
+    quiet, noisy = 0.1 * LOG_ODDS, 0.8 * LOG_ODDS
+    mixed = [noisy, *[quiet] * 7]
+    spread = list(np.geomspace(quiet, noisy, 8))
+    alike = [RUN_EFFECT] * 8
+    none: dict[str, Any] = {"allowed": 0.05}
+    one: dict[str, Any] = {"num_leaders": 1, "best": 0, "allowed": 0.05}
+    tied: dict[str, Any] = {"lead": 0.08, "num_leaders": 2, "allowed": 0.12}
+    steps = np.array([0.95, 0.87, 0.85, 0.82, 0.78, 0.74, 0.66, 0.55])
+    found = {
+        "2 equal, alike": equal([RUN_EFFECT] * 2, MAX_SEEDS, **none),
+        "2 equal, one noisy": equal([noisy, quiet], MAX_SEEDS, **none),
+        "3 equal, one noisy": equal([noisy, quiet, quiet], MAX_SEEDS, **none),
+        "8 equal, alike": equal(alike, MAX_SEEDS, **none),
+        "8 equal, one noisy": equal(mixed, MAX_SEEDS, **none),
+        "8 equal, from 0.1 to 0.8": equal(spread, MAX_SEEDS, **none),
+        "2, one leads": equal([RUN_EFFECT] * 2, MAX_SEEDS, lead=0.09, **one),
+        "8, one leads, 200 pairs": equal(alike, MAX_SEEDS, lead=0.1, num_pairs=200, **one),
+        "8, one leads, 500 pairs": equal(alike, MAX_SEEDS, share=0.88, lead=0.077, **one),
+        "8, one leads, from 0.1 to 0.8": equal(spread, MAX_SEEDS, share=0.8, lead=0.15, **one),
+        "8, one leads, in steps": replace(equal(alike, MAX_SEEDS, **one), shares=steps),
+        "2 lead equally, alike": equal(alike, MAX_SEEDS, **tied),
+        "2 lead equally, one noisy": equal(mixed, MAX_SEEDS, **tied),
+        "2 lead equally, 0.8 to 0.1": equal(spread[::-1], MAX_SEEDS, **tied),
+    }
+    return found | {
+        f"{name}, seeds shared": replace(situation, shared=SHARED)
+        for name, situation in found.items()
+    }
+
+
 def ours(accuracy: list[Array]) -> int | None:
     """Return the winner that the verdict names."""
     return decide(Measure(accuracy, is_share=True), []).winner
@@ -190,31 +239,38 @@ def pairs_only(scores: list[Array], rng: Generator) -> int | None:
     return best if (np.quantile(leads, 0.025, axis=1) > 0).all() else None
 
 
-def sweeps(situation: Situation, *, seed: int = 0) -> Iterator[list[Array]]:
-    """Return the preference accuracies of NUM_SWEEPS sweeps."""
+def sweeps(
+    situation: Situation, *, seed: int = 0, num_sweeps: int | None = None
+) -> Iterator[list[Array]]:
+    """Return the preference accuracies of sweeps; NUM_SWEEPS if no number is given."""
     rng = np.random.default_rng(seed)
     sizes = situation.num_seeds, situation.num_pairs
-    for _ in range(NUM_SWEEPS):
-        yield draw(rng, situation.shares, *sizes, situation.run_effects, situation.parts)
+    for _ in range(num_sweeps or NUM_SWEEPS):
+        effects = situation.run_effects
+        yield draw(rng, situation.shares, *sizes, effects, situation.parts, situation.shared)
 
 
 def count(
-    situation: Situation, rules: Mapping[str, Callable[[list[Array]], int | None]] | None = None
+    situation: Situation,
+    rules: Mapping[str, Callable[[list[Array]], int | None]] | None = None,
+    *,
+    num_sweeps: int | None = None,
 ) -> dict[str, float]:
     """Return the shares of sweeps in which each rule names a false winner, and the best setting.
 
     Args:
         situation: the planted truth.
         rules: by name; None: `ours` alone.
+        num_sweeps: None: NUM_SWEEPS.
     """
     rules = rules or {"ours": ours}
     found = dict.fromkeys([f"{name}_{what}" for name in rules for what in ("false", "best")], 0)
-    for accuracy in sweeps(situation):
+    for accuracy in sweeps(situation, num_sweeps=num_sweeps):
         for name, rule in rules.items():
             winner = rule(accuracy)
             found[f"{name}_false"] += winner not in (None, situation.best)
             found[f"{name}_best"] += winner is not None and winner == situation.best
-    return {name: num / NUM_SWEEPS for name, num in found.items()}
+    return {name: num / (num_sweeps or NUM_SWEEPS) for name, num in found.items()}
 
 
 def winners() -> Iterator[tuple[str, dict[str, float]]]:
@@ -416,6 +472,67 @@ def bounds() -> Iterator[tuple[str, dict[str, float]]]:
         yield name, bound(base, lead, num_seeds, num_pairs)
 
 
+def raced(accuracy: list[Array], num_seeds: int) -> tuple[int | None, int]:
+    """Return the winner of a race and its number of runs.
+
+    Args:
+        accuracy: as many runs of every setting as the race may take.
+        num_seeds: number of seeds with which every setting begins.
+    """
+    most, given = len(accuracy[0]), np.full(len(accuracy), num_seeds)
+    while True:
+        so_far = [runs[:num] for runs, num in zip(accuracy, given, strict=True)]
+        verdict = decide(Measure(so_far, is_share=True, max_seeds=most), [])
+        more = next_step(verdict, given.tolist(), most).more
+        if not more:
+            return verdict.winner, int(given.sum())
+        given[more] += 1
+
+
+def paired(accuracy: list[Array]) -> int | None:
+    """Return the winner by tests on the differences of runs of one seed, for each pair of settings.
+
+    No variance of a difference is below the mean of these variances, as in the verdict.
+    """
+    measure = Measure(accuracy, is_share=True)
+    num_pairs, num_seeds = measure.num_pairs, len(accuracy[0])
+    runs = special.logit((np.stack(accuracy).sum(2) + 0.5) / (num_pairs + 1))
+    best = int(measure.means.argmax())
+    others = [number for number in range(len(accuracy)) if number != best]
+    own = (runs[best] - runs[others]).var(axis=1, ddof=1)
+    shares = np.clip([setting.mean() for setting in accuracy], 0.5 / num_pairs, 1 - 0.5 / num_pairs)
+    by_pair = np.stack([setting.mean(0) for setting in accuracy]) / (shares * (1 - shares))[:, None]
+    for number, of_runs in zip(others, np.maximum(own, own.mean()), strict=True):
+        of_pairs = (by_pair[best] - by_pair[number]).var(ddof=1) / num_pairs
+        error = np.sqrt(of_runs / num_seeds + of_pairs)
+        reach = special.stdtrit(num_seeds - 1, 1 - measure.level(best, number)) * error
+        if measure.means[best] - measure.means[number] <= reach:
+            return None
+    return best
+
+
+def races() -> Iterator[tuple[str, dict[str, float]]]:
+    """Count what races find and take, beside sweeps of MAX_SEEDS seeds for every setting."""
+    for name, situation in race_situations().items():
+        num_runs: list[int] = []
+
+        def race(accuracy: list[Array], num_runs: list[int] = num_runs) -> int | None:
+            winner, num = raced(accuracy, MIN_SEEDS)
+            num_runs.append(num)
+            return winner
+
+        counts = count(situation, {"race": race, "fixed": ours}, num_sweeps=NUM_RACES)
+        share = float(np.mean(num_runs)) / (MAX_SEEDS * len(situation.shares))
+        yield name, {**counts, "race_runs": share, "allowed": situation.allowed}
+
+
+def pairing() -> Iterator[tuple[str, dict[str, float]]]:
+    """Count what tests on pairs of runs name, in sweeps of MAX_SEEDS seeds for every setting."""
+    for name, situation in race_situations().items():
+        rules = {"paired": paired, "ours": ours}
+        yield name, count(situation, rules, num_sweeps=NUM_RACES)
+
+
 PARTS_OF_THIS: dict[str, Callable[[], Iterator[tuple[str, dict[str, float]]]]] = {
     "winners": winners,
     "bootstrap": bootstrap,
@@ -424,6 +541,8 @@ PARTS_OF_THIS: dict[str, Callable[[], Iterator[tuple[str, dict[str, float]]]]] =
     "coverage": coverage,
     "needed": needed,
     "bound": bounds,
+    "race": races,
+    "pairing": pairing,
 }
 
 

@@ -5,6 +5,7 @@ reviewed when its library is updated. A patch imports only its own library, or w
 imports.
 """
 
+import importlib
 import logging
 import os
 import sys
@@ -134,6 +135,28 @@ def compose_through(loader: type[Any]) -> None:
     from hydra._internal import hydra as internals
 
     setattr(internals, "ConfigLoaderImpl", loader)  # noqa: B010  (not its type)
+
+
+@patch("hydra-core", "1.3.8", until="Hydra instantiates a registered sweeper of another package")
+def plug_in(name: str) -> None:
+    """Make a plugin of ours known to Hydra, which takes plugins of two packages alone.
+
+    Args:
+        name: the full name of the plugin's class.
+    """
+    from hydra.core.plugins import Plugins
+
+    plugins = Plugins.instance()
+    # Imported only now: Hydra has executed the modules of its own plugins a second time, and a
+    # subclass of a class of the first time does not work
+    module, _, own = name.rpartition(".")
+    plugins.register(getattr(importlib.import_module(module), own))
+    takes = Plugins.is_in_toplevel_plugins_module
+    setattr(  # noqa: B010  (a static method)
+        Plugins,
+        "is_in_toplevel_plugins_module",
+        staticmethod(lambda named: named == name or takes(named)),
+    )
 
 
 @patch("hydra-core", "1.3.8", until="a sweep leaves out what cannot be, and saves no secret")

@@ -211,12 +211,17 @@ def measured(
 ) -> tuple[Measure, list[Quality]]:
     """Return preference accuracy and the qualities of settings.
 
+    If runs come from a race, its looks have their share in the error of every later comparison.
+
     Args:
         settings: at least one; their runs have scores of the same held-out pairs.
         margins: for each quality, how much worse than the best setting's it may be.
     """
-    accuracy = Measure([_stack(setting, prefers) for setting in settings], is_share=True)
-    return accuracy, _qualities(settings, margins)
+    given = [run.max_seeds for setting in settings for run in setting.runs if run.max_seeds]
+    max_seeds = max(given, default=None)
+    scores = [_stack(setting, prefers) for setting in settings]
+    accuracy = Measure(scores, is_share=True, max_seeds=max_seeds)
+    return accuracy, _qualities(settings, margins, max_seeds)
 
 
 def _check_same_pairs(runs: Sequence[Run]) -> None:
@@ -266,7 +271,9 @@ def _stack(setting: Setting, column: Any) -> Array:
     return np.stack([column(run.scores) for run in setting.runs])
 
 
-def _qualities(settings: Sequence[Setting], margins: dict[str, float]) -> list[Quality]:
+def _qualities(
+    settings: Sequence[Setting], margins: dict[str, float], max_seeds: int | None
+) -> list[Quality]:
     """Return the qualities that all runs have; see `qualities_among`.
 
     Preference accuracy may not rise at their cost.
@@ -283,7 +290,7 @@ def _qualities(settings: Sequence[Setting], margins: dict[str, float]) -> list[Q
         of_settings = [
             metric.sign * _stack(setting, partial(of_pairs, metric)) for setting in settings
         ]
-        measure = Measure(of_settings, is_share=metric.is_share)
+        measure = Measure(of_settings, is_share=metric.is_share, max_seeds=max_seeds)
         margin = margins[metric.name]
         found.append(Quality(metric.name, metric.unit, measure, margin, sign=metric.sign))
     return found

@@ -147,11 +147,10 @@ def _run_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
             row |= brief(after)
             if "preference_share" in train:
                 row["preference share"] = f"{train['preference_share']:.3f}"
-            seconds = train["wall_seconds"] + sum(run.summary["evaluation_seconds"].values())
-            row["wall time (s)"] = f"{seconds:.1f}"
+            row["wall time (s)"] = f"{run.seconds:.1f}"
             row["tokens"] = f"{train['tokens_per_second'] * train['wall_seconds']:.0f}"
             row["peak memory (GB)"] = f"{train['peak_memory_bytes'] / 1e9:.2f}"
-            row["GPU-hours"] = "0" if train["device"] == "cpu" else f"{seconds / 3600:.3f}"
+            row["GPU-hours"] = "0" if train["device"] == "cpu" else f"{run.seconds / 3600:.3f}"
         rows.append(row)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     return [{key: row.get(key, "") for key in columns} for row in rows]

@@ -39,11 +39,20 @@ class Run:
     """The same columns before training."""
     samples: list[dict[str, str]]
     """The content of `samples.json`; empty: no such file."""
+    max_seeds: int | None = None
+    """The largest number of seeds of the race that the run comes from; None: it was no race."""
 
     @property
     def is_complete(self) -> bool:
         """Whether the run has finished, and its folder holds what a comparison needs."""
         return self.state == "finished" and self.summary is not None and self.scores is not None
+
+    @property
+    def seconds(self) -> float:
+        """The run's wall time of training and evaluation, in seconds."""
+        assert self.summary is not None
+        evaluation = self.summary["evaluation_seconds"].values()
+        return float(self.summary["train"]["wall_seconds"] + sum(evaluation))
 
 
 def find_runs(folders: Iterable[Path]) -> list[Run]:
@@ -103,11 +112,17 @@ def read_run(folder: Path) -> Run:
             scores=_read_scores(folder / "scores.parquet", "after"),
             scores_before=_read_scores(folder / "scores.parquet", "before"),
             samples=place.read_json("samples.json") or [],
+            max_seeds=_max_seeds(RunFolder(folder.parent)),
         )
     except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
         raise UserError(
             f"{folder} cannot be read as a run folder: {type(error).__name__}: {one_line(error)}"
         ) from error
+
+
+def _max_seeds(parent: RunFolder) -> int | None:
+    sweep = parent.read_json("sweep.json")
+    return sweep.get("max_seeds") if isinstance(sweep, dict) else None
 
 
 def _read_scores(file: Path, when: str) -> dict[str, Array] | None:

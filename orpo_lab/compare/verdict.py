@@ -45,6 +45,8 @@ Array = NDArray[np.float64]
 # are an estimate, and the log-odds of a setting with very different seeds are skewed. In simulation
 # these two make up the rest
 LEVEL = 0.03
+# A race looks several times: the shape of the boundary of its tests (`level_of_look`)
+SHAPE = 0.15
 # Confidence of a setting's two-sided interval
 CONFIDENCE = 0.9
 # A setting whose variance is somewhat above the pooled one gets the pooled variance, if chance
@@ -97,11 +99,16 @@ class Measure:
         scores: for each setting [K, N]: a row with the scores of the N held-out pairs for each of
             its K seeds. Higher is better. K may differ between settings.
         is_share: whether every score is 0 or 1.
+        max_seeds: the largest number of seeds of the race that the runs come from. None: the runs
+            are looked at once.
     """
 
-    def __init__(self, scores: Sequence[Array], *, is_share: bool) -> None:
+    def __init__(
+        self, scores: Sequence[Array], *, is_share: bool, max_seeds: int | None = None
+    ) -> None:
         self.scores = scores
         self.is_share = is_share
+        self.max_seeds = max_seeds
         self.num_pairs = scores[0].shape[1]
         self.num_seeds = np.array([len(of_setting) for of_setting in scores])
         self.means = self._link(np.array([of_setting.mean() for of_setting in scores]))
@@ -236,14 +243,26 @@ class Measure:
         alone = min(num_seeds[settings]) < 2
         return Spread(np.where(alone, np.nan, whole), np.where(alone, np.nan, joined))
 
-    @property
-    def level(self) -> float:
-        """The level of one test for the winner; lower if there are fewer than four settings.
+    def level(
+        self, a: int, b: int, num_seeds: Array | None = None, *, of_all: bool = False
+    ) -> float:
+        """Return the one-sided level of the test of a difference.
 
-        With fewer settings it is more likely that chance puts one of equal settings above all
-        others.
+        Args:
+            a: a setting.
+            b: the other setting.
+            num_seeds: number of seeds of every setting, [S]; None: those at hand.
+            of_all: False: the level of a test for the winner. It is lower if there are fewer than
+                four settings, or six in a race: then it is more likely that chance puts one of
+                equal settings above all others. True: the level of a statement about any pair of
+                settings.
         """
-        return LEVEL * min(len(self.scores) / 4, 1)
+        few = 4 if self.max_seeds is None else 6
+        level = LEVEL if of_all else LEVEL * min(len(self.scores) / few, 1)
+        if self.max_seeds is None:
+            return level
+        given = self.num_seeds if num_seeds is None else num_seeds
+        return level_of_look(level, given[[a, b]], self.max_seeds)
 
     def value(self, a: int) -> float:
         """Return a setting's plain mean over pairs and seeds."""
@@ -267,7 +286,7 @@ class Measure:
         is fixed at its measured value.
         """
         spread = self.spread(a, b)
-        reach = spread.reach(self.level)
+        reach = spread.reach(self.level(a, b))
         gap = self.means[a] - self.means[b]
         at = self._unlink(self.means[a])
         low, high = (at - self._unlink(self.means[a] - g) for g in (gap - reach, gap + reach))
@@ -275,24 +294,22 @@ class Measure:
 
     def is_above(self, a: int, b: int) -> bool:
         """Return whether `a` is shown to be above `b`: a one-sided test."""
-        return bool(self._shows(self.means[a] - self.means[b], self.spread(a, b)))
-
-    def _shows(self, gap: Array, spread: Spread) -> NDArray[np.bool_]:
-        return (gap > 0) & (gap > spread.reach(self.level))
+        gap = self.means[a] - self.means[b]
+        return bool(_shows(gap, self.spread(a, b), self.level(a, b)))
 
     def is_above_in_all(self, a: int, b: int) -> bool:
         """Return whether `a` is shown to be above `b`; the test covers all pairs of settings."""
         spread = self.spread(a, b, pooled=False)
         gap = self.means[a] - self.means[b]
         chance = 2 * special.stdtr(spread.freedom, -gap / max(spread.error, TINY))
-        num = len(self.scores)
+        num, level = len(self.scores), self.level(a, b, of_all=True)
         # The probability of the studentized range takes 0.05 seconds, and lies between two bounds
-        if not chance < LEVEL:
+        if not chance < level:
             return False
-        if chance * num * (num - 1) / 2 < LEVEL:
+        if chance * num * (num - 1) / 2 < level:
             return True
         reached = math.sqrt(2) * gap / spread.error
-        return bool(stats.studentized_range.sf(reached, num, spread.freedom) < LEVEL)
+        return bool(stats.studentized_range.sf(reached, num, spread.freedom) < level)
 
     def falls_short(self, a: int) -> bool:
         """Return whether any setting is shown to be above `a`; see `is_above_in_all`."""
@@ -313,6 +330,17 @@ class Measure:
             self.num_pairs + 1,
             MAX_FACTOR * self.num_pairs,
         )
+
+    def outlook(self, a: int, b: int, num_seeds: Array) -> float:
+        """Return roughly how often sweeps with so many seeds would show the present gap.
+
+        As `power`, but as if all variances were known: quick, and somewhat too high for few seeds.
+        """
+        likely, _ = self._by_run(self._between, self._chance, self.num_seeds, min_pool=0)
+        by_run = sum(likely[index] / num_seeds[index] for index in (a, b))
+        error = max(math.sqrt(by_run + self._pair_variance(a, b)), TINY)
+        needed = special.ndtri(self.level(a, b, num_seeds))
+        return float(special.ndtr((self.means[a] - self.means[b]) / error + needed))
 
     def power(self, a: int, b: int, num_seeds: Array, num_pairs: int) -> float:
         """Return the share of NUM_DRAWS simulated sweeps in which the test shows the present gap.
@@ -338,7 +366,28 @@ class Measure:
         gaps = self.means[a] - self.means[b] + true.error * rng.standard_normal(NUM_DRAWS)
         by_run = self._by_run(between, chance, num_seeds, min_pool=MIN_POOL)
         seen = self._joined([a, b], *by_run, num_seeds, by_pair, num_pairs)
-        return float(self._shows(gaps, seen).mean())
+        return float(_shows(gaps, seen, self.level(a, b, num_seeds)).mean())
+
+
+def level_of_look(level: float, num_seeds: Array, max_seeds: int) -> float:
+    """Return the level of a test at one look of a race, so that all looks together err rarely.
+
+    The boundary is that of Wang and Tsiatis (Biometrics 43, 1987, 193-199). A difference must reach
+    z t^(SHAPE - 1/2) standard errors. Here z is the quantile of `level`, and t is the share of the
+    information that the race may at most collect. SHAPE = 1/2 is Pocock's boundary, SHAPE = 0 that
+    of O'Brien and Fleming. Which settings get seeds does not enter.
+
+    Args:
+        level: the level of the test with `max_seeds` seeds for both settings.
+        num_seeds: number of seeds of the two settings, [2].
+        max_seeds: the largest number of seeds that the race gives to a setting.
+    """
+    share = min(2 / (1 / num_seeds).sum() / max_seeds, 1.0)
+    return float(special.ndtr(special.ndtri(level) * share ** (SHAPE - 0.5)))
+
+
+def _shows(gap: Array, spread: Spread, level: float) -> NDArray[np.bool_]:
+    return (gap > 0) & (gap > spread.reach(level))
 
 
 def _residual(scores: Array) -> float:
@@ -396,6 +445,8 @@ class Verdict:
     accuracies: list[Interval]
     """Preference accuracy of every setting."""
     qualities: list[Standing]
+    best_in: dict[str, int]
+    """The best setting of each quality, by the quality's name."""
     unbeaten: list[int]
     """Settings of good quality that the leader is not shown to beat."""
     nearest: int | None
@@ -405,8 +456,10 @@ class Verdict:
     """How far the leader is above `nearest`."""
     one_seed: list[int]
     """Settings of good quality with one seed, which can neither win nor be beaten."""
+    in_contest: list[int]
+    """Settings of good quality."""
     contest: Measure
-    """Preference accuracy of the settings of good quality."""
+    """Preference accuracy of the settings of good quality, in the same order."""
     open_gap: tuple[int, int] | None
     """Numbers in `contest` of the leader and of `nearest`, if more seeds or pairs may separate
     them."""
@@ -447,7 +500,9 @@ def decide(accuracy: Measure, qualities: Sequence[Quality]) -> Verdict:
     candidates = [number for number in everyone if not quality_of[number].worse_in]
     # Settings that are out do not take part: their variance says nothing about the others
     contest = Measure(
-        [accuracy.scores[number] for number in candidates], is_share=accuracy.is_share
+        [accuracy.scores[number] for number in candidates],
+        is_share=accuracy.is_share,
+        max_seeds=accuracy.max_seeds,
     )
     first = int(contest.means.argmax())
     others = [number for number in range(len(candidates)) if number != first]
@@ -467,10 +522,12 @@ def decide(accuracy: Measure, qualities: Sequence[Quality]) -> Verdict:
         leader=leader,
         accuracies=intervals,
         qualities=quality_of,
+        best_in={quality.name: int(quality.measure.means.argmax()) for quality in qualities},
         unbeaten=[candidates[number] for number in unbeaten],
         nearest=None if nearest is None else candidates[nearest],
         lead=None if nearest is None else contest.difference(first, nearest),
         one_seed=[candidates[number] for number in one_seed],
+        in_contest=candidates,
         contest=contest,
         open_gap=(first, nearest) if open_ and nearest is not None else None,
     )

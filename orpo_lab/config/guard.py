@@ -27,7 +27,10 @@ from orpo_lab.redaction import redact
 
 KNOWN = {
     "hydra.callbacks": ("orpo_lab.sweep.start.Start",),
-    "hydra.sweeper": ("hydra._internal.core_plugins.basic_sweeper.BasicSweeper",),
+    "hydra.sweeper": (
+        "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
+        "orpo_lab.sweep.race.Race",
+    ),
     "hydra.launcher": (
         "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
         "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher",
@@ -66,12 +69,14 @@ def install(count: Count) -> None:
     others = [argument for argument in sys.argv[1:] if argument not in flags.overrides]
     sys.argv[1:] = [*others, *flags.overrides]
     check_what_is_composed()
-    (sweeper,) = KNOWN["hydra.sweeper"]
-    upstream.sweep_through(
-        sweeper,
-        saves=RedactingOmegaConf,
-        checks=lambda self, batch: count(*leave_out_what_cannot_be(self, batch)),
-    )
+    _, race = KNOWN["hydra.sweeper"]
+    upstream.plug_in(race)
+    for sweeper in KNOWN["hydra.sweeper"]:
+        upstream.sweep_through(
+            sweeper,
+            saves=RedactingOmegaConf,
+            checks=lambda self, batch: count(*leave_out_what_cannot_be(self, batch)),
+        )
 
 
 def check_what_is_composed() -> None:

@@ -5,8 +5,9 @@ calls `Sweep.claim` to get its folder. Jobs with the same effective configuratio
 and a finished run is not run again. So the same command with the same `hydra.sweep.dir` goes on
 with a sweep that was stopped, and every job goes on from its newest checkpoint.
 
-All state is in the run folders. `sweep.json` records the code and the data of the runs, and how
-often the sweep was started. A folder that holds files but no `sweep.json` is refused.
+All state is in the run folders. `sweep.json` records the code and the data of the runs, how often
+the sweep was started, and whether it is a race over seeds (`sweep.race`). A folder that holds files
+but no `sweep.json` is refused.
 `.orpo_lab_cache/` holds what jobs share, and is deleted when the sweep ends.
 """
 
@@ -67,6 +68,17 @@ class Sweep:
         new = {"data": {}, "started": now()}
         self._record.write_json("sweep.json", {**new, **made_by, "code": code, "starts": starts})
         shutil.rmtree(self.folder / CACHE, ignore_errors=True)
+
+    def note_race(self, max_seeds: int) -> None:
+        """Note that the sweep is a race, in which every later comparison has to count all looks.
+
+        Args:
+            max_seeds: the largest number of seeds that the race may give to a setting. A race that
+                goes on keeps the largest number that it ever had.
+        """
+        record = self._read()
+        record["max_seeds"] = max(record.get("max_seeds", 0), max_seeds)
+        self._record.write_json("sweep.json", record)
 
     def take_back(self) -> None:
         """Delete the folder of a new sweep that has started no job; keep that of an older sweep."""

@@ -26,6 +26,8 @@ class Jobs:
     """The tracker to which the sweep's comparison is logged."""
     num: int | None = None
     """Number of jobs of the sweep; None: there is no sweep, or another process started it."""
+    round: int | None = None
+    """Number of the round of a race, 1 for the first; None: the sweep is no race."""
     left_out: list[str] = field(default_factory=list)
     """A line for each combination of the sweep that cannot be composed."""
     failures: list[str] = field(default_factory=list)
@@ -34,11 +36,16 @@ class Jobs:
     """The duration of each job that has ended, in seconds."""
 
     def count(self, composed: list[DictConfig], left_out: list[str]) -> None:
-        """Note the configurations of the sweep's jobs, and what cannot be composed."""
-        self.num = len(composed)
+        """Note the configurations of further jobs of the sweep, and what cannot be composed."""
+        self.num = (self.num or 0) + len(composed)
         self.left_out += left_out
         if self.sweep is not None:
             forks.plan(self.sweep, composed)
+
+    @property
+    def all(self) -> str:
+        """The number of the sweep's jobs as text; of a race, of the rounds so far."""
+        return f"{self.num}" if self.round is None else f"{self.num} up to round {self.round}"
 
     def progress(self, number: int) -> str:
         """Return a line with the time that the sweep has taken, and an estimate of the time left.
@@ -49,7 +56,7 @@ class Jobs:
         assert self.num is not None
         left = sum(self.seconds) / len(self.seconds) * (self.num - number)
         spent, more = (timedelta(seconds=round(each)) for each in (sum(self.seconds), left))
-        return f"{number} of {self.num} jobs ended after {spent}, about {more} left"
+        return f"{number} of {self.all} jobs ended after {spent}, about {more} left"
 
     def fail(self, failure: str) -> None:
         """Remember why a job has failed."""

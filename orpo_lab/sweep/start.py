@@ -48,6 +48,8 @@ class Start(Callback):
         # The names of jobs hold only the swept values: what all jobs share would make names long
         parsed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
         swept = {override.key_or_group for override in parsed if override.is_sweep_override()}
+        if config.hydra.runtime.choices["hydra/sweeper"] == "race":
+            swept.add("seed")
         common = [
             override.key_or_group for override in parsed if override.key_or_group not in swept
         ]
