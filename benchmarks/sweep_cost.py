@@ -1,11 +1,11 @@
-"""The price of a sweep: the full grid, the grid with forks, and a race over seeds with forks.
+"""The price of a sweep: the full grid, the grid with forks, and races over seeds with forks.
 
     python benchmarks/sweep_cost.py OUT                    hours on two cores
     python benchmarks/sweep_cost.py OUT --small            every part, a few steps: minutes
 
 The sweep: 4 betas x 7 schedules (constant, linear, cosine, step, and hold_then_anneal with
 fractions 0.2, 0.4 and 0.6) on the embedded default, every setting with 3 seeds in the grids. Each
-part is a process of its own. A part that has finished in OUT is not made again, so the same command
+part is a process of its own. The races begin with two seeds, or with one, for every setting. A part that has finished in OUT is not made again, so the same command
 goes on after an interruption; `--parts` names those to make.
 
 Printed: CPU seconds of each part, its runs and its verdict, and what annealing does to preference
@@ -53,6 +53,11 @@ PARTS: dict[str, tuple[str, ...]] = {
     "grid": (SEEDS, "train.forks=false"),
     "forks": (SEEDS,),
     "race": ("hydra/sweeper=race", "hydra.sweeper.max_seeds=3"),
+    "race_of_one": (
+        "hydra/sweeper=race",
+        "hydra.sweeper.min_seeds=1",
+        "hydra.sweeper.max_seeds=3",
+    ),
 }
 SMALL = (
     "train.max_steps=8",
