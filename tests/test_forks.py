@@ -3,6 +3,7 @@
 import json
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -207,7 +208,10 @@ def test_a_fork_stays_until_its_run_is_complete_and_nobody_has_still_to_begin(sw
     assert checkpoint.forks(late) == []
 
 
-def test_a_job_waits_for_one_that_trains_what_both_share(sweep: Sweep) -> None:
+def test_a_job_waits_for_one_that_trains_what_both_share(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("its time is up"))
     trunk, anneals = planned(sweep, TRUNK, ANNEALS)
     source, place = run_of(sweep, trunk, "0", "running"), run_of(sweep, anneals, "1", "running")
     with source.held():
