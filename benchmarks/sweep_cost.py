@@ -5,8 +5,9 @@
 
 The sweep: 4 betas x 7 schedules (constant, linear, cosine, step, and hold_then_anneal with
 fractions 0.2, 0.4 and 0.6) on the embedded default, every setting with 3 seeds in the grids. Each
-part is a process of its own. The races begin with two seeds, or with one, for every setting. A part that has finished in OUT is not made again, so the same command
-goes on after an interruption; `--parts` names those to make.
+part is a process of its own. The races begin with two seeds, or with one, for every setting. A part
+that has finished in OUT is not made again, so the same command goes on after an interruption;
+`--parts` names those to make.
 
 Printed: CPU seconds of each part, its runs and its verdict, and what annealing does to preference
 accuracy and to the share of preference in the gradient. The last line is one JSON object, which is
