@@ -14,6 +14,7 @@ Parts (all of them: an hour on a core):
     needed: how often as many pairs or seeds as a sweep asks for show the gap
     bound: what rules could do that know all that a verdict has to estimate
     race: what races over seeds name and take, beside sweeps of as many seeds for every setting
+    close: the same where races come close to what is allowed, in ten times as many sweeps
     pairing: what tests on pairs of runs of one seed would name (some minutes, as the race)
 
 Beside ours stand the rule before 2026-11-27, which pools the variance between seeds over all
@@ -51,6 +52,14 @@ NUM_RACES = 400
 MIN_SEEDS, MAX_SEEDS = 2, 5
 LOG_ODDS = 0.85 * 0.15 / stats.norm.pdf(stats.norm.ppf(0.85))
 SHARED = 0.7
+# Where 400 races come to what is allowed or close to it, and are too few to tell
+CLOSE = (
+    "2 equal, one noisy, seeds shared",
+    "3 equal, one noisy",
+    "2 lead equally, one noisy",
+    "2 lead equally, one noisy, seeds shared",
+)
+NUM_CLOSE = 4000
 
 
 @dataclass(frozen=True)
@@ -511,9 +520,18 @@ def paired(accuracy: list[Array]) -> int | None:
     return best
 
 
-def races() -> Iterator[tuple[str, dict[str, float]]]:
-    """Count what races find and take, beside sweeps of MAX_SEEDS seeds for every setting."""
-    for name, situation in race_situations().items():
+def races(
+    names: Sequence[str] | None = None, num_races: int = NUM_RACES
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """Count what races find and take, beside sweeps of MAX_SEEDS seeds for every setting.
+
+    Args:
+        names: of situations; None: all.
+        num_races: number of races in each.
+    """
+    situations = race_situations()
+    for name in names or situations:
+        situation = situations[name]
         num_runs: list[int] = []
 
         def race(accuracy: list[Array], num_runs: list[int] = num_runs) -> int | None:
@@ -521,7 +539,7 @@ def races() -> Iterator[tuple[str, dict[str, float]]]:
             num_runs.append(num)
             return winner
 
-        counts = count(situation, {"race": race, "fixed": ours}, num_sweeps=NUM_RACES)
+        counts = count(situation, {"race": race, "fixed": ours}, num_sweeps=num_races)
         share = float(np.mean(num_runs)) / (MAX_SEEDS * len(situation.shares))
         yield name, {**counts, "race_runs": share, "allowed": situation.allowed}
 
@@ -542,6 +560,7 @@ PARTS_OF_THIS: dict[str, Callable[[], Iterator[tuple[str, dict[str, float]]]]] =
     "needed": needed,
     "bound": bounds,
     "race": races,
+    "close": lambda: races(CLOSE, NUM_CLOSE),
     "pairing": pairing,
 }
 

@@ -323,6 +323,20 @@ def test_pictures_across_methods_show_only_what_compares_across_methods(write: W
     assert caption.endswith("; not logged by method=sft")
 
 
+def test_a_race_is_compared_by_the_levels_of_its_looks_whoever_compares(write: Write) -> None:
+    folder = sweep(write, {0.1: 0.6, 0.2: 0.8, 0.5: 0.9})
+    once = compare_sweep(folder)
+    (folder / "sweep.json").write_text('["of another program"]')
+    assert compare_sweep(folder).accuracy.max_seeds is None
+    (folder / "sweep.json").write_text('{"max_seeds": 5}')
+    raced = compare_sweep(folder)
+    assert raced.accuracy.max_seeds == raced.verdict.contest.max_seeds == 5
+    assert {quality.measure.max_seeds for quality in raced.qualities} == {5}
+    assert raced.verdict.lead is not None
+    assert once.verdict.lead is not None
+    assert raced.verdict.lead.low < once.verdict.lead.low
+
+
 def test_a_metric_of_failed_runs_alone_has_no_picture(write: Write) -> None:
     write("0", logged={"loss": 1.0})
     folder = write("1", seed=2, state="failed").parent

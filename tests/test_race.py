@@ -1,5 +1,6 @@
 """A race over seeds: who gets another one, what a look costs, and races killed and resumed."""
 
+import functools
 import re
 import signal
 import subprocess
@@ -163,14 +164,20 @@ def test_races_keep_what_the_verdict_promises(monkeypatch: pytest.MonkeyPatch, n
 # The sweeper
 
 
-def sweeper_of(*jobs: list[str]) -> SimpleNamespace:
-    """As much of Hydra's sweeper as the entrants are found by."""
+@functools.cache
+def composed() -> tuple[CheckedLoader, Any]:
+    """Hydra's loader, and the configuration of a sweep."""
     config.register()
     setup_globals()
     loader = CheckedLoader(create_config_search_path(str(ROOT / "conf")))
-    composed = loader.load_configuration("config", [], RunMode.MULTIRUN)
+    return loader, loader.load_configuration("config", [], RunMode.MULTIRUN)
+
+
+def sweeper_of(*jobs: list[str]) -> SimpleNamespace:
+    """As much of Hydra's sweeper as the entrants are found by."""
+    loader, of_sweep = composed()
     context = SimpleNamespace(config_loader=loader)
-    return SimpleNamespace(config=composed, hydra_context=context, overrides=[[*jobs]])
+    return SimpleNamespace(config=of_sweep, hydra_context=context, overrides=[[*jobs]])
 
 
 def test_seeds_are_drawn_from_the_list_given_or_count_up() -> None:

@@ -34,8 +34,8 @@ def next_step(verdict: Verdict, num_seeds: Sequence[int], max_seeds: int) -> Ste
     quality of the leader is in doubt, the settings that are best in this quality get one, too. With
     one seed nothing is shown, so a setting whose one run is in doubt waits as well.
 
-    The error of the verdict does not depend on these choices. Each test has its level by the number
-    of seeds of its two settings (`verdict.level_of_look`).
+    A test has its level by the number of seeds of its two settings (`verdict.level_of_look`). What
+    all looks and choices together come to is simulated (`benchmarks/verdict.py race`).
 
     Args:
         verdict: the result of the look.
