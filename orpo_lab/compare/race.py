@@ -11,7 +11,7 @@ from orpo_lab.compare.verdict import Verdict
 # probability. While the leader has one seed or two, little is known of any gap, so these count
 HOPE, HOPES = 0.2, {1: 0.0, 2: 0.06}
 # A rival waits if the leader's own further seeds will show it beaten with this probability
-LIKELY = 0.4
+LIKELY = 0.25
 # With fewer seeds a setting is not shown to be beaten (`verdict.Measure.spread`)
 FEWEST = 3
 
@@ -55,9 +55,11 @@ def next_step(verdict: Verdict, num_seeds: Sequence[int], max_seeds: int) -> Ste
     if not rivals and not better:
         return Step([], "no other setting is left")
     open_ = {number for number in {leader, *rivals, *better} if given[number] < max_seeds}
-    if not open_:
-        return Step([], f"more than {max_seeds} seeds are needed")
     near = [rival for rival in rivals if rival not in waiting]
+    # A rival with all its seeds stays unbeaten, once the leader has all its own
+    is_stuck = given[leader] >= max_seeds and any(given[rival] >= max_seeds for rival in near)
+    if is_stuck or not open_:
+        return Step([], f"more than {max_seeds} seeds are needed")
     hopes = [_outlook(verdict, leader, rival, max_seeds, max_seeds) for rival in near]
     if not better and min(hopes, default=1.0) < HOPES.get(int(given[leader]), HOPE):
         return Step([], f"{max_seeds} seeds would hardly separate what is open")
