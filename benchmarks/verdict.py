@@ -15,6 +15,7 @@ Parts (all of them: an hour on a core):
     bound: what rules could do that know all that a verdict has to estimate
     race: what races over seeds name and take, beside sweeps of as many seeds for every setting
     close: the same where races come close to what is allowed, in ten times as many sweeps
+    from_one: the same of races that begin with one seed
     pairing: what tests on pairs of runs of one seed would name (some minutes, as the race)
 
 Beside ours stand the rule before 2026-11-27, which pools the variance between seeds over all
@@ -521,13 +522,14 @@ def paired(accuracy: list[Array]) -> int | None:
 
 
 def races(
-    names: Sequence[str] | None = None, num_races: int = NUM_RACES
+    names: Sequence[str] | None = None, num_races: int = NUM_RACES, min_seeds: int = MIN_SEEDS
 ) -> Iterator[tuple[str, dict[str, float]]]:
     """Count what races find and take, beside sweeps of MAX_SEEDS seeds for every setting.
 
     Args:
         names: of situations; None: all.
         num_races: number of races in each.
+        min_seeds: number of seeds with which every setting begins.
     """
     situations = race_situations()
     for name in names or situations:
@@ -535,7 +537,7 @@ def races(
         num_runs: list[int] = []
 
         def race(accuracy: list[Array], num_runs: list[int] = num_runs) -> int | None:
-            winner, num = raced(accuracy, MIN_SEEDS)
+            winner, num = raced(accuracy, min_seeds)
             num_runs.append(num)
             return winner
 
@@ -561,6 +563,7 @@ PARTS_OF_THIS: dict[str, Callable[[], Iterator[tuple[str, dict[str, float]]]]] =
     "bound": bounds,
     "race": races,
     "close": lambda: races(CLOSE, NUM_CLOSE),
+    "from_one": lambda: races(min_seeds=1),
     "pairing": pairing,
 }
 

@@ -120,7 +120,8 @@ def run_of(sweep: Sweep, loaded: config.Config, name: str, state: str) -> RunFol
 
 def begin(sweep: Sweep, loaded: config.Config, place: RunFolder) -> checkpoint.Checkpoint | None:
     made = checkpoint.Made(identity(loaded), "", "")
-    return Forks(sweep).begin(loaded, place, made, None, 10, Stop(None))
+    # The time is up as soon as a job waits
+    return Forks(sweep).begin(loaded, place, made, None, 10, Stop(max_hours=1e-9))
 
 
 def test_a_fork_is_left_where_a_job_that_has_still_to_begin_parts(sweep: Sweep) -> None:
@@ -179,7 +180,7 @@ def test_a_fork_made_from_other_data_is_not_taken(sweep: Sweep) -> None:
     sealed(run_of(sweep, trunk, "0", "finished"), "fork-7", identity(trunk))
     place = run_of(sweep, anneals, "1", "running")
     made = checkpoint.Made(identity(anneals), "other pairs", "")
-    assert Forks(sweep).begin(anneals, place, made, None, 10, Stop(None)) is None
+    assert Forks(sweep).begin(anneals, place, made, None, 10, Stop()) is None
     assert checkpoint.forks(place) == []
 
 
@@ -216,9 +217,8 @@ def test_a_job_waits_for_one_that_trains_what_both_share(
     source, place = run_of(sweep, trunk, "0", "running"), run_of(sweep, anneals, "1", "running")
     with source.held():
         assert begin(sweep, trunk, source) is None
-        stop = Stop(max_hours=1e-9)
         with pytest.raises(Stopped):
-            Forks(sweep).begin(anneals, place, checkpoint.Made("", "", ""), None, 10, stop)
+            begin(sweep, anneals, place)
         sealed(source, "fork-7", identity(trunk))
         start = begin(sweep, anneals, place)
         assert start is not None
