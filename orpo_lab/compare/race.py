@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -18,11 +19,17 @@ FEWEST = 3
 
 @dataclass(frozen=True)
 class Step:
-    """What a race does after a look."""
+    """What a look finds, and what a race does after it; settings are given by their numbers."""
 
+    leader: int
+    """The setting with the highest preference accuracy, of those that do not wait."""
+    rivals: list[int]
+    """Settings that the leader is not shown to beat."""
+    waiting: list[int]
+    """Those of them that have one run whose quality is in doubt."""
     more: list[int]
-    """Numbers of the settings that get one more seed; empty: the race is over."""
-    reason: str = ""
+    """Settings that get one more seed; empty: the race is over."""
+    reason: str
     """Why the race is over; empty: the race goes on."""
 
 
@@ -42,27 +49,26 @@ def next_step(verdict: Verdict, num_seeds: Sequence[int], max_seeds: int) -> Ste
         num_seeds: number of seeds that each setting has been given, failed runs included.
         max_seeds: the largest number of seeds of a setting.
     """
+    given, means = np.array(num_seeds), verdict.contest.means
+    of_contest = dict(zip(verdict.in_contest, means, strict=True))
+    doubted = {n for n in of_contest if given[n] == 1 and verdict.qualities[n].doubtful_in}
+    leader = max(of_contest.keys() - doubted or of_contest, key=of_contest.__getitem__)
+    rivals = [n for n in of_contest if n != leader and not _is_beaten(verdict, leader, n)]
+    found = partial(Step, leader, rivals, [n for n in rivals if n in doubted])
     if verdict.winner is not None:
-        return Step([], "a winner is shown")
-    given, means = (
-        np.array(num_seeds),
-        dict(zip(verdict.in_contest, verdict.contest.means, strict=True)),
-    )
-    waiting = {n for n in verdict.in_contest if given[n] == 1 and verdict.qualities[n].doubtful_in}
-    leader = max(means.keys() - waiting or means, key=means.__getitem__)
-    rivals = [n for n in verdict.in_contest if n != leader and not _is_beaten(verdict, leader, n)]
+        return found([], "a winner is shown")
     better = {verdict.best_in[name] for name in verdict.qualities[leader].doubtful_in} - {leader}
     if not rivals and not better:
-        return Step([], "no other setting is left")
+        return found([], "no other setting is left")
     open_ = {number for number in {leader, *rivals, *better} if given[number] < max_seeds}
-    near = [rival for rival in rivals if rival not in waiting]
+    near = [rival for rival in rivals if rival not in doubted]
     # A rival with all its seeds stays unbeaten, once the leader has all its own
     is_stuck = given[leader] >= max_seeds and any(given[rival] >= max_seeds for rival in near)
     if is_stuck or not open_:
-        return Step([], f"more than {max_seeds} seeds are needed")
+        return found([], f"more than {max_seeds} seeds are needed")
     hopes = [_outlook(verdict, leader, rival, max_seeds, max_seeds) for rival in near]
     if not better and min(hopes, default=1.0) < HOPES.get(int(given[leader]), HOPE):
-        return Step([], f"{max_seeds} seeds would hardly separate what is open")
+        return found([], f"{max_seeds} seeds would hardly separate what is open")
     outlooks = {
         rival: _outlook(verdict, leader, rival, max_seeds, max(given[rival], FEWEST))
         for rival in near
@@ -72,7 +78,7 @@ def next_step(verdict: Verdict, num_seeds: Sequence[int], max_seeds: int) -> Ste
         (rival for rival in outlooks if outlooks[rival] < LIKELY), key=outlooks.__getitem__
     )
     now = {leader, *better, *hard[: (len(hard) + 1) // 2]} & open_
-    return Step(sorted(now or open_))
+    return found(sorted(now or open_), "")
 
 
 def _is_beaten(verdict: Verdict, leader: int, rival: int) -> bool:

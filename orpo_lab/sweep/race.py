@@ -32,6 +32,7 @@ from orpo_lab.sweep.jobs import JOBS
 
 if TYPE_CHECKING:
     from orpo_lab.compare.evidence import Comparison
+    from orpo_lab.compare.race import Step
 
 SEED = "seed="
 
@@ -228,7 +229,7 @@ def _look(
     # Settings without a finished run are not compared
     racing = [places[setting.runs[0].folder] for setting in compared.settings]
     step = next_step(compared.verdict, [entrant.num_seeds for entrant in racing], most)
-    for line in standing_text(compared):
+    for line in standing_text(compared, step):
         print(f"  {line}")
     hours = sum(run.seconds for run in complete) / 3600
     reason = step.reason
@@ -242,15 +243,17 @@ def _look(
     return [racing[number] for number in step.more]
 
 
-def standing_text(compared: "Comparison") -> list[str]:
+def standing_text(compared: "Comparison", step: "Step") -> list[str]:
     """Return lines that say which settings are out of a race and why, and which are open."""
     verdict = compared.verdict
     names = [setting.name for setting in compared.settings]
     worse = {number: standing.worse_in for number, standing in enumerate(verdict.qualities)}
-    open_ = [verdict.leader, *verdict.unbeaten]
+    open_ = [step.leader, *step.rivals]
     beaten = [number for number in worse if not worse[number] and number not in open_]
     lines = [f"out, beaten: {', '.join(names[number] for number in beaten)}"] if beaten else []
     out = [f"{names[number]} ({', '.join(found)})" for number, found in worse.items() if found]
     lines += [f"out, worse in quality: {', '.join(out)}"] if out else []
-    rivals = ", ".join(names[number] for number in verdict.unbeaten)
-    return [*lines, f"ahead: {names[verdict.leader]}; not separated from it: {rivals or 'none'}"]
+    rivals = ", ".join(names[n] for n in step.rivals if n not in step.waiting) or "none"
+    lines.append(f"ahead: {names[step.leader]}; not separated from it: {rivals}")
+    waiting = ", ".join(names[number] for number in step.waiting)
+    return [*lines, f"one run, whose quality is in doubt: {waiting}"] if waiting else lines
