@@ -404,7 +404,7 @@ def measure(
         "date": str(date.today()),
         "machine": _machine(),
         "versions": summary.get("versions"),
-        "common": bench.common,
+        "common": [text for text in bench.common if "path=" not in text],
         "seeds": list(seeds),
         "num_pairs": whole.accuracy.num_pairs,
         "chosen": {key: list(given) for key, given in bench.chosen.items()},
