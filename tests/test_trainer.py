@@ -655,13 +655,15 @@ def out_of_cpu_memory() -> None:
     torch.empty(1 << 50)
 
 
-def run_out(network: Any, at: int, of_memory: Callable[[], None]) -> list[int]:
-    """Let memory run out in the `at`-th forward pass in training; return a count of all."""
+def run_out(
+    network: Any, at: int, of_memory: Callable[[], None], *, training: bool = True
+) -> list[int]:
+    """Let memory run out in the `at`-th forward pass, in training or not; return a count of all."""
     calls = [0]
 
     def hook(module: Any, args: Any, output: Any) -> None:
-        calls[0] += module.training
-        if calls[0] == at and module.training:
+        calls[0] += module.training is training
+        if calls[0] == at and module.training is training:
             of_memory()
 
     norms = [module for name, module in network.named_modules() if name.endswith("norm")]
@@ -703,6 +705,8 @@ ROOMY = (
         (out_of_gpu_memory, "optimizer=lora optimizer.dropout=0.1", 2),
         # Before it takes a basis, which is from the first micro-batch
         (out_of_gpu_memory, f"{GALORE} optimizer.layerwise=true", 1),
+        # Where the batch is read for its margin
+        (out_of_gpu_memory, "optimizer=adamw beta_schedule=adaptive", 2),
     ],
 )
 def test_a_step_without_enough_memory_is_taken_again_with_half_the_budget(
@@ -717,7 +721,7 @@ def test_a_step_without_enough_memory_is_taken_again_with_half_the_budget(
 ) -> None:
     common = (*overrides.split(), *SMALL, *ROOMY, "train.max_steps=3")
     network = build_model(load(*common))
-    run_out(network, at, of_memory)
+    run_out(network, at, of_memory, training="adaptive" not in overrides)
     stats, place = fit(load(*common), network, tokenizer, tmp_path / "short")
     (line,) = [record.message for record in caplog.records if "out of memory" in record.message]
     assert line.startswith("step 1: out of memory; taken again with engine.tokens_per_microbatch=2")

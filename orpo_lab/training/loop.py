@@ -5,6 +5,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 import datasets
 import torch
@@ -31,6 +33,8 @@ from orpo_lab.training.lines import Lines
 from orpo_lab.training.meter import Since
 from orpo_lab.training.preference import PreferenceMeter
 from orpo_lab.training.state import RandomState, State
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -162,20 +166,21 @@ class Loop:
     def mean_margin(self, pairs: Sequence[Pair]) -> float:
         """Return the mean margin of pairs at the configuration's beta, without dropout.
 
-        This takes a forward pass of its own. See `Method.margin` in the configuration.
+        See `Method.margin` in the configuration. This takes a forward pass of its own. If memory
+        runs out, the pass is taken again like a step; see `with_room`.
         """
-        sums = Since()
-        for score in self.read(pairs, self.config.beta):
+        sums, read = Since(), partial(self.read, beta=self.config.beta)
+        for score in with_room(self.engine, self.state, pairs, read):
             sums.add(score.sums)
         assert sums.sums is not None
         taken = self.state.devices.average(sums.sums).tolist()  # device-to-host sync
         return sums.named(taken)[self.config.method.margin]
 
-    def read(self, pairs: Sequence[Pair], beta: float) -> list[Score]:
-        """Return the scores of all micro-batches of some pairs, without gradients and dropout."""
+    def read(self, micro_batches: Sequence[MicroBatch], beta: float) -> list[Score]:
+        """Return the scores of micro-batches, without gradients and dropout."""
         self.state.model.eval()
         with torch.no_grad(), self.engine.reading():
-            return [self.engine.score(each, beta) for each in self.engine.micro_batches(pairs)]
+            return [self.engine.score(each, beta) for each in micro_batches]
 
     def write_line(self, norm: Tensor, rate: float) -> None:
         """Write a line with the means of the metrics since the last line, and reset the sums.
@@ -209,7 +214,8 @@ class Loop:
         loss = torch.zeros((), device=state.devices.device)
         for start in range(0, num_pairs, size):
             part = range(start, min(start + size, num_pairs))
-            for score in self.read(rows(self.held_out, part), self.beta):
+            micro_batches = self.engine.micro_batches(rows(self.held_out, part))
+            for score in self.read(micro_batches, self.beta):
                 sums.add(score.sums)
                 loss = loss + score.loss * len(part) / num_pairs
         assert sums.sums is not None
@@ -236,11 +242,7 @@ class Loop:
 def add_gradients(
     engine: Engine, state: State, pairs: Sequence[Pair], beta: float
 ) -> tuple[Tensor, list[Sums]]:
-    """Add up the gradients of a whole optimizer step.
-
-    If memory runs out, the step begins again with gradient checkpointing, or with half the token
-    budget. This is repeated until the micro-batches cannot be made smaller. The step also begins
-    again if the engine can mend the cause of another error.
+    """Add up the gradients of a whole optimizer step; see `with_room`.
 
     Args:
         engine: lays out the pairs, and scores them.
@@ -254,11 +256,35 @@ def add_gradients(
     Raises:
         OutOfMemoryError, RuntimeError: the smallest micro-batches need too much memory.
     """
+    return with_room(engine, state, pairs, partial(_add_up, engine, state, beta=beta))
+
+
+def with_room(
+    engine: Engine,
+    state: State,
+    pairs: Sequence[Pair],
+    compute: Callable[[Sequence[MicroBatch]], T],
+) -> T:
+    """Compute something from the micro-batches of a step, in the memory that there is.
+
+    If memory runs out, `compute` begins again with gradient checkpointing, or with half the token
+    budget. This is repeated until the micro-batches cannot be made smaller. `compute` also begins
+    again if the engine can mend the cause of another error.
+
+    Args:
+        engine: lays out the pairs.
+        state: may get gradients from `compute`, which are dropped before it begins again.
+        pairs: all pairs of the step.
+        compute: gets the micro-batches.
+
+    Raises:
+        OutOfMemoryError, RuntimeError: the smallest micro-batches need too much memory.
+    """
     random = RandomState.now()
     while True:
         micro_batches = engine.micro_batches(pairs)
         try:
-            return _add_up(engine, state, micro_batches, beta)
+            return compute(micro_batches)
         except Exception as error:
             step = state.step + 1
             checkpoints = memory.ran_out(error) and state.checkpoint_activations(step)
