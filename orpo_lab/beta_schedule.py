@@ -27,7 +27,8 @@ def progress(step: int, num_steps: int) -> float:
 def beta_at(schedule: BetaSchedule, progress: float, *, beta: float, beta_end: float) -> float:
     """Return beta at `progress` in [0, 1] of the optimizer steps.
 
-    Every schedule but constant starts at `beta` and ends at `beta_end`, which may be higher.
+    Every schedule but constant starts at `beta` and ends at `beta_end`, which may be higher. An
+    adaptive schedule has no beta of its own at a step; its `beta` is that of an average batch.
     """
     return beta + (beta_end - beta) * _share_moved(schedule, progress)
 
@@ -35,7 +36,7 @@ def beta_at(schedule: BetaSchedule, progress: float, *, beta: float, beta_end: f
 def _share_moved(schedule: BetaSchedule, progress: float) -> float:
     """Return the share of the change from beta to beta_end that is done, 0 to 1."""
     match schedule:
-        case Constant():
+        case Constant() | Adaptive():
             return 0.0
         case Linear():
             return progress

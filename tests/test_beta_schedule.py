@@ -1,6 +1,8 @@
 import math
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from orpo_lab.beta_schedule import adapted, beta_at, progress
 from orpo_lab.config.beta_schedule import (
@@ -83,12 +85,25 @@ def test_an_adaptive_beta_follows_the_equations_of_beta_dpo(direction: int) -> N
     assert average == pytest.approx(0.9 * averages[2] + 0.1 * 1.2)
 
 
-@pytest.mark.parametrize("direction", [1, -1])
-@pytest.mark.parametrize("margin", [1e30, -1e30, 0.0, math.nan, math.inf, -math.inf])
-def test_an_adaptive_beta_stays_positive_and_near_beta(direction: int, margin: float) -> None:
-    beta, average = adapted(adaptive(), margin, 0.3, beta=0.1, direction=direction)
-    assert 0.0099 < beta < 0.1901
-    assert average is not None
-    assert math.isfinite(average)
-    if not math.isfinite(margin):
-        assert (beta, average) == (0.1, 0.3)
+@settings(deadline=None, derandomize=True, database=None)
+@example(margin=math.nan, average=0.3, alpha=0.6, max_change=0.9, direction=1)
+@example(margin=1e30, average=-1e300, alpha=1e10, max_change=0.9, direction=-1)
+@given(
+    margin=st.floats(),
+    average=st.none() | st.floats(-1e300, 1e300),
+    alpha=st.floats(1e-3, 1e300),
+    max_change=st.floats(0.01, 0.999),
+    direction=st.sampled_from([1, -1]),
+)
+def test_an_adaptive_beta_stays_positive_and_near_beta(
+    margin: float, average: float | None, alpha: float, max_change: float, direction: int
+) -> None:
+    schedule = adaptive(alpha=alpha, max_change=max_change)
+    beta, moved = adapted(schedule, margin, average, beta=0.1, direction=direction)
+    assert beta > 0
+    assert abs(beta - 0.1) <= 0.1 * max_change * (1 + 1e-9)
+    if math.isfinite(margin):
+        assert moved is not None
+        assert math.isfinite(moved)
+    else:
+        assert (beta, moved) == (0.1, average)

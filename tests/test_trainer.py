@@ -270,10 +270,12 @@ def test_beta_is_logged_at_every_logging_step(
     assert stats.peak_memory_bytes > 50e6
 
 
+@pytest.mark.parametrize("schedule", ["constant", "adaptive"])
 def test_a_method_that_reads_no_beta_writes_none(
-    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path
+    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path, schedule: str
 ) -> None:
-    loaded = load("optimizer=lora", "method=sft", *SMALL, "train.max_steps=1")
+    common = ("optimizer=lora", *SMALL, "train.max_steps=1")
+    loaded = load(*common, "method=sft", f"beta_schedule={schedule}")
     _, place = fit(loaded, build_model(loaded), tokenizer, tmp_path)
     assert [line["step"] for line in place.metrics()] == [1]
     assert "beta" not in place.metrics()[0]

@@ -88,6 +88,12 @@ class Config:
         self._check_quantization()
         self._check_engine()
 
+    @property
+    def adaptive(self) -> Adaptive | None:
+        """The schedule by which beta follows the margins of batches; None: beta follows none."""
+        schedule = self.beta_schedule
+        return schedule if isinstance(schedule, Adaptive) and self.method.reads_beta else None
+
     def _check_beta(self) -> None:
         least, keys = self.method.least_beta, ["beta"]
         if self.beta_schedule.reads_beta_end:
@@ -104,10 +110,18 @@ class Config:
             f"{' and '.join(f'{key}=0' for key in keys)}: method={kind(self.method)} learns "
             "nothing at a beta of 0; give a beta above 0",
         )
-        check(
-            self.beta > 0 or not isinstance(self.beta_schedule, Adaptive),
-            "beta=0: beta_schedule=adaptive changes beta by a share of it; give a beta above 0",
-        )
+        if schedule := self.adaptive:
+            check(
+                self.beta > 0,
+                "beta=0: beta_schedule=adaptive changes beta by a share of it; give a beta above 0",
+            )
+            lowest = (1 - schedule.max_change) * self.beta
+            check(
+                lowest >= least,
+                f"beta={self.beta} may fall to {lowest:.2g} with beta_schedule.max_change="
+                f"{schedule.max_change}, and must stay at least {least:g} with "
+                f"method={kind(self.method)}, which divides by beta",
+            )
 
     def _check_pairs(self) -> None:
         is_unpaired = isinstance(self.dataset, UnpairedFileDataset | UnpairedHubDataset)
@@ -117,7 +131,7 @@ class Config:
             f"method={kind(self.method)} needs pairs; use method=kto or method=sft",
         )
         check(
-            not (is_unpaired and isinstance(self.beta_schedule, Adaptive)),
+            not (is_unpaired and self.adaptive),
             f"beta_schedule=adaptive reads the margins of pairs, and dataset={kind(self.dataset)} "
             "has single completions; use another beta_schedule",
         )

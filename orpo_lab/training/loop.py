@@ -15,7 +15,6 @@ from torch import Tensor
 from orpo_lab import memory
 from orpo_lab.beta_schedule import adapted, beta_at, progress
 from orpo_lab.config import Config
-from orpo_lab.config.beta_schedule import Adaptive
 from orpo_lab.engine.base import (
     COLUMNS,
     MISMATCHED,
@@ -150,8 +149,8 @@ class Loop:
 
     def next_beta(self, pairs: Sequence[Pair]) -> float:
         """Return beta for the next step, on the given pairs; all its micro-batches share beta."""
-        config, schedule = self.config, self.config.beta_schedule
-        if isinstance(schedule, Adaptive):
+        config = self.config
+        if schedule := config.adaptive:
             beta, self.state.margin = adapted(
                 schedule,
                 self.mean_margin(pairs),
@@ -161,13 +160,13 @@ class Loop:
             )
             return beta
         at = progress(self.state.step, self.num_steps)
-        return beta_at(schedule, at, beta=config.beta, beta_end=config.beta_end)
+        return beta_at(config.beta_schedule, at, beta=config.beta, beta_end=config.beta_end)
 
     def mean_margin(self, pairs: Sequence[Pair]) -> float:
-        """Return the mean margin of pairs at the configuration's beta, without dropout.
+        """Return the mean margin of pairs, without dropout; see `Method.margin` in `config`.
 
-        See `Method.margin` in the configuration. This takes a forward pass of its own. If memory
-        runs out, the pass is taken again like a step; see `with_room`.
+        This takes a forward pass of its own. If memory runs out, the pass is taken again like a
+        step; see `with_room`.
         """
         sums, read = Since(), partial(self.read, beta=self.config.beta)
         for score in with_room(self.engine, self.state, pairs, read):
