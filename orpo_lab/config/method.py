@@ -20,8 +20,8 @@ class Method:
     where beta is the weight of a loss. False for a method like DPO, where beta keeps the model near
     its start."""
     margin: ClassVar[str] = "rewards/margins"
-    """The metric of a pair by which an adaptive beta tells how far the model separates it: what
-    stands inside the log-sigmoid."""
+    """The metric by which an adaptive beta tells how far the model separates a pair. Rewards are
+    read at a beta of 1, so the margin does not depend on beta."""
     reads_unpaired: ClassVar[bool] = False
     """Whether the method can learn from single completions with a label."""
     least_beta: ClassVar[float] = 0.0

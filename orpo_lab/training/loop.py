@@ -168,7 +168,7 @@ class Loop:
         This takes a forward pass of its own. If memory runs out, the pass is taken again like a
         step; see `with_room`.
         """
-        sums, read = Since(), partial(self.read, beta=self.config.beta)
+        sums, read = Since(), partial(self.read, beta=1.0)
         for score in with_room(self.engine, self.state, pairs, read):
             sums.add(score.sums)
         assert sums.sums is not None
