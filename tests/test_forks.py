@@ -21,6 +21,7 @@ from orpo_lab.sweep.forks import Forks, Job, num_shared
 from orpo_lab.training import checkpoint
 from tests.conftest import compose_job, ours
 from tests.test_checkpoint import GALORE, assert_same, begun, flip, sealed
+from tests.test_tracker import inspect
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 Load = Callable[..., config.Config]
@@ -40,6 +41,7 @@ SHORT = (
 )
 # The betas of a constant run and of one with a jump differ from step 5 of 10 on, those of one that
 # anneals from step 6 on, or with ANNEALED from step 7 on
+SWEEP_FOLDER = "hydra.sweep.dir=sweep"
 SWEEP = ("-m", "beta_schedule=constant,step,hold_then_anneal")
 ANNEALED = "beta_schedule.anneal_fraction=0.3"
 
@@ -290,7 +292,21 @@ def test_forked_runs_equal_whole_runs_bit_for_bit_and_when_killed_in_trunk_and_b
 def test_jobs_in_processes_of_their_own_share_their_steps(launch: Launch, tmp_path: Path) -> None:
     jobs = (*SWEEP, "optimizer=lora", *SHORT)
     launcher = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
-    launch(*jobs, *launcher, "hydra.sweep.dir=sweep", fresh=True)
+    launch(*jobs, *launcher, SWEEP_FOLDER, fresh=True)
     assert sum(shared_steps(tmp_path / "sweep").values()) == 11
     launch(*jobs, "hydra.sweep.dir=whole", "train.forks=false")
     assert_same_sweeps(tmp_path / "sweep", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_wandb_shows_a_branch_whole(launch: Launch, tmp_path: Path) -> None:
+    tracked = [text for text in SHORT if text != "tracker=none"]
+    schedules = "beta_schedule=constant,hold_then_anneal"
+    launch("-m", schedules, "optimizer=lora", *tracked, "tracker.mode=offline", SWEEP_FOLDER)
+    found = runs(tmp_path / "sweep")
+    for name, steps in (("constant", 0), ("hold_then_anneal", 6)):
+        assert shared_steps(tmp_path / "sweep")[name] == steps
+        records = map(json.loads, inspect(found[name], "--json").splitlines())
+        lines = [record["history"]["item"] for record in records if "history" in record]
+        logged = [line["_step"] for line in lines if "loss" in line]
+        assert logged == [1, 3, 6, 9, 10]
