@@ -59,6 +59,8 @@ CLOSE = (
     "3 equal, one noisy",
     "2 lead equally, one noisy",
     "2 lead equally, one noisy, seeds shared",
+    "8, one leads, 200 pairs",
+    "8, one leads, 500 pairs",
 )
 NUM_CLOSE = 4000
 
