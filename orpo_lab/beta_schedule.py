@@ -54,7 +54,7 @@ def adapted(
 ) -> tuple[float, float | None]:
     """Return beta for a batch, and the new average of margins.
 
-    The batch-level rule of beta-DPO (Wu et al. 2024, arXiv:2407.08639, Eq. 6 and 7):
+    The batch-level rule of beta-DPO (Wu et al. 2024, arXiv:2407.08639):
     beta_t = (1 + alpha (M_t - M)) beta, where M <- m M + (1 - m) M_t. M is the average of the
     batches before. The change is cut off at `max_change`, so beta stays positive. A batch that is
     separated well gets less preference.
