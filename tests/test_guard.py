@@ -55,6 +55,7 @@ CALLS = "{_target_: shutil.copy, src: conf/a.txt, dst: marker}"
             ],
             "hydra.launcher names shutil.copy",
         ),
+        (["-m", "hydra.sweeper.max_batch_size=0"], "hydra.sweeper.max_batch_size=0 must be"),
         (["--config-dir", "conf", "experiment=logging"], "hydra.hydra_logging may name classes"),
         (["--config-dir", "conf", "experiment=tag"], "could not determine a constructor"),
         (["--config-dir", "conf", "--config-name", "other"], "does not begin with the lab's"),

@@ -29,7 +29,8 @@ from orpo_lab.config.guard import CheckedLoader
 from orpo_lab.errors import UserError
 from orpo_lab.records.run_folder import RunFolder
 from orpo_lab.sweep.folder import Sweep
-from orpo_lab.sweep.race import Race, entrants_of
+from orpo_lab.sweep.jobs import Jobs
+from orpo_lab.sweep.race import Race, _look, entrants_of
 from tests.conftest import EACH_LAUNCHER, ROOT
 from tests.test_sweep import SHORT, SWEEP, checksums, states
 from tests.test_verdict import at_most, runs_alone
@@ -185,6 +186,8 @@ def test_seeds_are_drawn_from_the_list_given_or_count_up() -> None:
     (entrant,) = entrants_of(listed, 3, 5)
     assert (entrant.seeds, entrant.num_seeds) == ([7, 3], 2)
     assert [job[-1] for job in entrant.jobs().values()] == ["seed=7", "seed=3"]
+    forced = sweeper_of(["beta=0.1", "++seed=7"], ["beta=0.1", "++seed=3"])
+    assert entrants_of(forced, 3, 5)[0].seeds == [7, 3]
     for overrides, first in ((["beta=0.1", "seed=7"], 7), (["beta=0.1"], 42)):
         (entrant,) = entrants_of(sweeper_of(overrides), 2, 3)
         assert (entrant.seeds, entrant.num_seeds) == ([first, first + 1, first + 2], 2)
@@ -209,14 +212,23 @@ def test_settings_that_come_to_the_same_are_one_and_what_cannot_be_is_left_out(
         ("two", 5, None, "min_seeds=two must be"),
         (4, 3, None, "min_seeds=4 must not be above hydra.sweeper.max_seeds=3"),
         (2, 3, 0, "max_hours=0 must be above 0"),
+        (2, 3, "ten", "max_hours=ten must be above 0"),
     ],
 )
 def test_a_race_out_of_range_is_refused_by_the_name_of_its_key(
-    least: Any, most: int, hours: float | None, said: str
+    least: Any, most: int, hours: Any, said: str
 ) -> None:
     keys = SimpleNamespace(min_seeds=least, max_seeds=most, max_hours=hours)
     with pytest.raises(UserError, match=f"hydra.sweeper.{said}"):
         Race._check(keys)  # type: ignore[arg-type]
+
+
+def test_a_race_that_starts_no_job_leaves_no_folder(tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path / "sweep")
+    sweep.begin(accept_changes=False)
+    Jobs(sweep=sweep).count([], ["error: beta=-1 must be a number of at least 0"])
+    sweep.take_back()
+    assert not sweep.folder.exists()
 
 
 def test_a_race_that_goes_on_keeps_the_largest_number_of_seeds_it_had(tmp_path: Path) -> None:
@@ -226,6 +238,12 @@ def test_a_race_that_goes_on_keeps_the_largest_number_of_seeds_it_had(tmp_path: 
         sweep.note_race(most)
         sweep.begin(accept_changes=False)
     assert RunFolder(tmp_path).read_json("sweep.json")["max_seeds"] == 5
+
+
+def test_a_race_whose_runs_have_all_failed_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    entrants = entrants_of(sweeper_of(["beta=0.1"]), 2, 3)
+    assert _look(entrants, {}, 3, None) == []
+    assert capsys.readouterr().out.endswith("the race ends: no run has finished\n")
 
 
 # Real races

@@ -218,6 +218,12 @@ def check(composed: DictConfig) -> None:
                     f"{section} names {target}, and only these are called: {', '.join(known)}"
                 )
     settings: Any = OmegaConf.to_container(composed.hydra, resolve=False)
+    at_a_time = settings["sweeper"].get("max_batch_size")
+    if at_a_time is not None and not (isinstance(at_a_time, int) and at_a_time > 0):
+        raise UserError(
+            f"hydra.sweeper.max_batch_size={at_a_time} must be a whole number of at least 1, or "
+            "null"
+        )
     for section in ("job_logging", "hydra_logging"):
         if not isinstance(settings[section], dict) or settings[section].get("root") is not None:
             raise UserError(

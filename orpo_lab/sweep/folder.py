@@ -82,8 +82,10 @@ class Sweep:
 
     def take_back(self) -> None:
         """Delete the folder of a new sweep that has started no job; keep that of an older sweep."""
-        if self._starts() > 1 or {child.name for child in self.folder.iterdir()} - {*BEFORE_JOBS}:
+        names = {child.name for child in self.folder.iterdir()}
+        if self._starts() > 1 or names - {*BEFORE_JOBS, CACHE}:
             return
+        shutil.rmtree(self.folder / CACHE, ignore_errors=True)
         for name in BEFORE_JOBS:
             (self.folder / name).unlink(missing_ok=True)
         self.folder.rmdir()

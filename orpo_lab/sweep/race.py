@@ -131,8 +131,9 @@ class Race(BasicSweeper):
                 f"hydra.sweeper.min_seeds={self.min_seeds} must not be above "
                 f"hydra.sweeper.max_seeds={self.max_seeds}"
             )
-        if self.max_hours is not None and not self.max_hours > 0:
-            raise UserError(f"hydra.sweeper.max_hours={self.max_hours} must be above 0, or null")
+        hours = self.max_hours
+        if hours is not None and not (isinstance(hours, int | float) and hours > 0):
+            raise UserError(f"hydra.sweeper.max_hours={hours} must be above 0, or null")
 
 
 def entrants_of(sweeper: Any, min_seeds: int, max_seeds: int) -> list[Entrant]:
@@ -177,11 +178,11 @@ def entrants_of(sweeper: Any, min_seeds: int, max_seeds: int) -> list[Entrant]:
 
 
 def _is_seed(override: str) -> bool:
-    return override.startswith(SEED)
+    return override.lstrip("+").startswith(SEED)
 
 
 def _seed(override: str) -> int:
-    text = override.removeprefix(SEED)
+    text = override.partition("=")[2]
     if not text.isdecimal():
         raise UserError(f"seed={text} is no whole number of at least 0")
     return int(text)
@@ -220,6 +221,9 @@ def _look(
     )
     if num_failed := num_given - len(places):
         print(f"  {num_failed} of them did not finish, and other seeds do not replace them")
+    if not places:
+        print("  the race ends: no run has finished")
+        return []
     complete = [read_run(place) for place in places]
     try:
         compared = compare(complete, MARGINS)
