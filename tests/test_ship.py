@@ -81,6 +81,13 @@ def test_the_winner_is_shipped_and_its_best_and_its_median_run_are_named() -> No
     assert ship.brief()[1] == "ship    sweep/0.2-1/final (the best of 3 seeds, flattered by chance)"
 
 
+def test_a_winner_without_a_rival_is_not_said_to_be_above_one() -> None:
+    runs = [run(0.1, s, 0.80 + s / 100, 0.9) for s in (1, 2, 3)]
+    runs += [run(0.2, s, 0.95 - s / 100, 0.2) for s in (1, 2, 3)]
+    ship = choose(compare(runs, MARGINS))
+    assert ship.headline() == "Ship beta=0.1, the winner: it is the only setting of good quality."
+
+
 def test_of_an_even_number_of_runs_the_lower_one_of_the_two_in_the_middle_is_typical() -> None:
     ship = choose(compared({0.2: [0.92, 0.9, 0.94, 0.96]}))
     assert (ship.best.folder.name, ship.typical.folder.name) == ("0.2-4", "0.2-1")

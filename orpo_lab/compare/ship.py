@@ -124,6 +124,8 @@ class Ship:
         """Return why this setting is proposed, as a sentence without its subject."""
         verdict = self.comparison.verdict
         quality = self.comparison.qualities[0].name
+        if self.is_winner and verdict.nearest is None:
+            return "is the only setting of good quality"
         if self.is_winner:
             return "is shown to be above every other setting of good quality"
         if len(self.comparison.settings) == 1:
