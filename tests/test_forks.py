@@ -1,5 +1,6 @@
 """Forks: jobs that agree up to a step train that part once, and end as whole runs do."""
 
+import errno
 import json
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from faults import processes
 from orpo_lab import config
 from orpo_lab.config.identity import identity
+from orpo_lab.errors import UserError
 from orpo_lab.records.run_folder import RunFolder
 from orpo_lab.stop import Stop, Stopped
 from orpo_lab.sweep import forks
@@ -184,6 +186,38 @@ def test_a_fork_made_from_other_data_is_not_taken(sweep: Sweep) -> None:
     made = checkpoint.Made(identity(anneals), "other pairs", "")
     assert Forks(sweep).begin(anneals, place, made, None, 10, Stop()) is None
     assert checkpoint.forks(place) == []
+
+
+def test_a_full_disk_ends_a_job_that_begins_from_a_fork_and_rejects_no_fork(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trunk, anneals = planned(sweep, TRUNK, ANNEALS)
+    sealed(run_of(sweep, trunk, "0", "finished"), "fork-7", identity(trunk))
+    place = run_of(sweep, anneals, "1", "running")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "make_link", full)
+    with pytest.raises(UserError, match=r"cannot be written .*make room"):
+        begin(sweep, anneals, place)
+    assert "rejected" not in caplog.text
+    assert checkpoint.forks(place) == []
+
+
+def test_a_fork_stays_while_another_job_is_still_copying_it(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trunk, anneals = planned(sweep, TRUNK, ANNEALS)
+    sealed(run_of(sweep, trunk, "0", "finished"), "fork-7", identity(trunk))
+    place = run_of(sweep, anneals, "1", "running")
+
+    def slow(source: Path, target: Path) -> None:
+        target.write_bytes(source.read_bytes())
+        Forks(sweep).release()  # what another job does at its end
+
+    monkeypatch.setattr(checkpoint, "make_link", slow)
+    assert begin(sweep, anneals, place) is not None
 
 
 def test_a_fork_stays_until_its_run_is_complete_and_nobody_has_still_to_begin(sweep: Sweep) -> None:

@@ -157,6 +157,7 @@ class Forks:
 
         Raises:
             Stopped: the run was asked to end while it waited.
+            UserError: the copy of a fork cannot be written.
         """
         me = identity(loaded)
         said = False
@@ -280,10 +281,11 @@ def _first_valid(found: Iterable[Fork], place: RunFolder, made: Made) -> Checkpo
     """Let a run begin from the first fork that is valid; None: no fork is."""
     for fork in found:
         try:
-            start = checkpoint.adopt(fork.path, fork.place, place, made)
+            valid = checkpoint.valid_fork(fork.path, fork.place, made)
         except UserError as error:
             log.warning("%s of %s rejected: %s", fork.path.name, fork.place.path.name, error)
             continue
+        start = checkpoint.adopt(valid, place, made)
         log.info(
             "beginning at step %d: %s has trained the steps before, which are the same",
             start.step,

@@ -120,8 +120,9 @@ def _folders(place: RunFolder, kind: str) -> list[Path]:
 
 
 def last_step(place: RunFolder) -> int:
-    """Return the last step of which a run has a checkpoint, valid or not; 0: it has none."""
-    return max(map(step_of, [*folders(place), *forks(place), *trained(place)]), default=0)
+    """Return the last step of which a run has a sealed checkpoint, valid or not; 0: it has none."""
+    found = [*folders(place), *forks(place), *trained(place)]
+    return max((step_of(path) for path in found if (path / MANIFEST).exists()), default=0)
 
 
 def seal(files: Files, place: RunFolder, made: Made, spent: Spent) -> None:
@@ -248,28 +249,40 @@ def link(path: Path, copy: Path, **changes: Any) -> None:
         RunFolder(copy).write_json(MANIFEST, manifest | changes)
 
 
-def adopt(fork: Path, owner: RunFolder, place: RunFolder, made: Made) -> Checkpoint:
+def valid_fork(path: Path, owner: RunFolder, made: Made) -> Checkpoint:
+    """Return a fork from which another run may begin.
+
+    Args:
+        path: the folder of the fork.
+        owner: the folder of the run that made the fork.
+        made: what the run that begins is made from.
+
+    Raises:
+        UserError: the fork is damaged, or was made from something else.
+    """
+    found = _verify(path, owner)
+    if (found.made.data, found.made.model) != (made.data, made.model):
+        raise UserError("it was made from other weights or pairs")
+    return found
+
+
+def adopt(fork: Checkpoint, place: RunFolder, made: Made) -> Checkpoint:
     """Let a run begin from a fork of another run, as if it had taken the fork's steps itself.
 
     Args:
-        fork: the folder of the fork.
-        owner: the folder of the run that made the fork.
+        fork: the fork.
         place: the folder of the run that begins; gets a copy of the fork, and the lines of metrics
             so far.
         made: what the run that begins is made from.
 
     Raises:
-        UserError: the fork is damaged, or was made from something else; or the copy cannot be
-            written.
+        UserError: the copy cannot be written.
     """
-    found = _verify(fork, owner)
-    if (found.made.data, found.made.model) != (made.data, made.model):
-        raise UserError("it was made from other weights or pairs")
-    spent = replace(found.spent, wall_seconds=0.0, peak_memory_bytes=0, num_shared=found.step)
-    copy = folder(place, FORK, found.step)
-    link(fork, copy, made=asdict(made), spent=_padded(spent))
+    spent = replace(fork.spent, wall_seconds=0.0, peak_memory_bytes=0, num_shared=fork.step)
+    copy = folder(place, FORK, fork.step)
+    link(fork.path, copy, made=asdict(made), spent=_padded(spent))
     place.write(METRICS, (copy / METRICS).read_text(encoding="utf-8"))
-    return Checkpoint(copy, made, spent, found.versions)
+    return Checkpoint(copy, made, spent, fork.versions)
 
 
 def rotate(place: RunFolder, num_checkpoints: int) -> None:
