@@ -124,8 +124,9 @@ def run_of(sweep: Sweep, loaded: config.Config, name: str, state: str) -> RunFol
 
 def begin(sweep: Sweep, loaded: config.Config, place: RunFolder) -> checkpoint.Checkpoint | None:
     made = checkpoint.Made(identity(loaded), "", "")
+    own = checkpoint.newest_valid(place, identity(loaded))
     # The time is up as soon as a job waits
-    return Forks(sweep).begin(loaded, place, made, None, 10, Stop(max_hours=1e-9))
+    return Forks(sweep).begin(loaded, place, made, own, 10, Stop(max_hours=1e-9))
 
 
 def test_a_fork_is_left_where_a_job_that_has_still_to_begin_parts(sweep: Sweep) -> None:
@@ -177,6 +178,19 @@ def test_a_job_begins_from_the_latest_valid_fork_and_has_all_of_it(
     assert again.made.config_hash == identity(anneals)
     spent = checkpoint.Spent(num_skipped=1, num_shared=5)
     assert again.spent == spent, "seconds count where they were spent"
+
+
+@pytest.mark.parametrize(("own", "begun_from"), [(3, "fork-7"), (8, "checkpoint-8")])
+def test_a_job_that_goes_on_takes_a_fork_only_if_it_is_later_than_its_own_checkpoint(
+    sweep: Sweep, own: int, begun_from: str
+) -> None:
+    trunk, anneals = planned(sweep, TRUNK, ANNEALS)
+    sealed(run_of(sweep, trunk, "0", "finished"), "fork-7", identity(trunk))
+    place = run_of(sweep, anneals, "1", "running")
+    sealed(place, f"checkpoint-{own}", identity(anneals))
+    start = begin(sweep, anneals, place)
+    assert start is not None
+    assert start.path == place.path / "checkpoints" / begun_from
 
 
 def test_a_fork_made_from_other_data_is_not_taken(sweep: Sweep) -> None:

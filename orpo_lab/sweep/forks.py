@@ -151,7 +151,8 @@ class Forks:
             loaded: the job's configuration.
             place: the job's run folder.
             made: what the run is made from.
-            start: the run's own checkpoint, if it has one. The run goes on from there.
+            start: the run's own checkpoint, if it has one. The run goes on from there, unless
+                there is a later fork.
             num_steps: number of steps of the whole run.
             stop: says whether the run should end early.
 
@@ -168,8 +169,9 @@ class Forks:
                 job = Job(**record["jobs"][me])
                 record["num_steps"][job.family] = num_steps
                 tree = Tree(self.sweep, record)
-                found = [] if start else tree.forks_for(job)
-                at = start.step if start else max((fork.step for fork in found), default=0)
+                own = start.step if start else 0
+                found = [fork for fork in tree.forks_for(job) if fork.step > own]
+                at = max((fork.step for fork in found), default=own)
                 ahead = None if start else tree.ahead(job, at)
                 if ahead is None:
                     record["begun"][me] = at
@@ -180,7 +182,7 @@ class Forks:
             if reason := stop.reason():
                 raise Stopped(reason)
             time.sleep(WAIT)
-        return start or _first_valid(found, place, made)
+        return _first_valid(found, place, made) or start
 
     def steps(self, loaded: Config) -> frozenset[int]:
         """Return the steps at which a job leaves a fork for jobs that have still to begin."""
