@@ -102,6 +102,9 @@ def run_job(composed: DictConfig, folder: Path, sweep: Sweep | None) -> None:
             f"resume={loaded.resume} names one run, and a sweep has many; it goes on by "
             "hydra.sweep.dir=..., without resume"
         )
+    sweeper = hydra_config.runtime.choices["hydra/sweeper"]
+    if sweep is None and sweeper != "basic":
+        raise UserError(f"hydra/sweeper={sweeper} decides on the jobs of a sweep; add -m")
     with sweep.claim(loaded, folder) if sweep else _alone(loaded, folder) as place:
         if place is None:
             return

@@ -17,7 +17,6 @@ also written to OUT/sweep_cost.json.
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 from datetime import date
@@ -137,7 +136,7 @@ def main() -> None:
         ratio = f", {made['cpu_seconds'] / grid['cpu_seconds']:.2f} of the grid's" if grid else ""
         print(f"{part}: {made['cpu_seconds']:.0f} CPU s{ratio}, {made['runs']} runs")
         print("\n".join(made["verdict"]))
-    report = {"date": str(date.today()), "cpu": platform.processor(), "versions": versions()}
+    report = {"date": str(date.today()), "versions": versions()}
     line = json.dumps(report | found)
     (options.out / "sweep_cost.json").write_text(line)
     print(line)

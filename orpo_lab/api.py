@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import hydra
 from hydra import initialize_config_dir
-from omegaconf import open_dict
 
 from orpo_lab import config, environment
 from orpo_lab.config import guard
@@ -60,9 +59,8 @@ def compose(*overrides: str) -> Experiment:
             composed = hydra.compose("config", as_typed(overrides), return_hydra_config=True)
     except NOT_COMPOSED as error:
         raise UserError(explain(error)) from error
-    with open_dict(composed):
-        own = composed.pop("hydra")
-    return Experiment(config.load(composed), dict(own.runtime.choices), list(overrides))
+    loaded = config.load(config.without_hydra(composed))
+    return Experiment(loaded, dict(composed.hydra.runtime.choices), list(overrides))
 
 
 def train(experiment: Experiment, folder: Path | str) -> "RunResult":

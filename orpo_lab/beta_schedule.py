@@ -33,6 +33,14 @@ def beta_at(schedule: BetaSchedule, progress: float, *, beta: float, beta_end: f
     return beta + (beta_end - beta) * _share_moved(schedule, progress)
 
 
+def betas(schedule: BetaSchedule, num_steps: int, *, beta: float, beta_end: float) -> list[float]:
+    """Return beta at every step of a run of `num_steps` steps; see `beta_at`."""
+    return [
+        beta_at(schedule, progress(step, num_steps), beta=beta, beta_end=beta_end)
+        for step in range(num_steps)
+    ]
+
+
 def _share_moved(schedule: BetaSchedule, progress: float) -> float:
     """Return the share of the change from beta to beta_end that is done, 0 to 1."""
     match schedule:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from orpo_lab.beta_schedule import adapted, beta_at, progress
+from orpo_lab.beta_schedule import adapted, betas
 from orpo_lab.config.beta_schedule import (
     Adaptive,
     BetaSchedule,
@@ -19,10 +19,7 @@ ANNEALING = [Linear(), Cosine(), Step(milestones=[0.5, 0.75]), HoldThenAnneal(an
 
 
 def curve(schedule: BetaSchedule, num_steps: int, beta: float, beta_end: float) -> list[float]:
-    return [
-        beta_at(schedule, progress(step, num_steps), beta=beta, beta_end=beta_end)
-        for step in range(num_steps)
-    ]
+    return betas(schedule, num_steps, beta=beta, beta_end=beta_end)
 
 
 @pytest.mark.parametrize("schedule", ANNEALING)

@@ -1,8 +1,8 @@
 """The dial: mixtures of two runs, and what they predict."""
 
+import contextlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -56,14 +56,11 @@ COPIES: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the pairs and the finished runs of RUNS and COPIES."""
-    place, before = tmp_path_factory.mktemp("runs"), Path.cwd()
+    place = tmp_path_factory.mktemp("runs")
     write_pairs(place / "pairs.jsonl")
-    os.chdir(place)
-    try:
+    with contextlib.chdir(place):
         for name, overrides in RUNS.items():
             start(*RUN, *overrides, f"hydra.run.dir={name}")
-    finally:
-        os.chdir(before)
     for name, (source, changes) in COPIES.items():
         copy(place / source, place / name, **changes)
     return place

@@ -4,8 +4,6 @@ import functools
 import re
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +19,7 @@ from scipy import stats
 
 from benchmarks import verdict as benchmark
 from benchmarks.verdict import MAX_SEEDS, MIN_SEEDS, race_situations, raced
+from faults import processes
 from orpo_lab import config
 from orpo_lab.compare import verdict as rules
 from orpo_lab.compare.race import next_step
@@ -248,6 +247,13 @@ def test_a_race_whose_runs_have_all_failed_ends(capsys: pytest.CaptureFixture[st
 
 # Real races
 
+
+def test_a_race_without_the_flag_of_sweeps_is_refused(launch: Launch, tmp_path: Path) -> None:
+    done = launch("hydra/sweeper=race", "tracker=none", expect=1)
+    assert done.stderr == "error: hydra/sweeper=race decides on the jobs of a sweep; add -m\n"
+    assert not list(tmp_path.glob("outputs/*"))
+
+
 RATES = "optimizer.learning_rate=1e-6,1e-2"
 RACE = ("-m", "hydra/sweeper=race", "hydra.sweeper.min_seeds=2", "hydra.sweeper.max_seeds=3", SWEEP)
 LONGER = [*SHORT, "train.max_steps=8", "dataset.num_eval=64"][1:]
@@ -262,22 +268,13 @@ def looks(text: str) -> list[str]:
 def test_a_race_that_was_killed_decides_the_same_and_runs_nothing_twice(
     launch: Launch, tmp_path: Path
 ) -> None:
-    (tmp_path / "whole").mkdir()
     command = [*RACE, RATES, *LONGER]
-    whole = launch(*command[:-1], command[-1].replace("sweep", "sweep"), "hydra.sweep.dir=whole/s")
+    whole = launch(*command, "hydra.sweep.dir=whole")
     folder = tmp_path / "sweep"
-    killed = subprocess.Popen(
-        [sys.executable, str(ROOT / "launch.py"), *command],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 300
-    while not list(folder.glob("2-*/metrics.jsonl")):
-        assert time.monotonic() < deadline
-        assert killed.poll() is None
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    killed = processes.start(tmp_path / "said", command, at=tmp_path)
+    killed.wait_for(lambda: bool(list(folder.glob("2-*/metrics.jsonl"))))
+    killed.signal(signal.SIGKILL)
+    assert killed.wait().code == -signal.SIGKILL
     finished = [job.path for job in Sweep(folder).jobs() if job.is_complete()]
     before = [checksums(path) for path in finished]
     assert len(before) == 2
@@ -287,7 +284,7 @@ def test_a_race_that_was_killed_decides_the_same_and_runs_nothing_twice(
     assert [checksums(path) for path in finished] == before
     ran = [
         {(values["optimizer"]["learning_rate"], values["seed"]) for values in of_race}
-        for of_race in (configs(folder), configs(tmp_path / "whole/s"))
+        for of_race in (configs(folder), configs(tmp_path / "whole"))
     ]
     assert ran[0] == ran[1]
     assert len(ran[0]) == len(list(Sweep(folder).jobs()))

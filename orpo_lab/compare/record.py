@@ -1,6 +1,5 @@
 """A comparison as data: the content of `report.json`; docs/sweeps.md explains each key."""
 
-import math
 from typing import Any
 
 from orpo_lab.compare.evidence import Comparison, as_measured
@@ -48,7 +47,7 @@ def _ship(ship: Ship) -> dict[str, Any]:
         "best": _run(ship.best),
         "typical": _run(ship.typical),
         "against_untrained": {
-            gain.name: {"said": gain.said, **_interval(gain.interval)} for gain in ship.gains
+            gain.name: {"said": gain.said, **gain.interval.as_json()} for gain in ship.gains
         },
         "export": ship.export,
         "repeat": ship.repeat,
@@ -68,7 +67,7 @@ def _verdict(comparison: Comparison) -> dict[str, Any]:
         "leader": name(verdict.leader),
         "unbeaten": [name(number) for number in verdict.unbeaten],
         "nearest": name(verdict.nearest),
-        "lead": verdict.lead and _interval(verdict.lead),
+        "lead": verdict.lead and verdict.lead.as_json(),
         "one_seed": [name(number) for number in verdict.one_seed],
         "seeds_needed": verdict.seeds_needed,
         "pairs_needed": verdict.pairs_needed,
@@ -93,9 +92,9 @@ def _setting(comparison: Comparison, number: int) -> dict[str, Any]:
 def _figures(comparison: Comparison, intervals: list[Interval]) -> dict[str, Any]:
     """Return preference accuracy and the qualities by name, from their intervals in that order."""
     accuracy, *of_qualities = intervals
-    found = {PREFERENCE: _interval(accuracy)}
+    found = {PREFERENCE: accuracy.as_json()}
     for quality, interval in zip(comparison.qualities, of_qualities, strict=True):
-        found[quality.name] = _interval(as_measured(quality, interval))
+        found[quality.name] = as_measured(quality, interval).as_json()
     return found
 
 
@@ -107,7 +106,3 @@ def _run(run: Run) -> dict[str, Any]:
         "reason": run.reason,
         "figures": run.summary["after"] if run.summary else {},
     }
-
-
-def _interval(interval: Interval) -> dict[str, float | None]:
-    return {key: None if math.isnan(value) else value for key, value in vars(interval).items()}

@@ -71,6 +71,10 @@ class Interval:
     low: float
     high: float
 
+    def as_json(self) -> dict[str, float | None]:
+        """Return the figures by name, as JSON has them: null for what does not exist."""
+        return {key: None if math.isnan(value) else value for key, value in vars(self).items()}
+
 
 @dataclass(frozen=True)
 class Spread:

@@ -19,7 +19,7 @@ from dataclasses import Field, dataclass, fields, is_dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from orpo_lab.config.beta_schedule import (
@@ -265,6 +265,14 @@ def register() -> None:
             store.store(group=f"schema/{group}", name=name, node=schema)
     for name, function in RESOLVERS.items():
         OmegaConf.register_new_resolver(name, function, replace=True)
+
+
+def without_hydra(composed: DictConfig) -> DictConfig:
+    """Return a copy of a composed configuration without Hydra's own part."""
+    own = composed.copy()
+    with read_write(own), open_dict(own):
+        del own["hydra"]
+    return own
 
 
 def load(composed: DictConfig) -> Config:

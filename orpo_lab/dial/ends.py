@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from statistics import mean
 
-from orpo_lab.beta_schedule import beta_at, progress
+from orpo_lab.beta_schedule import betas
 from orpo_lab.compare.evidence import Setting, group, told_apart_by
 from orpo_lab.compare.read import Run, find_runs, read_run
 from orpo_lab.config import SCHEMAS
@@ -66,10 +66,7 @@ def mean_beta(run: Run) -> float:
         if key.startswith("beta_schedule.")
     }
     schedule = SCHEMAS["beta_schedule"][values["beta_schedule"]](**own)
-    return mean(
-        beta_at(schedule, progress(step, num), beta=values["beta"], beta_end=values["beta_end"])
-        for step in range(num)
-    )
+    return mean(betas(schedule, num, beta=values["beta"], beta_end=values["beta_end"]))
 
 
 def find_ends(low: Path, high: Path, trained: Sequence[Path]) -> Ends:

@@ -3,9 +3,7 @@
 import io
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from datetime import date
-from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -172,10 +170,7 @@ def _gaps(gaps: Gaps) -> dict[str, Any]:
 
 
 def _plain(figures: dict[str, Interval]) -> dict[str, dict[str, float | None]]:
-    return {
-        name: {end: None if isnan(value) else value for end, value in asdict(interval).items()}
-        for name, interval in figures.items()
-    }
+    return {name: interval.as_json() for name, interval in figures.items()}
 
 
 def card(front: Front, share: float) -> str:

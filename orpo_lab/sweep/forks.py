@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 
 from orpo_lab import config
-from orpo_lab.beta_schedule import beta_at, progress
+from orpo_lab.beta_schedule import betas
 from orpo_lab.config import SCHEMAS, Config, kind
 from orpo_lab.config.identity import identity, identity_without_beta
 from orpo_lab.errors import UserError
@@ -72,18 +72,15 @@ class Job:
     def betas(self, num_steps: int) -> list[float]:
         """Return beta at every step of a run of `num_steps` steps."""
         schedule = SCHEMAS["beta_schedule"][self.schedule](**self.keys)
-        return [
-            beta_at(schedule, progress(step, num_steps), beta=self.beta, beta_end=self.beta_end)
-            for step in range(num_steps)
-        ]
+        return betas(schedule, num_steps, beta=self.beta, beta_end=self.beta_end)
 
 
 def num_shared(one: Job, other: Job, num_steps: int) -> int:
     """Return up to which step two jobs agree: 0 if they share nothing, else at most `num_steps`."""
     if one.family != other.family:
         return 0
-    betas = enumerate(zip(one.betas(num_steps), other.betas(num_steps), strict=True))
-    return next((step for step, (mine, its) in betas if mine != its), num_steps)
+    both = enumerate(zip(one.betas(num_steps), other.betas(num_steps), strict=True))
+    return next((step for step, (mine, its) in both if mine != its), num_steps)
 
 
 def plan(sweep: Sweep, composed: Iterable[DictConfig]) -> None:
@@ -96,11 +93,8 @@ def plan(sweep: Sweep, composed: Iterable[DictConfig]) -> None:
     forks = Forks(sweep)
     with forks.locked() as record:
         for given in composed:
-            own = given.copy()
-            with open_dict(own):
-                own.pop("hydra")
             with contextlib.suppress(UserError):  # the job itself reports the error
-                loaded = config.load(own)
+                loaded = config.load(config.without_hydra(given))
                 if loaded.train.forks and loaded.beta_schedule.is_known_before:
                     job = Job.of(loaded)
                     record["jobs"][job.config_hash] = asdict(job)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from omegaconf import open_dict, read_write
 
 from orpo_lab import config
 from orpo_lab.config.guard import leave_out_what_cannot_be
@@ -153,15 +152,11 @@ def entrants_of(sweeper: Any, min_seeds: int, max_seeds: int) -> list[Entrant]:
             tuple(text for text in job if not _is_seed(text)) for job in jobs
         )
     ]
-    _, left_out = leave_out_what_cannot_be(sweeper, settings)
+    all_composed, left_out = leave_out_what_cannot_be(sweeper, settings)
     found: dict[str, Entrant] = {}
-    for overrides in settings:
-        loader = sweeper.hydra_context.config_loader
-        composed = loader.load_sweep_config(sweeper.config, overrides)
-        with read_write(composed), open_dict(composed):
-            del composed["hydra"]
+    for overrides, composed in zip(settings, all_composed, strict=True):
         try:
-            loaded = config.load(composed)
+            loaded = config.load(config.without_hydra(composed))
         except UserError as error:
             left_out.append(redact(f"error: {' '.join(overrides)}: {error}"))
             print(left_out[-1], file=sys.stderr)
