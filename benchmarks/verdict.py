@@ -16,6 +16,7 @@ Parts (all of them: an hour on a core):
     race: what races over seeds name and take, beside sweeps of as many seeds for every setting
     close: the same where races come close to what is allowed, in ten times as many sweeps
     from_one: the same of races that begin with one seed
+    of_two: what a race of two settings could do that knew all variances
     pairing: what tests on pairs of runs of one seed would name (some minutes, as the race)
 
 Beside ours stand the rule before 2026-11-27, which pools the variance between seeds over all
@@ -35,7 +36,7 @@ from numpy.typing import ArrayLike
 from scipy import special, stats
 
 from orpo_lab.compare.race import next_step
-from orpo_lab.compare.verdict import POWER, Array, Measure, Quality, decide
+from orpo_lab.compare.verdict import LEVEL, POWER, SHAPE, Array, Measure, Quality, decide
 
 NUM_SETTINGS = 8
 NUM_SWEEPS = 1000
@@ -46,6 +47,7 @@ RESAMPLES = 400
 # False winners allowed to a rule of `bound`, a share of sweeps
 ALLOWED = 17 / 200
 BOUND_SWEEPS = 2000
+DRAWS = 400_000
 QUIET, NOISY = 0.1, 0.8
 # Races: sweeps of each kind, seeds at the beginning and at most, how much one in log-odds is on the
 # latent scale (at a share of 0.85), and how much of the runs' variance may be the seed's
@@ -501,6 +503,37 @@ def raced(accuracy: list[Array], num_seeds: int) -> tuple[int | None, int]:
         given[more] += 1
 
 
+def known(shape: float) -> dict[str, float]:
+    """Return what a race of two settings could do that knew all variances.
+
+    A lead that one look at the end finds in POWER of the races, at one level; here with looks after
+    2 seeds up to MAX_SEEDS, by the boundary of the verdict (`level_of_look`), and at the same level
+    over all looks together. The race ends with the first look that shows the lead, and at no look
+    for want of hope: that would cost power.
+
+    Args:
+        shape: of the boundary, from 0 (O'Brien and Fleming) to 0.5 (Pocock).
+    """
+    level = LEVEL / 2
+    share = np.arange(MIN_SEEDS, MAX_SEEDS + 1) / MAX_SEEDS
+    steps = np.sqrt(np.diff(share, prepend=0))
+    noise = (np.random.default_rng(3).standard_normal((DRAWS, len(share))) * steps).cumsum(1)
+    noise /= np.sqrt(share)
+    # The boundary's constant, such that noise alone crosses the boundary at `level` of the races
+    highest = (noise * share ** (0.5 - shape)).max(1)
+    boundary = np.quantile(highest, 1 - level) * share ** (shape - 0.5)
+    lead = stats.norm.isf(level) + stats.norm.ppf(POWER)
+    shown = noise + lead * np.sqrt(share) > boundary
+    ends = np.where(shown.any(1), share[shown.argmax(1)], 1.0)
+    return {"found": float(shown.any(1).mean()), "runs": float(ends.mean())}
+
+
+def of_two() -> Iterator[tuple[str, dict[str, float]]]:
+    """Return what races of two settings could do at best, for boundaries of several shapes."""
+    for shape in (0.0, SHAPE, 0.3, 0.5):
+        yield f"shape {shape:g}", known(shape)
+
+
 def paired(accuracy: list[Array]) -> int | None:
     """Return the winner by tests on the differences of runs of one seed, for each pair of settings.
 
@@ -566,6 +599,7 @@ PARTS_OF_THIS: dict[str, Callable[[], Iterator[tuple[str, dict[str, float]]]]] =
     "race": races,
     "close": lambda: races(CLOSE, NUM_CLOSE),
     "from_one": lambda: races(min_seeds=1),
+    "of_two": of_two,
     "pairing": pairing,
 }
 
