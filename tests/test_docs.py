@@ -85,7 +85,6 @@ def test_every_link_leads_somewhere(file: Path) -> None:
             assert (file.parent / target).exists(), f"{file.name} links to {target}"
 
 
-@pytest.mark.slow
 def test_the_worked_example_of_extending_is_all_that_it_takes(tmp_path: Path) -> None:
     for name in ("orpo_lab", "conf", "tests", "faults", "launch.py"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
