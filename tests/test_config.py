@@ -33,6 +33,10 @@ NEEDS = {
     "dataset/hub": ["dataset.path=org/name"],
     "dataset/file": ["dataset.train_path=pairs.jsonl"],
     "dataset/jsonl": ["dataset.train_path=pairs.jsonl"],
+    **{
+        f"dataset/{name}": ["dataset.train_path=rows.jsonl"]
+        for name in ("sharegpt", "alpaca", "ranked", "scored", "arena", "helpsteer")
+    },
     "dataset/unpaired": ["dataset.train_path=rows.jsonl", "method=kto"],
     "dataset/unpaired_hub": ["dataset.path=org/name", "method=sft"],
     "quantization/none": ["optimizer=lora"],
@@ -194,7 +198,7 @@ GALORE_TORCH = "optimizer.implementation=galore_torch"
         (["dataset=hub", "dataset.path=a/b", "dataset.transcripts=true"], "columns.prompt=null"),
         (
             [*NEEDS["dataset/unpaired"], "dataset=unpaired", "dataset.transcripts=true"],
-            "rows with a label hold none; leave it false",
+            "and these rows hold none; leave it false",
         ),
         (["method=dpo", "beta=0"], "beta=0: method=dpo learns nothing at a beta of 0"),
         (["method=cpo", "beta=0", "method.sft_weight=0"], "method=cpo learns nothing"),

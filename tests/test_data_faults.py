@@ -109,6 +109,12 @@ CASES: dict[str, list[Case]] = {
             form=transcripts,
         ),
     ],
+    "ignored_column": [
+        Case([{**PAIR, "system": "Be brief."}]),
+        Case([{**TALK, "system_prompt": "Be brief."}]),
+        Case([{**PAIR, "winner": "model_b"}]),
+        Case([{**PAIR, "preference_strength": -1}]),
+    ],
     "contradicting_prompt": [
         Case([{"prompt": "why?", "chosen": [ASKED, RIGHT], "rejected": [ASKED, WRONG]}])
     ],
@@ -126,10 +132,6 @@ CASES: dict[str, list[Case]] = {
             (0, 1, 2, 3),
             form=transcripts,
         )
-    ],
-    "ignored_column": [
-        Case([{**PAIR, "system": "Be brief."}, {**TALK, "system_prompt": "Be brief."}], (0, 1)),
-        Case([{**PAIR, "winner": "model_b"}, {**PAIR, "preference_strength": -1}], (0, 1)),
     ],
     "unknown_role": [
         Case([{**TALK, "prompt": [{**ASKED, "role": "prompter"}]}], template=DEFAULT_CHAT_TEMPLATE)
