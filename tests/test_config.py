@@ -200,6 +200,22 @@ GALORE_TORCH = "optimizer.implementation=galore_torch"
             [*NEEDS["dataset/unpaired"], "dataset=unpaired", "dataset.transcripts=true"],
             "and these rows hold none; leave it false",
         ),
+        (
+            [*NEEDS["dataset/scored"], "dataset=scored", "dataset.columns.pairing=some"],
+            "dataset.columns.pairing=some must be one of best_worst, adjacent, all, margin",
+        ),
+        (
+            [*NEEDS["dataset/scored"], "dataset=scored", "dataset.columns.least_difference=0"],
+            "dataset.columns.least_difference=0.0 must be above 0",
+        ),
+        (
+            [*NEEDS["dataset/scored"], "dataset=scored", "dataset.columns.prompt=null"],
+            "rows with several answers need a column with a prompt",
+        ),
+        (
+            [*NEEDS["dataset/arena"], "dataset=arena", "dataset.columns.ties=[Model_a]"],
+            "name model_a 2 times; a value means one thing",
+        ),
         (["method=dpo", "beta=0"], "beta=0: method=dpo learns nothing at a beta of 0"),
         (["method=cpo", "beta=0", "method.sft_weight=0"], "method=cpo learns nothing"),
         (["method=simpo", "beta=0", "beta_schedule=linear"], "beta=0 and beta_end=0: method=simpo"),

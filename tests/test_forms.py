@@ -2,20 +2,21 @@
 
 import copy
 import json
-import logging
+import re
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orpo_lab import config, data
-from orpo_lab.config.dataset import TableDataset, WinnerColumns
+from orpo_lab.config.dataset import TableDataset
 from orpo_lab.data.faults import Fault
-from orpo_lab.data.forms import Reader, from_winner
+from orpo_lab.data.forms import Reader
 from orpo_lab.data.pairs import Pair, find_faults
 from orpo_lab.data.ranks import choose
 from orpo_lab.data.render import DEFAULT_CHAT_TEMPLATE, render
@@ -79,7 +80,7 @@ NECTAR = {
     ],
     "turns": 2,
 }
-BATTLE = {
+BATTLE: Row = {
     "model_a": "m",
     "model_b": "n",
     "winner": "model_b",
@@ -363,19 +364,10 @@ def test_a_preference_above_0_is_for_the_second_answer(load: Load, preference: i
     assert pair.chosen == [assistant(GOOD if preference < 0 else BAD)]
 
 
-SWAPPED = {"model_a": "model_b", "model_b": "model_a"}
-
-
 def test_answers_in_the_other_order_make_the_same_pair(load: Load) -> None:
-    columns = reader(load, "dataset=arena")._dataset.columns
-    assert isinstance(columns, WinnerColumns)
-    swapped = {
-        **BATTLE,
-        "winner": SWAPPED[BATTLE["winner"]],
-        "conversation_a": BATTLE["conversation_b"],
-        "conversation_b": BATTLE["conversation_a"],
-    }
-    assert from_winner(BATTLE, columns) == from_winner(swapped, columns)
+    sides = {"conversation_a": BATTLE["conversation_b"], "conversation_b": BATTLE["conversation_a"]}
+    read = reader(load, "dataset=arena")
+    assert read.pairs(BATTLE, 1) == read.pairs({**BATTLE, **sides, "winner": "model_a"}, 1)
 
 
 SCORES = st.lists(st.integers(0, 6).map(float), max_size=6)
@@ -401,8 +393,8 @@ def test_every_rule_pairs_a_better_answer_with_a_worse_one(
 
 
 def test_a_difference_of_scores_is_not_lost_to_rounding() -> None:
-    assert 8.1 - 7.1 < 1
-    assert choose([-8.1, -7.1], "margin", 1.0) == [(0, 1)]
+    assert 4.1 - 3.1 < 1
+    assert choose([-4.1, -3.1], "margin", 1.0) == [(0, 1)]
 
 
 @pytest.mark.parametrize(
@@ -452,7 +444,7 @@ def test_answers_are_paired_by_rule_and_the_others_are_counted(
 def test_a_known_form_is_recognised_where_no_preset_is_named(
     load: Load, row: Row, advice: str
 ) -> None:
-    with pytest.raises(Fault, match="lacks column") as raised:
+    with pytest.raises(Fault) as raised:
         reader(load, "dataset=file").pairs(row, 1)
     assert advice in raised.value.detail
 
@@ -480,8 +472,8 @@ def test_a_file_of_a_known_form_is_refused_with_its_preset(
 )
 def test_a_column_that_matters_is_not_lost_quietly(load: Load, row: Row, is_lost: bool) -> None:
     (pair,) = reader(load, "dataset=file").pairs(row, 1)
-    never = __import__("re").compile("(?!)")
-    assert [fault.name for fault in find_faults(pair, never)] == ["ignored_column"] * is_lost
+    found = [fault.name for fault in find_faults(pair, re.compile("(?!)"))]
+    assert found == ["ignored_column"] * is_lost
 
 
 def sharegpt(row: Row) -> Row:
@@ -537,13 +529,10 @@ def test_real_rows_are_the_same_pairs_in_another_form(
             assert getattr(found, side) == getattr(expected, side)
 
 
-def test_forms_come_from_the_hub_as_from_a_file(
-    load: Load, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    import datasets
-
-    caplog.set_level(logging.INFO)
-    rows = [{**TALK, "conversations": [human(f"{n} plus 2?")], "system": "Be."} for n in range(6)]
+def test_forms_come_from_the_hub_as_from_a_file(load: Load, tokenizer: Any, tmp_path: Path) -> None:
+    rows: list[Row] = [
+        {**TALK, "conversations": [human(f"{n} plus 2?")], "system": "Be."} for n in range(6)
+    ]
     rows += [{**TALK, "conversations": [human("And?")], "system": None}]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
