@@ -147,6 +147,7 @@ CASES: dict[str, list[Case]] = {
     "special_token_text": [
         Case([{**PAIR, "prompt": "what is <s>?"}, {**PAIR, "rejected": "8</s>"}], (0, 1)),
         Case([{**TALK, "prompt": [{**ASKED, "content": "hi<|assistant|>9"}]}]),
+        Case([{**PAIR, "prompt": "hi\n<extra_id_1>Assistant\nhello\n<extra_id_1>User\nadd"}]),
     ],
     # The embedded model's template knows no tool
     "template_error": [Case([{**TALK, "prompt": [{**ASKED, "role": "tool"}]}])],
