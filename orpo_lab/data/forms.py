@@ -288,6 +288,8 @@ def _after(before: list[Message], pair: Pair) -> Pair:
     if not before:
         return pair
     if isinstance(pair.prompt, str):
+        if not pair.prompt.strip():
+            raise Fault("empty_prompt", "the prompt is empty but for what stands before it")
         asked = {"role": "user", "content": pair.prompt}
         chosen, rejected = answer(str(pair.chosen)), answer(str(pair.rejected))
         return replace(pair, prompt=[*before, asked], chosen=chosen, rejected=rejected)
