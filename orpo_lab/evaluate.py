@@ -9,21 +9,20 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
 
 from orpo_lab import engine, metrics
 from orpo_lab.config import Config
-from orpo_lab.data import Data, embedded
+from orpo_lab.data import Data, embedded, template
 from orpo_lab.data.encode import special_tokens
 from orpo_lab.engine.packing import by_length
 from orpo_lab.engine.scoring import Scorer
@@ -150,7 +149,13 @@ def evaluate(
             _check_finite(scores, desc)
             asked = data.held_out.select(range(min(asks.num_generations, len(data.held_out))))
             generations = generate(
-                model, tokenizer, asked, asks.max_new_tokens, check=data.checkable, desc=desc
+                model,
+                tokenizer,
+                asked,
+                asks.max_new_tokens,
+                template_kwargs=asks.template_kwargs,
+                check=data.checkable,
+                desc=desc,
             )
     finally:
         model.train(was_training)
@@ -211,6 +216,7 @@ def generate(
     pairs: datasets.Dataset,
     max_new_tokens: int,
     *,
+    template_kwargs: Mapping[str, Any] = template.NO_KWARGS,
     check: bool,
     desc: str,
 ) -> list[Generation]:
@@ -224,6 +230,7 @@ def generate(
         tokenizer: with a pad token.
         pairs: tokenized pairs.
         max_new_tokens: the largest number of tokens of an answer; a longer answer is cut.
+        template_kwargs: `dataset.template_kwargs`.
         check: whether the rows of the pairs say which answer is right.
         desc: text of the progress bar.
     """
@@ -234,7 +241,7 @@ def generate(
         "use_cache": True,
         "return_dict_in_generate": True,
         "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": turn_ends(model, tokenizer),
+        "eos_token_id": turn_ends(model, tokenizer, template_kwargs),
         "bos_token_id": tokenizer.bos_token_id,
     }
     answers: dict[int, list[int]] = {}
@@ -355,7 +362,11 @@ def _generating_by(model: CausalModel, settings: GenerationConfig) -> Iterator[N
         model.generation_config = own
 
 
-def turn_ends(model: CausalModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def turn_ends(
+    model: CausalModel,
+    tokenizer: PreTrainedTokenizerBase,
+    template_kwargs: Mapping[str, Any] = template.NO_KWARGS,
+) -> list[int]:
     """Return the ids of all tokens that end an answer.
 
     One of them is the tokenizer's EOS. Chat models (Gemma, Llama 3, Phi-3) end a turn with other
@@ -364,11 +375,13 @@ def turn_ends(model: CausalModel, tokenizer: PreTrainedTokenizerBase) -> list[in
     """
     own = without_adapters(model).generation_config.eos_token_id
     listed = own if isinstance(own, list) else [own]
-    ids = {tokenizer.eos_token_id, *listed, _token_behind_a_turn(tokenizer)}
+    ids = {tokenizer.eos_token_id, *listed, _token_behind_a_turn(tokenizer, template_kwargs)}
     return sorted(token_id for token_id in ids if token_id is not None and token_id >= 0)
 
 
-def _token_behind_a_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+def _token_behind_a_turn(
+    tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]
+) -> int | None:
     """Return the id of the special token that the chat template writes behind an answer.
 
     None: there is no chat template, no such token, or the template refuses the conversation.
@@ -376,8 +389,8 @@ def _token_behind_a_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     answer = "an answer"
     turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
     try:
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except (TemplateError, TypeError, ValueError):
+        text = template.apply(tokenizer, turns, template_kwargs)
+    except template.REFUSALS:
         return None
     found = special_tokens(tokenizer).match(text.rpartition(answer)[2].lstrip())
     return tokenizer.convert_tokens_to_ids(found.group()) if found and found.group() else None

@@ -1,10 +1,10 @@
 """Keys of `dataset`: which preference pairs are used, and what happens to rows with a fault."""
 
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from orpo_lab.config.checks import at_least, check, one_of
-from orpo_lab.config.policy import free, location, setting
+from orpo_lab.config.checks import SWITCH, at_least, check, one_of
+from orpo_lab.config.policy import free, location, setting, switch
 
 ALL_FILES = "**/*"
 # Faults despite which a row can be trained on; other faults leave no prompt with two answers
@@ -74,6 +74,7 @@ class Dataset:
     num_generations: int = setting()
     max_new_tokens: int = setting(unread_under={"dataset.num_generations": 0})
     num_proc: int | None = free()
+    template_kwargs: dict[str, Any] = setting()
     faults: Faults = setting()
 
     def __post_init__(self) -> None:
@@ -129,9 +130,13 @@ class TableDataset(Dataset):
 
     columns: Columns = setting(factory=Columns)
     transcripts: bool = setting()
+    # Runs that were made before there was this key trained on strings as they are
+    as_messages: str = switch(unread_under={"dataset.as_messages": "false"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.as_messages = self.as_messages.lower()
+        one_of(SWITCH, dataset__as_messages=self.as_messages)
         check(
             not self.transcripts or not isinstance(self.columns, LabelledColumns),
             "dataset.transcripts=true reads pairs of transcripts, and rows with a label hold none; "

@@ -1,9 +1,10 @@
 """Preference data: rows -> pairs -> token ids, with every fault counted and reported.
 
 A row passes through `sources` and `files` (raw rows), `pairs` or `trees` (prompt, chosen and
-rejected), `splits` (repeated rows and held-out rows), `render` (the chat template) and `encode`
-(token ids). Anything wrong with a row is a `Fault`; `dataset.faults` says what happens to the row.
-`warn` logs what is not a fault of a row, but may not be what the user expects.
+rejected), `messages` (strings of a chat model become messages), `splits` (repeated rows and
+held-out rows), `render` (the chat template, applied by `template`) and `encode` (token ids).
+Anything wrong with a row is a `Fault`; `dataset.faults` says what happens to the row. `warn` logs
+what is not a fault of a row, but may not be what the user expects.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ from orpo_lab.config.dataset import (
     OasstDataset,
     TableDataset,
 )
-from orpo_lab.data import sources
+from orpo_lab.data import messages, sources, template
 from orpo_lab.data.encode import FOUND, Encoder, special_tokens
 from orpo_lab.data.files import Source
 from orpo_lab.data.pairs import find_faults, from_label, from_transcripts, to_pair
@@ -34,7 +35,6 @@ from orpo_lab.data.trees import Trees
 from orpo_lab.data.warn import (
     warn_of_lengths,
     warn_of_losses,
-    warn_of_plain_text,
     warn_of_unread,
     warn_of_unused_ending,
 )
@@ -83,9 +83,10 @@ def load(config: Dataset, tokenizer: PreTrainedTokenizerBase, *, today: date | N
         today: the date for chat templates that ask for a date; None: the date of the clock.
 
     Raises:
-        UserError: the source cannot be read, a row has a fault that `config.faults` refuses, or no
-            pair is left.
+        UserError: the source cannot be read, a row has a fault that `config.faults` refuses, no
+            pair is left, or the model's chat template does not do what the configuration asks for.
     """
+    template.check_kwargs(tokenizer, config.template_kwargs)
     encoder = Encoder(config, tokenizer, today or date.today())
     train_source, held_out_source = sources.read(config)
     train, about_train = _read("train", train_source, config, tokenizer)
@@ -97,7 +98,8 @@ def load(config: Dataset, tokenizer: PreTrainedTokenizerBase, *, today: date | N
     train_pairs, train_report = _draw(train, config.num_train, config, encoder)
     num_eval = config.num_eval or NUM_EVAL
     held_out_pairs, held_out_report = _draw(held_out, num_eval, config, encoder)
-    warn_of_plain_text(train, tokenizer)
+    if isinstance(config, TableDataset):
+        messages.say([train, held_out], config, tokenizer)
     report = {"train": train_report | about_train, "held_out": held_out_report | about_held_out}
     return Data(train_pairs, held_out_pairs, report, isinstance(config, EmbeddedDataset))
 
@@ -121,7 +123,8 @@ def _read(
     name: str, source: Source, config: Dataset, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Split, dict[str, Any]]:
     """Return the pairs of a split, and what its report says in addition to `Split.report`."""
-    find = partial(find_faults, special_tokens=special_tokens(tokenizer))
+    tokens = special_tokens(tokenizer)
+    find = partial(find_faults, special_tokens=tokens)
     split = Split(name, source, config.faults)
     about: dict[str, Any] = {}
     match config:
@@ -134,7 +137,8 @@ def _read(
             columns = sources.of_pairs(config)
             if name == "train" and isinstance(config.columns, LabelledColumns):
                 parse, columns = from_label, sources.needed(config)
-            split.read(lambda raw, _: [parse(raw, config.columns)], find, columns=columns)
+            wrap = messages.wrapper(config, tokenizer, tokens)
+            split.read(lambda raw, _: [wrap(parse(raw, config.columns))], find, columns=columns)
             warn_of_unread(split)
         case _:
             split.read(lambda raw, _: [to_pair(raw, sources.EMBEDDED_COLUMNS)], find, checks=CHECKS)
@@ -156,6 +160,7 @@ def _draw(
     report = split.report() | {
         "num_cut": sum(kept["cut"]),
         "num_repeated_prompts": sum(row.pair.repeated for row in split.rows),
+        "num_as_messages": sum(row.pair.wrapped for row in split.rows),
         "fingerprint": _fingerprint(kept),
     }
     labels = [row.pair.label for row in split.rows]

@@ -112,7 +112,7 @@ def encode_row(
     num_prompt_tokens, num_tokens, cut = 0, 0, False
     faults: list[Fault] = []
     try:
-        rendered = render(pair, tokenizer, today)
+        rendered = render(pair, tokenizer, today, dataset.template_kwargs)
         faults += find_unrendered(pair, rendered, tokenizer)
         whole = tokenize(rendered.prompt, rendered.chosen, rendered.rejected, tokenizer)
         if whole[1] == whole[2] and label is None:

@@ -58,6 +58,8 @@ class Pair:
     contradicted: bool = False
     # Whether both sides repeated the row's own prompt, which would have been trained twice
     repeated: bool = False
+    # Whether the messages were strings in the row; see `data.messages`
+    wrapped: bool = False
 
 
 def to_pair(row: Any, columns: Columns) -> Pair:
@@ -74,8 +76,6 @@ def to_pair(row: Any, columns: Columns) -> Pair:
     }
     _check_size(list(contents.values()))
     pair = split(contents.get("prompt"), contents["chosen"], contents["rejected"])
-    if isinstance(pair.prompt, str):
-        return pair
     context = {name: _to_objects(row[name], name) for name in CONTEXT if row.get(name)}
     _check_size([context])
     return replace(pair, context=context)
