@@ -73,7 +73,7 @@ def is_own(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def variables(template: str) -> set[str]:
-    """Return the names that a template reads and does not set itself.
+    """Return the names that a template reads and, at that place, may not have set itself.
 
     Raises:
         TemplateError: the text is not a template.
