@@ -24,7 +24,7 @@ from orpo_lab import engine, metrics
 from orpo_lab.config import Config
 from orpo_lab.data import Data, embedded, template
 from orpo_lab.data.encode import special_tokens
-from orpo_lab.engine.packing import by_length
+from orpo_lab.engine.packing import by_length, num_supervised
 from orpo_lab.engine.scoring import Scorer
 from orpo_lab.errors import LIKELY_CAUSES, NonFiniteError
 from orpo_lab.model.causal import CausalModel, without_adapters
@@ -59,7 +59,7 @@ class Scores:
 
     chosen_logps: Tensor
     rejected_logps: Tensor
-    # Number of tokens of each chosen completion, [N]
+    # Number of supervised tokens of each chosen completion, [N]
     chosen_sizes: Tensor
 
     def __getitem__(self, indices: list[int]) -> "Scores":
@@ -179,8 +179,7 @@ def _check_finite(scores: Scores, desc: str) -> None:
 def score(scorer: Scorer, pairs: datasets.Dataset, desc: str) -> Scores:
     """Return the log-probabilities of both completions of every pair, by one of the scorers."""
     chosen, rejected = scorer(pairs, desc)
-    sizes = [len(ids) for ids in pairs["chosen_ids"]]
-    return Scores(chosen, rejected, torch.tensor(sizes, dtype=torch.float32))
+    return Scores(chosen, rejected, num_supervised(pairs)[:, 0].float())
 
 
 def preference_metrics(scores: Scores) -> dict[str, Any]:

@@ -75,6 +75,8 @@ class Dataset:
     max_new_tokens: int = setting(unread_under={"dataset.num_generations": 0})
     num_proc: int | None = free()
     template_kwargs: dict[str, Any] = setting()
+    # Runs that were made before there was this key supervised the whole completion
+    supervised: str = setting(unread_under={"dataset.supervised": "completion"})
     faults: Faults = setting()
 
     def __post_init__(self) -> None:
@@ -89,6 +91,7 @@ class Dataset:
         )
         at_least(0, dataset__num_generations=self.num_generations)
         one_of(("drop", "cut_prompt", "cut_completion"), dataset__overlong=self.overlong)
+        one_of(("completion", "assistant", "last"), dataset__supervised=self.supervised)
         check(
             self.max_prompt_length < self.max_length,
             f"dataset.max_prompt_length={self.max_prompt_length} must be below "

@@ -27,7 +27,7 @@ from orpo_lab.config.dataset import (
     TableDataset,
 )
 from orpo_lab.data import messages, sources, template
-from orpo_lab.data.encode import FOUND, Encoder, special_tokens
+from orpo_lab.data.encode import FOUND, MASKS, Encoder, special_tokens
 from orpo_lab.data.files import Source
 from orpo_lab.data.pairs import find_faults, from_label, from_transcripts, to_pair
 from orpo_lab.data.splits import NUM_EVAL, Split
@@ -124,7 +124,9 @@ def _read(
 ) -> tuple[Split, dict[str, Any]]:
     """Return the pairs of a split, and what its report says in addition to `Split.report`."""
     tokens = special_tokens(tokenizer)
-    find = partial(find_faults, special_tokens=tokens)
+    find = partial(
+        find_faults, special_tokens=tokens, other_turns=config.supervised == "completion"
+    )
     split = Split(name, source, config.faults)
     about: dict[str, Any] = {}
     match config:
@@ -181,7 +183,8 @@ def _check_any_left(split: Split) -> None:
 
 def _fingerprint(kept: datasets.Dataset) -> str:
     digest = hashlib.sha256()
-    for row in kept.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]):
+    masks = [name for name in MASKS if name in kept.column_names]
+    for row in kept.select_columns(["prompt_ids", "chosen_ids", "rejected_ids", *masks]):
         digest.update(json.dumps(row).encode())
     return digest.hexdigest()
 

@@ -280,7 +280,9 @@ def _begin_alike_with_a_question(chosen: list[Message], rejected: list[Message])
     return chosen[:1] == rejected[:1] and bool(chosen) and chosen[0]["role"] != "assistant"
 
 
-def find_faults(pair: Pair, special_tokens: re.Pattern[str]) -> Iterator[Fault]:
+def find_faults(
+    pair: Pair, special_tokens: re.Pattern[str], *, other_turns: bool = True
+) -> Iterator[Fault]:
     """Yield the faults of a pair that show before tokenizing, the worst fault first.
 
     The caller drops a row at the first fault that cannot be kept. So a check may rely on the checks
@@ -289,6 +291,7 @@ def find_faults(pair: Pair, special_tokens: re.Pattern[str]) -> Iterator[Fault]:
     Args:
         pair: a pair that `to_pair`, `from_transcripts` or `Trees.pairs` returned.
         special_tokens: matches the text of a token that controls the model.
+        other_turns: whether turns of others than the assistant's are learnt in an answer.
     """
     contents = (pair.prompt, pair.chosen, pair.rejected)
     parts = list(_texts([*contents, pair.context]))
@@ -316,7 +319,8 @@ def find_faults(pair: Pair, special_tokens: re.Pattern[str]) -> Iterator[Fault]:
         yield Fault("nul_character", "holds a NUL character")
     if control := next(filter(None, map(special_tokens.search, parts)), None):
         yield Fault("special_token_text", f"holds the control token {quote(control[0])} as text")
-    if turn := _other_turn(pair.chosen) or _other_turn(pair.rejected):
+    turn = _other_turn(pair.chosen) or _other_turn(pair.rejected)
+    if turn and other_turns:
         yield Fault("other_turn_in_answer", f"an answer holds a turn of the {turn}'s, as a target")
     if pair.contradicted:
         yield Fault("contradicting_prompt", "the prompt column is not what the conversations share")

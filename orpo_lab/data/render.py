@@ -61,6 +61,21 @@ def render(
         return Rendered(pair.prompt, str(pair.chosen), str(pair.rejected))
     assert isinstance(pair.chosen, list)
     assert isinstance(pair.rejected, list)
+    apply = applier(pair, tokenizer, today, kwargs)
+    prompt = apply(pair.prompt, ask=True)
+    chosen, rejected = apply(pair.prompt + pair.chosen), apply(pair.prompt + pair.rejected)
+    rendered = _divide(pair, prompt, chosen, rejected, apply)
+    _check_ending(pair, prompt, chosen, apply)
+    return rendered
+
+
+def applier(
+    pair: Pair, tokenizer: PreTrainedTokenizerBase, today: date, kwargs: Mapping[str, Any]
+) -> Callable[..., str]:
+    """Return the function that renders messages of a pair; the arguments are those of `render`.
+
+    The function raises a `Fault` if the template refuses the messages.
+    """
 
     def apply(messages: list[Message], *, ask: bool = False) -> str:
         try:
@@ -71,11 +86,7 @@ def render(
             detail = f"the model's chat template refuses it: {one_line(error)[:200]}"
             raise Fault("template_error", detail) from error
 
-    prompt = apply(pair.prompt, ask=True)
-    chosen, rejected = apply(pair.prompt + pair.chosen), apply(pair.prompt + pair.rejected)
-    rendered = _divide(pair, prompt, chosen, rejected, apply)
-    _check_ending(pair, prompt, chosen, apply)
-    return rendered
+    return apply
 
 
 def _divide(
