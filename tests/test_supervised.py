@@ -110,6 +110,15 @@ def test_a_turn_is_learnt_from_behind_its_generation_prompt_to_its_end(
     assert text == f"{call}<|im_end|>\n|<think>\n\n</think>\n\nanswergood<|im_end|>\n</s>"
 
 
+def test_a_bos_that_is_put_in_front_moves_no_mask(composed: Dataset, tokenizer: Any) -> None:
+    bare = with_template(tokenizer, str(tokenizer.chat_template).replace("bos_token", "''"))
+    settings = replace(composed, supervised="assistant")
+    assert encoded(CHATTY, settings, bare) == {
+        **encoded(CHATTY, settings, tokenizer),
+        "prompt_text": "<|user|>questionone<|assistant|>",
+    }
+
+
 def test_an_answer_of_one_turn_is_learnt_whole(composed: Dataset, tokenizer: Any) -> None:
     for pair in (KINDS["plain"].pair, Pair("2+2=", "4", "5")):
         for which in ("assistant", "last"):
