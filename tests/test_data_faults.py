@@ -17,6 +17,7 @@ import pytest
 from orpo_lab import config, data
 from orpo_lab.config.dataset import KEEPABLE_FAULTS, Faults, FileDataset
 from orpo_lab.data.files import MAX_LINE_BYTES, read_file
+from orpo_lab.data.forms import Names
 from orpo_lab.data.template import DEFAULT_CHAT_TEMPLATE
 from orpo_lab.errors import UserError
 from tests.conftest import compose_config
@@ -108,6 +109,12 @@ CASES: dict[str, list[Case]] = {
             form=transcripts,
         ),
     ],
+    "ignored_column": [
+        Case([{**PAIR, "system": "Be brief."}]),
+        Case([{**TALK, "system_prompt": "Be brief."}]),
+        Case([{**PAIR, "winner": "model_b"}]),
+        Case([{**PAIR, "preference_strength": -1}]),
+    ],
     "contradicting_prompt": [
         Case([{"prompt": "why?", "chosen": [ASKED, RIGHT], "rejected": [ASKED, WRONG]}])
     ],
@@ -140,6 +147,7 @@ CASES: dict[str, list[Case]] = {
     "special_token_text": [
         Case([{**PAIR, "prompt": "what is <s>?"}, {**PAIR, "rejected": "8</s>"}], (0, 1)),
         Case([{**TALK, "prompt": [{**ASKED, "content": "hi<|assistant|>9"}]}]),
+        Case([{**PAIR, "prompt": "hi\n<extra_id_1>Assistant\nhello\n<extra_id_1>User\nadd"}]),
     ],
     # The embedded model's template knows no tool
     "template_error": [Case([{**TALK, "prompt": [{**ASKED, "role": "tool"}]}])],
@@ -412,7 +420,7 @@ def test_a_line_of_100_megabytes_is_counted_without_being_held(tmp_path: Path) -
         out.write(b'"}\n' + to_line(PAIR))
     tracemalloc.start()
     try:
-        rows = dict(read_file(str(file), ["prompt"]).rows)
+        rows = dict(read_file(str(file), Names(("prompt",), ("prompt",))).rows)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from orpo_lab import config, data
-from orpo_lab.config.dataset import FileDataset, TableDataset, UnpairedFileDataset
+from orpo_lab.config.dataset import FileDataset, TableDataset
 from orpo_lab.data.template import DEFAULT_CHAT_TEMPLATE
 from orpo_lab.errors import UserError
 from tests.conftest import compose_config
@@ -168,11 +168,23 @@ def test_tools_beside_strings_are_rendered_or_named_as_unread(read: Read, tokeni
     assert plain.report["train"]["unread_columns"] == ["tools"]
 
 
+def test_strings_beside_strings_with_a_system_message_are_messages_too(
+    read: Read, composed: FileDataset, tokenizer: Any
+) -> None:
+    base = with_template(tokenizer, DEFAULT_CHAT_TEMPLATE)
+    columns = replace(composed.columns, system="system")
+    loaded = read(
+        [{**STRINGS[0], "system": "be short"}, *STRINGS[1:]], tokens=base, columns=columns
+    )
+    asked = "<|user|>\nwhat is {} plus 1?</s>\n<|assistant|>\n{}</s>\n"
+    assert "<s><|system|>\nbe short</s>\n" + asked.format(0, 1) in texts(loaded)
+    assert "<s>" + asked.format(3, 4) in texts(loaded)
+
+
 def test_single_completions_become_messages_too(read: Read, tokenizer: Any) -> None:
     found = config.load(
         compose_config("method=kto", "dataset=unpaired", "dataset.train_path=given")
     ).dataset
-    assert isinstance(found, UnpairedFileDataset)
     rows = [
         {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
         for row in STRINGS

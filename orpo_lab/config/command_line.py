@@ -245,10 +245,13 @@ def did_you_mean(text: str) -> str:
     options = re.findall(r"^\t(.+)$", text, flags=re.MULTILINE)  # the options that Hydra lists
     typed = unknown[1].rsplit("/", 1)[-1] if options else unknown[1]
     if typed in config.all_fields():
-        group = typed.partition(".")[0]
-        schemas = config.SCHEMAS[group].items()
-        owners = [option for option, schema in schemas if typed in config.fields_of(schema, group)]
-        return f". {typed} is a key of {group}={' or '.join(owners)}"
+        owners = [
+            f"{group}={option}"
+            for group, options_of in config.SCHEMAS.items()
+            for option, schema in options_of.items()
+            if typed in config.fields_of(schema, group)
+        ]
+        return f". {typed} is a key of {' or '.join(owners)}"
     close = _closest(typed, options)
     return f". Did you mean '{close}'?" if close else ""
 

@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 from huggingface_hub import hf_hub_download
 
 from orpo_lab.data.faults import Fault
-from orpo_lab.data.pairs import CONTEXT, of_completions
+from orpo_lab.data.forms import Names
+from orpo_lab.data.recognise import recognise
 from orpo_lab.errors import UserError, one_line
 
 Rows = Iterator[tuple[int, Any]]
@@ -47,12 +48,12 @@ class Source:
         return f"{self.name}, {self.unit} {number}"
 
 
-def read_file(path: str, columns: list[str] | None) -> Source:
+def read_file(path: str, columns: Names | None) -> Source:
     """Return the rows of a file; each row is read when it is asked for.
 
     Args:
         path: a file, or `hf://datasets/org/name/file` on the hub.
-        columns: the columns that are needed. None: the file is not a table (JSON lines only).
+        columns: the columns that are read. None: the file is not a table (JSON lines only).
 
     Raises:
         UserError: the suffix is unknown. Reading the rows raises it if the file cannot be read.
@@ -106,36 +107,36 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def check_columns(present: list[str], wanted: list[str], name: str) -> None:
+def check_columns(present: list[str], columns: Names, name: str) -> None:
     """Refuse a table that lacks a column that is needed.
 
     Args:
         present: the columns of the table.
-        wanted: the columns that are needed.
+        columns: the columns that are read.
         name: the name of the table, for the message.
 
     Raises:
         UserError: the table lacks such a column.
     """
-    if missing := [column for column in wanted if column not in present]:
+    if missing := [column for column in columns.needed if column not in present]:
         raise UserError(
             f"{name} lacks column '{missing[0]}' (it has {', '.join(sorted(present)[:20])}); "
             "name the right ones with dataset.columns.prompt=... (null where there is none), "
             "dataset.columns.chosen=..., dataset.columns.rejected=... and so on"
-            f"{of_completions(set(present) - set(wanted))}"
+            f"{recognise(present, columns.read)}"
         )
 
 
-def choose_columns(present: list[str], wanted: list[str], name: str, unread: set[str]) -> list[str]:
-    """Return the columns of a table that are to be read; add all other columns to `unread`.
+def choose_columns(present: list[str], columns: Names, name: str, unread: set[str]) -> list[str]:
+    """Return the columns of a table that are looked at; add all other columns to `unread`.
 
     Raises:
         UserError: the table lacks a column that is needed.
     """
-    check_columns(present, wanted, name)
-    read = [column for column in present if column in wanted or column in CONTEXT]
-    unread.update(column for column in present if column not in read)
-    return read
+    check_columns(present, columns, name)
+    seen = columns.seen(present)
+    unread.update(column for column in present if column not in seen)
+    return seen
 
 
 def errors_said(name: str, rows: Rows) -> Rows:
@@ -213,7 +214,7 @@ def _read_json(path: str) -> Rows:
     yield from enumerate(rows)
 
 
-def _read_csv(path: str, columns: list[str]) -> Rows:
+def _read_csv(path: str, columns: Names) -> Rows:
     # A file with a longer field is refused: to find the field's end it would have to be in memory
     csv.field_size_limit(MAX_LINE_BYTES)
     with _open(path) as file:
@@ -243,7 +244,7 @@ def _to_row(header: list[str], cells: list[str]) -> Any:
     return dict(zip(header, cells, strict=True))
 
 
-def _read_parquet(path: str, columns: list[str], unread: set[str]) -> Rows:
+def _read_parquet(path: str, columns: Names, unread: set[str]) -> Rows:
     with pq.ParquetFile(_locate(path)) as file:
         read = choose_columns(file.schema_arrow.names, columns, path, unread)
         batches = file.iter_batches(ROWS_PER_BATCH, columns=read)

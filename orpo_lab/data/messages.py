@@ -31,7 +31,8 @@ def wrapper(
 
     With `dataset.as_messages=auto` strings stay strings in three cases: the model has no chat
     template of its own; no column says where the prompt ends; a prompt holds control tokens, so its
-    text is in the model's format already.
+    text is in the model's format already. Where rows may have a system message or earlier turns,
+    all strings become messages, since the rows that have them do (`forms`).
 
     Args:
         config: the source of the pairs.
@@ -41,7 +42,9 @@ def wrapper(
     Raises:
         UserError: `dataset.as_messages=true`, and strings cannot become messages.
     """
-    has_prompt = config.transcripts or config.columns.prompt is not None
+    columns = config.columns
+    has_prompt = config.transcripts or columns.prompt is not None
+    has_parts = columns.system is not None or columns.history is not None
 
     def wrap(pair: Pair) -> Pair:
         return _wrapped(pair) if isinstance(pair.prompt, str) else pair
@@ -63,7 +66,7 @@ def wrapper(
                     "dataset.columns.prompt, or set dataset.as_messages=auto"
                 )
             return wrap
-        case "auto" if is_own(tokenizer) and has_prompt:
+        case "auto" if has_prompt and (is_own(tokenizer) or has_parts):
             return wrap_unformatted
     return _as_it_is
 

@@ -259,6 +259,33 @@ class Split:
             log.info("%d rows with a label make %d held-out pairs", len(rows), len(held_out))
         return split
 
+    def make_pairs(self) -> None:
+        """Make pairs of single completions: see `paired`; pairs stay as they are.
+
+        Raises:
+            UserError: no prompt has completions of both kinds.
+        """
+        pairs = paired(self.rows)
+        if pairs is self.rows:
+            return
+        num = len(self.rows)
+        if not pairs:
+            raise UserError(
+                f"no {self.name} prompt of {self.source.name} has a desirable and an undesirable "
+                "completion, of which a pair could be made; use method=kto or method=sft, which "
+                "learn from single completions"
+            )
+        log.info(
+            "%s: %d completions with a label make %d pairs, since the method needs pairs; %d have "
+            "no counterpart and are not used (method=kto learns from all of them)",
+            self.name,
+            num,
+            len(pairs),
+            num - 2 * len(pairs),
+        )
+        self.num_rows += len(pairs) - num
+        self.rows = pairs
+
     def _by_root(self) -> dict[bytes, list[Row]]:
         """Return the rows by their root: the shortest prompt that begins their conversation."""
         prompts = {row.normalized_prompt for row in self.rows}
