@@ -49,6 +49,7 @@ def overrides(options: argparse.Namespace) -> list[str]:
         "model=local",
         f"model.path={options.folder}",
         "dataset=jsonl",
+        "dataset.as_messages=false",
         f"dataset.train_path={options.pairs}",
         "dataset.num_train=1",
         "dataset.max_length=1024",

@@ -73,6 +73,7 @@ def compose_case(which: str, options: argparse.Namespace) -> config.Config:
         f"quantization={options.base}",
         "optimizer.dropout=0",
         "dataset=jsonl",
+        "dataset.as_messages=false",
         f"dataset.train_path={options.pairs}",
         "dataset.num_eval=1",
         "dataset.max_length=512",

@@ -43,6 +43,7 @@ def real_run(folder: str, pairs: str) -> list[str]:
         f"model.path={folder}",
         "model.dtype=fp32",
         "dataset=jsonl",
+        "dataset.as_messages=false",
         f"dataset.train_path={pairs}/train.jsonl",
         f"dataset.eval_path={pairs}/test.jsonl",
         "dataset.max_length=256",

@@ -41,6 +41,7 @@ def run(model: str, pairs: str, setting: str, seed: int) -> dict[str, float]:
             f"model.path={model}",
             "model.dtype=fp32",
             "dataset=jsonl",
+            "dataset.as_messages=false",
             f"dataset.train_path={pairs}/train.jsonl",
             f"dataset.eval_path={pairs}/test.jsonl",
             "dataset.max_length=192",

@@ -108,6 +108,7 @@ def take(recipe: str, base: Path, pairs: Path, folder: Path, *overrides: str) ->
         "model=local",
         f"model.path={base}",
         "dataset=jsonl",
+        "dataset.as_messages=false",
         f"dataset.train_path={pairs}",
         f"dataset.num_eval={NUM_EVAL}",
         f"dataset.num_generations={NUM_GENERATIONS}",

@@ -100,6 +100,7 @@ SMALL = (
 SMOLLM2 = (
     "model=smollm2_135m",
     "dataset=jsonl",
+    "dataset.as_messages=false",
     "dataset.max_length=512",
     "dataset.max_prompt_length=256",
     "dataset.overlong=cut_completion",

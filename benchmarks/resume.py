@@ -54,6 +54,7 @@ def main(model: str, pairs: str, overrides: list[str]) -> None:
         "model=local",
         f"model.path={model}",
         "dataset=jsonl",
+        "dataset.as_messages=false",
         f"dataset.train_path={pairs}/train.jsonl",
         f"dataset.eval_path={pairs}/test.jsonl",
         "dataset.max_length=256",

@@ -108,6 +108,7 @@ def compose_case(
     if case.pairs:
         overrides += [
             "dataset=jsonl",
+            "dataset.as_messages=false",
             f"dataset.train_path={options.pairs}/{case.pairs}",
             "dataset.num_eval=1",
             "model=local",

@@ -9,23 +9,22 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
 
 from orpo_lab import engine, metrics
 from orpo_lab.config import Config
-from orpo_lab.data import Data, embedded
+from orpo_lab.data import Data, embedded, template
 from orpo_lab.data.encode import special_tokens
-from orpo_lab.engine.packing import by_length
+from orpo_lab.engine.packing import by_length, num_supervised
 from orpo_lab.engine.scoring import Scorer
 from orpo_lab.errors import LIKELY_CAUSES, NonFiniteError
 from orpo_lab.model.causal import CausalModel, without_adapters
@@ -60,7 +59,7 @@ class Scores:
 
     chosen_logps: Tensor
     rejected_logps: Tensor
-    # Number of tokens of each chosen completion, [N]
+    # Number of supervised tokens of each chosen completion, [N]
     chosen_sizes: Tensor
 
     def __getitem__(self, indices: list[int]) -> "Scores":
@@ -150,7 +149,13 @@ def evaluate(
             _check_finite(scores, desc)
             asked = data.held_out.select(range(min(asks.num_generations, len(data.held_out))))
             generations = generate(
-                model, tokenizer, asked, asks.max_new_tokens, check=data.checkable, desc=desc
+                model,
+                tokenizer,
+                asked,
+                asks.max_new_tokens,
+                template_kwargs=asks.template_kwargs,
+                check=data.checkable,
+                desc=desc,
             )
     finally:
         model.train(was_training)
@@ -174,8 +179,7 @@ def _check_finite(scores: Scores, desc: str) -> None:
 def score(scorer: Scorer, pairs: datasets.Dataset, desc: str) -> Scores:
     """Return the log-probabilities of both completions of every pair, by one of the scorers."""
     chosen, rejected = scorer(pairs, desc)
-    sizes = [len(ids) for ids in pairs["chosen_ids"]]
-    return Scores(chosen, rejected, torch.tensor(sizes, dtype=torch.float32))
+    return Scores(chosen, rejected, num_supervised(pairs)[:, 0].float())
 
 
 def preference_metrics(scores: Scores) -> dict[str, Any]:
@@ -211,6 +215,7 @@ def generate(
     pairs: datasets.Dataset,
     max_new_tokens: int,
     *,
+    template_kwargs: Mapping[str, Any] = template.NO_KWARGS,
     check: bool,
     desc: str,
 ) -> list[Generation]:
@@ -224,6 +229,7 @@ def generate(
         tokenizer: with a pad token.
         pairs: tokenized pairs.
         max_new_tokens: the largest number of tokens of an answer; a longer answer is cut.
+        template_kwargs: `dataset.template_kwargs`.
         check: whether the rows of the pairs say which answer is right.
         desc: text of the progress bar.
     """
@@ -234,7 +240,7 @@ def generate(
         "use_cache": True,
         "return_dict_in_generate": True,
         "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": turn_ends(model, tokenizer),
+        "eos_token_id": turn_ends(model, tokenizer, template_kwargs),
         "bos_token_id": tokenizer.bos_token_id,
     }
     answers: dict[int, list[int]] = {}
@@ -355,7 +361,11 @@ def _generating_by(model: CausalModel, settings: GenerationConfig) -> Iterator[N
         model.generation_config = own
 
 
-def turn_ends(model: CausalModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def turn_ends(
+    model: CausalModel,
+    tokenizer: PreTrainedTokenizerBase,
+    template_kwargs: Mapping[str, Any] = template.NO_KWARGS,
+) -> list[int]:
     """Return the ids of all tokens that end an answer.
 
     One of them is the tokenizer's EOS. Chat models (Gemma, Llama 3, Phi-3) end a turn with other
@@ -364,11 +374,13 @@ def turn_ends(model: CausalModel, tokenizer: PreTrainedTokenizerBase) -> list[in
     """
     own = without_adapters(model).generation_config.eos_token_id
     listed = own if isinstance(own, list) else [own]
-    ids = {tokenizer.eos_token_id, *listed, _token_behind_a_turn(tokenizer)}
+    ids = {tokenizer.eos_token_id, *listed, _token_behind_a_turn(tokenizer, template_kwargs)}
     return sorted(token_id for token_id in ids if token_id is not None and token_id >= 0)
 
 
-def _token_behind_a_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+def _token_behind_a_turn(
+    tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]
+) -> int | None:
     """Return the id of the special token that the chat template writes behind an answer.
 
     None: there is no chat template, no such token, or the template refuses the conversation.
@@ -376,8 +388,8 @@ def _token_behind_a_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     answer = "an answer"
     turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
     try:
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except (TemplateError, TypeError, ValueError):
+        text = template.apply(tokenizer, turns, template_kwargs)
+    except template.REFUSALS:
         return None
     found = special_tokens(tokenizer).match(text.rpartition(answer)[2].lstrip())
     return tokenizer.convert_tokens_to_ids(found.group()) if found and found.group() else None

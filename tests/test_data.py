@@ -19,7 +19,8 @@ from orpo_lab.config.dataset import Dataset
 from orpo_lab.data.encode import Encoder, encode_row, fit, to_json, tokenize
 from orpo_lab.data.faults import Fault
 from orpo_lab.data.pairs import Pair, split
-from orpo_lab.data.render import DEFAULT_CHAT_TEMPLATE, render
+from orpo_lab.data.render import render
+from orpo_lab.data.template import DEFAULT_CHAT_TEMPLATE
 from orpo_lab.errors import UserError
 
 ASKED = {"role": "user", "content": "what is 2 plus 2?"}
@@ -470,18 +471,6 @@ def test_columns_that_nothing_reads_are_named_and_those_that_matter_are_a_warnin
         assert {"input", "score"} <= set(report["unread_columns"])
         assert "What 'input' says is LOST" in caplog.text
         assert "the better answer, whatever 'score' says" in caplog.text
-
-
-def test_plain_text_beside_a_chat_template_of_the_models_own_is_a_warning(
-    load: Load, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    plain = jsonl(load, write_rows(tmp_path / "rows.jsonl", GOOD))
-    without = copy.copy(tokenizer)
-    without.chat_template = DEFAULT_CHAT_TEMPLATE
-    data.load(plain, without)
-    assert "plain text" not in caplog.text
-    data.load(plain, tokenizer)
-    assert "train: 40 pairs are plain text" in caplog.text
 
 
 def test_the_default_template_asks_by_the_tokens_that_are_trained(

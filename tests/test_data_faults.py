@@ -18,7 +18,7 @@ from orpo_lab import config, data
 from orpo_lab.config.dataset import KEEPABLE_FAULTS, Faults, FileDataset
 from orpo_lab.data.files import MAX_LINE_BYTES, read_file
 from orpo_lab.data.forms import Names
-from orpo_lab.data.render import DEFAULT_CHAT_TEMPLATE
+from orpo_lab.data.template import DEFAULT_CHAT_TEMPLATE
 from orpo_lab.errors import UserError
 from tests.conftest import compose_config
 
@@ -219,6 +219,7 @@ def settings_for(composed: FileDataset, folder: Path, case: Case, **policies: st
         overlong=case.overlong,
         columns=replace(composed.columns, prompt="prompt" if case.form is pairs else None),
         transcripts=case.form is transcripts,
+        as_messages="false",
         faults=replace(composed.faults, **policies),
     )
 

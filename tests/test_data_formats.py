@@ -122,7 +122,8 @@ def test_a_csv_row_over_several_lines_is_found_at_its_first(
     read: Callable[..., data.Data], tmp_path: Path
 ) -> None:
     rows = [{**PLAIN[0], "prompt": "one\r\ntwo\nthree"}, *FAULTY[1:]]
-    loaded = read(write(tmp_path / "rows.csv", rows), "dataset.num_eval=1")
+    file = write(tmp_path / "rows.csv", rows)
+    loaded = read(file, "dataset.num_eval=1", "dataset.as_messages=false")
     assert loaded.report["train"]["dropped"]["empty_completion"]["rows"] == [7]
     texts = [*loaded.train["prompt_text"], *loaded.held_out["prompt_text"]]
     assert "one\r\ntwo\nthree" in texts
@@ -134,7 +135,7 @@ def test_lines_end_where_editors_end_them(read: Callable[..., data.Data], tmp_pa
     rows = [{**PLAIN[0], "prompt": "a\u2028b\u0085c"}, *FAULTY[1:]]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     file.write_bytes(("\ufeff" + "\r\n\r\n".join(lines)).encode())
-    loaded = read(file, "dataset.num_eval=1")
+    loaded = read(file, "dataset.num_eval=1", "dataset.as_messages=false")
     assert loaded.report["train"]["dropped"]["empty_completion"]["rows"] == [7]
     texts = [*loaded.train["prompt_text"], *loaded.held_out["prompt_text"]]
     assert "a\u2028b\u0085c" in texts

@@ -124,6 +124,17 @@ KINDS = {
         bad=("london",),
         placed=("toolstext",),
     ),
+    "a result in the answer": Kind(
+        Pair(
+            [ASKED],
+            [call("paris"), RESULT, *GOOD],
+            [call("london"), {**RESULT, "content": "othertext"}, *BAD],
+            context=TOOLS,
+        ),
+        good=("paris", "resulttext", "answergood"),
+        bad=("london", "othertext", "answerbad"),
+        placed=("toolstext",),
+    ),
     "a prefilled answer": Kind(
         Pair([ASKED, assistant("beginning")], GOOD, BAD), asked=("questionone", "beginning")
     ),
@@ -232,13 +243,18 @@ def test_every_shipped_template_renders_a_row_right_or_the_row_is_refused(tokeni
 
 
 # What each template cannot render; it renders all other kinds right
-NO_TOOLS = {"tools": "unrendered_text", "a call as the answer": "unrendered_text"}
+NO_TOOLS = dict.fromkeys(
+    ("tools", "a call as the answer", "a result in the answer"), "unrendered_text"
+)
+NO_RESULTS = dict.fromkeys(("tools", "a result in the answer"), "template_error")
 NO_REASONING = {"thinking beside the answer": "unrendered_text"}
 REFUSED: dict[str, dict[str, str]] = {
     "always_asks": dict.fromkeys(KINDS, "misrendered"),
-    "gemma": {**NO_TOOLS, **NO_REASONING, "tools": "template_error"},
+    "gemma": {**NO_TOOLS, **NO_REASONING, **NO_RESULTS},
+    "hermes": NO_REASONING,
+    "llama31": NO_REASONING,
     "llama_date": {**NO_TOOLS, **NO_REASONING},
-    "mistral": {**NO_TOOLS, **NO_REASONING, "tools": "template_error"},
+    "mistral": {**NO_TOOLS, **NO_REASONING, **NO_RESULTS},
     "mistral_drops_system": {
         **NO_TOOLS,
         **NO_REASONING,
@@ -247,6 +263,7 @@ REFUSED: dict[str, dict[str, str]] = {
     },
     "never_asks": {**NO_TOOLS, **NO_REASONING},
     "no_roles": {**NO_TOOLS, **NO_REASONING},
+    "qwen3": {"thinking in the history": "unrendered_text"},
     "qwen_thinking": {**NO_TOOLS, "thinking in the history": "unrendered_text"},
     "r1": {
         **NO_TOOLS,

@@ -22,6 +22,7 @@ from orpo_lab import config, engine
 from orpo_lab.config.optimizer import Lora
 from orpo_lab.engine import attention, head, packing, shared_prefix
 from orpo_lab.errors import UserError
+from orpo_lab.methods.base import Batch
 from orpo_lab.model.adapter import attach
 from orpo_lab.model.causal import without_adapters
 from orpo_lab.optimizer.updater import Updater
@@ -126,6 +127,19 @@ def make_pairs(num: int, seed: int = 0) -> list[Pair]:
         for _ in range(num)
     ]
     return (shortest + others)[:num] if num > 1 else others
+
+
+def with_masks(pairs: list[Pair]) -> list[Pair]:
+    """Leave some tokens of each completion unsupervised, at its beginning, inside or at its end."""
+    numbers, masked = random.Random(1), []
+    for pair in pairs:
+        masks: dict[str, Any] = {}
+        for side in SIDES:
+            mask = [numbers.random() < 0.5 for _ in pair[f"{side}_ids"]]
+            mask[numbers.randrange(len(mask))] = True
+            masks[f"{side}_mask"] = mask
+        masked.append({**pair, **masks})
+    return masked
 
 
 def make_loop(
@@ -299,10 +313,13 @@ def reference_loss(model: Any, pairs: list[Pair], beta: float, objective: str) -
             ids = torch.tensor([pair["prompt_ids"] + pair[f"{side}_ids"]])
             logps = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
             logps = logps.gather(1, ids[0, 1:, None])[:, 0]
-            means.append(logps[size - 1 :].mean())
+            said = logps[size - 1 :]
+            if f"{side}_mask" in pair:
+                said = said[torch.tensor(pair[f"{side}_mask"])]
+            means.append(said.mean())
             if side == "chosen":
-                nll["prompt"] += [-logps]
-                nll["tokens"] += [-logps[size - 1 :]]
+                nll["prompt"] += [-logps[: size - 1], -said]
+                nll["tokens"] += [-said]
                 nll["sequences"] += [-means[0]]
         odds += [torch.log(p.exp() / (1 - p.exp())) for p in means]
     log_odds = torch.stack(odds[::2]) - torch.stack(odds[1::2])
@@ -332,8 +349,9 @@ def reference_loss(model: Any, pairs: list[Pair], beta: float, objective: str) -
         "method=orpo_paper method.nll_mean=tokens",
     ],
 )
-def test_every_objective_is_its_formula(build: Build, objective: str) -> None:
-    pairs = make_pairs(6)
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_objective_is_its_formula(build: Build, objective: str, masked: bool) -> None:
+    pairs = with_masks(make_pairs(6)) if masked else make_pairs(6)
     model = make_model("llama").double()
     loss = reference_loss(model, pairs, 0.3, objective)
     loss.backward()
@@ -341,6 +359,40 @@ def test_every_objective_is_its_formula(build: Build, objective: str) -> None:
     model.zero_grad()
     ours = step(build(model, pairs, *objective.split(), dtype=torch.float64))
     assert_same(ours, (loss.item(), gradients), 1e-6)
+
+
+@pytest.mark.parametrize("method", ["dpo", "sft", "simpo"])
+def test_other_methods_learn_from_supervised_tokens_alone(build: Build, method: str) -> None:
+    """In fp32, from plain sequences: the sums that a method gets, and so its every gradient."""
+    pairs = with_masks(make_pairs(6))
+    counts = torch.tensor([[0, sum(p["chosen_mask"]), sum(p["rejected_mask"])] for p in pairs])
+    if method == "dpo":
+        pairs = [{**pair, "reference": [-9, -7]} for pair in pairs]
+    model = make_model("llama")
+    built = build(model, pairs, f"method={method}", "beta=0.3")
+    if method == "sft":
+        counts[:, 2] = 0
+    sums = []
+    for pair in pairs:
+        both = [torch.zeros(())]
+        for side in SIDES:
+            ids = torch.tensor([pair["prompt_ids"] + pair[f"{side}_ids"]])
+            logps = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            logps = logps.gather(1, ids[0, 1:, None])[len(pair["prompt_ids"]) - 1 :, 0]
+            both.append(logps[torch.tensor(pair[f"{side}_mask"])].sum())
+        sums.append(torch.stack(both))
+    batch = Batch(
+        torch.stack(sums),
+        counts,
+        reference=torch.tensor([[-9.0, -7.0]]).repeat(len(pairs), 1),
+        num_supervised=built.engine.method.num_supervised(counts).sum(),
+        num_pairs=torch.tensor(float(len(pairs))),
+    )
+    loss = built.engine.method.losses(batch, 0.3).loss
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    assert_same(step(built), (loss.item(), gradients), 1e-5)
 
 
 @pytest.mark.parametrize("method", ["orpo", "orpo_paper"])

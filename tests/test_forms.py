@@ -19,7 +19,8 @@ from orpo_lab.data.faults import Fault
 from orpo_lab.data.forms import Reader
 from orpo_lab.data.pairs import Pair, find_faults
 from orpo_lab.data.ranks import choose
-from orpo_lab.data.render import DEFAULT_CHAT_TEMPLATE, render
+from orpo_lab.data.render import render
+from orpo_lab.data.template import DEFAULT_CHAT_TEMPLATE
 from orpo_lab.errors import UserError
 from tests.conftest import ROOT
 

@@ -175,6 +175,11 @@ class Config:
                 f"train.meter_steps={self.train.meter_steps} needs engine=shared_prefix, since "
                 "engine=trl returns its loss as one number, not as two terms; or set it to null",
             )
+            check(
+                self.dataset.supervised == "completion",
+                f"dataset.supervised={self.dataset.supervised} needs engine=shared_prefix: TRL's "
+                "step supervises the whole completion",
+            )
             trl = OrpoMethod(
                 default_beta=self.method.default_beta,
                 learning_rate_factor=self.method.learning_rate_factor,

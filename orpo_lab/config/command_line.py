@@ -12,7 +12,6 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -106,14 +105,15 @@ def _is_path(key: str) -> bool:
 def as_typed(arguments: Sequence[str]) -> list[str]:
     """Return a command line with quotes, so that Hydra reads texts as the user typed them.
 
-    If only one of `train.max_steps` and `train.num_epochs` is given, the other is set to null.
+    If only one of `train.max_steps` and `train.num_epochs` is given, the other is set to null. A
+    key of a dictionary (`dataset.template_kwargs`) gets the `++` without which Hydra refuses it.
 
     Raises:
         UserError: see `_check`.
     """
     _check(arguments)
     is_sweep = bool({"-m", "--multirun"} & set(arguments))
-    typed = [_as_typed(argument, is_sweep=is_sweep) for argument in arguments]
+    typed = [_opened(_as_typed(argument, is_sweep=is_sweep)) for argument in arguments]
     given = {
         argument.lstrip("+").partition("=")[0]: argument.partition("=")[2] for argument in typed
     }
@@ -174,6 +174,15 @@ def _as_typed(argument: str, *, is_sweep: bool) -> str:
     return f"{start}={_numbers_quoted(value)}"
 
 
+def _opened(argument: str) -> str:
+    """Return an override with `++` if its key is a dictionary, or inside one."""
+    key = argument.lstrip("+").partition("=")[0]
+    fields = config.all_fields()
+    field = fields.get(key) or fields.get(key.rpartition(".")[0])
+    is_open = field is not None and field.type == dict[str, Any] and not argument.startswith("~")
+    return f"++{argument.lstrip('+')}" if is_open else argument
+
+
 def _parse(override: str) -> Override | None:
     try:
         return OverridesParser.create().parse_override(override)
@@ -186,10 +195,10 @@ def _is_one_path(key: str, value: str, parsed: Override | None, *, is_sweep: boo
     if not _is_path(key):
         return False
     if parsed is None:
-        return not is_sweep or Path(value).exists()
+        return not is_sweep or os.path.exists(value)
     choices = parsed.value() if parsed.is_sweep_override() else None
     is_list = isinstance(choices, ChoiceSweep) and choices.simple_form
-    return is_list and not re.search("[\"']", value) and (not is_sweep or Path(value).exists())
+    return is_list and not re.search("[\"']", value) and (not is_sweep or os.path.exists(value))
 
 
 def _numbers_quoted(value: str) -> str:

@@ -5,8 +5,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from orpo_lab.config.checks import at_least, check, one_of
-from orpo_lab.config.policy import free, location, setting
+from orpo_lab.config.checks import SWITCH, at_least, check, one_of
+from orpo_lab.config.policy import free, location, setting, switch
 
 ALL_FILES = "**/*"
 # Which of several ranked answers make pairs
@@ -79,6 +79,9 @@ class Dataset:
     num_generations: int = setting()
     max_new_tokens: int = setting(unread_under={"dataset.num_generations": 0})
     num_proc: int | None = free()
+    template_kwargs: dict[str, Any] = setting()
+    # Runs that were made before there was this key supervised the whole completion
+    supervised: str = setting(unread_under={"dataset.supervised": "completion"})
     faults: Faults = setting()
 
     @property
@@ -98,6 +101,7 @@ class Dataset:
         )
         at_least(0, dataset__num_generations=self.num_generations)
         one_of(("drop", "cut_prompt", "cut_completion"), dataset__overlong=self.overlong)
+        one_of(("completion", "assistant", "last"), dataset__supervised=self.supervised)
         check(
             self.max_prompt_length < self.max_length,
             f"dataset.max_prompt_length={self.max_prompt_length} must be below "
@@ -229,6 +233,8 @@ class TableDataset(Dataset):
 
     columns: Columns = setting()
     transcripts: bool = setting()
+    # Runs that were made before there was this key trained on strings as they are
+    as_messages: str = switch(unread_under={"dataset.as_messages": "false"})
 
     @property
     def unit(self) -> str:
@@ -237,6 +243,8 @@ class TableDataset(Dataset):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.as_messages = self.as_messages.lower()
+        one_of(SWITCH, dataset__as_messages=self.as_messages)
         if not self.transcripts:
             return
         check(

@@ -7,6 +7,7 @@ import torch.
 import functools
 import hashlib
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,15 @@ def policies() -> dict[str, Policy]:
     return {key: field.metadata["policy"] for key, field in all_fields().items()}
 
 
+def policy_of(key: str) -> Policy:
+    """Return the policy of a key, or of the dictionary that holds the key.
+
+    A key that is not known counts as a setting.
+    """
+    known = policies()
+    return known.get(key) or known.get(key.rpartition(".")[0]) or Policy("setting")
+
+
 def kinds(config: Config) -> dict[str, str]:
     """Return the chosen option of each group that a run's result depends on."""
     return {
@@ -63,7 +73,7 @@ def settings(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_setting(key: str, values: dict[str, Any]) -> bool:
-    policy = policies().get(key, Policy("setting"))
+    policy = policy_of(key)
     of_group = policies().get(key.partition(".")[0], policy)
     unread_under = [*policy.unread_under.items(), *of_group.unread_under.items()]
     if any(values.get(other) in _as_tuple(value) for other, value in unread_under):
@@ -80,14 +90,15 @@ def locations(config: Config) -> dict[str, str]:
     given = {
         key: value
         for key, value in flat(asdict(config)).items()
-        if policies()[key].kind == "location" and value is not None
+        if policy_of(key).kind == "location" and value is not None
     }
-    return {key: _absolute(value, policies()[key]) for key, value in given.items()}
+    return {key: _absolute(value, policy_of(key)) for key, value in given.items()}
 
 
 def _absolute(value: str, policy: Policy) -> str:
     path = local_path(value)
-    return str(path.resolve()) if policy.files and path.exists() else value
+    # Not `path.exists`, which fails for a text as long as a chat template
+    return str(path.resolve()) if policy.files and os.path.exists(path) else value
 
 
 def contents(config: Config) -> dict[str, str]:
@@ -95,12 +106,12 @@ def contents(config: Config) -> dict[str, str]:
 
     A name is returned for what is not on this machine, and for what cannot be read.
     """
-    return {key: _content(place, policies()[key].files) for key, place in locations(config).items()}
+    return {key: _content(place, policy_of(key).files) for key, place in locations(config).items()}
 
 
 def _content(place: str, patterns: tuple[str, ...]) -> str:
     path = Path(place)
-    if not (patterns and path.is_absolute() and path.exists()):
+    if not (patterns and path.is_absolute() and os.path.exists(path)):
         return place
     digest = hashlib.sha256()
     try:

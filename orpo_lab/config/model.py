@@ -27,14 +27,21 @@ class Model:
     attention: str = lasting()
     dtype: str = lasting()
     trust_remote_code: bool = lasting()
+    chat_template: str | None = location("*.jinja")
     # Only other keys read these two; the value that a run uses is optimizer.learning_rate
     learning_rate: float = free()
     full_learning_rate: float = free()
 
     def __post_init__(self) -> None:
         check(bool(self.path.strip()), "model.path is empty; give a hub name or a folder")
+        check(self.chat_template != "", "model.chat_template is empty; give a file, or null")
         one_of(("auto", "flash_attention_2", "sdpa", "eager"), model__attention=self.attention)
         one_of(("bf16", "fp16", "fp32"), model__dtype=self.dtype)
+
+
+def template_path(given: str) -> Path | None:
+    """Return the file that `model.chat_template` names; None: the key holds a template's text."""
+    return None if "{" in given else Path(given).expanduser()
 
 
 def local_path(path: str) -> Path:

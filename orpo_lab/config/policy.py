@@ -54,9 +54,13 @@ def setting(
     return _field(Policy("setting", unread_under=unread_under or {}), factory)
 
 
-def switch() -> Any:
-    """Return a setting with the values auto, true and false; YAML may give the last two as such."""
-    return _field(Policy("setting", is_switch=True))
+def switch(*, unread_under: Mapping[str, Any] | None = None) -> Any:
+    """Return a setting with the values auto, true and false; YAML may give the last two as such.
+
+    Args:
+        unread_under: see `setting`.
+    """
+    return _field(Policy("setting", unread_under=unread_under or {}, is_switch=True))
 
 
 def lasting() -> Any:

@@ -1,9 +1,10 @@
 """Preference data: rows -> pairs -> token ids, with every fault counted and reported.
 
 A row passes through `sources` and `files` (raw rows), `forms` or `trees` (prompt, chosen and
-rejected, as in `pairs`), `splits` (repeated rows and held-out rows), `render` (the chat template)
-and `encode` (token ids). Anything wrong with a row is a `Fault`; `dataset.faults` says what happens
-to the row. `warn` logs what is not a fault of a row, but may not be what the user expects.
+rejected, as in `pairs`), `messages` (strings of a chat model become messages), `splits` (repeated
+rows and held-out rows), `render` (the chat template, applied by `template`) and `encode` (token
+ids). Anything wrong with a row is a `Fault`; `dataset.faults` says what happens to the row. `warn`
+logs what is not a fault of a row, but may not be what the user expects.
 """
 
 import hashlib
@@ -24,8 +25,8 @@ from orpo_lab.config.dataset import (
     OasstDataset,
     TableDataset,
 )
-from orpo_lab.data import sources
-from orpo_lab.data.encode import FOUND, Encoder, special_tokens
+from orpo_lab.data import messages, sources, template
+from orpo_lab.data.encode import FOUND, MASKS, Encoder, special_tokens
 from orpo_lab.data.files import Source
 from orpo_lab.data.forms import Reader, to_pair
 from orpo_lab.data.pairs import find_faults
@@ -34,7 +35,6 @@ from orpo_lab.data.trees import Trees
 from orpo_lab.data.warn import (
     warn_of_lengths,
     warn_of_losses,
-    warn_of_plain_text,
     warn_of_unread,
     warn_of_unused_ending,
 )
@@ -91,9 +91,10 @@ def load(
             needs pairs.
 
     Raises:
-        UserError: the source cannot be read, a row has a fault that `config.faults` refuses, or no
-            pair is left.
+        UserError: the source cannot be read, a row has a fault that `config.faults` refuses, no
+            pair is left, or the model's chat template does not do what the configuration asks for.
     """
+    template.check_kwargs(tokenizer, config.template_kwargs)
     encoder = Encoder(config, tokenizer, today or date.today())
     train_source, held_out_source = sources.read(config)
     train, about_train = _read("train", train_source, config, tokenizer)
@@ -107,7 +108,8 @@ def load(
     train_pairs, train_report = _draw(train, config.num_train, config, encoder)
     num_eval = config.num_eval or NUM_EVAL
     held_out_pairs, held_out_report = _draw(held_out, num_eval, config, encoder)
-    warn_of_plain_text(train, tokenizer)
+    if isinstance(config, TableDataset):
+        messages.say([train, held_out], config, tokenizer)
     report = {"train": train_report | about_train, "held_out": held_out_report | about_held_out}
     return Data(train_pairs, held_out_pairs, report, isinstance(config, EmbeddedDataset))
 
@@ -131,7 +133,10 @@ def _read(
     name: str, source: Source, config: Dataset, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Split, dict[str, Any]]:
     """Return the pairs of a split, and what its report says in addition to `Split.report`."""
-    find = partial(find_faults, special_tokens=special_tokens(tokenizer))
+    tokens = special_tokens(tokenizer)
+    find = partial(
+        find_faults, special_tokens=tokens, other_turns=config.supervised == "completion"
+    )
     split = Split(name, source, config.faults)
     about: dict[str, Any] = {}
     match config:
@@ -141,7 +146,12 @@ def _read(
             about = {"replies": trees.report()}
         case TableDataset():
             reader = Reader(config, of_pairs=name == "held_out")
-            split.read(reader.pairs, find, columns=reader.names.read)
+            wrap = messages.wrapper(config, tokenizer, tokens)
+            split.read(
+                lambda raw, number: list(map(wrap, reader.pairs(raw, number))),
+                find,
+                columns=reader.names.read,
+            )
             warn_of_unread(split)
             about = reader.report()
         case _:
@@ -164,6 +174,7 @@ def _draw(
     report = split.report() | {
         "num_cut": sum(kept["cut"]),
         "num_repeated_prompts": sum(row.pair.repeated for row in split.rows),
+        "num_as_messages": sum(row.pair.wrapped for row in split.rows),
         "fingerprint": _fingerprint(kept),
     }
     labels = [row.pair.label for row in split.rows]
@@ -184,7 +195,8 @@ def _check_any_left(split: Split) -> None:
 
 def _fingerprint(kept: datasets.Dataset) -> str:
     digest = hashlib.sha256()
-    for row in kept.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]):
+    masks = [name for name in MASKS if name in kept.column_names]
+    for row in kept.select_columns(["prompt_ids", "chosen_ids", "rejected_ids", *masks]):
         digest.update(json.dumps(row).encode())
     return digest.hexdigest()
 

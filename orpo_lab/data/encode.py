@@ -15,14 +15,17 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from orpo_lab.config.dataset import Dataset
+from orpo_lab.data import supervised
 from orpo_lab.data.faults import Fault
 from orpo_lab.data.pairs import Pair, num_shared
-from orpo_lab.data.render import Rendered, find_unrendered, render
+from orpo_lab.data.render import Rendered, applier, find_unrendered, render
 from orpo_lab.data.splits import Row
 from orpo_lab.errors import UserError, one_line
 
 Ids = list[int]
 
+# Columns that say which tokens of the completions are supervised; without them all are
+MASKS = ("chosen_mask", "rejected_mask")
 # Columns that say how a pair was tokenized, in addition to its ids and texts
 FOUND = ("num_tokens", "num_prompt_tokens", "unused_ending")
 
@@ -98,6 +101,8 @@ def encode_row(
     Returns:
         `prompt_ids`, `chosen_ids`, `rejected_ids`: empty if a fault leaves no pair. Of a single
             completion the side that its label does not name is empty.
+        `chosen_mask`, `rejected_mask`: whether each token of a completion is supervised; only with
+            a `dataset.supervised` that leaves tokens out.
         `prompt_text`, `chosen_text`: the rendered texts, for people.
         `unused_ending`: see `Rendered`.
         `num_prompt_tokens`, `num_tokens`: numbers of tokens of the prompt, and of the prompt with
@@ -109,10 +114,11 @@ def encode_row(
     pair = Pair(prompt, chosen, rejected, context=context, label=label)
     ids: tuple[Ids, Ids, Ids] = ([], [], [])
     rendered = Rendered("", "", "")
+    masks: list[list[bool]] = [[], []]
     num_prompt_tokens, num_tokens, cut = 0, 0, False
     faults: list[Fault] = []
     try:
-        rendered = render(pair, tokenizer, today)
+        rendered = render(pair, tokenizer, today, dataset.template_kwargs)
         faults += find_unrendered(pair, rendered, tokenizer)
         whole = tokenize(rendered.prompt, rendered.chosen, rendered.rejected, tokenizer)
         if whole[1] == whole[2] and label is None:
@@ -120,11 +126,14 @@ def encode_row(
         num_prompt_tokens = len(whole[0])
         num_tokens = num_prompt_tokens + max(map(len, whole[1:]))
         ids, cut = fit(*whole, dataset)
+        masks = _masks(pair, rendered, whole, ids, dataset, tokenizer, today)
         ids = _labelled(*ids, label)
+        masks = [mask if side else [] for mask, side in zip(masks, ids[1:], strict=True)]
     except Fault as fault:
         faults.append(fault)
     return {
         **dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), ids, strict=True)),
+        **(dict(zip(MASKS, masks, strict=True)) if dataset.supervised != "completion" else {}),
         "prompt_text": rendered.prompt,
         "chosen_text": rendered.chosen,
         "unused_ending": rendered.unused_ending,
@@ -143,6 +152,48 @@ def _labelled(prompt: Ids, chosen: Ids, rejected: Ids, label: bool | None) -> tu
         case False:
             return prompt, [], rejected
     return prompt, chosen, rejected
+
+
+def _masks(
+    pair: Pair,
+    rendered: Rendered,
+    whole: tuple[Ids, Ids, Ids],
+    kept: tuple[Ids, Ids, Ids],
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    today: date,
+) -> list[list[bool]]:
+    """Return which tokens of both completions are supervised, in the order of MASKS.
+
+    Args:
+        pair: the pair.
+        rendered: its texts.
+        whole: its token ids before any cut.
+        kept: its token ids after the cut.
+        dataset: says which turns are supervised.
+        tokenizer: the model's tokenizer.
+        today: the date for templates that ask for a date.
+
+    Raises:
+        Fault: the turns of an answer cannot be told apart, or the cut leaves no supervised token.
+    """
+    if dataset.supervised == "completion":
+        return [[], []]
+    apply = applier(pair, tokenizer, today, dataset.template_kwargs)
+    found = []
+    for side, text, ids, left in zip(
+        (pair.chosen, pair.rejected),
+        (rendered.chosen, rendered.rejected),
+        whole[1:],
+        kept[1:],
+        strict=True,
+    ):
+        spans = supervised.spans(pair.prompt, side, text, apply, dataset.supervised)
+        mask = supervised.mask(rendered.prompt, text, spans, (whole[0], ids), tokenizer)
+        if not any(mask[: len(left)]):
+            raise Fault("pair_too_long", "the cut leaves no supervised token of an answer")
+        found.append(mask[: len(left)])
+    return found
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:

@@ -248,8 +248,6 @@ def pair_of(
         raise Fault("wrong_type", f"{detail} column with dataset.columns.prompt=...")
     pair = _after(before, pair)
     ignored = _ignored(row, columns, pair.prompt)
-    if isinstance(pair.prompt, str):
-        return replace(pair, ignored=ignored)
     context = {name: _to_objects(row[name], name) for name in CONTEXT if row.get(name)}
     check_size([context])
     return replace(pair, context=context, ignored=ignored)

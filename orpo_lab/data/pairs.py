@@ -53,6 +53,8 @@ class Pair:
     contradicted: bool = False
     # Whether both sides repeated the row's own prompt, which would have been trained twice
     repeated: bool = False
+    # Whether the messages were strings in the row; see `data.messages`
+    wrapped: bool = False
     # A column of the row that no pair is made of, and whose meaning is well known; empty: none
     ignored: str = ""
 
@@ -147,7 +149,9 @@ def _begin_alike_with_a_question(chosen: list[Message], rejected: list[Message])
     return chosen[:1] == rejected[:1] and bool(chosen) and chosen[0]["role"] != "assistant"
 
 
-def find_faults(pair: Pair, special_tokens: re.Pattern[str]) -> Iterator[Fault]:
+def find_faults(
+    pair: Pair, special_tokens: re.Pattern[str], *, other_turns: bool = True
+) -> Iterator[Fault]:
     """Yield the faults of a pair that show before tokenizing, the worst fault first.
 
     The caller drops a row at the first fault that cannot be kept. So a check may rely on the checks
@@ -156,6 +160,7 @@ def find_faults(pair: Pair, special_tokens: re.Pattern[str]) -> Iterator[Fault]:
     Args:
         pair: a pair that a `Reader` or `Trees.pairs` returned.
         special_tokens: matches the text of a token that controls the model.
+        other_turns: whether turns of others than the assistant's are learnt in an answer.
     """
     contents = (pair.prompt, pair.chosen, pair.rejected)
     parts = list(_texts([*contents, pair.context]))
@@ -185,7 +190,8 @@ def find_faults(pair: Pair, special_tokens: re.Pattern[str]) -> Iterator[Fault]:
     found = (pattern.search(part) for pattern in patterns for part in parts)
     if control := next(filter(None, found), None):
         yield Fault("special_token_text", f"holds the control token {quote(control[0])} as text")
-    if turn := _other_turn(pair.chosen) or _other_turn(pair.rejected):
+    turn = _other_turn(pair.chosen) or _other_turn(pair.rejected)
+    if turn and other_turns:
         yield Fault("other_turn_in_answer", f"an answer holds a turn of the {turn}'s, as a target")
     if pair.ignored:
         yield Fault("ignored_column", _how_to_read(pair.ignored))

@@ -11,25 +11,12 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from orpo_lab.data import template
 from orpo_lab.data.faults import Fault, quote
 from orpo_lab.data.pairs import Message, Pair, num_shared
 from orpo_lab.errors import one_line
-from orpo_lab.upstream import fix_clock
-
-# The format of Zephyr, which the ORPO authors use for models without a chat template. The format
-# needs no new tokens, whose untrained embeddings would be frozen under LoRA. We added the BOS at
-# the beginning: training puts a BOS there if the tokenizer has one, so other users of this template
-# must begin with a BOS too.
-DEFAULT_CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-)
 
 # Keys of messages and tool calls that only refer to something, and have no text of their own
 REFERENCES = ("role", "id", "type", "tool_call_id")
@@ -49,7 +36,12 @@ class Rendered:
     unused_ending: str = ""
 
 
-def render(pair: Pair, tokenizer: PreTrainedTokenizerBase, today: date) -> Rendered:
+def render(
+    pair: Pair,
+    tokenizer: PreTrainedTokenizerBase,
+    today: date,
+    kwargs: Mapping[str, Any] = template.NO_KWARGS,
+) -> Rendered:
     """Return a pair as text; messages are rendered by the chat template.
 
     The template is applied to each whole conversation at once. The prompt ends in the generation
@@ -59,6 +51,7 @@ def render(pair: Pair, tokenizer: PreTrainedTokenizerBase, today: date) -> Rende
         pair: strings, which are not changed, or messages.
         tokenizer: the model's tokenizer, with a chat template if there are messages.
         today: the date for templates that ask for a date.
+        kwargs: `dataset.template_kwargs`.
 
     Raises:
         Fault: the template refuses the conversation, renders the prompt differently once an answer
@@ -68,10 +61,7 @@ def render(pair: Pair, tokenizer: PreTrainedTokenizerBase, today: date) -> Rende
         return Rendered(pair.prompt, str(pair.chosen), str(pair.rejected))
     assert isinstance(pair.chosen, list)
     assert isinstance(pair.rejected, list)
-
-    def apply(messages: list[Message], *, ask: bool = False) -> str:
-        return _apply(tokenizer, messages, pair.context, today, ask=ask)
-
+    apply = applier(pair, tokenizer, today, kwargs)
     prompt = apply(pair.prompt, ask=True)
     chosen, rejected = apply(pair.prompt + pair.chosen), apply(pair.prompt + pair.rejected)
     rendered = _divide(pair, prompt, chosen, rejected, apply)
@@ -79,24 +69,24 @@ def render(pair: Pair, tokenizer: PreTrainedTokenizerBase, today: date) -> Rende
     return rendered
 
 
-def _apply(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[Message],
-    context: Mapping[str, Any],
-    today: date,
-    *,
-    ask: bool,
-) -> str:
-    try:
-        fix_clock(tokenizer.get_chat_template(tools=context.get("tools")), today)
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=ask, **context
-        )
-    # A template is a program: index errors and division by zero are possible too
-    except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
-        detail = f"the model's chat template refuses it: {one_line(error)[:200]}"
-        raise Fault("template_error", detail) from error
-    return str(text)
+def applier(
+    pair: Pair, tokenizer: PreTrainedTokenizerBase, today: date, kwargs: Mapping[str, Any]
+) -> Callable[..., str]:
+    """Return the function that renders messages of a pair; the arguments are those of `render`.
+
+    The function raises a `Fault` if the template refuses the messages.
+    """
+
+    def apply(messages: list[Message], *, ask: bool = False) -> str:
+        try:
+            return template.apply(
+                tokenizer, messages, kwargs, ask=ask, context=pair.context, today=today
+            )
+        except template.REFUSALS as error:
+            detail = f"the model's chat template refuses it: {one_line(error)[:200]}"
+            raise Fault("template_error", detail) from error
+
+    return apply
 
 
 def _divide(
@@ -186,7 +176,7 @@ def find_unrendered(
     """
     if isinstance(pair.prompt, str):
         return
-    template = tokenizer.get_chat_template(tools=pair.context.get("tools"))
+    read = tokenizer.get_chat_template(tools=pair.context.get("tools"))
     placed: list[Message] = [{"role": "row", key: value} for key, value in pair.context.items()]
     # Some generation prompts begin the answer, with <think> for example. The row's answer may begin
     # with the same text
@@ -199,7 +189,7 @@ def find_unrendered(
         lost = (
             _find_lost(messages, before, text, str)
             and _find_lost(messages, before, text, _without_spaces)
-        ) or _find_unread(messages, template)
+        ) or _find_unread(messages, read)
         if lost:
             detail = (
                 f"the chat template of {tokenizer.name_or_path or 'the model'} leaves out {lost}; "

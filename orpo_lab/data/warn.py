@@ -5,11 +5,9 @@ from collections.abc import Collection
 
 import datasets
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from orpo_lab.config.dataset import Dataset
 from orpo_lab.data.recognise import SYSTEM, WINNER
-from orpo_lab.data.render import DEFAULT_CHAT_TEMPLATE
 from orpo_lab.data.splits import Split
 
 log = logging.getLogger(__name__)
@@ -56,19 +54,6 @@ def warn_of_unread(split: Split) -> None:
 
 def _named(split: Split, columns: Collection[str]) -> str:
     return " and ".join(f"'{name}'" for name in sorted(split.unread.intersection(columns)))
-
-
-def warn_of_plain_text(split: Split, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Warn if plain texts are trained unchanged although the model has its own chat template."""
-    num = sum(isinstance(row.pair.prompt, str) for row in split.rows)
-    if num and tokenizer.chat_template not in (None, DEFAULT_CHAT_TEMPLATE):
-        log.warning(
-            "WARNING: %s: %d pairs are plain text and are trained without the model's chat "
-            "template; to train it as a chat model, give prompts and answers as messages "
-            "(docs/data.md)",
-            split.name,
-            num,
-        )
 
 
 def warn_of_lengths(split: Split, judged: datasets.Dataset, config: Dataset) -> None:

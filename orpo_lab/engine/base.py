@@ -7,8 +7,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-# Token ids of `prompt_ids`, `chosen_ids` and `rejected_ids`; and REFERENCE and MISMATCHED if the
-# method needs them. A row of data with a single completion has no token on the other side
+# Token ids of `prompt_ids`, `chosen_ids` and `rejected_ids`; MASKS of `data.encode` if the sums of
+# log-probabilities leave tokens out; and REFERENCE and MISMATCHED if the method needs them. A row
+# of data with a single completion has no token on the other side
 Pair = Mapping[str, Any]
 COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
 # The column with the reference's sums of log-probabilities over chosen and rejected tokens, [2].

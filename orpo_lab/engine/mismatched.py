@@ -12,12 +12,13 @@ from dataclasses import replace
 import datasets
 
 from orpo_lab.data import Data
+from orpo_lab.data.encode import MASKS
 from orpo_lab.engine.base import COLUMNS, MISMATCHED, REFERENCE, Pair
 from orpo_lab.errors import UserError
 
 log = logging.getLogger(__name__)
 
-SIDES = COLUMNS[1:]
+SIDES = [*COLUMNS[1:], *MASKS]
 
 
 def attach(data: Data, max_length: int) -> Data:
@@ -46,7 +47,8 @@ def _attached(name: str, pairs: datasets.Dataset, max_length: int) -> datasets.D
             f"pairs have a single one ({len(prompts)} pairs); give more prompts, by the data or by "
             f"dataset.num_{'train' if name == 'train' else 'eval'}"
         )
-    others = pairs.select(partners(prompts)).select_columns(SIDES).to_list()
+    sides = [name for name in SIDES if name in pairs.column_names]
+    others = pairs.select(partners(prompts)).select_columns(sides).to_list()
     rooms = [max_length - len(prompt) for prompt in prompts]
     num_cut = sum(
         max(map(len, other.values())) > room for other, room in zip(others, rooms, strict=True)
@@ -78,7 +80,9 @@ def partners(prompts: Sequence[list[int]]) -> list[int]:
 def all_of(pairs: datasets.Dataset) -> datasets.Dataset:
     """Return all mismatched pairs: the prompts, with the completions of MISMATCHED."""
     flat = pairs.select_columns(["prompt_ids", MISMATCHED]).flatten()
-    return flat.rename_columns({f"{MISMATCHED}.{side}": side for side in SIDES})
+    return flat.rename_columns(
+        {name: name.removeprefix(f"{MISMATCHED}.") for name in flat.column_names}
+    )
 
 
 def of(pairs: Sequence[Pair]) -> list[Pair]:

@@ -11,12 +11,15 @@ prompt's last token predicts the first token of both completions.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
+import datasets
 import torch
 from torch import arange
 
-from orpo_lab.engine.base import REFERENCE, MicroBatch, Pair
+from orpo_lab.data.encode import MASKS
+from orpo_lab.engine.base import COLUMNS, REFERENCE, MicroBatch, Pair
 
 
 def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -81,6 +84,7 @@ class Collator:
         position_ids: list[int] = []
         sources: list[int] = []
         targets: list[int] = []
+        counts: list[tuple[int, int, int]] = []
         for pair, (prompt, chosen, rejected) in zip(pairs, sizes, strict=True):
             start = len(input_ids)
             input_ids += [*pair["prompt_ids"], *pair["chosen_ids"], *pair["rejected_ids"]]
@@ -91,13 +95,17 @@ class Collator:
             if self.prompt_is_scored:
                 sources += range(start, last)
                 targets += pair["prompt_ids"][1:]
-            sources += range(last, last + chosen)
-            sources += [last, *range(last + chosen + 1, last + chosen + rejected)][:rejected]
-            targets += [*pair["chosen_ids"], *pair["rejected_ids"]]
+            places = [last, *range(last + chosen + 1, last + chosen + rejected)][:rejected]
+            masks = supervised(pair)
+            sources += compress(range(last, last + chosen), masks[0])
+            sources += compress(places, masks[1])
+            targets += compress(pair["chosen_ids"], masks[0])
+            targets += compress(pair["rejected_ids"], masks[1])
+            scored = prompt - 1 if self.prompt_is_scored else 0
+            counts.append((scored, sum(masks[0]), sum(masks[1])))
         padding = -len(input_ids) % self.multiple
-        counts = torch.tensor(sizes)
-        parts = torch.tensor([*counts.flatten(), padding])
-        counts[:, 0] = counts[:, 0] - 1 if self.prompt_is_scored else 0
+        parts = torch.tensor([*itertools.chain(*sizes), padding])
+        num_scored = torch.tensor(counts)
         references = [pair[REFERENCE][:2] for pair in pairs if REFERENCE in pair]
         return {
             "sizes": sizes,
@@ -107,8 +115,8 @@ class Collator:
             **sequences(sizes, padding),
             "sources": torch.tensor(sources),
             "targets": torch.tensor(targets),
-            "sums": torch.arange(counts.numel()).repeat_interleave(counts.flatten()),
-            "counts": counts,
+            "sums": torch.arange(num_scored.numel()).repeat_interleave(num_scored.flatten()),
+            "counts": num_scored,
             REFERENCE: torch.tensor(references) if references else None,
         }
 
@@ -165,6 +173,21 @@ def sequences(sizes: Sequence[tuple[int, int, int]], padding: int) -> dict[str, 
 def sizes_of(pair: Pair) -> tuple[int, int, int]:
     """Return the numbers of tokens of a pair's prompt, chosen and rejected completion."""
     return len(pair["prompt_ids"]), len(pair["chosen_ids"]), len(pair["rejected_ids"])
+
+
+def supervised(pair: Pair) -> list[list[bool]]:
+    """Return for each token of a pair's chosen and rejected completion whether it is supervised."""
+    return [
+        pair.get(mask) or [True] * len(pair[ids])
+        for mask, ids in zip(MASKS, COLUMNS[1:], strict=True)
+    ]
+
+
+def num_supervised(pairs: datasets.Dataset) -> torch.Tensor:
+    """Return the numbers of supervised tokens of chosen and rejected completions, [N, 2]."""
+    if MASKS[0] in pairs.column_names:
+        return torch.tensor([[sum(mask) for mask in pairs[name]] for name in MASKS]).mT
+    return torch.tensor([[len(ids) for ids in pairs[name]] for name in COLUMNS[1:]]).mT
 
 
 def tokens_of(micro_batch: MicroBatch) -> int:

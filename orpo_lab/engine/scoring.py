@@ -14,9 +14,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from orpo_lab import memory
+from orpo_lab.data.encode import MASKS
 from orpo_lab.engine import head
 from orpo_lab.engine.base import COLUMNS, Pair
-from orpo_lab.engine.packing import Collator, by_length, halved, pack, sizes_of
+from orpo_lab.engine.packing import Collator, by_length, halved, num_supervised, pack, sizes_of
 from orpo_lab.engine.shared_prefix import SharedPrefix
 from orpo_lab.model.causal import CausalModel, without_adapters
 
@@ -39,8 +40,7 @@ def by_rows(engine: SharedPrefix, pairs: datasets.Dataset, desc: str) -> tuple[T
     Returns:
         See `Scorer`.
     """
-    sizes = torch.tensor([[len(ids) for ids in pairs[name]] for name in COLUMNS[1:]])
-    chosen, rejected = sums_by_rows(engine, pairs, desc).mT / sizes
+    chosen, rejected = (sums_by_rows(engine, pairs, desc) / num_supervised(pairs)).mT
     return chosen, rejected
 
 
@@ -59,7 +59,8 @@ def sums_by_rows(engine: SharedPrefix, pairs: datasets.Dataset, desc: str) -> Te
     Raises:
         OutOfMemoryError, RuntimeError: a single pair needs too much memory.
     """
-    plain: list[Pair] = pairs.select_columns(COLUMNS).to_list()
+    names = [name for name in (*COLUMNS, *MASKS) if name in pairs.column_names]
+    plain: list[Pair] = pairs.select_columns(names).to_list()
     sizes = [sizes_of(pair) for pair in plain]
     is_cpu = engine.devices.device.type == "cpu"
     most = TOKENS_PER_CPU_ROW if is_cpu else TOKENS_PER_FORWARD
@@ -93,9 +94,10 @@ def _sums_of_rows(
     sums = []
     with engine.reading():
         for row in tqdm(rows, desc=f"{desc}: score", leave=False, disable=None):
-            micro_batch = engine.devices.place(collator.lay_out([pairs[i] for i in row]))
-            sizes = [size for _, *both in micro_batch["sizes"] for size in both]
-            sums += [logps.sum() for logps in engine.logps(micro_batch).split(sizes)]
+            laid_out = collator.lay_out([pairs[i] for i in row])
+            counts = laid_out["counts"][:, 1:].flatten().tolist()
+            micro_batch = engine.devices.place(laid_out)
+            sums += [logps.sum() for logps in engine.logps(micro_batch).split(counts)]
     ordered = torch.empty(len(pairs), 2)
     ordered[[i for row in rows for i in row]] = torch.stack(sums).view(-1, 2).to(ordered)
     return ordered

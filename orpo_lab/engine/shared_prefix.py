@@ -118,7 +118,7 @@ class SharedPrefix:
         micro-batch is scored: if memory runs out then, the step is taken again like any other.
         """
         if not self.method.reads_rejected:
-            pairs = [{**pair, "rejected_ids": []} for pair in pairs]
+            pairs = [{**pair, "rejected_ids": [], "rejected_mask": []} for pair in pairs]
         laid_out = self.collator(pairs)
         self._widest = max(map(tokens_of, laid_out))
         counts = torch.cat([micro_batch["counts"] for micro_batch in laid_out])

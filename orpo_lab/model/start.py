@@ -103,7 +103,7 @@ class Origin:
             raise UserError(
                 f"start_from={self.config.start_from} was trained with another vocabulary or chat "
                 f"template than those of model.path={self.config.model.path}; put back the "
-                "tokenizer that it was trained with"
+                "tokenizer, and the model.chat_template, that it was trained with"
             )
 
     def load(self, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> tuple[Any, str]:

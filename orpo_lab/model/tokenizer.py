@@ -2,13 +2,14 @@
 
 import logging
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from orpo_lab.config.dataset import Dataset
-from orpo_lab.config.model import Model
+from orpo_lab.config.model import Model, template_path
 from orpo_lab.data import Data
-from orpo_lab.data.render import DEFAULT_CHAT_TEMPLATE
-from orpo_lab.errors import UserError
+from orpo_lab.data.template import DEFAULT_CHAT_TEMPLATE, variables
+from orpo_lab.errors import UserError, one_line
 from orpo_lab.model.source import fetch
 
 log = logging.getLogger(__name__)
@@ -68,12 +69,14 @@ def load_tokenizer(model: Model, config: PretrainedConfig) -> PreTrainedTokenize
     so real end-of-sequence tokens stay in the loss.
 
     Raises:
-        UserError: there is no tokenizer, the tokenizer has no end-of-sequence token, or the
-            tokenizer does not belong to the model.
+        UserError: there is no tokenizer, the tokenizer has no end-of-sequence token, the tokenizer
+            does not belong to the model, or `model.chat_template` is no chat template.
     """
     tokenizer: PreTrainedTokenizerBase = fetch(AutoTokenizer.from_pretrained, model)
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.path={model.path}: its tokenizer has no end-of-sequence token")
+    if model.chat_template is not None:
+        tokenizer.chat_template = read_template(model.chat_template)
     if tokenizer.chat_template is None:
         log.info("%s has no chat template, using the default one (docs/method.md)", model.path)
         tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
@@ -82,6 +85,29 @@ def load_tokenizer(model: Model, config: PretrainedConfig) -> PreTrainedTokenize
         tokenizer.pad_token = tokenizer.eos_token
     _check_vocabulary(model, tokenizer, config.get_text_config().vocab_size)
     return tokenizer
+
+
+def read_template(given: str) -> str:
+    """Return the text of the chat template that `model.chat_template` names or holds.
+
+    Raises:
+        UserError: there is no such file, or the text is no chat template.
+    """
+    path = template_path(given)
+    key = "model.chat_template" if path is None else f"model.chat_template={given}"
+    try:
+        text = given if path is None else path.read_text(encoding="utf-8")
+        names = variables(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{key} cannot be read ({one_line(error)}); give a .jinja file, or the text of a "
+            "template"
+        ) from error
+    except TemplateError as error:
+        raise UserError(f"{key} is not a template: {one_line(error)}") from error
+    if "messages" not in names:
+        raise UserError(f"{key} never reads messages, so every conversation would be the same text")
+    return text
 
 
 def _check_vocabulary(model: Model, tokenizer: PreTrainedTokenizerBase, num_rows: int) -> None:

@@ -354,7 +354,7 @@ def model_card(
         end = f" to {config.beta_end:g}" if config.beta_schedule.reads_beta_end else ""
         beta = f"beta {config.beta:g}{end} ({schedule}), "
     began = f" It began with another run's result: {redact(start)}." if start else ""
-    notes = f"{began}{code}{moved}"
+    notes = f"{began}{code}{_template_said(config)}{moved}"
     figures = (
         f"Measured on {summary['after']['num_pairs']} held-out pairs:\n\n{_table(summary)}"
         if summary["after"]
@@ -380,6 +380,16 @@ model = {loader}.from_pretrained("final")
 tokenizer = AutoTokenizer.from_pretrained("final")
 ```
 """
+
+
+def _template_said(config: Config) -> str:
+    """Return what a card says of the chat template; empty: it is the tokenizer's own, alone."""
+    own = " The chat template is the run's own." if config.model.chat_template else ""
+    kwargs = config.dataset.template_kwargs
+    if not kwargs:
+        return own
+    given = ", ".join(f"{name}={value!r}" for name, value in kwargs.items())
+    return f"{own} The chat template was given `{given}`; give it to `apply_chat_template` too."
 
 
 def _samples(before: Evaluation, after: Evaluation | None) -> list[dict[str, str]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from orpo_lab import memory
 from orpo_lab.beta_schedule import adapted, beta_at, progress
 from orpo_lab.config import Config
+from orpo_lab.data.encode import MASKS
 from orpo_lab.engine.base import (
     COLUMNS,
     MISMATCHED,
@@ -343,6 +344,6 @@ def batches(pairs: datasets.Dataset, size: int, seed: int, start: int) -> Iterat
 
 def rows(pairs: datasets.Dataset, indices: Sequence[int]) -> list[Pair]:
     """Return the pairs at the given indices, with the columns that an engine reads."""
-    names, columns = [*COLUMNS, REFERENCE, MISMATCHED], pairs[list(indices)]
+    names, columns = [*COLUMNS, *MASKS, REFERENCE, MISMATCHED], pairs[list(indices)]
     given = {name: columns[name] for name in names if name in columns}
     return [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=True)]
