@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from orpo_lab import config
+from orpo_lab.config.dataset import Files
 from orpo_lab.errors import UserError, one_line
 
 TEXT: tuple[Any, ...] = (str, str | None)
@@ -94,7 +95,7 @@ def text_keys() -> dict[str, bool]:
         for key, field in config.all_fields().items()
         if not field.metadata["policy"].is_switch
     }
-    found = {key: of in TEXTS for key, of in types.items() if of in (*TEXT, *TEXTS)}
+    found = {key: of in TEXTS for key, of in types.items() if of in (*TEXT, *TEXTS, Files)}
     return found | dict.fromkeys(FOLDERS, False)
 
 
@@ -163,6 +164,9 @@ def _as_typed(argument: str, *, is_sweep: bool) -> str:
     start, key, value = given.groups()
     if _is_path(key) and value.startswith("~"):
         value = os.path.expanduser(value)
+    if _is_list_of_paths(key, value):
+        paths = [os.path.expanduser(path.strip(" '\"")) for path in value[1:-1].split(",")]
+        value = f"[{','.join(map(_quoted, paths))}]"
     parsed = _parse(f"{key}={value}")
     if text_keys()[key]:
         return f"{start}={_numbers_quoted(value)}" if parsed else argument
@@ -172,6 +176,13 @@ def _as_typed(argument: str, *, is_sweep: bool) -> str:
         parts = [part if _parse(f"{key}={part}") else _quoted(part) for part in value.split(",")]
         return f"{start}={','.join(map(_numbers_quoted, parts))}"
     return f"{start}={_numbers_quoted(value)}"
+
+
+def _is_list_of_paths(key: str, value: str) -> bool:
+    """Return whether a value is a list of paths in brackets, not a path that holds brackets."""
+    field = config.all_fields().get(key)
+    is_list = value.startswith("[") and value.endswith("]") and not Path(value).exists()
+    return is_list and field is not None and field.type == Files
 
 
 def _parse(override: str) -> Override | None:

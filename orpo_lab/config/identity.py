@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from orpo_lab.config import SCHEMAS, Config, all_fields, kind
+from orpo_lab.config.dataset import expand
 from orpo_lab.config.model import local_path
 from orpo_lab.config.policy import Policy
 
@@ -72,14 +73,17 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def locations(config: Config) -> dict[str, str]:
-    """Return the locations of a run by key; a local location is an absolute path."""
+def locations(config: Config) -> dict[str, list[str]]:
+    """Return the locations of a run by key, one or several; a local one is an absolute path."""
     given = {
-        key: value
+        key: value if isinstance(value, list) else [value]
         for key, value in flat(asdict(config)).items()
         if policies()[key].kind == "location" and value is not None
     }
-    return {key: _absolute(value, policies()[key]) for key, value in given.items()}
+    return {
+        key: [_absolute(path, policies()[key]) for value in values for path in expand(value)]
+        for key, values in given.items()
+    }
 
 
 def _absolute(value: str, policy: Policy) -> str:
@@ -92,7 +96,11 @@ def contents(config: Config) -> dict[str, str]:
 
     A name is returned for what is not on this machine, and for what cannot be read.
     """
-    return {key: _content(place, policies()[key].files) for key, place in locations(config).items()}
+    found = {}
+    for key, places in locations(config).items():
+        contents = [_content(place, policies()[key].files) for place in places]
+        found[key] = contents[0] if len(contents) == 1 else _hash(contents)
+    return found
 
 
 def _content(place: str, patterns: tuple[str, ...]) -> str:

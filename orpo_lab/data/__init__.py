@@ -9,6 +9,7 @@ rejected), `splits` (repeated rows and held-out rows), `render` (the chat templa
 import hashlib
 import json
 import logging
+from collections.abc import Sized
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
@@ -29,7 +30,7 @@ from orpo_lab.data import sources
 from orpo_lab.data.encode import FOUND, Encoder, special_tokens
 from orpo_lab.data.files import Source
 from orpo_lab.data.pairs import find_faults, from_label, from_transcripts, to_pair
-from orpo_lab.data.splits import NUM_EVAL, Split
+from orpo_lab.data.splits import NUM_EVAL, Split, drop_repeats
 from orpo_lab.data.trees import Trees
 from orpo_lab.data.warn import (
     warn_of_lengths,
@@ -138,7 +139,7 @@ def _read(
             warn_of_unread(split)
         case _:
             split.read(lambda raw, _: [to_pair(raw, sources.EMBEDDED_COLUMNS)], find, checks=CHECKS)
-    split.drop_repeats()
+    drop_repeats([split])
     return split, about
 
 
@@ -146,11 +147,11 @@ def _draw(
     split: Split, num: int | None, config: Dataset, encoder: Encoder
 ) -> tuple[datasets.Dataset, dict[str, Any]]:
     """Return `num` good pairs of a split as token ids, and its report."""
-    _check_any_left(split)
+    _check_any_left(split, split.pool)
     judged = split.draw(num, encoder.encode)
     warn_of_lengths(split, encoder.encoded(judged), config)
     warn_of_losses(split)
-    _check_any_left(split)
+    _check_any_left(split, split.rows)
     kept = encoder.encoded(split.rows)
     warn_of_unused_ending(split, kept)
     report = split.report() | {
@@ -165,8 +166,8 @@ def _draw(
     return kept.remove_columns([*FOUND, "faults", "cut"]), report
 
 
-def _check_any_left(split: Split) -> None:
-    if split.rows:
+def _check_any_left(split: Split, left: Sized) -> None:
+    if left:
         return
     raise UserError(
         f"no {split.name} pair is left of {split.num_rows} ({split.dropped}) in "
