@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from orpo_lab.config import SCHEMAS, Config, all_fields, kind
+from orpo_lab.config import SCHEMAS, Config, all_fields, kind, known_key
 from orpo_lab.config.dataset import expand
 from orpo_lab.config.model import local_path
 from orpo_lab.config.policy import Policy
@@ -38,6 +38,11 @@ def policies() -> dict[str, Policy]:
     return {key: field.metadata["policy"] for key, field in all_fields().items()}
 
 
+def policy_of(key: str) -> Policy:
+    """Return the policy of a key; a key that is not known now counts as a setting."""
+    return policies().get(known_key(key), Policy("setting"))
+
+
 def kinds(config: Config) -> dict[str, str]:
     """Return the chosen option of each group that a run's result depends on."""
     return {
@@ -61,7 +66,7 @@ def settings(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_setting(key: str, values: dict[str, Any]) -> bool:
-    policy = policies().get(key, Policy("setting"))
+    policy = policy_of(key)
     of_group = policies().get(key.partition(".")[0], policy)
     unread_under = [*policy.unread_under.items(), *of_group.unread_under.items()]
     if any(values.get(other) in _as_tuple(value) for other, value in unread_under):
@@ -78,10 +83,10 @@ def locations(config: Config) -> dict[str, list[str]]:
     given = {
         key: value if isinstance(value, list) else [value]
         for key, value in flat(asdict(config)).items()
-        if policies()[key].kind == "location" and value is not None
+        if policy_of(key).kind == "location" and value is not None
     }
     return {
-        key: [_absolute(path, policies()[key]) for value in values for path in expand(value)]
+        key: [_absolute(path, policy_of(key)) for value in values for path in expand(value)]
         for key, values in given.items()
     }
 
@@ -98,7 +103,7 @@ def contents(config: Config) -> dict[str, str]:
     """
     found = {}
     for key, places in locations(config).items():
-        contents = [_content(place, policies()[key].files) for place in places]
+        contents = [_content(place, policy_of(key).files) for place in places]
         found[key] = contents[0] if len(contents) == 1 else _hash(contents)
     return found
 

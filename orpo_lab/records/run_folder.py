@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 
 from orpo_lab.config import Config
 from orpo_lab.config.checks import AUTO
-from orpo_lab.config.identity import contents, flat, identity, kinds, policies, settings
+from orpo_lab.config.identity import contents, flat, identity, kinds, policy_of, settings
 from orpo_lab.errors import UserError, one_line
 from orpo_lab.redaction import redact
 
@@ -199,7 +199,7 @@ class RunFolder:
             if before.get(key) != now.get(key)
         }
         said = "; ".join(f"{key}: {old} -> {new}" for key, (old, new) in changes.items())
-        lasting = [key for key in changes if policies()[key].kind == "lasting"]
+        lasting = [key for key in changes if policy_of(key).kind == "lasting"]
         if lasting:
             raise UserError(
                 f"{self.path} holds another run ({said}); no checkpoint fits another "
