@@ -26,9 +26,9 @@ import datasets
 from transformers import AutoTokenizer
 
 from orpo_lab import compose, data
-from orpo_lab.config.dataset import Columns
+from orpo_lab.config.dataset import PairColumns
 from orpo_lab.data.encode import tokenize
-from orpo_lab.data.pairs import to_pair
+from orpo_lab.data.forms import to_pair
 from orpo_lab.data.render import find_unrendered, render
 from orpo_lab.errors import UserError
 from orpo_lab.model.source import load_config
@@ -112,7 +112,7 @@ def measure(file: str, overrides: list[str]) -> None:
 
 def measure_rendering(folders: list[str]) -> None:
     """Print what rendering, checking and tokenizing take, with the tokenizer of each folder."""
-    columns = Columns(prompt="prompt", chosen="chosen", rejected="rejected")
+    columns = PairColumns(prompt="prompt", chosen="chosen", rejected="rejected")
     pairs = [to_pair(row, columns) for row in conversations(2000)]
     for folder in folders:
         tokenizer = AutoTokenizer.from_pretrained(folder)

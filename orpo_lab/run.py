@@ -333,14 +333,18 @@ def _load_data(config: Config, tokenizer: Any, sweep: Sweep | None, *, today: da
     from orpo_lab import data
 
     def load() -> "Data":
-        return data.load(config.dataset, tokenizer, today=today)
+        makes_pairs = not config.method.reads_unpaired
+        return data.load(config.dataset, tokenizer, today=today, makes_pairs=makes_pairs)
 
     if sweep is None:
         return load()
     parts = ("dataset", "model")
-    pairs = sweep.once(f"data-{identity(config, *parts)}", load, data.Data.save, data.Data.restore)
+    # Jobs with other methods may train on pairs that are made of the same completions
+    name = f"data-{config.unit}-{identity(config, *parts)}"
+    pairs = sweep.once(name, load, data.Data.save, data.Data.restore)
     fingerprints = {split: pairs.report[split]["fingerprint"] for split in ("train", "held_out")}
-    sweep.check_data(name_of(config, *parts), fingerprints, accept_changes=config.accept_changes)
+    key = f"{config.unit} {name_of(config, *parts)}"
+    sweep.check_data(key, fingerprints, accept_changes=config.accept_changes)
     return pairs
 
 

@@ -457,18 +457,19 @@ def test_a_conversation_that_quotes_an_answer_to_the_other_splits_prompt_is_a_le
     assert how in leak[1]["example"]
 
 
-def test_columns_that_nothing_reads_are_named_and_a_lost_system_prompt_is_a_warning(
+def test_columns_that_nothing_reads_are_named_and_those_that_matter_are_a_warning(
     load: Load, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    rows = [{**row, "system": "be brief", "score": 5, "tags": []} for row in GOOD]
+    rows = [{**row, "input": "7", "score": 5, "tags": []} for row in GOOD]
     file = tmp_path / "rows.parquet"
     datasets.Dataset.from_list(rows).to_parquet(file)
     for source in (write_rows(tmp_path / "rows.jsonl", rows), file):
         caplog.clear()
         settings = jsonl(load, tmp_path / "x.jsonl", f"dataset.train_path={source}")
         report = data.load(settings, tokenizer).report["train"]
-        assert {"score", "system"} <= set(report["unread_columns"])
-        assert "What 'system' says is LOST" in caplog.text
+        assert {"input", "score"} <= set(report["unread_columns"])
+        assert "What 'input' says is LOST" in caplog.text
+        assert "the better answer, whatever 'score' says" in caplog.text
 
 
 def test_plain_text_beside_a_chat_template_of_the_models_own_is_a_warning(

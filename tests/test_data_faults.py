@@ -17,6 +17,7 @@ import pytest
 from orpo_lab import config, data
 from orpo_lab.config.dataset import KEEPABLE_FAULTS, Faults, FileDataset
 from orpo_lab.data.files import MAX_LINE_BYTES, read_files
+from orpo_lab.data.forms import Names
 from orpo_lab.data.render import DEFAULT_CHAT_TEMPLATE
 from orpo_lab.errors import UserError
 from tests.conftest import compose_config
@@ -125,6 +126,10 @@ CASES: dict[str, list[Case]] = {
             (0, 1, 2, 3),
             form=transcripts,
         )
+    ],
+    "ignored_column": [
+        Case([{**PAIR, "system": "Be brief."}, {**TALK, "system_prompt": "Be brief."}], (0, 1)),
+        Case([{**PAIR, "winner": "model_b"}, {**PAIR, "preference_strength": -1}], (0, 1)),
     ],
     "unknown_role": [
         Case([{**TALK, "prompt": [{**ASKED, "role": "prompter"}]}], template=DEFAULT_CHAT_TEMPLATE)
@@ -411,7 +416,7 @@ def test_a_line_of_100_megabytes_is_counted_without_being_held(tmp_path: Path) -
         out.write(b'"}\n' + to_line(PAIR))
     tracemalloc.start()
     try:
-        rows = dict(read_files(str(file), ["prompt"]).rows)
+        rows = dict(read_files(str(file), Names(("prompt",), ("prompt",))).rows)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orpo_lab import config, data
-from orpo_lab.config.dataset import KEEPABLE_FAULTS, Columns, Faults, FileDataset
+from orpo_lab.config.dataset import KEEPABLE_FAULTS, Faults, FileDataset, PairColumns
 from orpo_lab.data.rows import normalize
 from orpo_lab.errors import UserError
 
@@ -158,7 +158,7 @@ def run_examples(load: Load, tokenizer: Any, num_examples: int) -> dict[str, int
                 overlong=overlong,
                 max_length=sizes[0],
                 max_prompt_length=sizes[1],
-                columns=Columns(prompt=prompt, chosen="chosen", rejected="rejected"),
+                columns=PairColumns(prompt=prompt, chosen="chosen", rejected="rejected"),
             )
             num_rows = sum(bool(line.strip()) for line in [*train, *(held_out or [])])
             counts["files"] += 1

@@ -53,7 +53,10 @@ def test_a_key_means_the_same_in_every_option_of_its_group() -> None:
     for group, options in config.SCHEMAS.items():
         for schema in options.values():
             for field in fields(schema):
-                assert field.metadata["policy"] == identity.policies()[f"{group}.{field.name}"]
+                assert (
+                    field.metadata["policy"]
+                    == identity.policies()[f"{group.replace('/', '.')}.{field.name}"]
+                )
 
 
 @pytest.mark.parametrize(

@@ -201,13 +201,42 @@ def test_without_held_out_pairs_the_run_is_refused_with_what_to_give(
         read(THUMBS, evaluates=False)
 
 
-@pytest.mark.parametrize("method", ["orpo", "dpo", "ipo", "simpo", "cpo"])
+@pytest.mark.parametrize("method", ["orpo", "kto"])
 @pytest.mark.parametrize("dataset", ["unpaired", "unpaired_hub"])
-def test_a_method_of_pairs_is_refused(load: Load, method: str, dataset: str) -> None:
+def test_rows_are_counted_as_what_the_method_learns_from(
+    load: Load, method: str, dataset: str
+) -> None:
     keys = {"unpaired": "dataset.train_path=a.jsonl", "unpaired_hub": "dataset.path=org/name"}
-    said = f"dataset={dataset} gives single completions, and method={method} needs pairs"
-    with pytest.raises(UserError, match=said):
-        load(f"method={method}", f"dataset={dataset}", keys[dataset])
+    loaded = load(f"method={method}", f"dataset={dataset}", keys[dataset])
+    assert loaded.unit == {"orpo": "pairs", "kto": "completions"}[method]
+
+
+def test_a_method_of_pairs_learns_from_pairs_of_a_prompts_completions(
+    load: Load, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    file = write(tmp_path / "rows.jsonl", [*BOTH, *THUMBS[16:]])
+    held_out = f"dataset.eval_path={write(tmp_path / 'held_out.jsonl', PAIRS[:8])}"
+    loaded = load("dataset=unpaired", *LENGTHS, f"dataset.train_path={file}", held_out)
+    found = data.load(loaded.dataset, tokenizer, makes_pairs=True)
+    file = write(tmp_path / "pairs.jsonl", PAIRS[8:24])
+    loaded = load("dataset=file", *LENGTHS, f"dataset.train_path={file}", held_out)
+    pairs = data.load(loaded.dataset, tokenizer)
+    assert found.report["train"]["fingerprint"] == pairs.report["train"]["fingerprint"]
+    assert found.report["train"]["num_rows"] == len(found.train) == 16
+    num_left = len(THUMBS[16:])
+    assert f"{32 + num_left} completions with a label make 16 pairs" in caplog.text
+    assert f"{num_left} have no counterpart" in caplog.text
+
+
+def test_a_method_of_pairs_is_refused_completions_without_a_counterpart(
+    load: Load, tokenizer: Any, tmp_path: Path
+) -> None:
+    file, pairs = write(tmp_path / "rows.jsonl", THUMBS), write(tmp_path / "p.jsonl", PAIRS[:8])
+    keys = f"dataset.train_path={file}", f"dataset.eval_path={pairs}"
+    loaded = load("dataset=unpaired", *LENGTHS, *keys)
+    with pytest.raises(UserError, match=r"no train prompt of .* use method=kto or method=sft"):
+        data.load(loaded.dataset, tokenizer, makes_pairs=True)
 
 
 @pytest.mark.parametrize("method", ["kto", "sft"])

@@ -34,17 +34,16 @@ from orpo_lab.config.beta_schedule import (
 )
 from orpo_lab.config.checks import at_least, check
 from orpo_lab.config.dataset import (
+    COLUMNS,
     Dataset,
     EmbeddedDataset,
     FileDataset,
     HubDataset,
     OasstDataset,
-    UnpairedFileDataset,
-    UnpairedHubDataset,
 )
 from orpo_lab.config.engine import Engine, SharedPrefixEngine, TrlEngine
 from orpo_lab.config.method import METHODS, Method, OrpoMethod
-from orpo_lab.config.mixture import SOURCES, MixedSource, MixtureDataset
+from orpo_lab.config.mixture import SOURCES, MixedSource, MixtureDataset, is_left_behind
 from orpo_lab.config.model import RESULT_FILES, Model
 from orpo_lab.config.optimizer import AdamW, Galore, Lora, Optimizer, Qlora
 from orpo_lab.config.policy import free, lasting, location, setting
@@ -96,6 +95,11 @@ class Config:
         schedule = self.beta_schedule
         return schedule if isinstance(schedule, Adaptive) and self.method.reads_beta else None
 
+    @property
+    def unit(self) -> str:
+        """What the method learns from, and so what `train.batch_size` and `num_train` count."""
+        return self.dataset.unit if self.method.reads_unpaired else "pairs"
+
     def _check_beta(self) -> None:
         least, keys = self.method.least_beta, ["beta"]
         if self.beta_schedule.reads_beta_end:
@@ -126,16 +130,10 @@ class Config:
             )
 
     def _check_pairs(self) -> None:
-        is_unpaired = isinstance(self.dataset, UnpairedFileDataset | UnpairedHubDataset)
         check(
-            self.method.reads_unpaired or not is_unpaired,
-            f"dataset={kind(self.dataset)} gives single completions, and "
-            f"method={kind(self.method)} needs pairs; use method=kto or method=sft",
-        )
-        check(
-            not (is_unpaired and self.adaptive),
-            f"beta_schedule=adaptive reads the margins of pairs, and dataset={kind(self.dataset)} "
-            "has single completions; use another beta_schedule",
+            self.unit == "pairs" or not self.adaptive,
+            "beta_schedule=adaptive reads the margins of pairs, and the rows of "
+            f"dataset={kind(self.dataset)} are single completions; use another beta_schedule",
         )
 
     def _check_quantization(self) -> None:
@@ -195,7 +193,8 @@ class Config:
 
 
 # For each group, its options and the dataclass with the types of each option. Options that share a
-# dataclass (the named models, the hub datasets) share a schema, under the name given here.
+# dataclass (the named models, the hub datasets) share a schema, under the name given here. A group
+# inside another group is named by both.
 SCHEMAS: dict[str, dict[str, type]] = {
     "model": {"model": Model},
     "quantization": {"nf4": Nf4, "int8": Int8, "none": Unquantized},
@@ -214,9 +213,8 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "file": FileDataset,
         "mixture": MixtureDataset,
         "oasst": OasstDataset,
-        "unpaired": UnpairedFileDataset,
-        "unpaired_hub": UnpairedHubDataset,
     },
+    "dataset/columns": {**COLUMNS},
     "method": {**METHODS},
     "engine": {"shared_prefix": SharedPrefixEngine, "trl": TrlEngine},
     "train": {"train": Train},
@@ -242,7 +240,7 @@ def known_key(key: str) -> str:
 
 def fields_of(schema: type[Any], group: str) -> dict[str, Field[Any]]:
     """Return the dataclass field of every key of an option of a group."""
-    return dict(_fields_in(schema, f"{group}."))
+    return dict(_fields_in(schema, f"{group.replace('/', '.')}."))
 
 
 def _fields_in(schema: type[Any], prefix: str) -> Iterator[tuple[str, Field[Any]]]:
@@ -313,7 +311,7 @@ def _unknown_keys(node: DictConfig, prefix: str) -> Iterator[str]:
     # The names of a mixture's sources are the user's
     known = {field.name for field in fields(schema)} if is_dataclass(schema) else set(node)
     for key in map(str, node):
-        if key not in known:
+        if key not in known and not is_left_behind(f"{prefix}{key}"):
             yield f"{prefix}{key}"
         elif not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(node[key]):
             yield from _unknown_keys(node[key], f"{prefix}{key}.")

@@ -170,6 +170,9 @@ def _check(arguments: Sequence[str]) -> None:
 
 
 def _as_typed(argument: str, *, is_sweep: bool) -> str:
+    form = re.fullmatch(rf"({re.escape(SOURCES)}\.\w+\.columns)=(\w+)", argument)
+    if form is not None:
+        return f"+dataset/columns@{form[1]}={form[2]}"
     given = re.fullmatch(r"(\+{0,2}([\w.]+))=(.*)", argument, flags=re.DOTALL)
     if given is None or config.known_key(given[2]) not in text_keys() or "${" in given[3]:
         return argument
@@ -259,10 +262,13 @@ def did_you_mean(text: str) -> str:
     options = re.findall(r"^\t(.+)$", text, flags=re.MULTILINE)  # the options that Hydra lists
     typed = unknown[1].rsplit("/", 1)[-1] if options else unknown[1]
     if typed in config.all_fields():
-        group = typed.partition(".")[0]
-        schemas = config.SCHEMAS[group].items()
-        owners = [option for option, schema in schemas if typed in config.fields_of(schema, group)]
-        return f". {typed} is a key of {group}={' or '.join(owners)}"
+        owners = [
+            f"{group}={option}"
+            for group, options_of in config.SCHEMAS.items()
+            for option, schema in options_of.items()
+            if typed in config.fields_of(schema, group)
+        ]
+        return f". {typed} is a key of {' or '.join(owners)}"
     close = _closest(typed, options)
     return f". Did you mean '{close}'?" if close else ""
 

@@ -1,6 +1,7 @@
 """Keys of `dataset`: which preference pairs are used, and what happens to rows with a fault."""
 
 import glob
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,9 +12,12 @@ from orpo_lab.config.policy import free, location, setting
 ALL_FILES = "**/*"
 # A path, a pattern, or a list of these; OmegaConf has no type for a text or a list (2.3.1)
 Files = Any
+# Which of several ranked answers make pairs
+PAIRINGS = ("best_worst", "adjacent", "all")
 # Faults despite which a row can be trained on; other faults leave no prompt with two answers
 KEEPABLE_FAULTS = (
     "nul_character",
+    "ignored_column",
     "contradicting_prompt",
     "unknown_role",
     "other_turn_in_answer",
@@ -60,6 +64,9 @@ class Faults:
     chosen_equals_rejected: str = setting()
     chosen_equals_rejected_after_cut: str = setting()
     differing_prompts: str = setting()
+    ignored_column: str = setting(
+        unread_under={"dataset.faults.ignored_column": "refuse"}, factory=lambda: "refuse"
+    )
     contradicting_prompt: str = setting()
     turns_not_alternating: str = setting()
     unknown_role: str = setting()
@@ -85,9 +92,6 @@ class Faults:
 class Dataset:
     """Base class of all sources of preference pairs; never used itself."""
 
-    unit: ClassVar[str] = "pairs"
-    """What training rows are, and so what `train.batch_size` and `num_train` count."""
-
     max_length: int = setting()
     max_prompt_length: int = setting()
     overlong: str = setting()
@@ -97,6 +101,11 @@ class Dataset:
     max_new_tokens: int = setting(unread_under={"dataset.num_generations": 0})
     num_proc: int | None = free()
     faults: Faults = setting()
+
+    @property
+    def unit(self) -> str:
+        """What training rows are."""
+        return "pairs"
 
     def __post_init__(self) -> None:
         at_least(2, dataset__max_length=self.max_length)
@@ -122,18 +131,41 @@ class EmbeddedDataset(Dataset):
     """Pairs that `orpo_lab.data.embedded` generates."""
 
 
+def _optional(key: str) -> Any:
+    """Return the field of a column that a row may lack; null: no such column is read.
+
+    Where the key is null, no run reads it. So a run that was made before there was the key is the
+    same run.
+    """
+    return setting(unread_under={f"dataset.columns.{key}": None}, factory=lambda: None)
+
+
 @dataclass(kw_only=True)
 class Columns:
-    """Names of the columns with prompt, chosen and rejected; null: there is no prompt column."""
+    """Base class of the kinds of rows: where the prompt stands; never used itself."""
+
+    unit: ClassVar[str] = "pairs"
+    """What a row gives."""
 
     prompt: str | None = setting()
+    system: str | None = _optional("system")
+    input: str | None = _optional("input")
+    history: str | None = _optional("history")
+
+
+@dataclass(kw_only=True)
+class PairColumns(Columns):
+    """A row holds a chosen and a rejected answer; with a null prompt both begin alike."""
+
     chosen: str = setting()
     rejected: str = setting()
 
 
 @dataclass(kw_only=True)
-class LabelledColumns(Columns):
-    """Names of the columns of single completions; those of pairs are read from held-out rows."""
+class LabelledColumns(PairColumns):
+    """A row holds one answer and its label; the columns of pairs are read from held-out rows."""
+
+    unit: ClassVar[str] = "completions"
 
     completion: str = setting()
     label: str = setting()
@@ -146,21 +178,83 @@ class LabelledColumns(Columns):
 
 
 @dataclass(kw_only=True)
-class TableDataset(Dataset):
-    """Base class of sources whose rows hold a pair in columns; never used itself."""
+class RankedColumns(Columns):
+    """A row holds several answers, each with a score or a rank; a rule makes pairs of them."""
 
-    columns: Columns = setting(factory=Columns)
+    answers: str = setting()
+    text: str | None = setting()
+    score: str = setting()
+    better: str = setting()
+    pairing: str = setting()
+    least_difference: float = setting()
+
+    def __post_init__(self) -> None:
+        check(
+            self.prompt is not None,
+            "dataset.columns.prompt=null: rows with several answers need a column with a prompt",
+        )
+        one_of(("higher", "lower"), dataset__columns__better=self.better)
+        one_of((*PAIRINGS, "margin"), dataset__columns__pairing=self.pairing)
+        check(
+            0 < self.least_difference < math.inf,
+            f"dataset.columns.least_difference={self.least_difference} must be above 0, since "
+            "answers with the same score make no pair",
+        )
+
+
+@dataclass(kw_only=True)
+class WinnerColumns(Columns):
+    """A row holds two answers, and a column that says which of them is better."""
+
+    first: str = setting()
+    second: str = setting()
+    winner: str = setting()
+    first_wins: list[str] = setting()
+    second_wins: list[str] = setting()
+    ties: list[str] = setting()
+
+    def __post_init__(self) -> None:
+        said = [value.lower() for value in (*self.first_wins, *self.second_wins, *self.ties)]
+        for value in said:
+            check(
+                said.count(value) == 1,
+                f"dataset.columns.first_wins, second_wins and ties name {value} "
+                f"{said.count(value)} times; a value means one thing",
+            )
+
+
+# The kinds of rows; the first one that has all keys of a recorded run is the run's kind
+COLUMNS: dict[str, type[Columns]] = {
+    "pairs": PairColumns,
+    "labelled": LabelledColumns,
+    "ranked": RankedColumns,
+    "winner": WinnerColumns,
+}
+
+
+@dataclass(kw_only=True)
+class TableDataset(Dataset):
+    """Base class of sources whose rows hold pairs in columns; never used itself."""
+
+    columns: Columns = setting()
     transcripts: bool = setting()
+
+    @property
+    def unit(self) -> str:
+        """What training rows are: pairs, or completions with a label."""
+        return self.columns.unit
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.transcripts:
+            return
         check(
-            not self.transcripts or not isinstance(self.columns, LabelledColumns),
-            "dataset.transcripts=true reads pairs of transcripts, and rows with a label hold none; "
-            "leave it false",
+            isinstance(self.columns, RankedColumns) or type(self.columns) is PairColumns,
+            "dataset.transcripts=true reads pairs of transcripts, or the prompt of several "
+            "answers, and these rows hold none; leave it false",
         )
         check(
-            not self.transcripts or self.columns.prompt is None,
+            isinstance(self.columns, RankedColumns) or self.columns.prompt is None,
             "dataset.transcripts=true reads the prompt out of the transcripts: "
             "set dataset.columns.prompt=null",
         )
@@ -189,24 +283,6 @@ class FileDataset(TableDataset):
 
 
 @dataclass(kw_only=True)
-class UnpairedFileDataset(FileDataset):
-    """A file of single completions, each with a label: desirable or not."""
-
-    unit: ClassVar[str] = "completions"
-
-    columns: LabelledColumns = setting(factory=LabelledColumns)
-
-
-@dataclass(kw_only=True)
-class UnpairedHubDataset(HubDataset):
-    """Single completions with a label, from the Hugging Face hub."""
-
-    unit: ClassVar[str] = "completions"
-
-    columns: LabelledColumns = setting(factory=LabelledColumns)
-
-
-@dataclass(kw_only=True)
 class OasstDataset(Dataset):
     """OpenAssistant's conversation trees; people have ranked the replies."""
 
@@ -220,4 +296,4 @@ class OasstDataset(Dataset):
         super().__post_init__()
         check_files(dataset__train_path=self.train_path, dataset__eval_path=self.eval_path)
         at_least(1, dataset__max_depth=self.max_depth)
-        one_of(("best_worst", "adjacent", "all"), dataset__pairing=self.pairing)
+        one_of(PAIRINGS, dataset__pairing=self.pairing)

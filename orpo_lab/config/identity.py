@@ -46,7 +46,10 @@ def policy_of(key: str) -> Policy:
 def kinds(config: Config) -> dict[str, str]:
     """Return the chosen option of each group that a run's result depends on."""
     return {
-        group: kind(getattr(config, group)) for group in SCHEMAS if policies()[group].kind != "free"
+        group: kind(getattr(config, group))
+        for group in SCHEMAS
+        # The keys of a group inside another group tell its options apart
+        if "/" not in group and policies()[group].kind != "free"
     }
 
 

@@ -1,16 +1,17 @@
 """Keys of `dataset=mixture`: pairs of several sources, each with its own columns and share."""
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from orpo_lab.config.checks import at_least, check
 from orpo_lab.config.dataset import (
     ALL_FILES,
-    Columns,
     Dataset,
     FileDataset,
     Files,
     HubDataset,
+    PairColumns,
     TableDataset,
 )
 from orpo_lab.config.policy import location, setting
@@ -19,8 +20,16 @@ from orpo_lab.config.policy import location, setting
 SOURCES = "dataset.sources"
 
 
-def _pairs() -> Columns:
-    return Columns(prompt="prompt", chosen="chosen", rejected="rejected")
+# What the columns of a source are where nothing else is said
+PAIRS = asdict(PairColumns(prompt="prompt", chosen="chosen", rejected="rejected"))
+
+
+def is_left_behind(key: str) -> bool:
+    """Return whether a key is a column of pairs that another kind of columns has left behind.
+
+    The columns of a source begin as those of pairs, and Hydra takes no key away.
+    """
+    return bool(re.fullmatch(rf"{re.escape(SOURCES)}\.\w+\.columns\.({'|'.join(PAIRS)})", key))
 
 
 @dataclass(kw_only=True)
@@ -36,7 +45,8 @@ class MixedSource:
     revision: str | None = location(default=None)
     train_split: str = setting(default="train")
     eval_split: str | None = setting(default=None)
-    columns: Columns = setting(factory=_pairs)
+    # Columns, or the keys of PairColumns: OmegaConf takes no other kind in place of a default
+    columns: Any = setting(factory=lambda: dict(PAIRS))
     transcripts: bool = setting(default=False)
     weight: float | None = setting(default=None)
     num_train: int | None = setting(default=None)
@@ -136,9 +146,16 @@ class MixtureDataset(Dataset):
         shared = {field.name: getattr(self, field.name) for field in fields(Dataset)}
         shared["num_train"] = source.num_train
         shared["num_eval"] = source.num_eval or self.num_eval
-        own = {key: getattr(source, key) for key in ("columns", "transcripts")}
+        own: dict[str, Any] = {"columns": source.columns, "transcripts": source.transcripts}
         try:
             source.check()
+            if isinstance(source.columns, dict):
+                check(
+                    source.columns.keys() <= PAIRS.keys(),
+                    f"dataset.columns has keys beside {', '.join(PAIRS)}; another kind of rows is "
+                    "named, such as dataset.columns=ranked",
+                )
+                own["columns"] = PairColumns(**PAIRS | source.columns)
             if source.path is None:
                 places = {key: getattr(source, key) for key in ("train_path", "eval_path")}
                 return FileDataset(**shared, **own, **places)

@@ -1,9 +1,9 @@
 """Preference data: rows -> pairs -> token ids, with every fault counted and reported.
 
-A row passes through `sources` and `files` (raw rows), `pairs` or `trees` (prompt, chosen and
-rejected), `splits` (repeated rows and held-out rows), `render` (the chat template) and `encode`
-(token ids). Anything wrong with a row is a `Fault`; `dataset.faults` says what happens to the row.
-`warn` logs what is not a fault of a row, but may not be what the user expects.
+A row passes through `sources` and `files` (raw rows), `forms` or `trees` (prompt, chosen and
+rejected, as in `pairs`), `splits` (repeated rows and held-out rows), `render` (the chat template)
+and `encode` (token ids). Anything wrong with a row is a `Fault`; `dataset.faults` says what happens
+to the row. `warn` logs what is not a fault of a row, but may not be what the user expects.
 """
 
 import hashlib
@@ -22,14 +22,14 @@ from transformers import PreTrainedTokenizerBase
 from orpo_lab.config.dataset import (
     Dataset,
     EmbeddedDataset,
-    LabelledColumns,
     OasstDataset,
     TableDataset,
 )
 from orpo_lab.data import sources
 from orpo_lab.data.encode import FOUND, Encoder, special_tokens
 from orpo_lab.data.files import Source
-from orpo_lab.data.pairs import find_faults, from_label, from_transcripts, to_pair
+from orpo_lab.data.forms import Reader, to_pair
+from orpo_lab.data.pairs import find_faults
 from orpo_lab.data.splits import NUM_EVAL, Split, drop_repeats
 from orpo_lab.data.trees import Trees
 from orpo_lab.data.warn import (
@@ -75,13 +75,21 @@ class Data:
         return cls(train, held_out, **json.loads((folder / "data.json").read_text()))
 
 
-def load(config: Dataset, tokenizer: PreTrainedTokenizerBase, *, today: date | None = None) -> Data:
+def load(
+    config: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    today: date | None = None,
+    makes_pairs: bool = False,
+) -> Data:
     """Read, check and tokenize the training pairs and the held-out pairs.
 
     Args:
         config: the source of the rows, and what happens to rows with a fault.
         tokenizer: the model's tokenizer.
         today: the date for chat templates that ask for a date; None: the date of the clock.
+        makes_pairs: whether single completions with a label are made into pairs, for a method that
+            needs pairs.
 
     Raises:
         UserError: the source cannot be read, a row has a fault that `config.faults` refuses, or no
@@ -95,6 +103,8 @@ def load(config: Dataset, tokenizer: PreTrainedTokenizerBase, *, today: date | N
         train.drop_leaks(held_out)
     else:
         held_out, about_held_out = train.hold_out(config.num_eval, encoder.encode), {}
+    if makes_pairs:
+        train.make_pairs()
     train_pairs, train_report = _draw(train, config.num_train, config, encoder)
     num_eval = config.num_eval or NUM_EVAL
     held_out_pairs, held_out_report = _draw(held_out, num_eval, config, encoder)
@@ -131,12 +141,10 @@ def _read(
             split.read(trees.pairs, find)
             about = {"replies": trees.report()}
         case TableDataset():
-            parse = from_transcripts if config.transcripts else to_pair
-            columns = sources.of_pairs(config)
-            if name == "train" and isinstance(config.columns, LabelledColumns):
-                parse, columns = from_label, sources.needed(config)
-            split.read(lambda raw, _: [parse(raw, config.columns)], find, columns=columns)
+            reader = Reader(config, of_pairs=name == "held_out")
+            split.read(reader.pairs, find, columns=reader.names.read)
             warn_of_unread(split)
+            about = reader.report()
         case _:
             split.read(lambda raw, _: [to_pair(raw, sources.EMBEDDED_COLUMNS)], find, checks=CHECKS)
     drop_repeats([split])

@@ -22,7 +22,8 @@ from huggingface_hub import hf_hub_download
 
 from orpo_lab.config.dataset import Files, expand
 from orpo_lab.data.faults import Fault, quote
-from orpo_lab.data.pairs import CONTEXT, of_completions
+from orpo_lab.data.forms import Names
+from orpo_lab.data.recognise import recognise
 from orpo_lab.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
@@ -90,13 +91,13 @@ class FilesSource(Source):
     briefly = listed = where
 
 
-def read_files(paths: Files, columns: list[str] | None) -> Source:
+def read_files(paths: Files, columns: Names | None) -> Source:
     """Return the rows of one or several files; each row is read when it is asked for.
 
     Args:
         paths: a file, a pattern such as `data/*.jsonl`, a folder that `datasets` saved a data set
             to, or `hf://datasets/org/name/file` on the hub; or a list of these.
-        columns: the columns that are needed. None: the file is not a table (JSON lines only).
+        columns: the columns that are read. None: the file is not a table (JSON lines only).
 
     Raises:
         UserError: the suffix is unknown, or no file fits a pattern. Reading the rows raises it if a
@@ -124,7 +125,7 @@ def _with_unread(rows: Rows, files: tuple[Source, ...], unread: set[str]) -> Row
     unread.update(*(file.unread for file in files))
 
 
-def _read_file(path: str, columns: list[str] | None) -> Source:
+def _read_file(path: str, columns: Names | None) -> Source:
     """Return the rows of one file; see `read_files`."""
     if path and Path(path).is_dir():
         return _read_saved(path, columns)
@@ -150,7 +151,7 @@ def _read_file(path: str, columns: list[str] | None) -> Source:
     raise UserError(f"{path}: the name must end in {known}, to say how its rows are written{hint}")
 
 
-def _read_saved(path: str, columns: list[str] | None) -> Source:
+def _read_saved(path: str, columns: Names | None) -> Source:
     """Return the rows of a folder that `Dataset.save_to_disk` has written.
 
     Raises:
@@ -189,7 +190,7 @@ def saved_splits(path: str) -> list[str]:
         ) from error
 
 
-def _read_saved_rows(path: str, columns: list[str], unread: set[str]) -> Rows:
+def _read_saved_rows(path: str, columns: Names, unread: set[str]) -> Rows:
     try:
         rows = datasets.load_from_disk(path)
     except (KeyError, TypeError) as error:
@@ -230,36 +231,36 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def check_columns(present: list[str], wanted: list[str], name: str) -> None:
+def check_columns(present: list[str], columns: Names, name: str) -> None:
     """Refuse a table that lacks a column that is needed.
 
     Args:
         present: the columns of the table.
-        wanted: the columns that are needed.
+        columns: the columns that are read.
         name: the name of the table, for the message.
 
     Raises:
         UserError: the table lacks such a column.
     """
-    if missing := [column for column in wanted if column not in present]:
+    if missing := [column for column in columns.needed if column not in present]:
         raise UserError(
             f"{name} lacks column '{missing[0]}' (it has {', '.join(sorted(present)[:20])}); "
             "name the right ones with dataset.columns.prompt=... (null where there is none), "
             "dataset.columns.chosen=..., dataset.columns.rejected=... and so on"
-            f"{of_completions(set(present) - set(wanted))}"
+            f"{recognise(present, columns.read)}"
         )
 
 
-def choose_columns(present: list[str], wanted: list[str], name: str, unread: set[str]) -> list[str]:
-    """Return the columns of a table that are to be read; add all other columns to `unread`.
+def choose_columns(present: list[str], columns: Names, name: str, unread: set[str]) -> list[str]:
+    """Return the columns of a table that are looked at; add all other columns to `unread`.
 
     Raises:
         UserError: the table lacks a column that is needed.
     """
-    check_columns(present, wanted, name)
-    read = [column for column in present if column in wanted or column in CONTEXT]
-    unread.update(column for column in present if column not in read)
-    return read
+    check_columns(present, columns, name)
+    seen = columns.seen(present)
+    unread.update(column for column in present if column not in seen)
+    return seen
 
 
 def errors_said(name: str, rows: Rows) -> Rows:
@@ -357,7 +358,7 @@ def _holds_objects(value: Any) -> bool:
     return isinstance(value, list) and any(isinstance(item, dict) for item in value)
 
 
-def _read_csv(path: str, columns: list[str], separator: str) -> Rows:
+def _read_csv(path: str, columns: Names, separator: str) -> Rows:
     # A file with a longer field is refused: to find the field's end it would have to be in memory
     csv.field_size_limit(MAX_LINE_BYTES)
     with _open(path) as file:
@@ -387,14 +388,14 @@ def _to_row(header: list[str], cells: list[str]) -> Any:
     return dict(zip(header, cells, strict=True))
 
 
-def _read_parquet(path: str, columns: list[str], unread: set[str]) -> Rows:
+def _read_parquet(path: str, columns: Names, unread: set[str]) -> Rows:
     with pq.ParquetFile(_locate(path)) as file:
         read = choose_columns(file.schema_arrow.names, columns, path, unread)
         batches = file.iter_batches(ROWS_PER_BATCH, columns=read)
         yield from read_table(pa.Table.from_batches([batch]) for batch in batches)
 
 
-def _read_arrow(path: str, columns: list[str], unread: set[str]) -> Rows:
+def _read_arrow(path: str, columns: Names, unread: set[str]) -> Rows:
     with pa.memory_map(str(_locate(path))) as file:
         # The two formats of Arrow: a file with a table of contents, and a stream
         if file.read(6) == b"ARROW1":

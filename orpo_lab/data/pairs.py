@@ -1,21 +1,22 @@
-"""One row of a preference dataset -> prompt, chosen and rejected, as text or as messages.
+"""A preference pair: prompt, chosen and rejected, as text or as messages; and its faults.
 
 The prompt is what both sides share. A row can state its prompt (`prompt`), or hold two whole
 conversations or texts that begin alike. If a stated prompt differs from what two whole
 conversations share, the shared messages are used and the contradiction is counted.
 
-What is wrong with a row is a `Fault`. If the row gives no pair, `to_pair` and `from_transcripts`
-raise the fault. If the row gives a pair, `find_faults` yields its faults.
+`forms` reads rows. What is wrong with a row is a `Fault`. If the row gives no pair, `split` and
+`forms` raise the fault. If the row gives a pair, `find_faults` yields its faults.
 """
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from orpo_lab.config.dataset import Columns, LabelledColumns
 from orpo_lab.data.faults import Fault, quote
+from orpo_lab.data.recognise import SYSTEM
+from orpo_lab.data.turns import to_message
 
 # Has a `role`, mostly a `content`, and other keys that a chat template may read (tool_calls, ...)
 Message = dict[str, Any]
@@ -29,15 +30,7 @@ MAX_DEPTH = 50
 CONTEXT = ("tools", "documents")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
-# The beginning of a turn of a transcript, and its speaker (Bai et al. 2022, arXiv:2204.05862)
-_TURN = re.compile(r"\n\n(Human|Assistant):")
-_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-# What a label may be; the words are those of CSV files, in any case. Tables in which a label is
-# missing hold the others as 1.0 and 0.0
-LABELS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 
 
 @dataclass(frozen=True)
@@ -58,101 +51,23 @@ class Pair:
     contradicted: bool = False
     # Whether both sides repeated the row's own prompt, which would have been trained twice
     repeated: bool = False
+    # A column of the row that no pair is made of, and whose meaning is well known; empty: none
+    ignored: str = ""
 
 
-def to_pair(row: Any, columns: Columns) -> Pair:
-    """Return the pair that a row holds in its columns.
-
-    Raises:
-        Fault: a column is missing or holds neither a string nor messages, the tools or documents
-            are not lists of objects, the row is too large or nested too deeply, or `split` raises.
-    """
-    contents = {
-        key: to_content(_value_of(row, name, key), name)
-        for key in ("prompt", "chosen", "rejected")
-        if (name := getattr(columns, key)) is not None
-    }
-    _check_size(list(contents.values()))
-    pair = split(contents.get("prompt"), contents["chosen"], contents["rejected"])
-    if isinstance(pair.prompt, str):
-        return pair
-    context = {name: _to_objects(row[name], name) for name in CONTEXT if row.get(name)}
-    _check_size([context])
-    return replace(pair, context=context)
-
-
-def from_label(row: Any, columns: Columns) -> Pair:
-    """Return the single completion that a row holds, with its label.
+def check_size(contents: list[Any]) -> None:
+    """Refuse values of a row that are too large or nested too deeply.
 
     Raises:
-        Fault: the label is neither true nor false, or `to_pair` raises.
+        Fault: they are.
     """
-    assert isinstance(columns, LabelledColumns)
-    given = _value_of(row, columns.label, "label")
-    label = LABELS.get(str(given).lower()) if isinstance(given, int | float | str) else None
-    if label is None:
-        said = "null" if given is None else quote(str(given))
-        raise Fault("wrong_type", f"{columns.label} is {said}; it must be true or false, or 1 or 0")
-    # Named here, since `to_pair` would name the column of another key
-    _value_of(row, columns.completion, "completion")
-    both = Columns(prompt=columns.prompt, chosen=columns.completion, rejected=columns.completion)
-    return replace(to_pair(row, both), label=label)
-
-
-def from_transcripts(row: Any, columns: Columns) -> Pair:
-    """Return the pair of two transcripts; the prompt is all turns before the last assistant turn.
-
-    Raises:
-        Fault: a column is missing, not a string or too large, the turns do not alternate from
-            Human's on, the last turn is not the assistant's, or the two transcripts differ before
-            their last turn.
-    """
-    chosen, rejected = (
-        _to_messages(_value_of(row, name, key), name)
-        for key, name in (("chosen", columns.chosen), ("rejected", columns.rejected))
-    )
-    if chosen[:-1] != rejected[:-1]:
-        raise Fault("differing_prompts", "chosen and rejected differ before their last turn")
-    return Pair(chosen[:-1], chosen[-1:], rejected[-1:])
-
-
-def _value_of(row: Any, name: str, key: str) -> Any:
-    if not isinstance(row, Mapping):
-        raise Fault("wrong_type", f"holds {quote(json.dumps(row))}, not an object with columns")
-    if name not in row:
-        null = ", or null where there is none" if key == "prompt" else ""
-        present = ", ".join(quote(column) for column in sorted(row)[:20])
-        hint = of_completions(row) if key in ("chosen", "rejected") else ""
-        raise Fault(
-            "missing_column",
-            f"lacks column '{name}' (it has {present or 'none'}); "
-            f"name the right one with dataset.columns.{key}=...{null}{hint}",
-        )
-    return row[name]
-
-
-def of_completions(unread: Collection[str]) -> str:
-    """Return a hint if a table that should hold pairs holds single completions; empty: none.
-
-    Args:
-        unread: columns of the table that nothing is read from.
-    """
-    if not {"completion", "label"} <= set(unread):
-        return ""
-    return (
-        ". Single completions with a label are training rows of dataset=unpaired or unpaired_hub; "
-        "held-out rows are pairs (docs/data.md)"
-    )
-
-
-def _check_size(contents: list[Any]) -> None:
     size = sum(map(len, _texts(contents)))
     if size > MAX_CHARACTERS:
         raise Fault("oversized_row", f"holds {size} characters, more than {MAX_CHARACTERS}")
 
 
 def to_content(value: Any, name: str) -> Content:
-    """Return a row's value as a string or as messages, without keys that hold nothing.
+    """Return a row's value as a string or as messages; a single message is a list of one.
 
     Args:
         value: the value of the row in one column.
@@ -163,62 +78,12 @@ def to_content(value: Any, name: str) -> Content:
     """
     if isinstance(value, str):
         return value
+    if isinstance(value, Mapping):
+        return [to_message(value, name)]
     if not isinstance(value, list):
         kind = "null" if value is None else f"of type {type(value).__name__}"
         raise Fault("wrong_type", f"{name} is {kind}; it must be a string or a list of messages")
-    return [_to_message(item, name) for item in value]
-
-
-def _to_message(value: Any, name: str) -> Message:
-    """Return a message without the keys that hold null or an empty list.
-
-    Tables fill in such keys (`tool_calls: null`) where other messages have a value.
-
-    Raises:
-        Fault: the message has no role, a content that is not a string, or nothing but a role.
-    """
-    if not (isinstance(value, Mapping) and isinstance(value.get("role"), str)):
-        raise Fault("wrong_type", f"{name} holds a message without a role that is a string")
-    message = {key: item for key, item in value.items() if item is not None and item != []}
-    if isinstance(message.get("content"), str):
-        return message
-    if "content" in message or message.keys() <= {"role"}:
-        raise Fault("wrong_type", f"{name} holds a message without a content that is a string")
-    return message
-
-
-def _to_objects(value: Any, name: str) -> list[Any]:
-    """Return the tools or documents of a row as a list of objects.
-
-    The value may be a list, or JSON in a string, as in TRL's data sets.
-
-    Raises:
-        Fault: the value is not a list of objects.
-    """
-    try:
-        listed = json.loads(value) if isinstance(value, str) else value
-        found = [json.loads(message) if isinstance(message, str) else message for message in listed]
-    except (TypeError, ValueError, RecursionError):
-        found = [None]
-    if not all(isinstance(message, dict) for message in found):
-        raise Fault("wrong_type", f"{name} is no list of objects, which a chat template needs")
-    return found
-
-
-def _to_messages(text: Any, name: str) -> list[Message]:
-    if not isinstance(to_content(text, name), str):
-        raise Fault("wrong_type", f"{name} holds messages; with dataset.transcripts it is one text")
-    _check_size([text])
-    before, *turns = _TURN.split(text)
-    roles = [_SPEAKERS[speaker] for speaker in turns[::2]]
-    if before.strip() or roles != [("user", "assistant")[turn % 2] for turn in range(len(roles))]:
-        raise Fault("turns_not_alternating", f"{name}: its turns do not alternate from Human's on")
-    if roles[-1:] != ["assistant"]:
-        raise Fault("no_answer", f"{name} does not end in an assistant turn")
-    return [
-        {"role": role, "content": said.strip()}
-        for role, said in zip(roles, turns[1::2], strict=True)
-    ]
+    return [to_message(item, name) for item in value]
 
 
 def split(prompt: Content | None, chosen: Content, rejected: Content) -> Pair:
@@ -230,14 +95,14 @@ def split(prompt: Content | None, chosen: Content, rejected: Content) -> Pair:
     """
     if isinstance(chosen, str) and isinstance(rejected, str):
         if isinstance(prompt, list):
-            return Pair(prompt, _answer(chosen), _answer(rejected))
+            return Pair(prompt, answer(chosen), answer(rejected))
         return _split_text(prompt, chosen, rejected)
     if isinstance(chosen, list) and isinstance(rejected, list):
         return _split_messages(prompt, chosen, rejected)
     raise Fault("wrong_type", "chosen and rejected must both be strings or both lists of messages")
 
 
-def _answer(text: str) -> list[Message]:
+def answer(text: str) -> list[Message]:
     return [{"role": "assistant", "content": text}]
 
 
@@ -287,7 +152,7 @@ def find_faults(pair: Pair, special_tokens: re.Pattern[str]) -> Iterator[Fault]:
     above it.
 
     Args:
-        pair: a pair that `to_pair`, `from_transcripts` or `Trees.pairs` returned.
+        pair: a pair that a `Reader` or `Trees.pairs` returned.
         special_tokens: matches the text of a token that controls the model.
     """
     contents = (pair.prompt, pair.chosen, pair.rejected)
@@ -318,8 +183,23 @@ def find_faults(pair: Pair, special_tokens: re.Pattern[str]) -> Iterator[Fault]:
         yield Fault("special_token_text", f"holds the control token {quote(control[0])} as text")
     if turn := _other_turn(pair.chosen) or _other_turn(pair.rejected):
         yield Fault("other_turn_in_answer", f"an answer holds a turn of the {turn}'s, as a target")
+    if pair.ignored:
+        yield Fault("ignored_column", _how_to_read(pair.ignored))
     if pair.contradicted:
         yield Fault("contradicting_prompt", "the prompt column is not what the conversations share")
+
+
+def _how_to_read(column: str) -> str:
+    """Return what an ignored column says, and how a run reads it."""
+    if column in SYSTEM:
+        said, read = "holds a system message", f"dataset.columns.system={column} reads it"
+    else:
+        said = "says which answer is better"
+        read = "dataset=arena and dataset=helpsteer read such columns (docs/data.md)"
+    return (
+        f"column '{column}' {said}, and is not read: {read}, "
+        "dataset.faults.ignored_column=keep trains without it"
+    )
 
 
 def _texts(value: Any, depth: int = 0) -> Iterator[str]:

@@ -109,8 +109,6 @@ class Rows:
                 RECORD,
             ).tobytes()
             beginnings += b"".join(begun)
-            if row.place is not None:
-                self._tokenized[offset] = row
         self.records: npt.NDArray[np.void] = np.frombuffer(records, RECORD)
         self._beginnings: Digests = np.frombuffer(beginnings, f"S{DIGEST_BYTES}")
 
@@ -125,6 +123,13 @@ class Rows:
         row = self._waiting.get(offset)
         row.kept_despite += self._despite.get(offset, [])
         return row
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self[at] for at in range(len(self)))
+
+    def keep(self, rows: list[Row]) -> None:
+        """Keep all these rows in memory, in their order, since they are tokenized already."""
+        self._tokenized |= zip(self.records["offset"].tolist(), rows, strict=True)
 
     def note(self, at: int, despite: list[Fault]) -> None:
         """Note faults in spite of which a row is kept."""

@@ -8,14 +8,12 @@ import datasets
 import pyarrow as pa
 
 from orpo_lab.config.dataset import (
-    Columns,
     Dataset,
     EmbeddedDataset,
     FileDataset,
     HubDataset,
-    LabelledColumns,
     OasstDataset,
-    TableDataset,
+    PairColumns,
 )
 from orpo_lab.data import embedded
 from orpo_lab.data.files import (
@@ -28,11 +26,12 @@ from orpo_lab.data.files import (
     read_table,
     saved_splits,
 )
+from orpo_lab.data.forms import Names, names_of
 from orpo_lab.errors import UserError, one_line
 
 # The embedded pairs are the same in every run, so runs with other seeds differ in training only
 EMBEDDED_SEED = 0
-EMBEDDED_COLUMNS = Columns(prompt="prompt", chosen="chosen", rejected="rejected")
+EMBEDDED_COLUMNS = PairColumns(prompt="prompt", chosen="chosen", rejected="rejected")
 
 
 def read(config: Dataset) -> tuple[Source, Source | None]:
@@ -48,33 +47,20 @@ def read(config: Dataset) -> tuple[Source, Source | None]:
         case EmbeddedDataset():
             return _generate("train", config.num_train), _generate("eval", config.num_eval)
         case HubDataset():
-            train = _read_hub(config, config.train_split, needed(config))
+            train = _read_hub(config, config.train_split, names_of(config.columns))
             if config.eval_split is None:
                 return train, None
-            return train, _read_hub(config, config.eval_split, of_pairs(config))
+            of_pairs = names_of(config.columns, of_pairs=True)
+            return train, _read_hub(config, config.eval_split, of_pairs)
         case FileDataset():
-            train = read_files(config.train_path, needed(config))
+            train = read_files(config.train_path, names_of(config.columns))
             if config.eval_path is None:
                 return train, None
-            return train, read_files(config.eval_path, of_pairs(config))
+            return train, read_files(config.eval_path, names_of(config.columns, of_pairs=True))
         case OasstDataset():
             train = read_files(config.train_path, None)
             return train, read_files(config.eval_path, None) if config.eval_path else None
     raise TypeError(f"no dataset source: {config!r}")
-
-
-def needed(config: TableDataset) -> list[str]:
-    """Return the names of the columns that a training row is read from."""
-    match config.columns:
-        case LabelledColumns(prompt=prompt, completion=completion, label=label):
-            return [name for name in (prompt, completion, label) if name is not None]
-    return of_pairs(config)
-
-
-def of_pairs(config: TableDataset) -> list[str]:
-    """Return the names of the columns that a pair is read from; held-out rows are pairs."""
-    names = (config.columns.prompt, config.columns.chosen, config.columns.rejected)
-    return [name for name in names if name is not None]
 
 
 def _generate(split: embedded.Split, num: int | None) -> Source:
@@ -87,7 +73,7 @@ def _generate(split: embedded.Split, num: int | None) -> Source:
     return Source(f"dataset=embedded, {split}", "row", enumerate(rows))
 
 
-def _read_hub(config: HubDataset, split: str, columns: list[str]) -> Source:
+def _read_hub(config: HubDataset, split: str, columns: Names) -> Source:
     is_local = Path(config.path).is_dir()
     if is_local and (is_saved(config.path) or saved_splits(config.path)):
         raise UserError(

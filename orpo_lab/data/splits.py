@@ -5,7 +5,6 @@ Rows are compared with each other (repeats) and with the other split (leaks).
 
 import bisect
 import itertools
-import json
 import logging
 import math
 from collections import defaultdict
@@ -20,7 +19,7 @@ from orpo_lab.config.dataset import Faults
 from orpo_lab.data.faults import Fault, Tally, keeps
 from orpo_lab.data.files import Source
 from orpo_lab.data.pairs import Content, Pair
-from orpo_lab.data.rows import Row, Rows, beginnings_of, normalize
+from orpo_lab.data.rows import NO_LABEL, Row, Rows, beginnings_of, normalize
 from orpo_lab.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -180,29 +179,52 @@ class Split:
         self._check_enough(len(ranked), num, "")
         # The rank of each row's root, [N]; a root of which no pair can be made has none
         ranks = np.where(np.isin(roots, ranked), np.searchsorted(ranked, roots), len(ranked))
-        moved: dict[int, Row] = {}
         num_moved = num_good = 0
         while num_good < num and num_moved < len(ranked):
-            upto = num_moved + num - num_good
-            (block,) = np.nonzero((num_moved <= ranks) & (ranks < min(upto, len(ranked))))
-            rows_at = {at: self.pool[at] for at in block.tolist()}
-            by_root: dict[int, list[Row]] = defaultdict(list)
-            for at, row in rows_at.items():
-                by_root[int(ranks[at])].append(row)
-            pairs = [paired(of_root) for of_root in by_root.values()]
-            encode([row for of_root in pairs for row in of_root])
-            num_good += sum(any(map(self._is_good, of_root)) for of_root in pairs)
-            moved |= rows_at
-            num_moved += len(by_root)
+            upto = min(num_moved + num - num_good, len(ranked))
+            (block,) = np.nonzero((num_moved <= ranks) & (ranks < upto))
+            pairs = paired(self.pool.select(block))
+            rows = list(pairs)
+            encode(rows)
+            pairs.keep(rows)
+            good = pairs.records["prompt"][[self._is_good(row) for row in rows]]
+            num_good += len(np.unique(ranks[np.isin(self.pool.records["prompt"], good)]))
+            num_moved = upto
         self._check_enough(num_good + len(ranked) - num_moved, num, " whose pairs fit")
-        self.pool = self.pool.select(ranks >= num_moved)
-        rows = [moved[at] for at in sorted(moved)]
-        self.num_rows -= len(rows)
-        held_out = paired(rows)
-        split = Split("held_out", self.source, self.policies, len(held_out), pool=Rows(held_out))
-        if held_out != rows:
-            log.info("%d rows with a label make %d held-out pairs", len(rows), len(held_out))
-        return split
+        is_moved = ranks < num_moved
+        held_out = paired(self.pool.select(is_moved))
+        self.pool = self.pool.select(~is_moved)
+        self.num_rows -= int(is_moved.sum())
+        if len(held_out) != is_moved.sum():
+            log.info("%d rows with a label make %d held-out pairs", is_moved.sum(), len(held_out))
+        return Split("held_out", self.source, self.policies, len(held_out), pool=held_out)
+
+    def make_pairs(self) -> None:
+        """Make pairs of single completions: see `paired`; pairs stay as they are.
+
+        Raises:
+            UserError: no prompt has completions of both kinds.
+        """
+        pairs = paired(self.pool)
+        if pairs is self.pool:
+            return
+        num = len(self.pool)
+        if not len(pairs):
+            raise UserError(
+                f"no {self.name} prompt of {self.source.name} has a desirable and an undesirable "
+                "completion, of which a pair could be made; use method=kto or method=sft, which "
+                "learn from single completions"
+            )
+        log.info(
+            "%s: %d completions with a label make %d pairs, since the method needs pairs; %d have "
+            "no counterpart and are not used (method=kto learns from all of them)",
+            self.name,
+            num,
+            len(pairs),
+            num - 2 * len(pairs),
+        )
+        self.num_rows += len(pairs) - num
+        self.pool = pairs
 
     def _num_by_default(self, num_prompts: int) -> int:
         if num_prompts >= NUM_EVAL * LARGEST_SHARE:
@@ -322,28 +344,28 @@ def drop_repeats(splits: Sequence[Split]) -> None:
         split.filter(suspects, find)
 
 
-def paired(rows: list[Row]) -> list[Row]:
+def paired(rows: Rows) -> Rows:
     """Return rows as pairs, in their order; what is a pair already stays as it is.
 
     The single completions of a prompt make pairs: the first desirable one and the first that is
     not, and so on. What is left over makes none.
     """
-    by_prompt: dict[str, dict[bool, list[Row]]] = defaultdict(lambda: {True: [], False: []})
-    for row in rows:
-        if row.pair.label is None:
-            return rows
-        key = json.dumps([row.pair.prompt, row.pair.context], sort_keys=True)
-        by_prompt[key][row.pair.label].append(row)
-    return [
-        Row(
-            good.number,
-            replace(good.pair, rejected=bad.pair.rejected, label=None),
-            good.checks,
-            good.kept_despite + bad.kept_despite,
-        )
-        for of_prompt in by_prompt.values()
-        for good, bad in zip(of_prompt[True], of_prompt[False], strict=False)
-    ]
+    if not len(rows) or NO_LABEL in rows.records["label"]:
+        return rows
+    by_prompt: dict[bytes, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+    for at, (asked, label) in enumerate(rows.records[["asked", "label"]].tolist()):
+        by_prompt[asked][label].append(at)
+    return Rows(
+        _pair_of(rows[good], rows[bad])
+        for bads, goods in by_prompt.values()
+        for good, bad in zip(goods, bads, strict=False)
+    )
+
+
+def _pair_of(good: Row, bad: Row) -> Row:
+    """Return the pair that a desirable and an undesirable completion of a prompt make."""
+    pair = replace(good.pair, rejected=bad.pair.rejected, label=None)
+    return Row(good.number, pair, good.checks, good.kept_despite + bad.kept_despite)
 
 
 def _find_leaks(rows: Rows, held_out: Rows) -> tuple[Places, Places]:

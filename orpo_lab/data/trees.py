@@ -4,13 +4,13 @@ A tree is a message with `replies`; each reply is a message with `replies` again
 the assistant's replies to the same message. Two replies with different ranks make a pair.
 """
 
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
 from orpo_lab.config.dataset import OasstDataset
-from orpo_lab.data.faults import Fault, Tally, quote
+from orpo_lab.data.faults import Fault, quote
 from orpo_lab.data.pairs import Message, Pair
+from orpo_lab.data.ranks import Answers, choose, not_compared
 
 _ROLES = {"prompter": "user", "assistant": "assistant"}
 
@@ -20,8 +20,7 @@ class Trees:
 
     def __init__(self, config: OasstDataset) -> None:
         self._config = config
-        self._num_replies = 0
-        self._left_out = Tally()
+        self._replies = Answers()
 
     def pairs(self, tree: Any, number: int) -> list[Pair]:
         """Return the pairs of a tree.
@@ -45,7 +44,8 @@ class Trees:
             message, before, good = stack.pop()
             asked = [*before, _said(message, "prompter")]
             good = good and not self._flaw(message)
-            ranked: list[tuple[int, Message]] = []
+            ranks: list[float] = []
+            answers: list[Message] = []
             for reply in message["replies"]:
                 answer = _said(reply, "assistant")
                 num_replies += 1
@@ -58,14 +58,12 @@ class Trees:
                 if flaw:
                     left_out.append(flaw)
                 else:
-                    ranked.append((reply["rank"], answer))
-            chosen = self._choose(ranked)
-            pairs += [Pair(asked, [better], [worse]) for better, worse in chosen]
-            num_used = len({id(answer) for pair in chosen for answer in pair})
-            left_out += ["not_compared"] * (len(ranked) - num_used)
-        for reason in left_out:
-            self._left_out.add(reason, number)
-        self._num_replies += num_replies
+                    ranks.append(reply["rank"])
+                    answers.append(answer)
+            chosen = choose(ranks, self._config.pairing)
+            pairs += [Pair(asked, [answers[better]], [answers[worse]]) for better, worse in chosen]
+            left_out += not_compared(len(ranks), chosen)
+        self._replies.add(number, num_replies, left_out)
         return pairs
 
     def _flaw(self, message: Mapping[str, Any]) -> str:
@@ -84,27 +82,9 @@ class Trees:
             return "too_deep"
         return "unranked" if reply.get("rank") is None else ""
 
-    def _choose(self, ranked: list[tuple[int, Message]]) -> list[tuple[Message, Message]]:
-        """Return the pairs of replies to one message, the better reply of each pair first."""
-        ranked = sorted(ranked, key=lambda ranked_reply: ranked_reply[0])
-        match self._config.pairing:
-            case "best_worst":
-                candidates = [(ranked[0], ranked[-1])] if ranked else []
-            case "adjacent":
-                candidates = list(itertools.pairwise(ranked))
-            case _:
-                candidates = list(itertools.combinations(ranked, 2))
-        return [(better[1], worse[1]) for better, worse in candidates if better[0] < worse[0]]
-
     def report(self) -> dict[str, Any]:
         """Return `num_replies`, `num_paired` and `left_out`; the last two add up to the first."""
-        left_out = self._left_out.report()
-        num_left_out = sum(tally["num"] for tally in left_out.values())
-        return {
-            "num_replies": self._num_replies,
-            "num_paired": self._num_replies - num_left_out,
-            "left_out": left_out,
-        }
+        return self._replies.report("replies")
 
 
 def _said(message: Any, role: str) -> Message:

@@ -1,12 +1,14 @@
 """Warnings, one line each, about data that have no fault but may not be what the user expects."""
 
 import logging
+from collections.abc import Collection
 
 import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from orpo_lab.config.dataset import Dataset
+from orpo_lab.data.recognise import SYSTEM, WINNER
 from orpo_lab.data.render import DEFAULT_CHAT_TEMPLATE
 from orpo_lab.data.splits import Split
 
@@ -17,25 +19,43 @@ LARGE_SHARE = 0.1
 # The share of the rows that the proposed lengths would keep, in percent
 KEPT_PERCENT = 95
 # Columns from which other tools build a prompt
-LIKELY_PROMPTS = ("system", "system_prompt", "instruction", "input", "context", "history")
+LIKELY_PROMPTS = (
+    *SYSTEM,
+    "instruction",
+    "input",
+    "context",
+    "history",
+    "conversations",
+    "conversation",
+    "messages",
+)
+# Columns that often say which answer is better
+LIKELY_ORDERS = (*WINNER, "rank", "ranks", "score", "scores", "rating", "ratings", "label")
 
 
 def warn_of_unread(split: Split) -> None:
-    """Log the columns that are not used; warn of those that are likely a part of the prompt."""
+    """Log the columns that are not used; warn of those that likely say something that matters."""
     if not split.unread:
         return
-    names = ", ".join(sorted(split.unread)[:20])
-    lost = sorted(split.unread.intersection(LIKELY_PROMPTS))
-    if lost:
+    log.info("%s: the columns %s are not read", split.name, ", ".join(sorted(split.unread)[:20]))
+    if lost := _named(split, LIKELY_PROMPTS):
         log.warning(
-            "WARNING: %s: the columns %s are not read. What %s says is LOST: make it a part of the "
-            "prompt, as a message of role system or as text",
+            "WARNING: %s: What %s says is LOST, since it is no part of the prompt: name such "
+            "columns in dataset.columns (system, input, history), or put them into the prompt",
             split.name,
-            names,
-            " and ".join(f"'{text}'" for text in lost),
+            lost,
         )
-    else:
-        log.info("%s: the columns %s are not read", split.name, names)
+    if lost := _named(split, LIKELY_ORDERS):
+        log.warning(
+            "WARNING: %s: one answer of a row is trained as the better answer, whatever %s says; "
+            "dataset=ranked, scored and arena read such columns (docs/data.md)",
+            split.name,
+            lost,
+        )
+
+
+def _named(split: Split, columns: Collection[str]) -> str:
+    return " and ".join(f"'{name}'" for name in sorted(split.unread.intersection(columns)))
 
 
 def warn_of_plain_text(split: Split, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -367,7 +367,7 @@ tags: [{kind(config.method)}, orpo_lab]
 # {name}
 
 {base}, trained with {config.method.title} by orpo_lab:
-{beta}{summary["train"]["steps"]} steps of {config.train.batch_size} {config.dataset.unit}, seed
+{beta}{summary["train"]["steps"]} steps of {config.train.batch_size} {config.unit}, seed
 {config.seed}. The whole configuration stands in `config.yaml` of the run folder.{notes}
 
 {figures}

@@ -171,7 +171,7 @@ def _whole_batches(config: Config, pairs: datasets.Dataset) -> datasets.Dataset:
     With the left-over pairs transformers would end every epoch in a smaller step. The pairs of that
     step would weigh more than others.
     """
-    batch_size, unit = config.train.batch_size, config.dataset.unit
+    batch_size, unit = config.train.batch_size, config.unit
     left_over = len(pairs) % batch_size
     if left_over:
         log.info("%d training %s are left over from whole batches and not used", left_over, unit)
@@ -188,7 +188,7 @@ def count_steps(config: Config, num_pairs: int) -> int:
     if per_epoch == 0:
         raise UserError(
             f"train.batch_size={config.train.batch_size} is above the {num_pairs} training "
-            f"{config.dataset.unit}; lower it"
+            f"{config.unit}; lower it"
         )
     if config.train.max_steps is not None:
         return config.train.max_steps
@@ -207,7 +207,7 @@ def say_length(config: Config, num_pairs: int) -> None:
         num_steps,
         num_epochs,
         num_pairs,
-        config.dataset.unit,
+        config.unit,
         f", more than the {MAX_EPOCHS} of any published recipe here: see train.max_steps"
         if is_often
         else "",

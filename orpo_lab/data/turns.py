@@ -1,0 +1,81 @@
+"""One turn of a conversation, in any of the spellings in which people publish turns.
+
+A turn becomes a message with `role`, `content` (a string) and the keys that a chat template reads.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from orpo_lab.data.faults import Fault, quote
+
+# ShareGPT's names of those who speak, and those of chat templates
+SPEAKERS = {"human": "user", "gpt": "assistant", "observation": "tool"}
+# ShareGPT's speaker of a turn that holds the calls of tools, as JSON
+CALLER = "function_call"
+
+
+def to_message(value: Any, name: str) -> dict[str, Any]:
+    """Return a turn as a message without the keys that hold null or an empty list.
+
+    Tables fill in such keys (`tool_calls: null`) where other messages have a value.
+
+    Args:
+        value: a turn with `role` and `content`, or with ShareGPT's `from` and `value`. The content
+            may be a list of text parts.
+        name: the column's name, for the message of a fault.
+
+    Raises:
+        Fault: the turn has no role, a content that is not text, or nothing but a role.
+    """
+    if not isinstance(value, Mapping):
+        raise Fault("wrong_type", f"{name} holds a message without a role that is a string")
+    message: dict[str, Any] = {
+        key: item for key, item in value.items() if item is not None and item != []
+    }
+    if "role" not in message:
+        named = {"from": "role", "value": "content"}
+        message = {named.get(key, key): item for key, item in message.items()}
+    role = message.get("role")
+    if not isinstance(role, str):
+        raise Fault("wrong_type", f"{name} holds a message without a role that is a string")
+    message["role"] = SPEAKERS.get(role, role)
+    if isinstance(message.get("content"), list):
+        message["content"] = _joined(message["content"], name)
+    if "content" in message and not isinstance(message["content"], str):
+        raise Fault("wrong_type", f"{name} holds a message without a content that is a string")
+    if message.keys() <= {"role"}:
+        raise Fault("wrong_type", f"{name} holds a message without a content that is a string")
+    return _calling(message, name) if role == CALLER else message
+
+
+def _joined(parts: list[Any], name: str) -> str:
+    """Return a list of text parts as one text; chat templates put nothing between parts either.
+
+    Raises:
+        Fault: a part is not text, such as an image.
+    """
+    for part in parts:
+        is_text = isinstance(part, Mapping) and isinstance(part.get("text"), str)
+        kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+        if not is_text or kind != "text":
+            raise Fault("wrong_type", f"{name} holds a part of type {quote(str(kind))}, not text")
+    return "".join(part["text"] for part in parts)
+
+
+def _calling(message: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return ShareGPT's turn of calls as an assistant's message with `tool_calls`.
+
+    Raises:
+        Fault: the content is neither a call nor a list of calls, as JSON.
+    """
+    try:
+        given = json.loads(message.get("content", ""))
+    except (ValueError, RecursionError):
+        given = None
+    calls = given if isinstance(given, list) else [given]
+    if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
+        raise Fault("wrong_type", f"{name} holds a {CALLER} that is no call with a name, as JSON")
+    rest = {key: item for key, item in message.items() if key != "content"}
+    made = [{"type": "function", "function": call} for call in calls]
+    return {**rest, "role": "assistant", "tool_calls": made}
