@@ -144,6 +144,8 @@ class Rows:
         Args:
             which: [N] of booleans, or places.
         """
+        if which.dtype == bool and which.all():
+            return self
         chosen = object.__new__(Rows)
         chosen.__dict__ |= self.__dict__ | {"records": self.records[which]}
         return chosen
@@ -162,7 +164,7 @@ class Rows:
         """Return the root of each row, [N]: the shortest prompt that begins its conversation."""
         roots = self.records["prompt"].copy()
         begun, owners = self.begun()
-        is_prompt = np.isin(begun, roots)
+        is_prompt = are_in(begun, roots)
         rows, first = np.unique(owners[is_prompt], return_index=True)
         roots[rows] = begun[is_prompt][first]
         return roots
@@ -174,7 +176,15 @@ class Rows:
         """
         asked, label = self.records["asked"], self.records["label"]
         both = np.intersect1d(asked[label == 1], asked[label == 0])
-        return (label == NO_LABEL) | np.isin(asked, both)
+        return (label == NO_LABEL) | are_in(asked, both)
+
+
+def are_in(digests: Digests, others: Digests) -> npt.NDArray[np.bool_]:
+    """Return whether each digest is one of the others, [N]; takes less memory than numpy's own."""
+    if not len(digests) or not len(others):
+        return np.zeros(len(digests), bool)
+    known = np.sort(others)
+    return known[np.minimum(np.searchsorted(known, digests), len(known) - 1)] == digests
 
 
 def normalize(text: str) -> str:

@@ -19,7 +19,7 @@ from orpo_lab.config.dataset import Faults
 from orpo_lab.data.faults import Fault, Tally, keeps
 from orpo_lab.data.files import Source
 from orpo_lab.data.pairs import Content, Pair
-from orpo_lab.data.rows import NO_LABEL, Row, Rows, beginnings_of, normalize
+from orpo_lab.data.rows import NO_LABEL, Row, Rows, are_in, beginnings_of, normalize
 from orpo_lab.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -178,7 +178,7 @@ class Split:
         num = num or self._num_by_default(len(ranked))
         self._check_enough(len(ranked), num, "")
         # The rank of each row's root, [N]; a root of which no pair can be made has none
-        ranks = np.where(np.isin(roots, ranked), np.searchsorted(ranked, roots), len(ranked))
+        ranks = np.where(are_in(roots, ranked), np.searchsorted(ranked, roots), len(ranked))
         num_moved = num_good = 0
         while num_good < num and num_moved < len(ranked):
             upto = min(num_moved + num - num_good, len(ranked))
@@ -188,7 +188,7 @@ class Split:
             encode(rows)
             pairs.keep(rows)
             good = pairs.records["prompt"][[self._is_good(row) for row in rows]]
-            num_good += len(np.unique(ranks[np.isin(self.pool.records["prompt"], good)]))
+            num_good += len(np.unique(ranks[are_in(self.pool.records["prompt"], good)]))
             num_moved = upto
         self._check_enough(num_good + len(ranked) - num_moved, num, " whose pairs fit")
         is_moved = ranks < num_moved
@@ -252,7 +252,13 @@ class Split:
     def _is_good(self, row: Row) -> bool:
         return all(getattr(self.policies, fault.name, "drop") == "keep" for fault in row.found)
 
-    def draw(self, num: int | None, encode: Callable[[list[Row]], None]) -> list[Row]:
+    def draw(
+        self,
+        num: int | None,
+        encode: Callable[[list[Row]], None],
+        *,
+        in_drawn_order: bool = False,
+    ) -> list[Row]:
         """Draw `num` good rows, the same rows in every run, and return all rows that were judged.
 
         Rows are judged in a drawn order until there are enough good ones. The rows after that are
@@ -261,12 +267,14 @@ class Split:
         Args:
             num: number of rows to draw; None: all rows.
             encode: tokenizes rows, and writes the faults it finds into the rows.
+            in_drawn_order: whether all rows, too, come in the drawn order, so that the first of
+                them are those that a smaller number would draw.
 
         Raises:
             UserError: a judged row has a fault whose policy is `refuse`.
         """
         order = np.arange(len(self.pool))
-        if num is not None and num < len(order):
+        if in_drawn_order or (num is not None and num < len(order)):
             order = np.random.default_rng(0).permutation(len(order))
         wanted = len(order) if num is None else num
         judged: list[Row] = []
@@ -287,6 +295,13 @@ class Split:
         self.num_not_drawn = len(order) - len(judged)
         self.num_rows -= self.num_not_drawn
         return judged
+
+    def cut(self, num: int) -> None:
+        """Keep the first `num` of the drawn rows; the others count as not drawn."""
+        num_cut = max(0, len(self.rows) - num)
+        del self.rows[num:]
+        self.num_not_drawn += num_cut
+        self.num_rows -= num_cut
 
     def report(self) -> dict[str, Any]:
         """Return the counts of rows kept, dropped and not drawn, as in `data_report.json`.
@@ -314,6 +329,8 @@ def drop_repeats(splits: Sequence[Split]) -> None:
     Two pairs contradict each other if each prefers the answer that the other rejects. Of pairs that
     repeat each other the first one is kept, in the order of the splits and of their rows.
     """
+    if not splits:
+        return
     pools = [split.pool for split in splits]
     pairs = np.concatenate([pool.records["pair"] for pool in pools])
     swapped = np.concatenate([pool.records["swapped"] for pool in pools])
@@ -375,10 +392,10 @@ def _find_leaks(rows: Rows, held_out: Rows) -> tuple[Places, Places]:
     """
     (begun, owners), (held_begun, held_owners) = rows.begun(), held_out.begun()
     whole, held_whole = rows.records["prompt"], held_out.records["prompt"]
-    leaks = np.isin(whole, held_whole) | np.isin(whole, held_begun)
-    leaks[owners[np.isin(begun, held_whole)]] = True
-    leaked = np.isin(held_whole, whole) | np.isin(held_whole, begun)
-    leaked[held_owners[np.isin(held_begun, whole)]] = True
+    leaks = are_in(whole, held_whole) | are_in(whole, held_begun)
+    leaks[owners[are_in(begun, held_whole)]] = True
+    leaked = are_in(held_whole, whole) | are_in(held_whole, begun)
+    leaked[held_owners[are_in(held_begun, whole)]] = True
     return np.flatnonzero(leaks), np.flatnonzero(leaked)
 
 
