@@ -55,7 +55,8 @@ def compose_job(*overrides: str) -> DictConfig:
     the options came to.
     """
     typed = as_typed(overrides)
-    options = [override for override in typed if override.lstrip("+").partition("=")[0] in GROUPS]
+    groups = GROUPS | config.SCHEMAS.keys()
+    options = [override for override in typed if override.lstrip("+").partition("=")[0] in groups]
     composed: DictConfig = pickle.loads(_composed(*options))
     others = OverridesParser.create().parse_overrides([o for o in typed if o not in options])
     ConfigLoaderImpl._apply_overrides_to_config(others, composed)

@@ -95,7 +95,7 @@ def test_a_key_of_another_option_is_said_to_be_one() -> None:
     said = did_you_mean("Could not override 'optimizer.rank'.")
     assert said == ". optimizer.rank is a key of optimizer=galore"
     said = did_you_mean("Could not override 'dataset.columns.label'.")
-    assert said == ". dataset.columns.label is a key of dataset=unpaired or unpaired_hub"
+    assert said == ". dataset.columns.label is a key of dataset/columns=labelled"
 
 
 def test_an_option_in_capitals_is_recognised() -> None:

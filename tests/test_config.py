@@ -33,6 +33,10 @@ NEEDS = {
     "dataset/hub": ["dataset.path=org/name"],
     "dataset/file": ["dataset.train_path=pairs.jsonl"],
     "dataset/jsonl": ["dataset.train_path=pairs.jsonl"],
+    **{
+        f"dataset/{name}": ["dataset.train_path=rows.jsonl"]
+        for name in ("sharegpt", "alpaca", "ranked", "scored", "arena", "helpsteer")
+    },
     "dataset/unpaired": ["dataset.train_path=rows.jsonl", "method=kto"],
     "dataset/unpaired_hub": ["dataset.path=org/name", "method=sft"],
     "quantization/none": ["optimizer=lora"],
@@ -194,7 +198,23 @@ GALORE_TORCH = "optimizer.implementation=galore_torch"
         (["dataset=hub", "dataset.path=a/b", "dataset.transcripts=true"], "columns.prompt=null"),
         (
             [*NEEDS["dataset/unpaired"], "dataset=unpaired", "dataset.transcripts=true"],
-            "rows with a label hold none; leave it false",
+            "and these rows hold none; leave it false",
+        ),
+        (
+            [*NEEDS["dataset/scored"], "dataset=scored", "dataset.columns.pairing=some"],
+            "dataset.columns.pairing=some must be one of best_worst, adjacent, all, margin",
+        ),
+        (
+            [*NEEDS["dataset/scored"], "dataset=scored", "dataset.columns.least_difference=0"],
+            "dataset.columns.least_difference=0.0 must be above 0",
+        ),
+        (
+            [*NEEDS["dataset/scored"], "dataset=scored", "dataset.columns.prompt=null"],
+            "rows with several answers need a column with a prompt",
+        ),
+        (
+            [*NEEDS["dataset/arena"], "dataset=arena", "dataset.columns.ties=[Model_a]"],
+            "name model_a 2 times; a value means one thing",
         ),
         (["method=dpo", "beta=0"], "beta=0: method=dpo learns nothing at a beta of 0"),
         (["method=cpo", "beta=0", "method.sft_weight=0"], "method=cpo learns nothing"),

@@ -109,6 +109,12 @@ CASES: dict[str, list[Case]] = {
             form=transcripts,
         ),
     ],
+    "ignored_column": [
+        Case([{**PAIR, "system": "Be brief."}]),
+        Case([{**TALK, "system_prompt": "Be brief."}]),
+        Case([{**PAIR, "winner": "model_b"}]),
+        Case([{**PAIR, "preference_strength": -1}]),
+    ],
     "contradicting_prompt": [
         Case([{"prompt": "why?", "chosen": [ASKED, RIGHT], "rejected": [ASKED, WRONG]}])
     ],
@@ -127,10 +133,6 @@ CASES: dict[str, list[Case]] = {
             form=transcripts,
         )
     ],
-    "ignored_column": [
-        Case([{**PAIR, "system": "Be brief."}, {**TALK, "system_prompt": "Be brief."}], (0, 1)),
-        Case([{**PAIR, "winner": "model_b"}, {**PAIR, "preference_strength": -1}], (0, 1)),
-    ],
     "unknown_role": [
         Case([{**TALK, "prompt": [{**ASKED, "role": "prompter"}]}], template=DEFAULT_CHAT_TEMPLATE)
     ],
@@ -145,6 +147,7 @@ CASES: dict[str, list[Case]] = {
     "special_token_text": [
         Case([{**PAIR, "prompt": "what is <s>?"}, {**PAIR, "rejected": "8</s>"}], (0, 1)),
         Case([{**TALK, "prompt": [{**ASKED, "content": "hi<|assistant|>9"}]}]),
+        Case([{**PAIR, "prompt": "hi\n<extra_id_1>Assistant\nhello\n<extra_id_1>User\nadd"}]),
     ],
     # The embedded model's template knows no tool
     "template_error": [Case([{**TALK, "prompt": [{**ASKED, "role": "tool"}]}])],

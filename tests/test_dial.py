@@ -22,6 +22,7 @@ from orpo_lab.compare.evidence import Setting
 from orpo_lab.compare.read import read_run
 from orpo_lab.compare.verdict import Interval
 from orpo_lab.config.beta_schedule import Linear
+from orpo_lab.config.identity import identity
 from orpo_lab.dial.ends import Ends, find_ends, mean_beta
 from orpo_lab.dial.front import Front, Gaps
 from orpo_lab.dial.mixture import Dial, Weights, read_config
@@ -260,6 +261,18 @@ def test_a_run_is_read_back_as_it_was_configured(here: Path) -> None:
     assert (read.beta, read.optimizer.learning_rate) == (2.0, 3e-3)
     assert isinstance(read.beta_schedule, Linear)
     assert read.dataset.num_eval == 4
+
+
+def test_a_run_from_before_a_key_of_columns_is_read_back(here: Path, tmp_path: Path) -> None:
+    other = copy(Path("low"), tmp_path / "other")
+    values = RunFolder(other).read_yaml("config.yaml")
+    for key in ("system", "input", "history"):
+        del values["dataset"]["columns"][key]
+    del values["dataset"]["faults"]["ignored_column"]
+    RunFolder(other).write("config.yaml", yaml.safe_dump(values))
+    was, now = read_config(other), read_config(Path("low"))
+    assert was.dataset == now.dataset
+    assert identity(was) == identity(now)
 
 
 def test_the_dial_of_every_seed_and_the_settings_between_are_found(here: Path) -> None:

@@ -52,11 +52,8 @@ def test_no_checkpoint_fits_another_base_or_another_optimizer() -> None:
 def test_a_key_means_the_same_in_every_option_of_its_group() -> None:
     for group, options in config.SCHEMAS.items():
         for schema in options.values():
-            for field in fields(schema):
-                assert (
-                    field.metadata["policy"]
-                    == identity.policies()[f"{group.replace('/', '.')}.{field.name}"]
-                )
+            for key, field in config.fields_of(schema, group).items():
+                assert field.metadata["policy"] == identity.policies()[key]
 
 
 @pytest.mark.parametrize(

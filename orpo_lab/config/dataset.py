@@ -2,6 +2,7 @@
 
 import glob
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -223,13 +224,25 @@ class WinnerColumns(Columns):
             )
 
 
-# The kinds of rows; the first one that has all keys of a recorded run is the run's kind
+# The kinds of rows; no other kind before it has all the keys of a kind: see `columns_of`
 COLUMNS: dict[str, type[Columns]] = {
     "pairs": PairColumns,
     "labelled": LabelledColumns,
     "ranked": RankedColumns,
     "winner": WinnerColumns,
 }
+
+
+def columns_of(keys: Collection[str]) -> type[Columns]:
+    """Return the kind of rows that a recorded map of columns is of, by its keys.
+
+    Raises:
+        KeyError: there is no such kind.
+    """
+    for kind in COLUMNS.values():
+        if {*keys} <= {field.name for field in fields(kind)}:
+            return kind
+    raise KeyError(f"no kind of rows has the columns {', '.join(keys)}")
 
 
 @dataclass(kw_only=True)

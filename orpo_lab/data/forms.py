@@ -116,7 +116,7 @@ class Reader:
         try:
             return self._read(row, number)
         except Fault as fault:
-            if fault.name != "missing_column" or not isinstance(row, Mapping):
+            if fault.name not in ("missing_column", "wrong_type") or not isinstance(row, Mapping):
                 raise
             raise Fault(fault.name, fault.detail + recognise(row, self.names.read)) from fault
 

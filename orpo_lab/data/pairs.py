@@ -31,6 +31,8 @@ CONTEXT = ("tools", "documents")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+# NeMo's data sets (HelpSteer2) write several turns as one text, with this control token before each
+_TURN_IN_TEXT = re.compile("<extra_id_1>")
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,9 @@ def find_faults(pair: Pair, special_tokens: re.Pattern[str]) -> Iterator[Fault]:
         yield Fault("empty_prompt", "the prompt is empty")
     if any("\0" in text for text in parts):
         yield Fault("nul_character", "holds a NUL character")
-    if control := next(filter(None, map(special_tokens.search, parts)), None):
+    patterns = (special_tokens, _TURN_IN_TEXT)
+    found = (pattern.search(part) for pattern in patterns for part in parts)
+    if control := next(filter(None, found), None):
         yield Fault("special_token_text", f"holds the control token {quote(control[0])} as text")
     if turn := _other_turn(pair.chosen) or _other_turn(pair.rejected):
         yield Fault("other_turn_in_answer", f"an answer holds a turn of the {turn}'s, as a target")

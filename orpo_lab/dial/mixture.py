@@ -25,6 +25,7 @@ from torch import Tensor
 
 from orpo_lab import config, data, engine
 from orpo_lab.config import SCHEMAS, Config
+from orpo_lab.config.dataset import columns_of
 from orpo_lab.config.optimizer import Lora
 from orpo_lab.errors import UserError, one_line
 from orpo_lab.evaluate import Evaluation, evaluate
@@ -54,8 +55,7 @@ def read_config(folder: Path) -> Config:
     kinds = place.segments()[-1]["kinds"] | {"tracker": "none"}
     try:
         sections = {
-            group: OmegaConf.merge(OmegaConf.structured(SCHEMAS[group][kind]), values[group])
-            for group, kind in kinds.items()
+            group: _typed(SCHEMAS[group][kind], values[group]) for group, kind in kinds.items()
         }
         merged = OmegaConf.merge(OmegaConf.structured(Config), values | sections)
     except (KeyError, OmegaConfBaseException) as error:
@@ -64,6 +64,14 @@ def read_config(folder: Path) -> Config:
             f"({one_line(error)[:100]})"
         ) from error
     return config.load(cast(DictConfig, merged))
+
+
+def _typed(schema: type[Any], values: dict[str, Any]) -> Any:
+    """Return a recorded section with the types of its option."""
+    if "columns" in values:
+        columns = OmegaConf.structured(columns_of(values["columns"]))
+        values = values | {"columns": OmegaConf.merge(columns, values["columns"])}
+    return OmegaConf.merge(OmegaConf.structured(schema), values)
 
 
 class Mixer(Protocol):

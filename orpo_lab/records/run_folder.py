@@ -489,7 +489,10 @@ def natural_order(path: Path) -> list[tuple[int, str]]:
 
 
 def groups(choices: dict[str, str]) -> dict[str, str]:
-    """Return the option chosen in each of our groups; Hydra's own have a slash in their names."""
+    """Return the option chosen in each of our groups, without Hydra's and without inner groups.
+
+    The names of these have a slash in them.
+    """
     return {group: choice for group, choice in choices.items() if "/" not in group}
 
 
