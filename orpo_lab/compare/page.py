@@ -120,10 +120,14 @@ def setting_rows(comparison: Comparison) -> list[dict[str, str]]:
                 if run.summary and key in run.summary["after"]
             ]
             if values and key not in row:
-                row[key] = f"{np.mean(values):.3f}"
+                row[key] = _mean_text(values)
         row["verdict"] = _standing_text(verdict, number)
         rows.append(row)
     return rows
+
+
+def _mean_text(values: list[float]) -> str:
+    return f"{np.mean(values):.3f}"
 
 
 def source_rows(comparison: Comparison) -> list[dict[str, str]]:
@@ -144,7 +148,7 @@ def source_rows(comparison: Comparison) -> list[dict[str, str]]:
             for key in (PREFERENCE, *NOTED):
                 values = [of_run[source][key] for of_run in figures if key in of_run[source]]
                 if values:
-                    row[key] = f"{np.mean(values):.3f}"
+                    row[key] = _mean_text(values)
             rows.append(row)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     return [{key: row.get(key, "") for key in columns} for row in rows]

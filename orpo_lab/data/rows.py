@@ -109,31 +109,37 @@ class Rows:
                 RECORD,
             ).tobytes()
             beginnings += b"".join(begun)
-        self.records: npt.NDArray[np.void] = np.frombuffer(records, RECORD)
+        self._records: npt.NDArray[np.void] = np.frombuffer(records, RECORD)
+        # Which of the records these rows are; a copy of the records would take ten times as much
+        self._places = np.arange(len(self._records))
         self._beginnings: Digests = np.frombuffer(beginnings, f"S{DIGEST_BYTES}")
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self._places)
 
     def __getitem__(self, at: int) -> Row:
         """Return a row; it is read from the file, with the faults noted since."""
-        offset = int(self.records["offset"][at])
+        offset = int(self._records["offset"][self._places[at]])
         if offset in self._tokenized:
             return self._tokenized[offset]
         row = self._waiting.get(offset)
         row.kept_despite += self._despite.get(offset, [])
         return row
 
+    def column(self, name: str) -> npt.NDArray[Any]:
+        """Return a field of the record of each row, [N]."""
+        return self._records[name][self._places]
+
     def __iter__(self) -> Iterator[Row]:
         return (self[at] for at in range(len(self)))
 
     def keep(self, rows: list[Row]) -> None:
         """Keep all these rows in memory, in their order, since they are tokenized already."""
-        self._tokenized |= zip(self.records["offset"].tolist(), rows, strict=True)
+        self._tokenized |= zip(self.column("offset").tolist(), rows, strict=True)
 
     def note(self, at: int, despite: list[Fault]) -> None:
         """Note faults in spite of which a row is kept."""
-        offset = int(self.records["offset"][at])
+        offset = int(self._records["offset"][self._places[at]])
         self._despite.setdefault(offset, []).extend(despite)
         if offset in self._tokenized:
             self._tokenized[offset].kept_despite += despite
@@ -144,10 +150,8 @@ class Rows:
         Args:
             which: [N] of booleans, or places.
         """
-        if which.dtype == bool and which.all():
-            return self
         chosen = object.__new__(Rows)
-        chosen.__dict__ |= self.__dict__ | {"records": self.records[which]}
+        chosen.__dict__ |= self.__dict__ | {"_places": self._places[which]}
         return chosen
 
     def begun(self) -> tuple[Digests, npt.NDArray[np.int64]]:
@@ -155,14 +159,14 @@ class Rows:
 
         Those of a row stand together, the shortest first.
         """
-        num = self.records["num_begun"].astype(np.int64)
+        num = self.column("num_begun").astype(np.int64)
         owners = np.repeat(np.arange(len(self)), num)
         within = np.arange(num.sum()) - np.repeat(num.cumsum() - num, num)
-        return self._beginnings[np.repeat(self.records["begun"], num) + within], owners
+        return self._beginnings[np.repeat(self.column("begun"), num) + within], owners
 
     def roots(self) -> Digests:
         """Return the root of each row, [N]: the shortest prompt that begins its conversation."""
-        roots = self.records["prompt"].copy()
+        roots = self.column("prompt")
         begun, owners = self.begun()
         is_prompt = are_in(begun, roots)
         rows, first = np.unique(owners[is_prompt], return_index=True)
@@ -174,7 +178,7 @@ class Rows:
 
         It can of a pair, and of a completion whose prompt has both labels.
         """
-        asked, label = self.records["asked"], self.records["label"]
+        asked, label = self.column("asked"), self.column("label")
         both = np.intersect1d(asked[label == 1], asked[label == 0])
         return (label == NO_LABEL) | are_in(asked, both)
 

@@ -74,7 +74,7 @@ class Split:
         """
         is_kept = np.ones(len(self.pool), bool)
         for at in suspects.tolist():
-            despite = self.judge(int(self.pool.records["number"][at]), find(at))
+            despite = self.judge(int(self.pool.column("number")[at]), find(at))
             if despite:
                 self.pool.note(at, despite)
             is_kept[at] = despite is not None
@@ -187,8 +187,8 @@ class Split:
             rows = list(pairs)
             encode(rows)
             pairs.keep(rows)
-            good = pairs.records["prompt"][[self._is_good(row) for row in rows]]
-            num_good += len(np.unique(ranks[are_in(self.pool.records["prompt"], good)]))
+            good = pairs.column("prompt")[[self._is_good(row) for row in rows]]
+            num_good += len(np.unique(ranks[are_in(self.pool.column("prompt"), good)]))
             num_moved = upto
         self._check_enough(num_good + len(ranked) - num_moved, num, " whose pairs fit")
         is_moved = ranks < num_moved
@@ -332,8 +332,8 @@ def drop_repeats(splits: Sequence[Split]) -> None:
     if not splits:
         return
     pools = [split.pool for split in splits]
-    pairs = np.concatenate([pool.records["pair"] for pool in pools])
-    swapped = np.concatenate([pool.records["swapped"] for pool in pools])
+    pairs = np.concatenate([pool.column("pair") for pool in pools])
+    swapped = np.concatenate([pool.column("swapped") for pool in pools])
     order = np.argsort(pairs, kind="stable")
     first_with = np.searchsorted(pairs, [pairs, swapped], sorter=order)
     first, other = order[np.minimum(first_with, len(order) - 1)] if len(order) else first_with
@@ -344,7 +344,7 @@ def drop_repeats(splits: Sequence[Split]) -> None:
     def said(at: int, by: Split) -> str:
         """Return the name of the row at a place among all rows."""
         of = bisect.bisect(starts, at) - 1
-        number = int(pools[of].records["number"][at - starts[of]])
+        number = int(pools[of].column("number")[at - starts[of]])
         source = splits[of].source
         return source.briefly(number) if source is by.source else source.where(number)
 
@@ -367,10 +367,12 @@ def paired(rows: Rows) -> Rows:
     The single completions of a prompt make pairs: the first desirable one and the first that is
     not, and so on. What is left over makes none.
     """
-    if not len(rows) or NO_LABEL in rows.records["label"]:
+    if not len(rows) or NO_LABEL in rows.column("label"):
         return rows
     by_prompt: dict[bytes, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
-    for at, (asked, label) in enumerate(rows.records[["asked", "label"]].tolist()):
+    for at, (asked, label) in enumerate(
+        zip(rows.column("asked").tolist(), rows.column("label").tolist(), strict=True)
+    ):
         by_prompt[asked][label].append(at)
     return Rows(
         _pair_of(rows[good], rows[bad])
@@ -391,7 +393,7 @@ def _find_leaks(rows: Rows, held_out: Rows) -> tuple[Places, Places]:
     Prompts are compared in the form of `normalize`. What leaks exactly leaks in that form too.
     """
     (begun, owners), (held_begun, held_owners) = rows.begun(), held_out.begun()
-    whole, held_whole = rows.records["prompt"], held_out.records["prompt"]
+    whole, held_whole = rows.column("prompt"), held_out.column("prompt")
     leaks = are_in(whole, held_whole) | are_in(whole, held_begun)
     leaks[owners[are_in(begun, held_whole)]] = True
     leaked = are_in(held_whole, whole) | are_in(held_whole, begun)
