@@ -1,6 +1,7 @@
 """Mixtures: shares worked out by hand, held out and reported per source, one run after a kill."""
 
 import json
+import signal
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,14 @@ import numpy as np
 import pytest
 
 from orpo_lab import config, data
+from orpo_lab.compare import evidence, page
+from orpo_lab.compare.read import find_runs
 from orpo_lab.config import identity
 from orpo_lab.config.command_line import as_typed
 from orpo_lab.data.mixture import interleave, largest_total, share_out
 from orpo_lab.errors import UserError
 from tests.conftest import compose_anew, ours
+from tests.test_checkpoint import Launch, assert_same, signal_after
 
 MATH, CHAT = "dataset.sources.math", "dataset.sources.chat"
 
@@ -220,3 +224,57 @@ def test_what_identifies_a_mixture_is_its_content_and_its_shares(tmp_path: Path)
     assert same != identity.identity(compose(tmp_path, *weights, f"{MATH}.weight=2"))
     write(tmp_path / "math.jsonl", questions("math", 8))
     assert same != identity.identity(compose(tmp_path, *weights))
+
+
+@pytest.mark.slow
+def test_a_killed_mixture_goes_on_as_the_same_run_and_reports_each_source(
+    launch: Launch, tmp_path: Path
+) -> None:
+    for name, size in (("math", 40), ("chat", 30)):
+        write(tmp_path / f"{name}.jsonl", questions(name, size))
+    common = [
+        "tracker=none",
+        "optimizer=lora",
+        "dataset=mixture",
+        f"{MATH}.train_path={tmp_path}/math.jsonl",
+        f"{CHAT}.train_path={tmp_path}/chat.jsonl",
+        f"{MATH}.weight=2",
+        f"{CHAT}.weight=1",
+        "dataset.num_eval=4",
+        "dataset.num_generations=3",
+        "dataset.max_new_tokens=4",
+        "dataset.max_length=128",
+        "train.batch_size=8",
+        "train.max_steps=6",
+        "train.save_steps=2",
+        "train.logging_steps=1",
+    ]
+    launch(*common, "hydra.run.dir=whole")
+    signal_after(3, [signal.SIGKILL], tmp_path / "half", *common)
+    # The sources may be named in any order, and their files may have moved
+    (tmp_path / "math.jsonl").rename(tmp_path / "moved.jsonl")
+    moved = f"{MATH}.train_path={tmp_path}/moved.jsonl"
+    done = launch(*common[:3], *reversed(common[3:]), moved, "resume=half")
+    assert "resuming from step" in done.stdout
+    assert_same(tmp_path / "whole", tmp_path / "half")
+
+    summary = json.loads((tmp_path / "half" / "summary.json").read_text())
+    for when in ("before", "after"):
+        of_sources = summary[when]["by_source"]
+        assert [of_sources[name]["num_pairs"] for name in ("chat", "math")] == [4, 4]
+        for key in ("preference_accuracy", "logp_margin"):
+            mean = np.mean([figures[key] for figures in of_sources.values()])
+            assert summary[when][key] == pytest.approx(mean, abs=1e-5)
+    # The three answers are to prompts of both sources
+    assert {name: of_sources[name]["num_generations"] for name in of_sources} == {
+        "chat": 2,
+        "math": 1,
+    }
+    runs = find_runs([tmp_path / "whole"])
+    rows = page.source_rows(evidence.compare(runs, {"chosen_nll": 0.1}))
+    assert [(row["setting"], row["source"]) for row in rows] == [
+        ("untrained", "chat"),
+        ("untrained", "math"),
+        ("all runs", "chat"),
+        ("all runs", "math"),
+    ]

@@ -94,7 +94,7 @@ def load(
     held_out = [part.hold_out(encoder) for part in parts]
     for of_train, of_held_out in itertools.permutations(range(len(parts)), 2):
         parts[of_train].train.drop_leaks(held_out[of_held_out])
-    if makes_pairs:
+    if makes_pairs or isinstance(config, MixtureDataset):
         for part in parts:
             part.make_pairs()
     if isinstance(config, MixtureDataset):
