@@ -22,7 +22,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 
 from orpo_lab import engine, metrics
 from orpo_lab.config import Config
-from orpo_lab.data import Data, embedded, template
+from orpo_lab.data import SOURCE, Data, embedded, template
 from orpo_lab.data.encode import special_tokens
 from orpo_lab.engine.packing import by_length, num_supervised
 from orpo_lab.engine.scoring import Scorer
@@ -161,7 +161,9 @@ def evaluate(
         model.train(was_training)
     figures = preference_metrics(scores) | generation_metrics(generations)
     if data.checkable:
-        figures["by_wording"] = by_wording(data.held_out["wording"][:], scores, generations)
+        figures["by_wording"] = by_part(data.held_out["wording"][:], scores, generations)
+    if SOURCE in data.held_out.column_names:
+        figures["by_source"] = by_part(data.held_out[SOURCE][:], scores, generations)
     return Evaluation(figures, scores, generations, time.perf_counter() - start)
 
 
@@ -193,19 +195,24 @@ def preference_metrics(scores: Scores) -> dict[str, Any]:
     }
 
 
-def by_wording(
-    wordings: list[str], scores: Scores, generations: list[Generation]
+def by_part(
+    parts: list[str], scores: Scores, generations: list[Generation]
 ) -> dict[str, dict[str, Any]]:
-    """Return the metrics of the embedded pairs, separately for free and for terse answers.
+    """Return the metrics of each part of the pairs apart: wordings, or sources of a mixture.
 
-    In terse answers the answer is a bare token, and SFT alone separates the pairs. The benefit of
-    beta shows in the answers in free wording.
+    Of the embedded pairs with a terse wording the answer is a bare token, and SFT alone separates
+    the pairs. The benefit of beta shows in the answers in free wording.
+
+    Args:
+        parts: the name of the part that each pair belongs to.
+        scores: of all pairs.
+        generations: the answers to the first prompts.
     """
     slices = {}
-    for wording in sorted(set(wordings)):
-        indices = [index for index, of_pair in enumerate(wordings) if of_pair == wording]
+    for part in sorted(set(parts)):
+        indices = [index for index, of_pair in enumerate(parts) if of_pair == part]
         answered = [generations[index] for index in indices if index < len(generations)]
-        slices[wording] = preference_metrics(scores[indices]) | generation_metrics(answered)
+        slices[part] = preference_metrics(scores[indices]) | generation_metrics(answered)
     return slices
 
 

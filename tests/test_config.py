@@ -33,6 +33,7 @@ NEEDS = {
     "dataset/hub": ["dataset.path=org/name"],
     "dataset/file": ["dataset.train_path=pairs.jsonl"],
     "dataset/jsonl": ["dataset.train_path=pairs.jsonl"],
+    "dataset/mixture": ["dataset.sources.math.train_path=pairs.jsonl"],
     **{
         f"dataset/{name}": ["dataset.train_path=rows.jsonl"]
         for name in ("sharegpt", "alpaca", "ranked", "scored", "arena", "helpsteer")

@@ -19,6 +19,7 @@ from orpo_lab.config.dataset import Dataset
 from orpo_lab.data.encode import Encoder, encode_row, fit, to_json, tokenize
 from orpo_lab.data.faults import Fault
 from orpo_lab.data.pairs import Pair, split
+from orpo_lab.data.part import fingerprint
 from orpo_lab.data.render import render
 from orpo_lab.data.template import DEFAULT_CHAT_TEMPLATE
 from orpo_lab.errors import UserError
@@ -508,9 +509,7 @@ def test_a_fingerprint_is_of_every_id_of_every_pair(column: str) -> None:
     pair = {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5]}
     rows = [pair, {**pair, "prompt_ids": [6]}]
     other = [rows[0], {**rows[1], column: [7]}]
-    fingerprint, changed = (
-        data._fingerprint(datasets.Dataset.from_list(each)) for each in (rows, other)
-    )
-    assert fingerprint != changed
+    found, changed = (fingerprint(datasets.Dataset.from_list(each)) for each in (rows, other))
+    assert found != changed
     # Scores lie by number: the order counts too
-    assert fingerprint != data._fingerprint(datasets.Dataset.from_list(rows[::-1]))
+    assert found != fingerprint(datasets.Dataset.from_list(rows[::-1]))

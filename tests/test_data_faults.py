@@ -16,7 +16,7 @@ import pytest
 
 from orpo_lab import config, data
 from orpo_lab.config.dataset import KEEPABLE_FAULTS, Faults, FileDataset
-from orpo_lab.data.files import MAX_LINE_BYTES, read_file
+from orpo_lab.data.files import MAX_LINE_BYTES, read_files
 from orpo_lab.data.forms import Names
 from orpo_lab.data.template import DEFAULT_CHAT_TEMPLATE
 from orpo_lab.errors import UserError
@@ -420,7 +420,7 @@ def test_a_line_of_100_megabytes_is_counted_without_being_held(tmp_path: Path) -
         out.write(b'"}\n' + to_line(PAIR))
     tracemalloc.start()
     try:
-        rows = dict(read_file(str(file), Names(("prompt",), ("prompt",))).rows)
+        rows = dict(read_files(str(file), Names(("prompt",), ("prompt",))).rows)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

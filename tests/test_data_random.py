@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from orpo_lab import config, data
 from orpo_lab.config.dataset import KEEPABLE_FAULTS, Faults, FileDataset, PairColumns
-from orpo_lab.data.splits import normalize
+from orpo_lab.data.rows import normalize
 from orpo_lab.errors import UserError
 
 Load = Callable[..., config.Config]

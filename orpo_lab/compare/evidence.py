@@ -20,8 +20,9 @@ from orpo_lab.compare.verdict import (
     decide,
     overoptimised,
 )
-from orpo_lab.config import identity
+from orpo_lab.config import identity, known_key
 from orpo_lab.config.method import METHODS, Method
+from orpo_lab.config.mixture import SOURCES
 from orpo_lab.errors import UserError
 from orpo_lab.metrics import HELD_OUT, HeldOutMetric, qualities_among
 
@@ -31,6 +32,8 @@ PLACES = {
     "dataset": ("dataset.path", "dataset.train_path", "dataset.revision"),
     "start_from": ("start_from",),
 }
+# The keys that say where the sources of a mixture are
+OF_SOURCES = {"dataset": (f"{SOURCES}.*.path", f"{SOURCES}.*.train_path", f"{SOURCES}.*.revision")}
 # A warning names settings whose answers are more than this many times as long, or as short, as
 # those of the setting that is best in the first quality
 MAX_LENGTH_RATIO = 1.25
@@ -149,6 +152,11 @@ def _names(runs: Sequence[Run], read: Sequence[dict[str, Any]], group: str) -> l
 
 def _place(run: Run, group: str) -> str:
     given = [str(run.values[key]) for key in PLACES[group] if run.values.get(key)]
+    given += [
+        str(value)
+        for key, value in sorted(run.values.items())
+        if known_key(key) in OF_SOURCES.get(group, ()) and value
+    ]
     return "@".join(given) or "null"
 
 

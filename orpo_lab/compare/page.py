@@ -12,7 +12,7 @@ from orpo_lab.compare.evidence import Comparison, as_measured
 from orpo_lab.compare.read import Run
 from orpo_lab.compare.record import record
 from orpo_lab.compare.ship import Ship, choose
-from orpo_lab.compare.untrained import untrained
+from orpo_lab.compare.untrained import name_before, untrained
 from orpo_lab.compare.verdict import CONFIDENCE, Verdict
 from orpo_lab.compare.words import interval_text, tied, verdict_text
 from orpo_lab.metrics import HELD_OUT, PREFERENCE, brief
@@ -50,6 +50,7 @@ def write(comparison: Comparison, folder: Path) -> None:
         "confidence": round(100 * CONFIDENCE),
         "num_pairs": comparison.accuracy.num_pairs,
         "settings": table_of_settings(comparison, ship),
+        "sources": source_rows(comparison),
         "runs": _run_rows(comparison.runs),
         "failed": [run for run in comparison.runs if not run.is_complete],
         "pictures": {
@@ -119,10 +120,38 @@ def setting_rows(comparison: Comparison) -> list[dict[str, str]]:
                 if run.summary and key in run.summary["after"]
             ]
             if values and key not in row:
-                row[key] = f"{np.mean(values):.3f}"
+                row[key] = _mean_text(values)
         row["verdict"] = _standing_text(verdict, number)
         rows.append(row)
     return rows
+
+
+def _mean_text(values: list[float]) -> str:
+    return f"{np.mean(values):.3f}"
+
+
+def source_rows(comparison: Comparison) -> list[dict[str, str]]:
+    """Return a row for each setting and source of a mixture: means over runs; empty: no mixture.
+
+    The model before training comes first, by its run of the first setting.
+    """
+    rows = []
+    first = comparison.settings[0].runs[0]
+    for name, runs, when in (
+        (name_before(first), [first], "before"),
+        *((setting.name, setting.runs, "after") for setting in comparison.settings),
+    ):
+        figures = [run.summary[when].get("by_source", {}) for run in runs if run.summary]
+        for source in figures[0] if figures else {}:
+            row = {"setting": name, "source": source}
+            row["held-out pairs"] = str(figures[0][source]["num_pairs"])
+            for key in (PREFERENCE, *NOTED):
+                values = [of_run[source][key] for of_run in figures if key in of_run[source]]
+                if values:
+                    row[key] = _mean_text(values)
+            rows.append(row)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    return [{key: row.get(key, "") for key in columns} for row in rows]
 
 
 def _standing_text(verdict: Verdict, number: int) -> str:

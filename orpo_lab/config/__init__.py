@@ -14,6 +14,7 @@ Each key has a policy beside it: what the key means to a run's identity (`policy
 
 import functools
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, fields, is_dataclass
 from typing import Any
@@ -42,6 +43,7 @@ from orpo_lab.config.dataset import (
 )
 from orpo_lab.config.engine import Engine, SharedPrefixEngine, TrlEngine
 from orpo_lab.config.method import METHODS, Method, OrpoMethod
+from orpo_lab.config.mixture import SOURCES, MixedSource, MixtureDataset, is_left_behind
 from orpo_lab.config.model import RESULT_FILES, Model
 from orpo_lab.config.optimizer import AdamW, Galore, Lora, Optimizer, Qlora
 from orpo_lab.config.policy import free, lasting, location, setting
@@ -214,6 +216,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "embedded": EmbeddedDataset,
         "hub": HubDataset,
         "file": FileDataset,
+        "mixture": MixtureDataset,
         "oasst": OasstDataset,
     },
     "dataset/columns": {**COLUMNS},
@@ -231,7 +234,13 @@ def all_fields() -> dict[str, Field[Any]]:
     for group, options in SCHEMAS.items():
         for schema in options.values():
             found |= fields_of(schema, group)
-    return found
+    # Of a mixture's sources, whose names are the user's; see `known_key`
+    return found | dict(_fields_in(MixedSource, f"{SOURCES}.*."))
+
+
+def known_key(key: str) -> str:
+    """Return the name of a key in `all_fields`: for a key of a mixture's source, that with a *."""
+    return re.sub(rf"^({re.escape(SOURCES)})\.[^.]+\.", r"\1.*.", key)
 
 
 def fields_of(schema: type[Any], group: str) -> dict[str, Field[Any]]:
@@ -302,11 +311,12 @@ def load(composed: DictConfig) -> Config:
 def _unknown_keys(node: DictConfig, prefix: str) -> Iterator[str]:
     """Yield the keys that `+key=value` added to a node, and that its dataclass does not have."""
     schema = OmegaConf.get_type(node)
-    if schema is None or not is_dataclass(schema):
+    if schema is None or not (is_dataclass(schema) or schema is dict):
         return
-    known = {field.name for field in fields(schema)}
+    # The names of a mixture's sources are the user's
+    known = {field.name for field in fields(schema)} if is_dataclass(schema) else set(node)
     for key in map(str, node):
-        if key not in known:
+        if key not in known and not is_left_behind(f"{prefix}{key}"):
             yield f"{prefix}{key}"
         elif not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(node[key]):
             yield from _unknown_keys(node[key], f"{prefix}{key}.")

@@ -21,6 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from orpo_lab import config
+from orpo_lab.config.dataset import Files
+from orpo_lab.config.mixture import SOURCES
 from orpo_lab.errors import UserError, one_line
 
 TEXT: tuple[Any, ...] = (str, str | None)
@@ -93,12 +95,12 @@ def text_keys() -> dict[str, bool]:
         for key, field in config.all_fields().items()
         if not field.metadata["policy"].is_switch
     }
-    found = {key: of in TEXTS for key, of in types.items() if of in (*TEXT, *TEXTS)}
+    found = {key: of in TEXTS for key, of in types.items() if of in (*TEXT, *TEXTS, Files)}
     return found | dict.fromkeys(FOLDERS, False)
 
 
 def _is_path(key: str) -> bool:
-    field = config.all_fields().get(key)
+    field = config.all_fields().get(config.known_key(key))
     return key in FOLDERS or (field is not None and bool(field.metadata["policy"].files))
 
 
@@ -113,7 +115,10 @@ def as_typed(arguments: Sequence[str]) -> list[str]:
     """
     _check(arguments)
     is_sweep = bool({"-m", "--multirun"} & set(arguments))
-    typed = [_opened(_as_typed(argument, is_sweep=is_sweep)) for argument in arguments]
+    typed = [
+        *_sources(arguments),
+        *(_opened(_as_typed(given, is_sweep=is_sweep)) for given in arguments),
+    ]
     given = {
         argument.lstrip("+").partition("=")[0]: argument.partition("=")[2] for argument in typed
     }
@@ -124,6 +129,17 @@ def as_typed(arguments: Sequence[str]) -> list[str]:
         if given.get(key, "null") != "null" and other not in given:
             typed.append(f"{other}=null")
     return typed
+
+
+def _sources(arguments: Sequence[str]) -> list[str]:
+    """Return what makes the sources of a mixture known to Hydra, which knows no name of the user's.
+
+    A second mention of a source changes nothing.
+    """
+    keys = [argument.partition("=")[0] for argument in arguments]
+    names = [key.split(".")[2] for key in keys if config.known_key(key) != key]
+    made = ",".join(f"{name}:{{}}" for name in dict.fromkeys(names))
+    return [f"++{SOURCES}={{{made}}}"] if made else []
 
 
 def _check(arguments: Sequence[str]) -> None:
@@ -157,14 +173,20 @@ def _check(arguments: Sequence[str]) -> None:
 
 
 def _as_typed(argument: str, *, is_sweep: bool) -> str:
+    form = re.fullmatch(rf"({re.escape(SOURCES)}\.\w+\.columns)=(\w+)", argument)
+    if form is not None:
+        return f"+dataset/columns@{form[1]}={form[2]}"
     given = re.fullmatch(r"(\+{0,2}([\w.]+))=(.*)", argument, flags=re.DOTALL)
-    if given is None or given[2] not in text_keys() or "${" in given[3]:
+    if given is None or config.known_key(given[2]) not in text_keys() or "${" in given[3]:
         return argument
     start, key, value = given.groups()
     if _is_path(key) and value.startswith("~"):
         value = os.path.expanduser(value)
+    if _is_list_of_paths(key, value):
+        paths = [os.path.expanduser(path.strip()) for path in value[1:-1].split(",")]
+        value = f"[{','.join(map(_quoted, paths))}]"
     parsed = _parse(f"{key}={value}")
-    if text_keys()[key]:
+    if text_keys()[config.known_key(key)]:
         return f"{start}={_numbers_quoted(value)}" if parsed else argument
     if _is_one_path(key, value, parsed, is_sweep=is_sweep) or (parsed is None and not is_sweep):
         return f"{start}={_quoted(value)}"
@@ -181,6 +203,13 @@ def _opened(argument: str) -> str:
     field = fields.get(key) or fields.get(key.rpartition(".")[0])
     is_open = field is not None and field.type == dict[str, Any] and not argument.startswith("~")
     return f"++{argument.lstrip('+')}" if is_open else argument
+
+
+def _is_list_of_paths(key: str, value: str) -> bool:
+    """Return whether a value is a list of paths without quotes, not a path that holds brackets."""
+    field = config.all_fields().get(config.known_key(key))
+    is_list = re.fullmatch(r"\[[^\[\]'\"]+\]", value) and not os.path.exists(value)
+    return bool(is_list) and field is not None and field.type == Files
 
 
 def _parse(override: str) -> Override | None:

@@ -1,14 +1,18 @@
 """Keys of `dataset`: which preference pairs are used, and what happens to rows with a fault."""
 
+import glob
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 from orpo_lab.config.checks import SWITCH, at_least, check, one_of
 from orpo_lab.config.policy import free, location, setting, switch
 
 ALL_FILES = "**/*"
+# A path, a pattern, or a list of these; OmegaConf has no type for a text or a list (2.3.1)
+Files = Any
 # Which of several ranked answers make pairs
 PAIRINGS = ("best_worst", "adjacent", "all")
 # Faults despite which a row can be trained on; other faults leave no prompt with two answers
@@ -25,6 +29,24 @@ KEEPABLE_FAULTS = (
     "leaked_prompt",
     "leaked_prompt_normalized",
 )
+
+
+def expand(path: str) -> list[str]:
+    """Return the files that a path stands for, by name: those that fit it if it is a pattern."""
+    if Path(path).exists() or not set("*?[") & set(path):
+        return [path]
+    return sorted(glob.glob(path, recursive=True))
+
+
+def check_files(**values: Files) -> None:
+    """Raise a `ValueError` if a value is neither a path nor a list of paths; None passes."""
+    for key, value in values.items():
+        key = key.replace("__", ".")
+        paths = value if isinstance(value, list) else [value]
+        check(
+            value is None or (bool(paths) and all(isinstance(path, str) for path in paths)),
+            f"{key}={value} must be a path, or a list of paths such as [a.jsonl,b.jsonl]",
+        )
 
 
 @dataclass(kw_only=True)
@@ -271,23 +293,28 @@ class HubDataset(TableDataset):
 
 @dataclass(kw_only=True)
 class FileDataset(TableDataset):
-    """A file of rows; its suffix says the format."""
+    """One or several files of rows; a suffix says the format."""
 
-    train_path: str = location(ALL_FILES)
-    eval_path: str | None = location(ALL_FILES)
+    train_path: Files = location(ALL_FILES)
+    eval_path: Files = location(ALL_FILES)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_files(dataset__train_path=self.train_path, dataset__eval_path=self.eval_path)
 
 
 @dataclass(kw_only=True)
 class OasstDataset(Dataset):
     """OpenAssistant's conversation trees; people have ranked the replies."""
 
-    train_path: str = location(ALL_FILES)
-    eval_path: str | None = location(ALL_FILES)
+    train_path: Files = location(ALL_FILES)
+    eval_path: Files = location(ALL_FILES)
     languages: list[str] | None = setting()
     max_depth: int | None = setting()
     pairing: str = setting()
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_files(dataset__train_path=self.train_path, dataset__eval_path=self.eval_path)
         at_least(1, dataset__max_depth=self.max_depth)
         one_of(PAIRINGS, dataset__pairing=self.pairing)

@@ -12,7 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from orpo_lab.config import SCHEMAS, Config, all_fields, kind
+from orpo_lab.config import SCHEMAS, Config, all_fields, kind, known_key
+from orpo_lab.config.dataset import expand
 from orpo_lab.config.model import local_path
 from orpo_lab.config.policy import Policy
 
@@ -41,9 +42,10 @@ def policies() -> dict[str, Policy]:
 def policy_of(key: str) -> Policy:
     """Return the policy of a key, or of the dictionary that holds the key.
 
-    A key that is not known counts as a setting.
+    A key that is not known now counts as a setting.
     """
     known = policies()
+    key = known_key(key)
     return known.get(key) or known.get(key.rpartition(".")[0]) or Policy("setting")
 
 
@@ -85,14 +87,17 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def locations(config: Config) -> dict[str, str]:
-    """Return the locations of a run by key; a local location is an absolute path."""
+def locations(config: Config) -> dict[str, list[str]]:
+    """Return the locations of a run by key, one or several; a local one is an absolute path."""
     given = {
-        key: value
+        key: value if isinstance(value, list) else [value]
         for key, value in flat(asdict(config)).items()
         if policy_of(key).kind == "location" and value is not None
     }
-    return {key: _absolute(value, policy_of(key)) for key, value in given.items()}
+    return {
+        key: [_absolute(path, policy_of(key)) for value in values for path in expand(value)]
+        for key, values in given.items()
+    }
 
 
 def _absolute(value: str, policy: Policy) -> str:
@@ -106,7 +111,11 @@ def contents(config: Config) -> dict[str, str]:
 
     A name is returned for what is not on this machine, and for what cannot be read.
     """
-    return {key: _content(place, policy_of(key).files) for key, place in locations(config).items()}
+    found = {}
+    for key, places in locations(config).items():
+        contents = [_content(place, policy_of(key).files) for place in places]
+        found[key] = contents[0] if len(contents) == 1 else _hash(contents)
+    return found
 
 
 def _content(place: str, patterns: tuple[str, ...]) -> str:

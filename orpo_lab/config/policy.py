@@ -32,15 +32,18 @@ class Policy:
     """Whether the values are those of `checks.SWITCH`."""
 
 
-def _field(policy: Policy, factory: Callable[[], Any] | None = None) -> Any:
+def _field(policy: Policy, factory: Callable[[], Any] | None = None, default: Any = MISSING) -> Any:
     metadata = {"policy": policy}
     if factory is not None:
         return field(default_factory=factory, metadata=metadata)
-    return field(default=MISSING, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def setting(
-    *, unread_under: Mapping[str, Any] | None = None, factory: Callable[[], Any] | None = None
+    *,
+    unread_under: Mapping[str, Any] | None = None,
+    factory: Callable[[], Any] | None = None,
+    default: Any = MISSING,
 ) -> Any:
     """Return a field that a run's result depends on.
 
@@ -49,9 +52,10 @@ def setting(
     Args:
         unread_under: other keys and their values; with one of these values no run reads this key.
             A group's keys are not read either where the group is not.
-        factory: makes the default value. None: a YAML file must give the value.
+        factory: makes the default value. None: see `default`.
+        default: the default value. MISSING: a YAML file must give the value.
     """
-    return _field(Policy("setting", unread_under=unread_under or {}), factory)
+    return _field(Policy("setting", unread_under=unread_under or {}), factory, default)
 
 
 def switch(*, unread_under: Mapping[str, Any] | None = None) -> Any:
@@ -68,14 +72,15 @@ def lasting() -> Any:
     return _field(Policy("lasting"))
 
 
-def location(*files: str) -> Any:
+def location(*files: str, default: Any = MISSING) -> Any:
     """Return a field that says where something is.
 
     Args:
         files: patterns of the files that are read from a folder there. None given: the value is a
             name, such as a revision on the hub, and not a path.
+        default: the default value. MISSING: a YAML file must give the value.
     """
-    return _field(Policy("location", files=files))
+    return _field(Policy("location", files=files), default=default)
 
 
 def free() -> Any:

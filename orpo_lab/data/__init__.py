@@ -1,49 +1,38 @@
 """Preference data: rows -> pairs -> token ids, with every fault counted and reported.
 
 A row passes through `sources` and `files` (raw rows), `forms` or `trees` (prompt, chosen and
-rejected, as in `pairs`), `messages` (strings of a chat model become messages), `splits` (repeated
-rows and held-out rows), `render` (the chat template, applied by `template`) and `encode` (token
-ids). Anything wrong with a row is a `Fault`; `dataset.faults` says what happens to the row. `warn`
-logs what is not a fault of a row, but may not be what the user expects.
+rejected, as in `pairs`), `messages` (strings of a chat model become messages), `rows` and `splits`
+(repeated rows and held-out rows), `render` (the chat template, applied by `template`) and `encode`
+(token ids). `part` leads the rows of one source through these, and `mixture` says how much each
+source of a mixture gives. Anything wrong with a row is a `Fault`; `dataset.faults` says what
+happens to the row. `warn` logs what is not a fault of a row, but may not be what the user expects.
 """
 
-import hashlib
+import itertools
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from orpo_lab.config.dataset import (
-    Dataset,
-    EmbeddedDataset,
-    OasstDataset,
-    TableDataset,
-)
-from orpo_lab.data import messages, sources, template
-from orpo_lab.data.encode import FOUND, MASKS, Encoder, special_tokens
-from orpo_lab.data.files import Source
-from orpo_lab.data.forms import Reader, to_pair
-from orpo_lab.data.pairs import find_faults
-from orpo_lab.data.splits import NUM_EVAL, Split
-from orpo_lab.data.trees import Trees
-from orpo_lab.data.warn import (
-    warn_of_lengths,
-    warn_of_losses,
-    warn_of_unread,
-    warn_of_unused_ending,
-)
+from orpo_lab.config.dataset import Dataset, EmbeddedDataset
+from orpo_lab.config.mixture import MixtureDataset
+from orpo_lab.data import mixture, template
+from orpo_lab.data.encode import Encoder
+from orpo_lab.data.part import Drawn, Part, fingerprint
+from orpo_lab.data.splits import NUM_EVAL, drop_repeats
 from orpo_lab.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# Columns with which the answers to embedded prompts are checked
-CHECKS = ("answer", "family", "wording")
+# Of a mixture: the column with the name of a pair's source
+SOURCE = "source"
 
 
 @dataclass(frozen=True)
@@ -96,22 +85,58 @@ def load(
     """
     template.check_kwargs(tokenizer, config.template_kwargs)
     encoder = Encoder(config, tokenizer, today or date.today())
-    train_source, held_out_source = sources.read(config)
-    train, about_train = _read("train", train_source, config, tokenizer)
-    if held_out_source:
-        held_out, about_held_out = _read("held_out", held_out_source, config, tokenizer)
-        train.drop_leaks(held_out)
+    named: dict[str | None, Dataset] = {None: config}
+    if isinstance(config, MixtureDataset):
+        named = {name: config.of(name) for name in config.sources}
+    parts = [Part(name, part, tokenizer) for name, part in named.items()]
+    drop_repeats([part.train for part in parts])
+    drop_repeats([part.held_out for part in parts if part.held_out])
+    held_out = [part.hold_out(encoder) for part in parts]
+    for of_train, of_held_out in itertools.permutations(range(len(parts)), 2):
+        parts[of_train].train.drop_leaks(held_out[of_held_out])
+    if makes_pairs or isinstance(config, MixtureDataset):
+        for part in parts:
+            part.make_pairs()
+    if isinstance(config, MixtureDataset):
+        train, train_report = _mix_train(config, parts, encoder)
     else:
-        held_out, about_held_out = train.hold_out(config.num_eval, encoder.encode), {}
-    if makes_pairs:
-        train.make_pairs()
-    train_pairs, train_report = _draw(train, config.num_train, config, encoder)
-    num_eval = config.num_eval or NUM_EVAL
-    held_out_pairs, held_out_report = _draw(held_out, num_eval, config, encoder)
-    if isinstance(config, TableDataset):
-        messages.say([train, held_out], config, tokenizer)
-    report = {"train": train_report | about_train, "held_out": held_out_report | about_held_out}
-    return Data(train_pairs, held_out_pairs, report, isinstance(config, EmbeddedDataset))
+        train, train_report = parts[0].draw("train", config.num_train, encoder)
+    drawn = [part.draw("held_out", part.config.num_eval or NUM_EVAL, encoder) for part in parts]
+    held_out_pairs, held_out_report = drawn[0]
+    if isinstance(config, MixtureDataset):
+        held_out_pairs, held_out_report = _mix(parts, drawn)
+    for part in parts:
+        part.say_messages()
+    report = {"train": train_report, "held_out": held_out_report}
+    return Data(train, held_out_pairs, report, isinstance(config, EmbeddedDataset))
+
+
+def _mix_train(config: MixtureDataset, parts: Sequence[Part], encoder: Encoder) -> Drawn:
+    """Return the training pairs of a mixture, each source by its share or count, and the report."""
+    shares = mixture.Shares(config)
+    for part in parts:
+        part.judge("train", shares.to_judge(part.name), encoder, in_drawn_order=True)
+    nums = shares.to_take({part.name: len(part.train.rows) for part in parts})
+    drawn = []
+    for part in parts:
+        part.train.cut(nums[part.name])
+        pairs, report = part.encoded("train", encoder)
+        # A source that may repeat its pairs goes over them again, in the same order
+        again = np.resize(np.arange(len(pairs)), nums[part.name])
+        drawn.append((pairs.select(again), report | {"num_repeats": len(again) - len(pairs)}))
+    return _mix(parts, drawn)
+
+
+def _mix(parts: Sequence[Part], drawn: Sequence[Drawn]) -> Drawn:
+    """Return the pairs of all sources, mixed evenly, and their report with that of each source."""
+    named = [
+        pairs.add_column(SOURCE, [part.name] * len(pairs))
+        for part, (pairs, _) in zip(parts, drawn, strict=True)
+    ]
+    order = mixture.interleave(list(map(len, named)))
+    mixed = datasets.concatenate_datasets(named).select(order)
+    reports = {part.name: report for part, (_, report) in zip(parts, drawn, strict=True)}
+    return mixed, mixture.add_up(reports) | {"fingerprint": fingerprint(mixed)}
 
 
 def without_undesirable(data: Data) -> Data:
@@ -127,91 +152,3 @@ def without_undesirable(data: Data) -> Data:
         raise UserError("no training row has a desirable completion, and method=sft needs some")
     log.info("train: %d undesirable completions are not trained on", num)
     return replace(data, train=data.train.select(indices))
-
-
-def _read(
-    name: str, source: Source, config: Dataset, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Split, dict[str, Any]]:
-    """Return the pairs of a split, and what its report says in addition to `Split.report`."""
-    tokens = special_tokens(tokenizer)
-    find = partial(
-        find_faults, special_tokens=tokens, other_turns=config.supervised == "completion"
-    )
-    split = Split(name, source, config.faults)
-    about: dict[str, Any] = {}
-    match config:
-        case OasstDataset():
-            trees = Trees(config)
-            split.read(trees.pairs, find)
-            about = {"replies": trees.report()}
-        case TableDataset():
-            reader = Reader(config, of_pairs=name == "held_out")
-            wrap = messages.wrapper(config, tokenizer, tokens)
-            split.read(
-                lambda raw, number: list(map(wrap, reader.pairs(raw, number))),
-                find,
-                columns=reader.names.read,
-            )
-            warn_of_unread(split)
-            about = reader.report()
-        case _:
-            split.read(lambda raw, _: [to_pair(raw, sources.EMBEDDED_COLUMNS)], find, checks=CHECKS)
-    split.drop_repeats()
-    return split, about
-
-
-def _draw(
-    split: Split, num: int | None, config: Dataset, encoder: Encoder
-) -> tuple[datasets.Dataset, dict[str, Any]]:
-    """Return `num` good pairs of a split as token ids, and its report."""
-    _check_any_left(split)
-    judged = split.draw(num, encoder.encode)
-    warn_of_lengths(split, encoder.encoded(judged), config)
-    warn_of_losses(split)
-    _check_any_left(split)
-    kept = encoder.encoded(split.rows)
-    warn_of_unused_ending(split, kept)
-    report = split.report() | {
-        "num_cut": sum(kept["cut"]),
-        "num_repeated_prompts": sum(row.pair.repeated for row in split.rows),
-        "num_as_messages": sum(row.pair.wrapped for row in split.rows),
-        "fingerprint": _fingerprint(kept),
-    }
-    labels = [row.pair.label for row in split.rows]
-    if None not in labels:
-        report["num_desirable"] = sum(map(bool, labels))
-    _say(split, report)
-    return kept.remove_columns([*FOUND, "faults", "cut"]), report
-
-
-def _check_any_left(split: Split) -> None:
-    if split.rows:
-        return
-    raise UserError(
-        f"no {split.name} pair is left of {split.num_rows} ({split.dropped}) in "
-        f"{split.source.name}; {split.dropped.examples()}; see docs/data.md for what drops a pair"
-    )
-
-
-def _fingerprint(kept: datasets.Dataset) -> str:
-    digest = hashlib.sha256()
-    masks = [name for name in MASKS if name in kept.column_names]
-    for row in kept.select_columns(["prompt_ids", "chosen_ids", "rejected_ids", *masks]):
-        digest.update(json.dumps(row).encode())
-    return digest.hexdigest()
-
-
-def _say(split: Split, report: dict[str, Any]) -> None:
-    said = [f"{entry['num']} dropped ({fault})" for fault, entry in report["dropped"].items()]
-    said += [f"{entry['num']} kept in spite of {fault}" for fault, entry in report["kept"].items()]
-    for key, what in (
-        ("num_cut", "cut to fit"),
-        ("num_repeated_prompts", "repeat their prompt in both answers (removed)"),
-        ("num_not_drawn", "not drawn"),
-    ):
-        if report[key]:
-            said.append(f"{report[key]} {what}")
-    what = "pairs"
-    if "num_desirable" in report:
-        what = f"completions ({report['num_desirable']} desirable)"
-    log.info("%s", ", ".join([f"{split.name}: {report['num_kept']} {what}", *said]))

@@ -19,7 +19,7 @@ from orpo_lab.data import supervised
 from orpo_lab.data.faults import Fault
 from orpo_lab.data.pairs import Pair, num_shared
 from orpo_lab.data.render import Rendered, applier, find_unrendered, render
-from orpo_lab.data.splits import Row
+from orpo_lab.data.rows import Row
 from orpo_lab.errors import UserError, one_line
 
 Ids = list[int]

@@ -1,6 +1,8 @@
 """Faults of rows, and what happens to a row with a fault according to `dataset.faults`."""
 
+import bisect
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 from orpo_lab.config.dataset import Faults
@@ -32,28 +34,37 @@ def quote(value: str) -> str:
 
 
 class Tally:
-    """Row numbers by reason, with an example for each reason."""
+    """Counts of rows by reason, with their lowest numbers and an example for each reason."""
 
     def __init__(self) -> None:
-        self._rows: dict[str, list[int]] = defaultdict(list)
+        self._nums: dict[str, int] = defaultdict(int)
+        self._lowest: dict[str, list[int]] = defaultdict(list)
         self._examples: dict[str, str] = {}
 
     def add(self, reason: str, number: int, detail: str = "") -> None:
         """Count a row for a reason; the first `detail` of a reason becomes the example."""
-        self._rows[reason].append(number)
+        self._nums[reason] += 1
+        lowest = self._lowest[reason]
+        if number not in lowest:
+            bisect.insort(lowest, number)
+            del lowest[NUM_ROWS_LISTED:]
         if detail:
             self._examples.setdefault(reason, detail)
 
     def num(self, reason: str) -> int:
         """Return how many rows were counted for a reason."""
-        return len(self._rows.get(reason, ()))
+        return self._nums.get(reason, 0)
 
-    def report(self) -> dict[str, dict[str, Any]]:
-        """Return for each reason `num`, the lowest row numbers, and the example if it has one."""
+    def report(self, listed: Callable[[int], Any] = int) -> dict[str, dict[str, Any]]:
+        """Return for each reason `num`, the lowest row numbers, and the example if it has one.
+
+        Args:
+            listed: makes an entry of the report from a row number.
+        """
         return {
-            reason: {"num": len(rows), "rows": sorted(set(rows))[:NUM_ROWS_LISTED]}
+            reason: {"num": num, "rows": list(map(listed, self._lowest[reason]))}
             | ({"example": self._examples[reason]} if reason in self._examples else {})
-            for reason, rows in self._rows.items()
+            for reason, num in self._nums.items()
         }
 
     def examples(self) -> str:
@@ -62,10 +73,10 @@ class Tally:
         return "; ".join(f"{reason}: {detail}" for reason, detail in some)
 
     def __bool__(self) -> bool:
-        return bool(self._rows)
+        return bool(self._nums)
 
     def __str__(self) -> str:
-        return ", ".join(f"{len(rows)} {reason}" for reason, rows in self._rows.items())
+        return ", ".join(f"{num} {reason}" for reason, num in self._nums.items())
 
 
 def keeps(fault: Fault, where: str, policies: Faults) -> bool:

@@ -1,26 +1,32 @@
-"""Read the rows of a file. Its suffix says the format: JSON lines, JSON, CSV or Parquet.
+"""Read the rows of files. A suffix says the format: JSON lines, JSON, CSV, TSV, Parquet or Arrow.
 
-A row that cannot be read is yielded as a `Fault`. A file that cannot be read raises a `UserError`.
+A folder that `datasets` has saved a data set to counts as a file. A row that cannot be read is
+yielded as a `Fault`. A file that cannot be read raises a `UserError`.
 """
 
 import csv
 import gzip
 import io
 import json
+import logging
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import hf_hub_download
 
-from orpo_lab.data.faults import Fault
+from orpo_lab.config.dataset import Files, expand
+from orpo_lab.data.faults import Fault, quote
 from orpo_lab.data.forms import Names
 from orpo_lab.data.recognise import recognise
 from orpo_lab.errors import UserError, one_line
+
+log = logging.getLogger(__name__)
 
 Rows = Iterator[tuple[int, Any]]
 # Lines are numbered from 1, as in editors; rows are numbered from 0, as in pandas and datasets
@@ -31,6 +37,8 @@ MAX_LINE_BYTES = 4 * 2**20
 _HINT = "if it has one object a line, name it .jsonl"
 _ON_HUB = "hf://datasets/"
 ROWS_PER_BATCH = 256
+# No file has so many rows; see `FilesSource`
+MAX_ROWS = 2**40
 
 
 @dataclass(frozen=True)
@@ -43,36 +51,152 @@ class Source:
     # Columns of the source that are not read; known after the rows are read
     unread: set[str] = field(default_factory=set)
 
+    @property
+    def numbered(self) -> str:
+        """How a report names rows."""
+        return "lines from 1" if self.unit == "line" else "rows from 0"
+
     def where(self, number: int) -> str:
         """Return the name of a row for a message."""
-        return f"{self.name}, {self.unit} {number}"
+        return f"{self.name}, {self.briefly(number)}"
+
+    def briefly(self, number: int) -> str:
+        """Return the name of a row for a message about another row of this source."""
+        return f"{self.unit} {number}"
+
+    def listed(self, number: int) -> int | str:
+        """Return the entry of a row in a report."""
+        return number
 
 
-def read_file(path: str, columns: Names | None) -> Source:
-    """Return the rows of a file; each row is read when it is asked for.
+@dataclass(frozen=True)
+class FilesSource(Source):
+    """The rows of several files, one file after the other.
+
+    The number of a row is the number in its file, and MAX_ROWS for each file before.
+    """
+
+    files: tuple[Source, ...] = ()
+
+    @property
+    def numbered(self) -> str:
+        """How a report names rows."""
+        return "by file, lines from 1 or rows from 0"
+
+    def where(self, number: int) -> str:
+        """Return the name of a row for a message: its file and its number in the file."""
+        file, number = divmod(number, MAX_ROWS)
+        return self.files[file].where(number)
+
+    briefly = listed = where
+
+
+def read_files(paths: Files, columns: Names | None) -> Source:
+    """Return the rows of one or several files; each row is read when it is asked for.
 
     Args:
-        path: a file, or `hf://datasets/org/name/file` on the hub.
+        paths: a file, a pattern such as `data/*.jsonl`, a folder that `datasets` saved a data set
+            to, or `hf://datasets/org/name/file` on the hub; or a list of these.
         columns: the columns that are read. None: the file is not a table (JSON lines only).
 
     Raises:
-        UserError: the suffix is unknown. Reading the rows raises it if the file cannot be read.
+        UserError: the suffix is unknown, or no file fits a pattern. Reading the rows raises it if a
+            file cannot be read.
     """
+    given = [paths] if isinstance(paths, str) else paths
+    found = [file for path in given for file in expand(path)]
+    name = ", ".join(given)
+    if not found:
+        raise UserError(f"{name}: there is no such file")
+    if found == [paths]:
+        return _read_file(found[0], columns)
+    log.info("%s: %d files, from %s to %s", name, len(found), found[0], found[-1])
+    files = tuple(_read_file(path, columns) for path in found)
+    rows = (
+        (number + at * MAX_ROWS, row) for at, file in enumerate(files) for number, row in file.rows
+    )
+    unread: set[str] = set()
+    return FilesSource(name, files[0].unit, _with_unread(rows, files, unread), unread, files)
+
+
+def _with_unread(rows: Rows, files: tuple[Source, ...], unread: set[str]) -> Rows:
+    """Yield the rows; then `unread` holds the columns that are not read from any file."""
+    yield from rows
+    unread.update(*(file.unread for file in files))
+
+
+def _read_file(path: str, columns: Names | None) -> Source:
+    """Return the rows of one file; see `read_files`."""
+    if path and Path(path).is_dir():
+        return _read_saved(path, columns)
     kind = "".join(Path(path).suffixes[-2:]) if path.endswith(".gz") else Path(path).suffix
+    unread: set[str] = set()
     match kind.removesuffix(".gz"):
         case ".jsonl":
             return Source(path, "line", errors_said(path, _read_json_lines(path)))
         case ".json" if columns:
             return Source(path, "row", errors_said(path, _read_json(path)))
-        case ".csv" if columns:
-            return Source(path, "line", errors_said(path, _read_csv(path, columns)))
-        case ".parquet" if columns and kind == ".parquet":
-            unread: set[str] = set()
-            return Source(
-                path, "row", errors_said(path, _read_parquet(path, columns, unread)), unread
-            )
-    known = ".jsonl, .json, .csv (each also .gz) or .parquet" if columns else ".jsonl or .jsonl.gz"
-    raise UserError(f"{path}: the name must end in {known}, to say how its rows are written")
+        case ".csv" | ".tsv" if columns:
+            separator = "\t" if ".tsv" in kind else ","
+            return Source(path, "line", errors_said(path, _read_csv(path, columns, separator)))
+        case ".parquet" | ".arrow" if columns and kind in (".parquet", ".arrow"):
+            read = _read_parquet if kind == ".parquet" else _read_arrow
+            return Source(path, "row", errors_said(path, read(path, columns, unread)), unread)
+    known = ".jsonl or .jsonl.gz"
+    if columns:
+        known = ".jsonl, .json, .csv, .tsv (each also .gz), .parquet or .arrow"
+    hint = ""
+    if "," in path:
+        hint = "; several files are written [a.jsonl,b.jsonl]"
+    raise UserError(f"{path}: the name must end in {known}, to say how its rows are written{hint}")
+
+
+def _read_saved(path: str, columns: Names | None) -> Source:
+    """Return the rows of a folder that `Dataset.save_to_disk` has written.
+
+    Raises:
+        UserError: the folder is not of that kind, or holds several splits.
+    """
+    splits = saved_splits(path)
+    if splits:
+        held_out = next((name for name in splits if name != "train"), splits[0])
+        raise UserError(
+            f"{path} holds the splits {', '.join(splits)}; name one, such as "
+            f"dataset.train_path={Path(path) / splits[0]} dataset.eval_path={Path(path) / held_out}"
+        )
+    if not columns or not is_saved(path):
+        raise UserError(
+            f"{path} is a folder, and not one that datasets has saved a data set to; name its "
+            f"files, such as '{Path(path) / '*.jsonl'}', or use dataset=hub dataset.path={path}"
+        )
+    unread: set[str] = set()
+    return Source(path, "row", errors_said(path, _read_saved_rows(path, columns, unread)), unread)
+
+
+def is_saved(path: str) -> bool:
+    """Return whether `Dataset.save_to_disk` has written a folder."""
+    return all((Path(path) / name).is_file() for name in ("state.json", "dataset_info.json"))
+
+
+def saved_splits(path: str) -> list[str]:
+    """Return the splits in a folder that `DatasetDict.save_to_disk` has written, or none."""
+    try:
+        return list(json.loads((Path(path) / "dataset_dict.json").read_text())["splits"])
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(
+            f"{path} cannot be read: its dataset_dict.json names no splits ({one_line(error)})"
+        ) from error
+
+
+def _read_saved_rows(path: str, columns: Names, unread: set[str]) -> Rows:
+    try:
+        rows = datasets.load_from_disk(path)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)[:200]}") from error
+    read = choose_columns(rows.column_names, columns, path, unread)
+    yield from read_table(rows.select_columns(read).with_format("arrow").iter(ROWS_PER_BATCH))
 
 
 def read_table(batches: Iterator[pa.Table]) -> Rows:
@@ -209,18 +333,38 @@ def _read_json(path: str) -> Rows:
             raise UserError(f"{path} cannot be read: it is nested too deeply") from error
         except json.JSONDecodeError as error:
             raise UserError(f"{path} cannot be read: {one_line(error)}; {_HINT}") from error
-    if not isinstance(rows, list):
-        raise UserError(f"{path} holds no array of objects; {_HINT}")
-    yield from enumerate(rows)
+    yield from enumerate(rows if isinstance(rows, list) else _only_list(rows, path))
 
 
-def _read_csv(path: str, columns: Names) -> Rows:
+def _only_list(value: Any, path: str) -> list[Any]:
+    """Return the list of objects that an object holds under one key, such as `{"data": [...]}`."""
+    found = {}
+    if isinstance(value, dict):
+        found = {key: rows for key, rows in value.items() if _holds_objects(rows)}
+    match list(found):
+        case [key]:
+            return found[key]
+        case []:
+            raise UserError(f"{path} holds no array of objects; {_HINT}")
+        case keys:
+            names = ", ".join(map(quote, keys))
+            raise UserError(
+                f"{path} holds several lists of objects ({names}), of which one must be the rows; "
+                f"leave the others out, or, {_HINT}"
+            )
+
+
+def _holds_objects(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(item, dict) for item in value)
+
+
+def _read_csv(path: str, columns: Names, separator: str) -> Rows:
     # A file with a longer field is refused: to find the field's end it would have to be in memory
     csv.field_size_limit(MAX_LINE_BYTES)
     with _open(path) as file:
         # Bytes that are not UTF-8 become surrogates, so that only the row with them is a fault
         text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
-        reader = csv.reader(text, strict=True)
+        reader = csv.reader(text, strict=True, delimiter=separator)
         header = next(reader, [])
         if len(set(header)) < len(header):
             raise UserError(f"{path} has two columns of one name: {', '.join(header)[:200]}")
@@ -249,6 +393,25 @@ def _read_parquet(path: str, columns: Names, unread: set[str]) -> Rows:
         read = choose_columns(file.schema_arrow.names, columns, path, unread)
         batches = file.iter_batches(ROWS_PER_BATCH, columns=read)
         yield from read_table(pa.Table.from_batches([batch]) for batch in batches)
+
+
+def _read_arrow(path: str, columns: Names, unread: set[str]) -> Rows:
+    with pa.memory_map(str(_locate(path))) as file:
+        # The two formats of Arrow: a file with a table of contents, and a stream
+        if file.read(6) == b"ARROW1":
+            whole = pa.ipc.open_file(file)
+            batches = map(whole.get_batch, range(whole.num_record_batches))
+        else:
+            file.seek(0)
+            whole = pa.ipc.open_stream(file)
+            batches = iter(whole)
+        read = choose_columns(whole.schema.names, columns, path, unread)
+        tables = (pa.Table.from_batches([batch]).select(read) for batch in batches)
+        yield from read_table(
+            table.slice(start, ROWS_PER_BATCH)
+            for table in tables
+            for start in range(0, len(table), ROWS_PER_BATCH)
+        )
 
 
 def _read_row(row: pa.Table) -> Any:

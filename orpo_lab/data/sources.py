@@ -21,8 +21,10 @@ from orpo_lab.data.files import (
     Source,
     choose_columns,
     errors_said,
-    read_file,
+    is_saved,
+    read_files,
     read_table,
+    saved_splits,
 )
 from orpo_lab.data.forms import Names, names_of
 from orpo_lab.errors import UserError, one_line
@@ -51,13 +53,13 @@ def read(config: Dataset) -> tuple[Source, Source | None]:
             of_pairs = names_of(config.columns, of_pairs=True)
             return train, _read_hub(config, config.eval_split, of_pairs)
         case FileDataset():
-            train = read_file(config.train_path, names_of(config.columns))
+            train = read_files(config.train_path, names_of(config.columns))
             if config.eval_path is None:
                 return train, None
-            return train, read_file(config.eval_path, names_of(config.columns, of_pairs=True))
+            return train, read_files(config.eval_path, names_of(config.columns, of_pairs=True))
         case OasstDataset():
-            train = read_file(config.train_path, None)
-            return train, read_file(config.eval_path, None) if config.eval_path else None
+            train = read_files(config.train_path, None)
+            return train, read_files(config.eval_path, None) if config.eval_path else None
     raise TypeError(f"no dataset source: {config!r}")
 
 
@@ -73,6 +75,11 @@ def _generate(split: embedded.Split, num: int | None) -> Source:
 
 def _read_hub(config: HubDataset, split: str, columns: Names) -> Source:
     is_local = Path(config.path).is_dir()
+    if is_local and (is_saved(config.path) or saved_splits(config.path)):
+        raise UserError(
+            f"dataset.path={config.path} is a folder that datasets has saved a data set to; use "
+            f"dataset=file dataset.train_path={config.path}"
+        )
     name = config.path if is_local else f"dataset.path={config.path}"
     try:
         # `datasets` keeps a copy of the data it has read. It takes a folder for unchanged as long

@@ -3,100 +3,40 @@
 Rows are compared with each other (repeats) and with the other split (leaks).
 """
 
-import hashlib
-import json
+import bisect
+import itertools
 import logging
 import math
-import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from orpo_lab.config.dataset import Faults
 from orpo_lab.data.faults import Fault, Tally, keeps
 from orpo_lab.data.files import Source
-from orpo_lab.data.pairs import Content, Pair, text_of
+from orpo_lab.data.pairs import Content, Pair
+from orpo_lab.data.rows import NO_LABEL, Row, Rows, are_in, beginnings_of, normalize
 from orpo_lab.errors import UserError
 
 log = logging.getLogger(__name__)
 
+# Places of rows among others
+Places = npt.NDArray[np.intp]
+
 # Without `dataset.num_eval`: NUM_EVAL prompts are held out, but at most 1 / LARGEST_SHARE of all
 NUM_EVAL, LARGEST_SHARE = 256, 5
-
-
-@dataclass(eq=False)
-class Row:
-    """A pair, the number of its row in the source, and the faults despite which it is kept."""
-
-    number: int
-    pair: Pair
-    # Columns of the embedded rows with which an answer is checked
-    checks: dict[str, Any]
-    kept_despite: list[Fault] = field(default_factory=list)
-    # After tokenizing: the place of the row among all tokenized rows, and the faults found then
-    place: int | None = None
-    found: list[Fault] = field(default_factory=list)
-
-    @cached_property
-    def normalized_prompt(self) -> bytes:
-        """Digest of the prompt's text in the form of `normalize`."""
-        return _digest(normalize(text_of(self.pair.prompt)))
-
-    @cached_property
-    def answers(self) -> tuple[bytes, bytes]:
-        """Digests of the chosen and the rejected answer; of an answer that is not there, nothing.
-
-        So a single completion that is desirable in one row and not in another is a contradiction.
-        """
-        chosen, rejected = _digest(text_of(self.pair.chosen)), _digest(text_of(self.pair.rejected))
-        match self.pair.label:
-            case None:
-                return chosen, rejected
-            case True:
-                return chosen, b""
-        return b"", rejected
-
-    @cached_property
-    def context(self) -> bytes:
-        """Digest of the tools and documents beside the messages."""
-        return _digest(json.dumps(self.pair.context, sort_keys=True))
-
-
-def normalize(text: str) -> str:
-    """Return a text without differences in case, white space and Unicode form (NFKC)."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(unicodedata.normalize("NFKC", folded).split())
-
-
-def _beginnings(prompt: Content, form: Callable[[str], str] = normalize) -> Iterator[bytes]:
-    """Yield the digest of every beginning of a conversation, shortest first, the whole one last.
-
-    A beginning is the first messages of the conversation. A string has only itself.
-
-    Args:
-        prompt: the conversation.
-        form: applied to each text before its digest is computed.
-    """
-    if isinstance(prompt, str):
-        yield _digest(form(prompt))
-    else:
-        for size in range(1, len(prompt) + 1):
-            yield _digest(form(text_of(prompt[:size])))
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()
 
 
 @dataclass
 class Split:
     """Rows of one source for one use (training or held out), and the counts of rows left out.
 
-    At any time `num_rows` is the number of kept `rows` plus the number of `dropped` rows.
+    `num_rows` is the number of `dropped` rows plus the number of rows in the `pool`; once rows are
+    drawn, plus the number of drawn `rows`.
     """
 
     name: str
@@ -104,6 +44,8 @@ class Split:
     policies: Faults
     num_rows: int = 0
     num_not_drawn: int = 0
+    # Good rows that wait to be drawn, and those that are drawn
+    pool: Rows = field(default_factory=Rows)
     rows: list[Row] = field(default_factory=list)
     dropped: Tally = field(default_factory=Tally)
     # Columns that the source does not read, or that hold a value which a row's pair does not use
@@ -123,15 +65,20 @@ class Split:
             kept_despite.append(fault)
         return kept_despite
 
-    def filter(self, find: Callable[[Row], Iterable[Fault]]) -> None:
-        """Keep or drop every row by the faults that `find` yields for the row."""
-        kept = []
-        for row in self.rows:
-            despite = self.judge(row.number, find(row))
-            if despite is not None:
-                row.kept_despite += despite
-                kept.append(row)
-        self.rows = kept
+    def filter(self, suspects: Places, find: Callable[[int], Iterable[Fault]]) -> None:
+        """Keep or drop rows of the pool by the faults that `find` yields for their places.
+
+        Args:
+            suspects: the places; all other rows are kept.
+            find: yields the faults of the row at a place.
+        """
+        is_kept = np.ones(len(self.pool), bool)
+        for at in suspects.tolist():
+            despite = self.judge(int(self.pool.column("number")[at]), find(at))
+            if despite:
+                self.pool.note(at, despite)
+            is_kept[at] = despite is not None
+        self.pool = self.pool.select(is_kept)
 
     def read(
         self,
@@ -153,6 +100,16 @@ class Split:
         Raises:
             UserError: the source cannot be read, or the policy of a fault is `refuse`.
         """
+        self.pool = Rows(self._read(parse, find, columns, checks))
+        self.unread |= self.source.unread
+
+    def _read(
+        self,
+        parse: Callable[[Any, int], list[Pair]],
+        find: Callable[[Pair], Iterable[Fault]],
+        columns: Iterable[str] | None,
+        checks: tuple[str, ...],
+    ) -> Iterator[Row]:
         named = None if columns is None else {*columns, *checks}
         for number, raw in self.source.rows:
             try:
@@ -171,30 +128,7 @@ class Split:
                 despite = self.judge(number, find(pair))
                 if despite is not None:
                     extra = {name: raw[name] for name in checks}
-                    self.rows.append(Row(number, pair, extra, despite))
-        self.unread |= self.source.unread
-
-    def drop_repeats(self) -> None:
-        """Keep or drop pairs that repeat another pair, or that contradict another pair.
-
-        Two pairs contradict each other if each prefers the answer that the other rejects.
-        """
-        by_key: dict[tuple[bytes, ...], Row] = {}
-        for row in self.rows:
-            by_key.setdefault((row.normalized_prompt, row.context, *row.answers), row)
-
-        def find_conflict(row: Row) -> Iterator[Fault]:
-            if other := by_key.get((row.normalized_prompt, row.context, *reversed(row.answers))):
-                detail = f"prefers what {self.source.unit} {other.number} rejects"
-                yield Fault("conflicting_duplicate", detail)
-
-        def find_duplicate(row: Row) -> Iterator[Fault]:
-            first = by_key[(row.normalized_prompt, row.context, *row.answers)]
-            if first is not row:
-                yield Fault("duplicate", f"is {self.source.unit} {first.number} once more")
-
-        self.filter(find_conflict)
-        self.filter(find_duplicate)
+                    yield Row(number, pair, extra, despite)
 
     def drop_leaks(self, held_out: "Split") -> None:
         """Keep or drop rows whose prompt leaks a held-out prompt.
@@ -202,17 +136,20 @@ class Split:
         A prompt leaks a held-out prompt if the two are the same, or if one of them is the beginning
         of the other. A longer conversation quotes an answer to the shorter one.
         """
-        exact, normalized = (_Leaks(held_out.rows, form) for form in (str, normalize))
+        suspects, leaked = _find_leaks(self.pool, held_out.pool)
+        quoted = [held_out.pool[at] for at in leaked.tolist()]
+        exact, normalized = (_Leaks(quoted, form) for form in (str, normalize))
 
-        def find(row: Row) -> Iterator[Fault]:
-            if leak := exact.find(row.pair.prompt):
+        def find(at: int) -> Iterator[Fault]:
+            prompt = self.pool[at].pair.prompt
+            if leak := exact.find(prompt):
                 detail = f"{leak.how} the prompt of {held_out.source.where(leak.number)}"
                 yield Fault("leaked_prompt", detail)
-            elif leak := normalized.find(row.pair.prompt):
+            elif leak := normalized.find(prompt):
                 detail = f"{leak.how} nearly the prompt of {held_out.source.where(leak.number)}"
                 yield Fault("leaked_prompt_normalized", detail)
 
-        self.filter(find)
+        self.filter(suspects, find)
 
     def hold_out(self, num: int | None, encode: Callable[[list[Row]], None]) -> "Split":
         """Move the rows of `num` prompts, chosen by hash, to a new split, and return that split.
@@ -230,10 +167,9 @@ class Split:
         Raises:
             UserError: there are too few prompts, or too few prompts with a good pair.
         """
-        by_root = self._by_root()
-        pairs = {root: paired(rows) for root, rows in by_root.items()}
-        ranked = sorted(root for root in by_root if pairs[root])
-        if by_root and not ranked:
+        roots, make_pairs = self.pool.roots(), self.pool.make_pairs()
+        ranked = np.unique(roots[make_pairs])
+        if len(self.pool) and not len(ranked):
             raise UserError(
                 f"no prompt of {self.source.name} has a desirable and an undesirable completion, "
                 "of which a held-out pair could be made; give pairs with dataset.eval_path or "
@@ -241,23 +177,27 @@ class Split:
             )
         num = num or self._num_by_default(len(ranked))
         self._check_enough(len(ranked), num, "")
-        moved: list[bytes] = []
-        num_good = 0
-        while num_good < num and len(moved) < len(ranked):
-            block = ranked[len(moved) : len(moved) + num - num_good]
-            encode([row for root in block for row in pairs[root]])
-            num_good += sum(any(map(self._is_good, pairs[root])) for root in block)
-            moved += block
-        self._check_enough(num_good + len(ranked) - len(moved), num, " whose pairs fit")
-        taken = {id(row) for root in moved for row in by_root[root]}
-        rows = [row for row in self.rows if id(row) in taken]
-        self.rows = [row for row in self.rows if id(row) not in taken]
-        self.num_rows -= len(rows)
-        held_out = paired(rows)
-        split = Split("held_out", self.source, self.policies, len(held_out), rows=held_out)
-        if held_out != rows:
-            log.info("%d rows with a label make %d held-out pairs", len(rows), len(held_out))
-        return split
+        # The rank of each row's root, [N]; a root of which no pair can be made has none
+        ranks = np.where(are_in(roots, ranked), np.searchsorted(ranked, roots), len(ranked))
+        num_moved = num_good = 0
+        while num_good < num and num_moved < len(ranked):
+            upto = min(num_moved + num - num_good, len(ranked))
+            (block,) = np.nonzero((num_moved <= ranks) & (ranks < upto))
+            pairs = paired(self.pool.select(block))
+            rows = list(pairs)
+            encode(rows)
+            pairs.keep(rows)
+            good = pairs.column("prompt")[[self._is_good(row) for row in rows]]
+            num_good += len(np.unique(ranks[are_in(self.pool.column("prompt"), good)]))
+            num_moved = upto
+        self._check_enough(num_good + len(ranked) - num_moved, num, " whose pairs fit")
+        is_moved = ranks < num_moved
+        held_out = paired(self.pool.select(is_moved))
+        self.pool = self.pool.select(~is_moved)
+        self.num_rows -= int(is_moved.sum())
+        if len(held_out) != is_moved.sum():
+            log.info("%d rows with a label make %d held-out pairs", is_moved.sum(), len(held_out))
+        return Split("held_out", self.source, self.policies, len(held_out), pool=held_out)
 
     def make_pairs(self) -> None:
         """Make pairs of single completions: see `paired`; pairs stay as they are.
@@ -265,11 +205,11 @@ class Split:
         Raises:
             UserError: no prompt has completions of both kinds.
         """
-        pairs = paired(self.rows)
-        if pairs is self.rows:
+        pairs = paired(self.pool)
+        if pairs is self.pool:
             return
-        num = len(self.rows)
-        if not pairs:
+        num = len(self.pool)
+        if not len(pairs):
             raise UserError(
                 f"no {self.name} prompt of {self.source.name} has a desirable and an undesirable "
                 "completion, of which a pair could be made; use method=kto or method=sft, which "
@@ -284,18 +224,7 @@ class Split:
             num - 2 * len(pairs),
         )
         self.num_rows += len(pairs) - num
-        self.rows = pairs
-
-    def _by_root(self) -> dict[bytes, list[Row]]:
-        """Return the rows by their root: the shortest prompt that begins their conversation."""
-        prompts = {row.normalized_prompt for row in self.rows}
-        by_root: dict[bytes, list[Row]] = defaultdict(list)
-        for row in self.rows:
-            root = next(
-                beginning for beginning in _beginnings(row.pair.prompt) if beginning in prompts
-            )
-            by_root[root].append(row)
-        return by_root
+        self.pool = pairs
 
     def _num_by_default(self, num_prompts: int) -> int:
         if num_prompts >= NUM_EVAL * LARGEST_SHARE:
@@ -323,7 +252,13 @@ class Split:
     def _is_good(self, row: Row) -> bool:
         return all(getattr(self.policies, fault.name, "drop") == "keep" for fault in row.found)
 
-    def draw(self, num: int | None, encode: Callable[[list[Row]], None]) -> list[Row]:
+    def draw(
+        self,
+        num: int | None,
+        encode: Callable[[list[Row]], None],
+        *,
+        in_drawn_order: bool = False,
+    ) -> list[Row]:
         """Draw `num` good rows, the same rows in every run, and return all rows that were judged.
 
         Rows are judged in a drawn order until there are enough good ones. The rows after that are
@@ -332,32 +267,41 @@ class Split:
         Args:
             num: number of rows to draw; None: all rows.
             encode: tokenizes rows, and writes the faults it finds into the rows.
+            in_drawn_order: whether all rows, too, come in the drawn order, so that the first of
+                them are those that a smaller number would draw.
 
         Raises:
             UserError: a judged row has a fault whose policy is `refuse`.
         """
-        rows = self.rows
-        if num is not None and num < len(rows):
-            rows = [rows[at] for at in np.random.default_rng(0).permutation(len(rows))]
-        wanted = len(rows) if num is None else num
-        judged = 0
-        self.rows = []
-        while judged < len(rows) and len(self.rows) < wanted:
+        order = np.arange(len(self.pool))
+        if in_drawn_order or (num is not None and num < len(order)):
+            order = np.random.default_rng(0).permutation(len(order))
+        wanted = len(order) if num is None else num
+        judged: list[Row] = []
+        while len(judged) < len(order) and len(self.rows) < wanted:
             # As many rows as will give the missing good rows, at the share of good rows so far
-            share = len(self.rows) / judged if self.rows else 1.0
-            block = rows[judged : judged + math.ceil((wanted - len(self.rows)) / share)]
+            share = len(self.rows) / len(judged) if self.rows else 1.0
+            upto = len(judged) + math.ceil((wanted - len(self.rows)) / share)
+            block = [self.pool[at] for at in order[len(judged) : upto].tolist()]
             encode(block)
             for row in block:
-                judged += 1
+                judged.append(row)
                 despite = self.judge(row.number, row.found)
                 if despite is not None:
                     row.kept_despite += despite
                     self.rows.append(row)
                 if len(self.rows) == wanted:
                     break
-        self.num_not_drawn = len(rows) - judged
+        self.num_not_drawn = len(order) - len(judged)
         self.num_rows -= self.num_not_drawn
-        return rows[:judged]
+        return judged
+
+    def cut(self, num: int) -> None:
+        """Keep the first `num` of the drawn rows; the others count as not drawn."""
+        num_cut = max(0, len(self.rows) - num)
+        del self.rows[num:]
+        self.num_not_drawn += num_cut
+        self.num_rows -= num_cut
 
     def report(self) -> dict[str, Any]:
         """Return the counts of rows kept, dropped and not drawn, as in `data_report.json`.
@@ -369,38 +313,92 @@ class Split:
             for fault in row.kept_despite:
                 despite.add(fault.name, row.number, fault.detail)
         return {
-            "numbered": "lines from 1" if self.source.unit == "line" else "rows from 0",
+            "numbered": self.source.numbered,
             "num_rows": self.num_rows,
             "num_kept": len(self.rows),
-            "dropped": self.dropped.report(),
-            "kept": despite.report(),
+            "dropped": self.dropped.report(self.source.listed),
+            "kept": despite.report(self.source.listed),
             "num_not_drawn": self.num_not_drawn,
             "unread_columns": sorted(self.unread),
         }
 
 
-def paired(rows: list[Row]) -> list[Row]:
+def drop_repeats(splits: Sequence[Split]) -> None:
+    """Keep or drop pairs that repeat another pair, or that contradict another pair.
+
+    Two pairs contradict each other if each prefers the answer that the other rejects. Of pairs that
+    repeat each other the first one is kept, in the order of the splits and of their rows.
+    """
+    if not splits:
+        return
+    pools = [split.pool for split in splits]
+    pairs = np.concatenate([pool.column("pair") for pool in pools])
+    swapped = np.concatenate([pool.column("swapped") for pool in pools])
+    order = np.argsort(pairs, kind="stable")
+    first_with = np.searchsorted(pairs, [pairs, swapped], sorter=order)
+    first, other = order[np.minimum(first_with, len(order) - 1)] if len(order) else first_with
+    is_repeat = first != np.arange(len(order))
+    is_conflict = pairs[other] == swapped
+    starts = np.cumsum([0, *map(len, pools)]).tolist()
+
+    def said(at: int, by: Split) -> str:
+        """Return the name of the row at a place among all rows."""
+        of = bisect.bisect(starts, at) - 1
+        number = int(pools[of].column("number")[at - starts[of]])
+        source = splits[of].source
+        return source.briefly(number) if source is by.source else source.where(number)
+
+    for split, (start, end) in zip(splits, itertools.pairwise(starts), strict=True):
+
+        def find(at: int, split: Split = split, start: int = start) -> Iterator[Fault]:
+            if is_conflict[start + at]:
+                detail = f"prefers what {said(other[start + at], split)} rejects"
+                yield Fault("conflicting_duplicate", detail)
+            if is_repeat[start + at]:
+                yield Fault("duplicate", f"is {said(first[start + at], split)} once more")
+
+        (suspects,) = np.nonzero((is_conflict | is_repeat)[start:end])
+        split.filter(suspects, find)
+
+
+def paired(rows: Rows) -> Rows:
     """Return rows as pairs, in their order; what is a pair already stays as it is.
 
     The single completions of a prompt make pairs: the first desirable one and the first that is
     not, and so on. What is left over makes none.
     """
-    by_prompt: dict[str, dict[bool, list[Row]]] = defaultdict(lambda: {True: [], False: []})
-    for row in rows:
-        if row.pair.label is None:
-            return rows
-        key = json.dumps([row.pair.prompt, row.pair.context], sort_keys=True)
-        by_prompt[key][row.pair.label].append(row)
-    return [
-        Row(
-            good.number,
-            replace(good.pair, rejected=bad.pair.rejected, label=None),
-            good.checks,
-            good.kept_despite + bad.kept_despite,
-        )
-        for of_prompt in by_prompt.values()
-        for good, bad in zip(of_prompt[True], of_prompt[False], strict=False)
-    ]
+    if not len(rows) or NO_LABEL in rows.column("label"):
+        return rows
+    by_prompt: dict[bytes, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+    for at, (asked, label) in enumerate(
+        zip(rows.column("asked").tolist(), rows.column("label").tolist(), strict=True)
+    ):
+        by_prompt[asked][label].append(at)
+    return Rows(
+        _pair_of(rows[good], rows[bad])
+        for bads, goods in by_prompt.values()
+        for good, bad in zip(goods, bads, strict=False)
+    )
+
+
+def _pair_of(good: Row, bad: Row) -> Row:
+    """Return the pair that a desirable and an undesirable completion of a prompt make."""
+    pair = replace(good.pair, rejected=bad.pair.rejected, label=None)
+    return Row(good.number, pair, good.checks, good.kept_despite + bad.kept_despite)
+
+
+def _find_leaks(rows: Rows, held_out: Rows) -> tuple[Places, Places]:
+    """Return the places of rows that leak a held-out prompt, and those of the prompts they leak.
+
+    Prompts are compared in the form of `normalize`. What leaks exactly leaks in that form too.
+    """
+    (begun, owners), (held_begun, held_owners) = rows.begun(), held_out.begun()
+    whole, held_whole = rows.column("prompt"), held_out.column("prompt")
+    leaks = are_in(whole, held_whole) | are_in(whole, held_begun)
+    leaks[owners[are_in(begun, held_whole)]] = True
+    leaked = are_in(held_whole, whole) | are_in(held_whole, begun)
+    leaked[held_owners[are_in(held_begun, whole)]] = True
+    return np.flatnonzero(leaks), np.flatnonzero(leaked)
 
 
 class _Leak(NamedTuple):
@@ -418,13 +416,13 @@ class _Leaks:
         self._whole: dict[bytes, int] = {}
         self._begun: dict[bytes, int] = {}
         for row in rows:
-            *begun, whole = _beginnings(row.pair.prompt, form)
+            *begun, whole = beginnings_of(row.pair.prompt, form)
             self._whole[whole] = row.number
             self._begun |= dict.fromkeys(begun, row.number)
 
     def find(self, prompt: Content) -> _Leak | None:
         """Return how a prompt leaks a held-out prompt; None: it leaks none."""
-        *begun, whole = _beginnings(prompt, self._form)
+        *begun, whole = beginnings_of(prompt, self._form)
         if whole in self._whole:
             return _Leak("has", self._whole[whole])
         if whole in self._begun:
