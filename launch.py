@@ -15,6 +15,7 @@ from pathlib import Path
 
 import hydra
 from hydra._internal.utils import get_args_parser
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -115,9 +116,21 @@ def run_job(composed: DictConfig, folder: Path, sweep: Sweep | None) -> None:
             loaded,
             place.path,
             choices=dict(hydra_config.runtime.choices),
-            overrides=list(hydra_config.overrides.task),
+            overrides=[*_own_options(hydra_config), *hydra_config.overrides.task],
             sweep=sweep,
         )
+
+
+def _own_options(hydra_config: HydraConf) -> list[str]:
+    """Return the arguments that tell Hydra where the user's own options are."""
+    sources = hydra_config.runtime.config_sources
+    own = [source.path for source in sources if source.provider == "command-line"]
+    name = hydra_config.job.config_name
+    return [
+        *(f"--config-dir={Path(path).absolute()}" for path in own),
+        *([f"--config-name={name}"] if name != "config" else []),
+        *(given for given in hydra_config.overrides.hydra if "hydra.searchpath=" in given),
+    ]
 
 
 @contextlib.contextmanager

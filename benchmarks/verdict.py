@@ -10,6 +10,7 @@ Parts (all of them: an hour on a core):
     bootstrap: the same of a bootstrap over pairs alone
     power: sweeps in which a lead is found, all seeds scattering alike
     worse: sweeps in which any of several equal settings is worse in quality
+    worse_looks: the same in any look of a race
     coverage: how often a setting's interval holds its share
     needed: how often as many pairs or seeds as a sweep asks for show the gap
     bound: what rules could do that know all that a verdict has to estimate
@@ -348,11 +349,29 @@ def worse() -> Iterator[tuple[str, dict[str, float]]]:
                 yield what, {"worse": found / NUM_SWEEPS}
 
 
-def any_worse(scores: list[Array]) -> bool:
+def any_worse(scores: list[Array], max_seeds: int | None = None) -> bool:
     """Return whether a verdict takes any setting out for its quality, whatever the margin."""
-    quality = Quality("nll", "nats", Measure(scores, is_share=False), margin=0.0)
+    measure = Measure(scores, is_share=False, max_seeds=max_seeds)
+    quality = Quality("nll", "nats", measure, margin=0.0)
     standings = decide(Measure([np.ones((2, 2))] * len(scores), is_share=True), [quality]).qualities
     return any(standing.worse_in for standing in standings)
+
+
+def worse_looks() -> Iterator[tuple[str, dict[str, float]]]:
+    """Count races of equal settings in which any look shows a setting to be worse than another.
+
+    Every setting gets every seed, since a race that ends early looks less often.
+    """
+    looks = range(MIN_SEEDS, MAX_SEEDS + 1)
+    for num_settings in (2, 8, 20):
+        for name, noisy in (("alike", 0), ("one noisy", 1), ("half noisy", num_settings // 2)):
+            effects = np.where(np.arange(num_settings) < noisy, 0.4, 0.05)
+            rng, found = np.random.default_rng(0), 0
+            for _ in range(NUM_RACES):
+                scores = likelihoods(rng, effects, MAX_SEEDS, 100)
+                found += any(any_worse([s[:num] for s in scores], MAX_SEEDS) for num in looks)
+            what = f"{num_settings} settings, {name}, looks at {MIN_SEEDS} to {MAX_SEEDS} seeds"
+            yield what, {"worse": found / NUM_RACES}
 
 
 def coverage() -> Iterator[tuple[str, dict[str, float]]]:
@@ -593,6 +612,7 @@ PARTS_OF_THIS: dict[str, Callable[[], Iterator[tuple[str, dict[str, float]]]]] =
     "bootstrap": bootstrap,
     "power": power,
     "worse": worse,
+    "worse_looks": worse_looks,
     "coverage": coverage,
     "needed": needed,
     "bound": bounds,

@@ -292,6 +292,13 @@ def test_sharegpts_calls_and_tools_reach_the_template(load: Load, tokenizer: Any
             "wrong_type",
             "a system message of its own",
         ),
+        (
+            ("dataset=file", "dataset.columns.prompt=null", "dataset.columns.system=system"),
+            {"system": "Be brief.", "chosen": f"{ASKED} 4", "rejected": f"{ASKED} 5"},
+            "wrong_type",
+            "texts without a prompt",
+        ),
+        (ALPACA, {**TEXTS, "instruction": " ", "system": "Be brief."}, "empty_prompt", "is empty"),
         (ALPACA, {**TEXTS, "history": [["Hi."]]}, "wrong_type", "no list of [question, answer]"),
         (ALPACA, {**TEXTS, "system": ["Be brief."]}, "wrong_type", "system is of type list"),
         (

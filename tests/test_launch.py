@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,11 @@ from omegaconf import OmegaConf
 
 import launch as command
 from orpo_lab import config
+from orpo_lab.compare.evidence import compare
+from orpo_lab.compare.read import read_run
+from orpo_lab.compare.ship import choose
 from orpo_lab.errors import UserError
+from orpo_lab.metrics import MARGINS
 from orpo_lab.records.run_folder import RunFolder
 from orpo_lab.sweep.jobs import Jobs
 from tests.conftest import ROOT, break_import_of_wandb
@@ -317,6 +322,21 @@ def test_a_number_in_a_recipe_where_text_belongs_is_refused(launch: Launch, tmp_
     (tmp_path / "own" / "experiment" / "mine.yaml").write_text(recipe)
     line = refused(launch("--config-dir", "own", "experiment=mine", expect=1))
     assert "model.revision is text, and 1.1 without quotes" in line
+
+
+@pytest.mark.slow
+def test_the_command_that_repeats_a_run_names_the_options_of_ones_own(
+    launch: Launch, tmp_path: Path
+) -> None:
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    recipe = "# @package _global_\nbeta: 0.37\ntrain:\n  max_steps: 2\n"
+    (tmp_path / "own" / "experiment" / "mine.yaml").write_text(recipe)
+    small = ("dataset.num_eval=8", "dataset.num_generations=0", "hydra.run.dir=run")
+    launch("--config-dir", "own", "experiment=mine", *small)
+    found = read_run(tmp_path / "run")
+    _, _, *given = shlex.split(choose(compare([found], MARGINS)).repeat)
+    assert given[0] == f"--config-dir={tmp_path / 'own'}"
+    assert yaml.safe_load(launch(*given, "--cfg", "job").stdout)["beta"] == 0.37
 
 
 def test_a_sweep_that_left_jobs_out_has_failed() -> None:

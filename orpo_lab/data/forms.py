@@ -242,8 +242,12 @@ def pair_of(
             objects, the system message or the earlier turns have no place, or `split` raises.
     """
     check_size([prompt, chosen, rejected])
-    pair = _after(_before(row, columns), split(prompt, chosen, rejected))
-    ignored = _ignored(row, columns, text_of(pair.prompt))
+    before, pair = _before(row, columns), split(prompt, chosen, rejected)
+    if before and prompt is None and isinstance(pair.prompt, str):
+        detail = "a system message or earlier turns stand beside texts without a prompt; name its"
+        raise Fault("wrong_type", f"{detail} column with dataset.columns.prompt=...")
+    pair = _after(before, pair)
+    ignored = _ignored(row, columns, pair.prompt)
     if isinstance(pair.prompt, str):
         return replace(pair, ignored=ignored)
     context = {name: _to_objects(row[name], name) for name in CONTEXT if row.get(name)}
@@ -267,7 +271,7 @@ def _before(row: Mapping[str, Any], columns: Columns) -> list[Message]:
             case _:
                 detail = f"{columns.history} is no list of [question, answer]"
                 raise Fault("wrong_type", detail)
-    check_size(list(before))
+    check_size([before])
     return before
 
 
@@ -284,9 +288,11 @@ def _after(before: list[Message], pair: Pair) -> Pair:
     if not before:
         return pair
     if isinstance(pair.prompt, str):
-        asked: list[Message] = [{"role": "user", "content": pair.prompt}] if pair.prompt else []
+        if not pair.prompt.strip():
+            raise Fault("empty_prompt", "the prompt is empty but for what stands before it")
+        asked = {"role": "user", "content": pair.prompt}
         chosen, rejected = answer(str(pair.chosen)), answer(str(pair.rejected))
-        return replace(pair, prompt=[*before, *asked], chosen=chosen, rejected=rejected)
+        return replace(pair, prompt=[*before, asked], chosen=chosen, rejected=rejected)
     if not pair.prompt or pair.prompt[0]["role"] not in ("system", "developer"):
         return replace(pair, prompt=before + pair.prompt)
     own = pair.prompt[0].get("content", "")
@@ -299,7 +305,7 @@ def _after(before: list[Message], pair: Pair) -> Pair:
     return pair
 
 
-def _ignored(row: Mapping[str, Any], columns: Columns, prompt: str) -> str:
+def _ignored(row: Mapping[str, Any], columns: Columns, prompt: Content) -> str:
     """Return a column with a well-known meaning that the pair does not use; empty: there is none.
 
     A system message that stands in the prompt too is used.
@@ -308,7 +314,9 @@ def _ignored(row: Mapping[str, Any], columns: Columns, prompt: str) -> str:
         value = row.get(name)
         if value in (None, "") or name in names_of(columns).read:
             continue
-        if name not in SYSTEM or (isinstance(value, str) and value.strip() not in prompt):
+        if name not in SYSTEM:
+            return name
+        if isinstance(value, str) and value.strip() not in text_of(prompt):
             return name
     return ""
 

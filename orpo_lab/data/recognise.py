@@ -6,7 +6,14 @@ from typing import NamedTuple
 # A text in one of these columns is the system message
 SYSTEM = ("system", "system_prompt")
 # A value in one of these columns says which of two answers is better
-WINNER = ("winner", "preference_strength", "overall_preference")
+WINNER = (
+    "winner",
+    "winner_model_a",
+    "winner_tie",
+    "better_response_id",
+    "preference_strength",
+    "overall_preference",
+)
 # Columns whose meaning is so well known that a row is not trained on as if they were not there
 TELLING = (*SYSTEM, *WINNER)
 

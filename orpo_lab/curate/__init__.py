@@ -1,0 +1,1 @@
+"""A preference data set of one's own: prompts -> candidates -> votes -> agreement -> pairs."""
