@@ -20,7 +20,7 @@ from orpo_lab.config import Config
 from orpo_lab.config.dataset import Dataset
 from orpo_lab.data.encode import MASKS, Encoder, encode_row
 from orpo_lab.data.pairs import Pair, find_faults
-from orpo_lab.data.splits import Row
+from orpo_lab.data.rows import Row
 from orpo_lab.engine import mismatched
 from orpo_lab.engine.base import COLUMNS
 from orpo_lab.errors import UserError
@@ -197,13 +197,11 @@ def test_mismatched_completions_keep_their_own_masks() -> None:
 
 
 def test_the_fingerprint_is_of_the_masks_too(composed: Dataset, tokenizer: Any) -> None:
-    from orpo_lab.data import _fingerprint
-
     def fingerprint(which: str) -> str:
         encoder = Encoder(replace(composed, supervised=which), tokenizer, TODAY)
         rows = [Row(0, CHATTY, {})]
         encoder.encode(rows)
-        return _fingerprint(encoder.encoded(rows))
+        return fingerprint_of(encoder.encoded(rows))
 
     assert len(set(map(fingerprint, ("completion", "assistant", "last")))) == 3
 

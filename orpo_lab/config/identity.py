@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from orpo_lab.config import SCHEMAS, Config, all_fields, kind, known_key
-from orpo_lab.config.dataset import expand
+from orpo_lab.config.dataset import Files, expand
 from orpo_lab.config.model import local_path
 from orpo_lab.config.policy import Policy
 
@@ -95,9 +95,16 @@ def locations(config: Config) -> dict[str, list[str]]:
         if policy_of(key).kind == "location" and value is not None
     }
     return {
-        key: [_absolute(path, policy_of(key)) for value in values for path in expand(value)]
+        key: [_absolute(path, policy_of(key)) for path in _expanded(key, values)]
         for key, values in given.items()
     }
+
+
+def _expanded(key: str, values: list[str]) -> list[str]:
+    """Return the files that patterns stand for; only keys of files hold patterns."""
+    if all_fields()[known_key(key)].type != Files:
+        return values
+    return [path for value in values for path in expand(value)]
 
 
 def _absolute(value: str, policy: Policy) -> str:
