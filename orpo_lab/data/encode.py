@@ -125,9 +125,9 @@ def encode_row(
             raise Fault("chosen_equals_rejected", "chosen and rejected are the same tokens")
         num_prompt_tokens = len(whole[0])
         num_tokens = num_prompt_tokens + max(map(len, whole[1:]))
-        ids, cut = fit(*whole, dataset)
-        masks = _masks(pair, rendered, whole, ids, dataset, tokenizer, today)
-        ids = _labelled(*ids, label)
+        fitting, cut = fit(*whole, dataset)
+        masks = _masks(pair, rendered, whole, fitting, dataset, tokenizer, today)
+        ids = _labelled(*fitting, label)
         masks = [mask if side else [] for mask, side in zip(masks, ids[1:], strict=True)]
     except Fault as fault:
         faults.append(fault)
