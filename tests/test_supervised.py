@@ -18,6 +18,7 @@ import torch
 from orpo_lab import config, engine
 from orpo_lab.config import Config
 from orpo_lab.config.dataset import Dataset
+from orpo_lab.data import part
 from orpo_lab.data.encode import MASKS, Encoder, encode_row
 from orpo_lab.data.pairs import Pair, find_faults
 from orpo_lab.data.rows import Row
@@ -201,7 +202,7 @@ def test_the_fingerprint_is_of_the_masks_too(composed: Dataset, tokenizer: Any) 
         encoder = Encoder(replace(composed, supervised=which), tokenizer, TODAY)
         rows = [Row(0, CHATTY, {})]
         encoder.encode(rows)
-        return fingerprint_of(encoder.encoded(rows))
+        return part.fingerprint(encoder.encoded(rows))
 
     assert len(set(map(fingerprint, ("completion", "assistant", "last")))) == 3
 
