@@ -9,6 +9,7 @@ rejected), `splits` (repeated rows and held-out rows), `render` (the chat templa
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
@@ -74,13 +75,24 @@ class Data:
         return cls(train, held_out, **json.loads((folder / "data.json").read_text()))
 
 
-def load(config: Dataset, tokenizer: PreTrainedTokenizerBase, *, today: date | None = None) -> Data:
+# Gets the name of a split, and all its rows that were tokenized, also those dropped then
+Watch = Callable[[str, datasets.Dataset], None]
+
+
+def load(
+    config: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    today: date | None = None,
+    watch: Watch | None = None,
+) -> Data:
     """Read, check and tokenize the training pairs and the held-out pairs.
 
     Args:
         config: the source of the rows, and what happens to rows with a fault.
         tokenizer: the model's tokenizer.
         today: the date for chat templates that ask for a date; None: the date of the clock.
+        watch: called for each split with what `encode_row` returned for the rows that were judged.
 
     Raises:
         UserError: the source cannot be read, a row has a fault that `config.faults` refuses, or no
@@ -94,9 +106,9 @@ def load(config: Dataset, tokenizer: PreTrainedTokenizerBase, *, today: date | N
         train.drop_leaks(held_out)
     else:
         held_out, about_held_out = train.hold_out(config.num_eval, encoder.encode), {}
-    train_pairs, train_report = _draw(train, config.num_train, config, encoder)
+    train_pairs, train_report = _draw(train, config.num_train, config, encoder, watch)
     num_eval = config.num_eval or NUM_EVAL
-    held_out_pairs, held_out_report = _draw(held_out, num_eval, config, encoder)
+    held_out_pairs, held_out_report = _draw(held_out, num_eval, config, encoder, watch)
     warn_of_plain_text(train, tokenizer)
     report = {"train": train_report | about_train, "held_out": held_out_report | about_held_out}
     return Data(train_pairs, held_out_pairs, report, isinstance(config, EmbeddedDataset))
@@ -143,12 +155,14 @@ def _read(
 
 
 def _draw(
-    split: Split, num: int | None, config: Dataset, encoder: Encoder
+    split: Split, num: int | None, config: Dataset, encoder: Encoder, watch: Watch | None
 ) -> tuple[datasets.Dataset, dict[str, Any]]:
     """Return `num` good pairs of a split as token ids, and its report."""
     _check_any_left(split)
-    judged = split.draw(num, encoder.encode)
-    warn_of_lengths(split, encoder.encoded(judged), config)
+    judged = encoder.encoded(split.draw(num, encoder.encode))
+    if watch:
+        watch(split.name, judged)
+    warn_of_lengths(split, judged, config)
     warn_of_losses(split)
     _check_any_left(split)
     kept = encoder.encoded(split.rows)

@@ -23,8 +23,10 @@ from orpo_lab.errors import UserError, one_line
 
 Ids = list[int]
 
+# Columns with the numbers of tokens of a pair before any cut
+SIZES = ("num_prompt_tokens", "num_chosen_tokens", "num_rejected_tokens")
 # Columns that say how a pair was tokenized, in addition to its ids and texts
-FOUND = ("num_tokens", "num_prompt_tokens", "unused_ending")
+FOUND = (*SIZES, "unused_ending")
 
 
 class Encoder:
@@ -100,8 +102,8 @@ def encode_row(
             completion the side that its label does not name is empty.
         `prompt_text`, `chosen_text`: the rendered texts, for people.
         `unused_ending`: see `Rendered`.
-        `num_prompt_tokens`, `num_tokens`: numbers of tokens of the prompt, and of the prompt with
-        the longer completion. Both are counted before any cut, and 0 if there are no tokens.
+        SIZES: numbers of tokens of prompt, chosen and rejected before any cut; 0 if there are no
+            tokens. Of a single completion both sides count.
         `cut`: whether the pair was cut.
         `faults`: names and details of the faults, as JSON.
     """
@@ -109,7 +111,7 @@ def encode_row(
     pair = Pair(prompt, chosen, rejected, context=context, label=label)
     ids: tuple[Ids, Ids, Ids] = ([], [], [])
     rendered = Rendered("", "", "")
-    num_prompt_tokens, num_tokens, cut = 0, 0, False
+    sizes, cut = [0, 0, 0], False
     faults: list[Fault] = []
     try:
         rendered = render(pair, tokenizer, today)
@@ -117,8 +119,7 @@ def encode_row(
         whole = tokenize(rendered.prompt, rendered.chosen, rendered.rejected, tokenizer)
         if whole[1] == whole[2] and label is None:
             raise Fault("chosen_equals_rejected", "chosen and rejected are the same tokens")
-        num_prompt_tokens = len(whole[0])
-        num_tokens = num_prompt_tokens + max(map(len, whole[1:]))
+        sizes = [len(part) for part in whole]
         ids, cut = fit(*whole, dataset)
         ids = _labelled(*ids, label)
     except Fault as fault:
@@ -128,8 +129,7 @@ def encode_row(
         "prompt_text": rendered.prompt,
         "chosen_text": rendered.chosen,
         "unused_ending": rendered.unused_ending,
-        "num_prompt_tokens": num_prompt_tokens,
-        "num_tokens": num_tokens,
+        **dict(zip(SIZES, sizes, strict=True)),
         "cut": cut,
         "faults": json.dumps([(fault.name, fault.detail) for fault in faults]),
     }
