@@ -11,16 +11,24 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from orpo_lab import api, config, environment
+from orpo_lab.config.dataset import Dataset
 from orpo_lab.errors import UserError, one_line
-from orpo_lab.redaction import redact
+from orpo_lab.redaction import RedactingFormatter, redact
 from orpo_lab.upstream import silence
+
+if TYPE_CHECKING:
+    import datasets
+
+    from orpo_lab.preview import page
 
 NUM_ROWS = 3
 FOLDER = Path("outputs", "preview")
@@ -51,8 +59,8 @@ def run(options: argparse.Namespace) -> None:
     """Load the data as training would, and show them.
 
     Raises:
-        UserError: the configuration or the data are refused, as by launch.py, or an argument is out
-            of range.
+        UserError: the configuration or the data are refused, as by launch.py, an argument is out of
+            range, or the page cannot be written.
     """
     if options.rows < 0:
         raise UserError(f"--rows {options.rows} must be 0 or more")
@@ -60,10 +68,50 @@ def run(options: argparse.Namespace) -> None:
     loaded = config.load(composed)
     environment.settle()
     silence()
-    # What the data room logs (counts, warnings) belongs to the preview, but not to its JSON
-    logging.basicConfig(stream=sys.stderr, format="%(message)s")
-    logging.getLogger("orpo_lab").setLevel(logging.INFO)
+    from orpo_lab.preview import page
 
+    with _logged():
+        preview = _preview(composed, loaded, options)
+    out = options.out or FOLDER / f"{datetime.now():%Y%m%d-%H%M%S}"
+    try:
+        file = page.write(preview, out)
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be written to: {one_line(error)}; choose another with --out"
+        ) from error
+    if options.json:
+        print(json.dumps(preview.figures | {"page": str(file)}, indent=2))
+        return
+    has_colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    print("\n".join([*page.text(preview, has_colour=has_colour), "", f"preview  {file}"]))
+
+
+@contextmanager
+def _logged() -> Iterator[None]:
+    """Inside this context, show what the data room logs, apart from the command's own output."""
+    log, handler = logging.getLogger("orpo_lab"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(RedactingFormatter("%(message)s"))
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        log.removeHandler(handler)
+
+
+def _preview(
+    composed: DictConfig, loaded: config.Config, options: argparse.Namespace
+) -> "page.Preview":
+    """Load the data, and return their figures and the first rows.
+
+    Args:
+        composed: the configuration before it was checked; another `max_length` is tried in it.
+        loaded: the configuration.
+        options: those of the command.
+    """
+    # These imports take seconds, so they wait until the configuration is checked
     from orpo_lab import data, methods
     from orpo_lab.model.source import load_config
     from orpo_lab.model.start import origin_of
@@ -78,10 +126,10 @@ def run(options: argparse.Namespace) -> None:
     origin.check_tokenizer(tokenizer)
     lengths: dict[str, figures.Lengths] = {}
 
-    def watch(split: str, judged: Any) -> None:
+    def watch(split: str, judged: "datasets.Dataset") -> None:
         lengths[split] = figures.Lengths.of(judged)
 
-    def of_length(max_length: int) -> Any:
+    def of_length(max_length: int) -> Dataset | None:
         other = composed.copy()
         OmegaConf.update(other, "dataset.max_length", max_length)
         try:
@@ -101,27 +149,13 @@ def run(options: argparse.Namespace) -> None:
         "max_length": loaded.dataset.max_length,
         "overlong": loaded.dataset.overlong,
         "splits": {
-            split: {"report": pairs.report[split], "lengths": lengths[split].percentiles()}
-            for split in lengths
+            split: {"report": pairs.report[split], "lengths": of_split.percentiles()}
+            for split, of_split in lengths.items()
         },
         "candidates": figures.candidates(lengths["train"], loaded.dataset, of_length),
         "near_duplicates": figures.duplicates(pairs),
         "length_bias": figures.length_bias(pairs),
     }
     reader = Reader(tokenizer, method.scores_prompt, method.reads_rejected)
-    shown = [
-        reader.read(row) for row in pairs.train.select(range(min(options.rows, len(pairs.train))))
-    ]
-    out = options.out or FOLDER / f"{datetime.now():%Y%m%d-%H%M%S}"
-    preview = page.Preview(found, shown)
-    try:
-        file = page.write(preview, out)
-    except OSError as error:
-        raise UserError(
-            f"{out} cannot be written to: {one_line(error)}; choose another with --out"
-        ) from error
-    if options.json:
-        print(json.dumps(found | {"page": str(file)}, indent=2))
-        return
-    has_colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    print("\n".join([*page.text(preview, has_colour=has_colour), "", f"preview  {file}"]))
+    first = pairs.train.select(range(min(options.rows, len(pairs.train))))
+    return page.Preview(found, [reader.read(row) for row in first])

@@ -27,7 +27,7 @@ class Preview:
     """Everything that is shown."""
 
     figures: dict[str, Any]
-    """What `command.figures_of` returns; the content of the JSON."""
+    """What `--json` prints; docs/data.md explains each key."""
     rows: list[list[Part]]
 
 
