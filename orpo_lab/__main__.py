@@ -13,6 +13,7 @@ from orpo_lab.errors import UserError, one_line
 COMMANDS = {
     "compare": ("orpo_lab.compare.command", "compare runs, over held-out pairs and seeds"),
     "dial": ("orpo_lab.dial.command", "mix two runs, and see which betas a mixture predicts"),
+    "preview": ("orpo_lab.preview.command", "look at preference data before training"),
     "search": ("orpo_lab.sweep.search", "search beta and other keys with Optuna"),
     "workspace": ("orpo_lab.tracker.workspace", "save a W&B workspace that compares runs"),
 }

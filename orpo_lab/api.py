@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import hydra
 from hydra import initialize_config_dir
+from omegaconf import DictConfig
 
 from orpo_lab import config, environment
 from orpo_lab.config import guard
@@ -49,6 +50,17 @@ def compose(*overrides: str) -> Experiment:
         UserError: a key, an option or a value is unknown, or choices do not fit together; the text
             names the key to change.
     """
+    composed = compose_unchecked(*overrides)
+    loaded = config.load(config.without_hydra(composed))
+    return Experiment(loaded, dict(composed.hydra.runtime.choices), list(overrides))
+
+
+def compose_unchecked(*overrides: str) -> DictConfig:
+    """Compose the configuration of a run with Hydra's own part; `config.load` would check it.
+
+    Raises:
+        UserError: a key or an option is unknown, or the overrides are of Hydra's own settings.
+    """
     given = [override for override in overrides if override.lstrip("+~").startswith("hydra")]
     if given:
         raise UserError(f"{given[0]} is for the command line; the folder is an argument of train")
@@ -56,11 +68,9 @@ def compose(*overrides: str) -> Experiment:
     guard.check_what_is_composed()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = hydra.compose("config", as_typed(overrides), return_hydra_config=True)
+            return hydra.compose("config", as_typed(overrides), return_hydra_config=True)
     except NOT_COMPOSED as error:
         raise UserError(explain(error)) from error
-    loaded = config.load(config.without_hydra(composed))
-    return Experiment(loaded, dict(composed.hydra.runtime.choices), list(overrides))
 
 
 def train(experiment: Experiment, folder: Path | str) -> "RunResult":

@@ -22,7 +22,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 
 from orpo_lab import engine, metrics
 from orpo_lab.config import Config
-from orpo_lab.data import SOURCE, Data, embedded, template
+from orpo_lab.data import SOURCE, Data, embedded, length_bias, template
 from orpo_lab.data.encode import special_tokens
 from orpo_lab.engine.packing import by_length, num_supervised
 from orpo_lab.engine.scoring import Scorer
@@ -79,6 +79,9 @@ class Evaluation:
     """The answers to the first `dataset.num_generations` prompts."""
     seconds: float
     """The time that the evaluation took."""
+    length_guess: list[float] | None = None
+    """Whether a guess by length alone is right at each pair: 1, 0, or 0.5 for a tie. None: there is
+    no training pair to fix the rule of the guess on."""
 
     def by_pair(self) -> dict[str, list[Any]]:
         """Return columns with a row for every held-out pair.
@@ -90,6 +93,7 @@ class Evaluation:
         return {
             "chosen_logp": self.scores.chosen_logps.tolist(),
             "rejected_logp": self.scores.rejected_logps.tolist(),
+            "length_guess": self.length_guess or [None] * len(self.scores.chosen_logps),
             "chosen_tokens": [int(size) for size in self.scores.chosen_sizes],
             "correct": [answer.correct for answer in answers] + unanswered,
             "generated_tokens": [answer.num_tokens for answer in answers] + unanswered,
@@ -104,6 +108,7 @@ class Evaluation:
             "scores": scores,
             "generations": list(map(asdict, self.generations)),
             "seconds": self.seconds,
+            "length_guess": self.length_guess,
         }
         file.write_text(json.dumps(parts, allow_nan=False))
 
@@ -113,7 +118,9 @@ class Evaluation:
         parts = json.loads(file.read_text())
         scores = {name: torch.tensor(values) for name, values in parts["scores"].items()}
         generations = [Generation(**generation) for generation in parts["generations"]]
-        return cls(parts["metrics"], Scores(**scores), generations, parts["seconds"])
+        # An earlier version of orpo_lab kept no guesses
+        guesses = parts.get("length_guess")
+        return cls(parts["metrics"], Scores(**scores), generations, parts["seconds"], guesses)
 
 
 def evaluate(
@@ -159,12 +166,15 @@ def evaluate(
             )
     finally:
         model.train(was_training)
-    figures = preference_metrics(scores) | generation_metrics(generations)
+    guesses = length_bias.guess(data.train, data.held_out)
+    figures = preference_metrics(scores) | guess_metrics(guesses) | generation_metrics(generations)
     if data.checkable:
         figures["by_wording"] = by_part(data.held_out["wording"][:], scores, generations)
     if SOURCE in data.held_out.column_names:
         figures["by_source"] = by_part(data.held_out[SOURCE][:], scores, generations)
-    return Evaluation(figures, scores, generations, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    listed = None if guesses is None else guesses.tolist()
+    return Evaluation(figures, scores, generations, seconds, listed)
 
 
 def _check_finite(scores: Scores, desc: str) -> None:
@@ -193,6 +203,17 @@ def preference_metrics(scores: Scores) -> dict[str, Any]:
     return {
         name: value.item() if isinstance(value, Tensor) else value for name, value in found.items()
     }
+
+
+def guess_metrics(guesses: length_bias.Array | None) -> dict[str, Any]:
+    """Return the figures of a guess by length alone, which no model changes.
+
+    Args:
+        guesses: whether the guess is right at each held-out pair, [N]; None: there is no guess.
+    """
+    if guesses is None:
+        return {}
+    return {m.name: m.of_guesses(guesses) for m in metrics.HELD_OUT if m.of_guesses}
 
 
 def by_part(

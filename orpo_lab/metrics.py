@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # The metric by which runs are compared
 PREFERENCE = "preference_accuracy"
+# What a guess by length alone reaches, without any model; see `data.length_bias`
+LENGTH_GUESS = "length_guess_accuracy"
 # How much of the gradient is preference
 PREFERENCE_SHARE = "meter/preference_share"
 # Where answers were checked, the only quality that is compared
@@ -73,6 +75,8 @@ class HeldOutMetric:
     """Computes the metric from the log-probabilities of N pairs."""
     of_answers: "Callable[[list[Generation]], Any] | None" = None
     """Computes the metric from one or more greedy answers."""
+    of_guesses: "Callable[[Array], Any] | None" = None
+    """Computes the metric from whether a guess by length is right at each pair, [N]."""
     of_pair: "Callable[[dict[str, Array]], Array] | None" = None
     """Computes the metric of each pair, [N], from columns [N] of `scores.parquet`; required of a
     quality."""
@@ -236,6 +240,12 @@ HELD_OUT = (
         better="higher",
         is_brief=True,
         of_scores=lambda s: (s.chosen_logps > s.rejected_logps).double().mean(),
+    ),
+    HeldOutMetric(
+        name=LENGTH_GUESS,
+        about="a guess by length alone",
+        is_brief=True,
+        of_guesses=lambda guesses: float(guesses.mean()),
     ),
     HeldOutMetric(
         name="logp_margin",

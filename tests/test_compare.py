@@ -59,6 +59,7 @@ def write(tmp_path: Path) -> Write:
         repetition: float = 0.1,
         num_generations: int = 200,
         num_answered: int = 200,
+        guess: float | None = None,
     ) -> Path:
         place = RunFolder(tmp_path / "sweep" / name)
         values = {"beta": beta, "beta_end": beta_end, "seed": seed, "train": {"max_steps": 10}}
@@ -83,6 +84,7 @@ def write(tmp_path: Path) -> Write:
             "pair": list(range(num)),
             "when": ["after"] * num,
             "chosen_logp": rng.normal(-1, 0.1, num).tolist(),
+            "length_guess": [None if guess is None else pair < guess * num for pair in range(num)],
             "chosen_tokens": [2 + pair % 7 for pair in range(num)],
             "correct": [None] * num if correct is None else correct.tolist(),
             "generated_tokens": [length] * num,
@@ -482,6 +484,23 @@ def test_the_untrained_model_has_a_row_of_its_own(write: Write) -> None:
     assert row["verdict"] == (
         "beta=0.2 is better in preference_accuracy, not separated in exact_match"
     )
+
+
+def test_a_guess_by_length_stands_beside_the_settings_in_every_report(write: Write) -> None:
+    folder = sweep(write, {0.1: 0.55, 0.2: 0.6}, guess=0.61)
+    main(["compare", str(folder)])
+    compared, report = compare_sweep(folder), read_report(folder)
+    *_, row = table_of_settings(compared, choose(compared))
+    assert row["setting"] == "a guess by length alone"
+    assert row["preference_accuracy"].startswith("0.610 [0.5")
+    figure, not_above = verdict_text(compared)[-2:]
+    assert figure.startswith("A guess by length alone: 0.610 [0.5")
+    assert not_above.startswith("Not shown to be above that guess: beta=0.2 (by ")
+    for name in ("report.html", "report.md"):
+        assert (folder / name).read_text().count(not_above) == 2
+    assert report["length_guesses"][0]["preference_accuracy"]["estimate"] == 0.61
+    assert report["length_guesses"][0]["settings"] == ["beta=0.1", "beta=0.2"]
+    assert report["ship"]["against_length_guess"]["said"] == "not separated"
 
 
 def read_report(folder: Path) -> Any:

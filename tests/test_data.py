@@ -180,7 +180,7 @@ def test_a_pair_that_does_not_fit_follows_the_stated_policy(
         assert fit(PROMPT, SHORT, LONG, settings) == ((prompt, shorter, longer), cut)
 
 
-def test_a_pairs_length_is_that_of_its_prompt_and_its_longer_side(
+def test_the_lengths_of_a_pair_are_those_of_its_prompt_and_of_each_side(
     load: Load, tokenizer: Any
 ) -> None:
     long = [{"role": "assistant", "content": "it is four, since two and two are four"}]
@@ -188,9 +188,8 @@ def test_a_pairs_length_is_that_of_its_prompt_and_its_longer_side(
         row = {"pair": to_json(Pair([ASKED], *sides))}
         dataset = load().dataset
         found = encode_row(row, dataset=dataset, tokenizer=tokenizer, today=date(2026, 11, 27))
-        sizes = [len(found[f"{side}_ids"]) for side in ("prompt", "chosen", "rejected")]
-        assert sizes[0] == found["num_prompt_tokens"]
-        assert sizes[0] + max(sizes[1:]) == found["num_tokens"]
+        for side in ("prompt", "chosen", "rejected"):
+            assert len(found[f"{side}_ids"]) == found[f"num_{side}_tokens"]
 
 
 def test_a_cut_that_makes_both_sides_equal_is_a_fault(load: Load) -> None:

@@ -382,10 +382,14 @@ def test_lengths_that_are_proposed_keep_19_of_20_rows(
 ) -> None:
     unread: Any = None
     split = Split("train", unread, unread)
-    # 100 prompts of 1 to 100 tokens; the pairs are three times as long
-    prompts = list(range(1, 101))
+    # 100 prompts of 1 to 100 tokens; the pairs are three times as long, by one side or the other
+    sizes = range(1, 101)
     judged = datasets.Dataset.from_dict(
-        {"num_prompt_tokens": prompts, "num_tokens": [3 * size for size in prompts]}
+        {
+            "num_prompt_tokens": sizes,
+            "num_chosen_tokens": [size * (1 + size % 2) for size in sizes],
+            "num_rejected_tokens": [size * (2 - size % 2) for size in sizes],
+        }
     )
     lengths = load("dataset.max_length=64", "dataset.max_prompt_length=32").dataset
     for number in range(11):

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -352,9 +353,7 @@ def front(here: Path) -> Callable[..., Front]:
         return Setting(run.folder.name, run.values, seeds)
 
     def scores_of(found: Evaluation) -> dict[str, Any]:
-        return {
-            name: torch.tensor(column).double().numpy() for name, column in found.by_pair().items()
-        }
+        return {name: np.array(column, dtype=float) for name, column in found.by_pair().items()}
 
     def make(*points: tuple[int, int]) -> Front:
         trained = setting(middle, evaluation(3600, 3600, 4000))

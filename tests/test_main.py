@@ -25,7 +25,7 @@ def test_a_command_says_what_it_takes(command: str, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["compaer", "x"], "error: compaer is no command; there are: compare, dial, search"),
+        (["compaer", "x"], "error: compaer is no command; there are: compare, dial, preview"),
         (["compare", "nowhere"], "error: nowhere is not a run folder"),
     ],
 )

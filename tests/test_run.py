@@ -97,7 +97,7 @@ def of_optimizers(*quick: str, slow: tuple[str, ...] = ()) -> pytest.MarkDecorat
 def test_a_run_leaves_everything_and_a_clean_terminal(finished: Finished) -> None:
     run, said = finished.folder, finished.said
     assert said.stderr == "", "no upstream warning in a normal run"
-    assert "| preference_accuracy |" in said.stdout
+    assert "| preference_accuracy " in said.stdout
     assert "4 steps are 1 epochs of 64 pairs" in said.stdout
     summary = summary_of(run)
     for when in ("before", "after"):

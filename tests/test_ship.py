@@ -11,6 +11,7 @@ import pytest
 
 from orpo_lab import config
 from orpo_lab.compare.evidence import Comparison, compare
+from orpo_lab.compare.guess import gain, guesses
 from orpo_lab.compare.read import Run
 from orpo_lab.compare.ship import choose
 from orpo_lab.compare.untrained import gains, listed, untrained
@@ -126,6 +127,56 @@ def test_a_setting_whose_quality_is_in_doubt_is_not_proposed_where_there_is_anot
     assert ship.setting.name == "beta=0.1"
     assert "of those whose quality is not in doubt" in ship.headline()
     assert any("the exact_match of beta=0.2 is below" in line for line in ship.would_change())
+
+
+def guessing(settings: Mapping[float, Sequence[float]], guess: dict[float, Any]) -> Comparison:
+    """Compare betas whose folders hold guesses by length of such accuracies; None: no guess."""
+    found = compared(settings)
+    for setting in found.settings:
+        right = guess[setting.values["beta"]]
+        for each in setting.runs:
+            assert each.scores is not None
+            if right is not None:
+                each.scores["length_guess"] = (np.arange(NUM)[::-1] < right * NUM).astype(float)
+    return found
+
+
+def test_the_guess_by_length_is_subtracted_pair_by_pair() -> None:
+    found = guessing({0.1: [0.7, 0.71, 0.72], 0.2: [0.8, 0.82, 0.84]}, {0.1: 0.6, 0.2: 0.6})
+    above = gain(found, 1)
+    assert above is not None
+    assert above.said == "better"
+    assert above.interval.estimate == pytest.approx(0.82 - 0.6)
+    # A paired difference: what both get right does not count
+    same = np.stack([each.scores["length_guess"] for each in found.settings[1].runs])  # type: ignore[index]
+    found.accuracy.scores[1][:] = same
+    equal = gain(found, 1)
+    assert equal is not None
+    assert equal.interval.estimate == 0
+
+
+def test_a_model_that_does_not_beat_a_guess_by_length_is_told_so() -> None:
+    (figure,) = choose(guessing({0.1: [0.9, 0.91, 0.92]}, {0.1: 0.6})).against_guess()
+    assert figure.startswith("A guess by length alone: 0.600 [0.5")
+    worse = choose(guessing({0.1: [0.5, 0.51, 0.52]}, {0.1: 0.9})).against_guess()
+    assert worse[1].startswith("Not shown to be above that guess: all runs (by -39")
+    assert len(choose(guessing({0.1: [0.7]}, {0.1: 0.6})).against_guess()) == 1
+    one_seed = choose(guessing({0.1: [0.6]}, {0.1: 0.6})).against_guess()
+    assert one_seed[1] == "Not above that guess: all runs."
+
+
+def test_settings_of_other_training_pairs_may_have_another_guess_or_none() -> None:
+    some = {0.1: [0.8, 0.81], 0.2: [0.7, 0.71]}
+    first, second = guesses(guessing(some, {0.1: 0.6, 0.2: 0.4}))
+    assert (first.name, first.settings) == ("a guess by length alone (beta=0.1)", [0])
+    assert second.interval.estimate == pytest.approx(0.4)
+    (only,) = guesses(partly := guessing(some, {0.1: 0.6, 0.2: None}))
+    assert (only.name, only.settings) == ("a guess by length alone", [0])
+    assert gain(partly, 0) is None
+    assert len(choose(partly).against_guess()) == 1
+    nothing = guessing(some, {0.1: None, 0.2: None})
+    assert not guesses(nothing)
+    assert not choose(nothing).against_guess()
 
 
 def test_one_setting_has_nothing_to_choose_from_and_one_seed_shows_nothing() -> None:

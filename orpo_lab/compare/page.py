@@ -9,6 +9,7 @@ import numpy as np
 
 from orpo_lab.compare import pictures
 from orpo_lab.compare.evidence import Comparison, as_measured
+from orpo_lab.compare.guess import guesses
 from orpo_lab.compare.read import Run
 from orpo_lab.compare.record import record
 from orpo_lab.compare.ship import Ship, choose
@@ -79,9 +80,15 @@ def _of_run(run: Run) -> str:
 
 
 def table_of_settings(comparison: Comparison, ship: Ship) -> list[dict[str, str]]:
-    """Return a row for each setting, then a row for each model before training."""
+    """Return a row for each setting, for each model before training, and for a guess by length."""
     rows = setting_rows(comparison)
-    return [*rows, *_untrained_rows(comparison, ship, list(rows[0]))]
+    columns = list(rows[0])
+    guessed = [
+        dict.fromkeys(columns, "")
+        | {"setting": guess.name, PREFERENCE: interval_text(guess.interval)}
+        for guess in guesses(comparison)
+    ]
+    return [*rows, *_untrained_rows(comparison, ship, columns), *guessed]
 
 
 def _untrained_rows(comparison: Comparison, ship: Ship, columns: list[str]) -> list[dict[str, str]]:

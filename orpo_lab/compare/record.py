@@ -3,6 +3,7 @@
 from typing import Any
 
 from orpo_lab.compare.evidence import Comparison, as_measured
+from orpo_lab.compare.guess import gain, guesses
 from orpo_lab.compare.read import Run
 from orpo_lab.compare.ship import Ship
 from orpo_lab.compare.untrained import untrained
@@ -32,6 +33,13 @@ def record(comparison: Comparison, ship: Ship) -> dict[str, Any]:
             }
             for model in untrained(comparison)
         ],
+        "length_guesses": [
+            {
+                "settings": [comparison.settings[number].name for number in guess.settings],
+                PREFERENCE: guess.interval.as_json(),
+            }
+            for guess in guesses(comparison)
+        ],
         "runs": [_run(run) for run in comparison.runs],
         "warnings": comparison.warnings,
     }
@@ -39,6 +47,7 @@ def record(comparison: Comparison, ship: Ship) -> dict[str, Any]:
 
 def _ship(ship: Ship) -> dict[str, Any]:
     settings = ship.comparison.settings
+    above = gain(ship.comparison, ship.number)
     return {
         "setting": ship.setting.name,
         "is_winner": ship.is_winner,
@@ -49,6 +58,7 @@ def _ship(ship: Ship) -> dict[str, Any]:
         "against_untrained": {
             gain.name: {"said": gain.said, **gain.interval.as_json()} for gain in ship.gains
         },
+        "against_length_guess": above and {"said": above.said, **above.interval.as_json()},
         "export": ship.export,
         "repeat": ship.repeat,
         "would_change": ship.would_change(),

@@ -14,7 +14,7 @@ from orpo_lab.compare.evidence import Comparison, Setting
 from orpo_lab.compare.read import Run
 from orpo_lab.compare.untrained import Gain, gains, listed, name_before
 from orpo_lab.compare.verdict import Quality
-from orpo_lab.compare.words import amount_text, gap_text, needed_text
+from orpo_lab.compare.words import against_guess, amount_text, gap_text, needed_text
 from orpo_lab.redaction import HIDDEN
 
 # A quality is at the edge of its margin if it is at most this share of the margin away from it
@@ -190,6 +190,10 @@ class Ship:
         if self.gains[0].said == "not separated":
             sentences.append("It is not shown that training has improved preference accuracy.")
         return sentences
+
+    def against_guess(self) -> list[str]:
+        """Return how the setting compares with a guess by length alone, as sentences."""
+        return against_guess(self.comparison, self.number)
 
     def brief(self) -> list[str]:
         """Return two lines for a terminal: what to ship, and where it is."""

@@ -72,7 +72,7 @@ def untrained(comparison: Comparison) -> list[Untrained]:
             names = [comparison.settings[number].name for number in numbers]
             name += f" ({listed(names)})"
         intervals = [
-            _interval(scores, is_share=figure.measure.is_share)
+            over_pairs(scores, is_share=figure.measure.is_share)
             for figure, scores in zip(_figures(comparison), _before(comparison, run), strict=True)
         ]
         assert run.summary is not None
@@ -133,8 +133,8 @@ def _before(comparison: Comparison, run: Run) -> list[Array]:
     return [prefers(scores), *of_qualities]
 
 
-def _interval(scores: Array, *, is_share: bool) -> Interval:
-    """Return the mean of one model's scores, [N], with its interval over pairs.
+def over_pairs(scores: Array, *, is_share: bool) -> Interval:
+    """Return the mean of the scores of one model or guess, [N], with its interval over pairs.
 
     For a share the interval is Wilson's, for other figures Student's.
     """

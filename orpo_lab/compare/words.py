@@ -3,6 +3,7 @@
 import math
 
 from orpo_lab.compare.evidence import Comparison
+from orpo_lab.compare.guess import gain, guesses
 from orpo_lab.compare.verdict import Interval, Verdict
 
 
@@ -37,6 +38,23 @@ def verdict_text(comparison: Comparison) -> list[str]:
         lines += _undecided(comparison, leader, reached)
     if out:
         lines.append(f"Out for their quality: {'; '.join(out)}.")
+    return lines + against_guess(comparison, verdict.leader)
+
+
+def against_guess(comparison: Comparison, number: int) -> list[str]:
+    """Return what a guess by length alone reaches, and whether a setting is not above the guess."""
+    found = next((guess for guess in guesses(comparison) if number in guess.settings), None)
+    above = gain(comparison, number)
+    if found is None:
+        return []
+    lines = [f"A guess by length alone: {interval_text(found.interval)}."]
+    name = comparison.settings[number].name
+    if above is None or (math.isnan(above.interval.low) and above.interval.estimate > 0):
+        return lines
+    if math.isnan(above.interval.low):
+        lines.append(f"Not above that guess: {name}.")
+    elif above.said != "better":
+        lines.append(f"Not shown to be above that guess: {name} (by {gap_text(above.interval)}).")
     return lines
 
 

@@ -25,7 +25,7 @@ from orpo_lab.config.dataset import Dataset, EmbeddedDataset
 from orpo_lab.config.mixture import MixtureDataset
 from orpo_lab.data import mixture, template
 from orpo_lab.data.encode import Encoder
-from orpo_lab.data.part import Drawn, Part, fingerprint
+from orpo_lab.data.part import Drawn, Part, Watch, fingerprint
 from orpo_lab.data.splits import NUM_EVAL, drop_repeats
 from orpo_lab.errors import UserError
 
@@ -69,6 +69,7 @@ def load(
     *,
     today: date | None = None,
     makes_pairs: bool = False,
+    watch: Watch | None = None,
 ) -> Data:
     """Read, check and tokenize the training pairs and the held-out pairs.
 
@@ -78,6 +79,8 @@ def load(
         today: the date for chat templates that ask for a date; None: the date of the clock.
         makes_pairs: whether single completions with a label are made into pairs, for a method that
             needs pairs.
+        watch: called for each split with what `encode_row` returned for the rows that were judged;
+            of a mixture, for each split of each source.
 
     Raises:
         UserError: the source cannot be read, a row has a fault that `config.faults` refuses, no
@@ -88,7 +91,7 @@ def load(
     named: dict[str | None, Dataset] = {None: config}
     if isinstance(config, MixtureDataset):
         named = {name: config.of(name) for name in config.sources}
-    parts = [Part(name, part, tokenizer) for name, part in named.items()]
+    parts = [Part(name, part, tokenizer, watch) for name, part in named.items()]
     drop_repeats([part.train for part in parts])
     drop_repeats([part.held_out for part in parts if part.held_out])
     held_out = [part.hold_out(encoder) for part in parts]

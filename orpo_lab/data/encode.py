@@ -26,8 +26,10 @@ Ids = list[int]
 
 # Columns that say which tokens of the completions are supervised; without them all are
 MASKS = ("chosen_mask", "rejected_mask")
+# Columns with the numbers of tokens of a pair before any cut
+SIZES = ("num_prompt_tokens", "num_chosen_tokens", "num_rejected_tokens")
 # Columns that say how a pair was tokenized, in addition to its ids and texts
-FOUND = ("num_tokens", "num_prompt_tokens", "unused_ending")
+FOUND = (*SIZES, "unused_ending")
 
 
 class Encoder:
@@ -105,8 +107,8 @@ def encode_row(
             a `dataset.supervised` that leaves tokens out.
         `prompt_text`, `chosen_text`: the rendered texts, for people.
         `unused_ending`: see `Rendered`.
-        `num_prompt_tokens`, `num_tokens`: numbers of tokens of the prompt, and of the prompt with
-        the longer completion. Both are counted before any cut, and 0 if there are no tokens.
+        SIZES: numbers of tokens of prompt, chosen and rejected before any cut; 0 if there are no
+            tokens. Of a single completion both sides count.
         `cut`: whether the pair was cut.
         `faults`: names and details of the faults, as JSON.
     """
@@ -115,7 +117,7 @@ def encode_row(
     ids: tuple[Ids, Ids, Ids] = ([], [], [])
     rendered = Rendered("", "", "")
     masks: list[list[bool]] = [[], []]
-    num_prompt_tokens, num_tokens, cut = 0, 0, False
+    sizes, cut = [0, 0, 0], False
     faults: list[Fault] = []
     try:
         rendered = render(pair, tokenizer, today, dataset.template_kwargs)
@@ -123,8 +125,7 @@ def encode_row(
         whole = tokenize(rendered.prompt, rendered.chosen, rendered.rejected, tokenizer)
         if whole[1] == whole[2] and label is None:
             raise Fault("chosen_equals_rejected", "chosen and rejected are the same tokens")
-        num_prompt_tokens = len(whole[0])
-        num_tokens = num_prompt_tokens + max(map(len, whole[1:]))
+        sizes = [len(part) for part in whole]
         fitting, cut = fit(*whole, dataset)
         masks = _masks(pair, rendered, whole, fitting, dataset, tokenizer, today)
         ids = _labelled(*fitting, label)
@@ -137,8 +138,7 @@ def encode_row(
         "prompt_text": rendered.prompt,
         "chosen_text": rendered.chosen,
         "unused_ending": rendered.unused_ending,
-        "num_prompt_tokens": num_prompt_tokens,
-        "num_tokens": num_tokens,
+        **dict(zip(SIZES, sizes, strict=True)),
         "cut": cut,
         "faults": json.dumps([(fault.name, fault.detail) for fault in faults]),
     }

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -36,6 +36,8 @@ CHECKS = ("answer", "family", "wording")
 Name = Literal["train", "held_out"]
 # Pairs as token ids, and their report
 Drawn = tuple[datasets.Dataset, dict[str, Any]]
+# Gets the name of a split, and all its rows that were tokenized, also those dropped then
+Watch = Callable[[Name, datasets.Dataset], None]
 
 
 class Part:
@@ -45,6 +47,7 @@ class Part:
         name: the name of the source; None: the data set is no mixture.
         config: the data set; of a source, what it would be on its own.
         tokenizer: the model's tokenizer.
+        watch: see `data.load`.
 
     Raises:
         UserError: the source cannot be read, or a row has a fault that `config.faults` refuses.
@@ -55,11 +58,16 @@ class Part:
     """The held-out rows; None: none are given, and `hold_out` has not been called."""
 
     def __init__(
-        self, name: str | None, config: Dataset, tokenizer: PreTrainedTokenizerBase
+        self,
+        name: str | None,
+        config: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        watch: Watch | None = None,
     ) -> None:
         self.name = name or ""
         self.config = config
         self._tokenizer = tokenizer
+        self._watch = watch
         self._tokens = special_tokens(tokenizer)
         self._find = partial(
             find_faults,
@@ -134,8 +142,10 @@ class Part:
         split = self._split(name)
         with self._said():
             _check_any_left(split, split.pool)
-            judged = split.draw(num, encoder.encode, in_drawn_order=in_drawn_order)
-            warn_of_lengths(split, encoder.encoded(judged), self.config)
+            judged = encoder.encoded(split.draw(num, encoder.encode, in_drawn_order=in_drawn_order))
+            if self._watch:
+                self._watch(name, judged)
+            warn_of_lengths(split, judged, self.config)
             warn_of_losses(split)
             _check_any_left(split, split.rows)
 

@@ -7,6 +7,7 @@ import datasets
 import numpy as np
 
 from orpo_lab.config.dataset import Dataset
+from orpo_lab.data.encode import SIZES
 from orpo_lab.data.recognise import SYSTEM, WINNER
 from orpo_lab.data.splits import Split
 
@@ -65,7 +66,8 @@ def warn_of_lengths(split: Split, judged: datasets.Dataset, config: Dataset) -> 
         config: says how long a pair may be.
     """
     num_lost = sum(split.dropped.num(fault) for fault in ("prompt_too_long", "pair_too_long"))
-    tokens, prompts = (np.array(judged[name]) for name in ("num_tokens", "num_prompt_tokens"))
+    prompts, chosen, rejected = (np.array(judged[name]) for name in SIZES)
+    tokens = prompts + np.maximum(chosen, rejected)
     tokens, prompts = tokens[tokens > 0], prompts[tokens > 0]
     if num_lost <= LARGE_SHARE * len(tokens):
         return

@@ -50,6 +50,7 @@ SCORES = pa.schema(
         ("when", pa.string()),
         ("chosen_logp", pa.float64()),
         ("rejected_logp", pa.float64()),
+        ("length_guess", pa.float64()),
         ("chosen_tokens", pa.int64()),
         ("correct", pa.bool_()),
         ("generated_tokens", pa.int64()),
@@ -414,8 +415,9 @@ def samples_text(samples: list[dict[str, str]]) -> str:
 def _table(summary: dict[str, Any]) -> str:
     rows = [("held out", "before", "after", "")]
     for metric in HELD_OUT:
-        if metric.is_tabled and metric.name in summary["after"]:
-            before, after = (f"{summary[when][metric.name]:.3f}" for when in ("before", "after"))
+        found = [summary[when].get(metric.name) for when in ("before", "after")]
+        if metric.is_tabled and None not in found:
+            before, after = (f"{value:.3f}" for value in found)
             rows.append((metric.name, before, after, metric.said))
-    lines = [f"| {name:19} | {old:>8} | {new:>8} | {about} |" for name, old, new, about in rows]
-    return "\n".join([lines[0], f"|{'-' * 21}|{'-' * 9}:|{'-' * 9}:|---|", *lines[1:]])
+    lines = [f"| {name:21} | {old:>8} | {new:>8} | {about} |" for name, old, new, about in rows]
+    return "\n".join([lines[0], f"|{'-' * 23}|{'-' * 9}:|{'-' * 9}:|---|", *lines[1:]])
