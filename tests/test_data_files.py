@@ -97,6 +97,21 @@ def test_every_form_holds_the_same_pairs(read: Callable[..., data.Data], tmp_pat
         assert report["num_rows"] == 10
 
 
+def test_a_file_gives_the_pairs_that_it_has_always_given(
+    read: Callable[..., data.Data], tmp_path: Path
+) -> None:
+    """As drawn and held out on 2026-11-26, when all rows were in memory; a resume relies on it."""
+    rows = [
+        {"prompt": f"add {number % 45} and 2.", "chosen": str(number), "rejected": "no"}
+        for number in range(60)
+    ]
+    drawn = ("dataset.num_train=20", "dataset.num_eval=5")
+    report = read(write(tmp_path / "rows.jsonl", rows), *drawn).report
+    assert report["train"]["fingerprint"].startswith("905607f74bd82cd7")
+    assert report["held_out"]["fingerprint"].startswith("a7b92ab104e70490")
+    assert (report["train"]["num_not_drawn"], report["held_out"]["num_not_drawn"]) == (34, 1)
+
+
 def test_files_are_read_as_one_and_their_rows_keep_their_names(
     read: Callable[..., data.Data], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
