@@ -235,9 +235,7 @@ def compare(candidates: Sequence[Candidate]) -> Compared:
     for candidate in candidates:
         if candidate.text.strip():
             by_prompt[candidate.prompt_id].append(candidate)
-    pairs = [
-        pair for answers in by_prompt.values() for pair in itertools.combinations(answers, 2)
-    ]
+    pairs = [pair for answers in by_prompt.values() for pair in itertools.combinations(answers, 2)]
     differing = [(one, other) for one, other in pairs if one.text.strip() != other.text.strip()]
     return Compared(
         list(_comparisons(differing)),

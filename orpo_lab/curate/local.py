@@ -11,7 +11,6 @@ answered without.
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -83,7 +82,8 @@ class Local:
             yield [(request, one) for request, one in found if request.id not in have]
 
     def _of_block(self, block: Sequence[Request]) -> list[Answer | Failure]:
-        prompts, results = {}, {}
+        prompts: dict[int, list[int]] = {}
+        results: dict[int, Answer | Failure] = {}
         for number, request in enumerate(block):
             ids = self._encode(request)
             if isinstance(ids, Failure):
@@ -113,7 +113,7 @@ class Local:
 
     def _generate(
         self, prompts: dict[int, list[int]], block: Sequence[Request]
-    ) -> dict[int, Answer | Failure]:
+    ) -> dict[int, Answer]:
         limit = block[0].max_new_tokens
         with (
             torch.no_grad(),

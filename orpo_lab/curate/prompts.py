@@ -26,7 +26,7 @@ from orpo_lab.errors import UserError
 COLUMNS = ("prompt", "messages", "conversation", "question", "instruction")
 # Tokens that control the model are looked for by training, which knows the model
 _NO_TOKENS = re.compile("(?!)")
-_ANSWERS = [[{"role": "assistant", "content": text}] for text in ("yes", "no")]
+_YES, _NO = ([{"role": "assistant", "content": text}] for text in ("yes", "no"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -142,7 +142,7 @@ def to_prompt(row: Any, column: str | None = None) -> list[Message]:
     messages = [{"role": "user", "content": content}] if isinstance(content, str) else [*content]
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
-    for fault in find_faults(Pair(messages, *_ANSWERS), _NO_TOKENS):
+    for fault in find_faults(Pair(messages, _YES, _NO), _NO_TOKENS):
         raise fault
     return messages
 
