@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -64,13 +64,7 @@ class Endpoint:
         self._key = os.environ.get(key_variable, "").strip()
         self._key_variable = key_variable
         self._pace = Pace(rate)
-        self._client = openai.OpenAI(
-            base_url=url,
-            api_key=self._key or "none",
-            timeout=timeout,
-            max_retries=retries,
-            http_client=openai.DefaultHttpxClient(event_hooks={"request": [self._pace.wait]}),
-        )
+        self._timeout, self._retries = timeout, retries
 
     def answer(
         self, requests: Sequence[Request], have: Collection[str]
@@ -84,38 +78,51 @@ class Endpoint:
         asked = [request for request in requests if request.id not in have]
         if not asked:
             return
-        # The first request goes alone and once: what is wrong with all of them shows at once
-        first = self._ask(asked[0], is_first=True)
-        if isinstance(first, Answer):
-            yield [(asked.pop(0), first)]
-        pool = ThreadPoolExecutor(self._concurrency)
-        futures = {pool.submit(self._ask, one): one for one in asked}
-        num_failed = 0
-        try:
-            for future in as_completed(futures):
-                result = future.result()
-                yield [(futures[future], result)]
-                num_failed = num_failed + 1 if isinstance(result, Failure) else 0
-                if num_failed == MAX_FAILED_IN_A_ROW and isinstance(result, Failure):
-                    raise UserError(
-                        f"{num_failed} requests to {self.settings['endpoint']} failed in a row, "
-                        f"the last one since {result.reason}; the same command goes on"
-                    )
-        except BaseException:
-            # Requests on their way are broken off, so that the step ends at once
-            self._client.close()
-            raise
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        # Closed at the end, whatever the end is: requests on their way are broken off
+        with self._connect() as client:
+            # The first request goes alone and once: what is wrong with all of them shows at once
+            first = self._ask(client.with_options(max_retries=0), asked[0], is_first=True)
+            if isinstance(first, Answer):
+                yield [(asked.pop(0), first)]
+            pool = ThreadPoolExecutor(self._concurrency)
+            futures = {pool.submit(self._ask, client, one): one for one in asked}
+            try:
+                yield from self._collect(futures)
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
 
-    def _ask(self, request: Request, *, is_first: bool = False) -> Answer | Failure:
-        """Return the answer to a request; the first request is tried once.
+    def _connect(self) -> openai.OpenAI:
+        return openai.OpenAI(
+            base_url=self.settings["endpoint"],
+            api_key=self._key or "none",
+            http_client=openai.DefaultHttpxClient(event_hooks={"request": [self._pace.wait]}),
+            timeout=self._timeout,
+            max_retries=self._retries,
+        )
+
+    def _collect(
+        self, futures: dict[Future[Answer | Failure], Request]
+    ) -> Iterator[list[tuple[Request, Answer | Failure]]]:
+        num_failed = 0
+        for future in as_completed(futures):
+            result = future.result()
+            yield [(futures[future], result)]
+            num_failed = num_failed + 1 if isinstance(result, Failure) else 0
+            if isinstance(result, Failure) and num_failed == MAX_FAILED_IN_A_ROW:
+                raise UserError(
+                    f"{num_failed} requests to {self.settings['endpoint']} failed in a row, the "
+                    f"last one since {result.reason}; the same command goes on"
+                )
+
+    def _ask(
+        self, client: openai.OpenAI, request: Request, *, is_first: bool = False
+    ) -> Answer | Failure:
+        """Return the answer to a request.
 
         Raises:
             UserError: no other request would be answered either.
         """
         url = self.settings["endpoint"]
-        client = self._client.with_options(max_retries=0) if is_first else self._client
         try:
             reply = client.chat.completions.create(
                 model=self.name,
