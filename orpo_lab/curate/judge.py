@@ -121,8 +121,10 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def annotator_of(judge: Answerer) -> str:
-    """Return the name under which a judge votes."""
-    return f"{judge.name} (prompt {VERSION})"
+    """Return the name under which a judge votes; a local model is named by folder and weights."""
+    weights = judge.found.get("weights")
+    name = f"{Path(judge.name).name} {weights[:8]}" if weights else judge.name
+    return f"{name} (prompt {VERSION})"
 
 
 @dataclass(frozen=True)
