@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentParser
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -256,6 +256,23 @@ def test_an_answer_is_that_of_its_seed_whatever_is_answered_beside_it(
         assert [one.text for one in found if isinstance(one, Answer)] == expected
 
 
+def test_a_batch_of_which_an_answer_is_missing_is_answered_as_a_whole(
+    tiny: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+
+    def count(prompts: Any, block: Sequence[Request]) -> Any:
+        sizes.append(len(block))
+        return dict.fromkeys(prompts, Answer("a", "stop", 1))
+
+    monkeypatch.setattr(tiny, "_batch_size", 4)
+    monkeypatch.setattr(tiny, "_generate", count)
+    have = {request.id for request in requests()[:7]}
+    found = [request for batch in tiny.answer(requests(), have) for request, _ in batch]
+    assert found == requests()[7:]
+    assert sizes == [4, 2]
+
+
 def test_an_answer_that_is_cut_says_so(tiny: Local) -> None:
     short, long = (
         [
@@ -421,6 +438,7 @@ def test_only_answers_that_differ_and_say_something_are_compared() -> None:
     ("options", "said"),
     [
         (["--num", "0"], "--num 0 is less than the 1 models"),
+        (["--model", TINY], "--model names a model twice"),
         (["--temperatures", "3"], "--temperatures must lie between 0 and 2"),
         (["--top-p", "0"], "--top-p 0 must be above 0 and at most 1"),
         (["--batch-size", "0"], "--batch-size 0 must be above 0"),

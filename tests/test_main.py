@@ -55,7 +55,10 @@ def test_a_package_that_a_step_lacks_is_named_with_its_extra(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["compaer", "x"], "error: compaer is no command; there are: compare, curate, dial, search"),
+        (
+            ["compaer", "x"],
+            "error: compaer is no command; there are: compare, curate, dial, search",
+        ),
         (["curate", "promts", "x"], "error: promts is no command; there are: prompts, candidates"),
         (["compare", "nowhere"], "error: nowhere is not a run folder"),
     ],

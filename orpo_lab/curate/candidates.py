@@ -91,6 +91,8 @@ def run(options: argparse.Namespace) -> None:
 def _check(options: argparse.Namespace) -> None:
     """Refuse arguments that are out of range."""
     check_options(options)
+    if len({*options.model}) < len(options.model):
+        raise UserError("--model names a model twice; --num says how many answers it writes")
     if options.num < len(options.model):
         raise UserError(f"--num {options.num} is less than the {len(options.model)} models")
     if any(not 0 <= one <= 2 for one in options.temperatures or ()):

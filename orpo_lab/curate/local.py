@@ -98,7 +98,11 @@ class Local:
         """Return the token ids of a conversation and the generation prompt, or what is wrong."""
         try:
             encoded = self._tokenizer.apply_chat_template(
-                request.messages, add_generation_prompt=True, return_dict=True
+                request.messages,
+                add_generation_prompt=True,
+                return_dict=True,
+                # What is longer than the context is said below, for people
+                tokenizer_kwargs={"verbose": False},
             )
         # A template is a program: index errors and division by zero are possible too
         except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
@@ -184,10 +188,16 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) 
     greedy = temperature == 0
     scaled = logits.double() / torch.where(greedy, 1.0, temperature)[:, None]
     probabilities = scaled.softmax(-1)
-    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-    # A token stays if those before it do not reach top_p yet; the first one always stays
-    keeps = ordered.cumsum(-1) - ordered < top_p[:, None]
-    kept = torch.zeros_like(probabilities).scatter_(1, order, ordered * keeps)
-    summed = kept.cumsum(-1)
+    if (top_p < 1).any():
+        probabilities = _most_likely(probabilities, top_p)
+    summed = probabilities.cumsum(-1)
     chosen = torch.searchsorted(summed, (uniform * summed[:, -1])[:, None], right=True)[:, 0]
     return torch.where(greedy, logits.argmax(-1), chosen)
+
+
+def _most_likely(probabilities: Tensor, top_p: Tensor) -> Tensor:
+    """Return the probabilities, with 0 for tokens beyond the most likely that reach `top_p`."""
+    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    # A token stays if those before it do not reach top_p yet; so the first one always stays
+    keeps = ordered.cumsum(-1) - ordered < top_p[:, None]
+    return torch.zeros_like(probabilities).scatter_(1, order, ordered * keeps)
