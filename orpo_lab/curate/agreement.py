@@ -305,11 +305,11 @@ def _annotator_lines(annotators: Sequence[Annotator]) -> list[str]:
             f"{one.num_votes}",
             "-" if one.seconds is None else f"{one.seconds:.1f}",
             *map(
-                _percent,
+                percent,
                 (one.tie_share, one.both_bad_share, one.skip_share, one.left_share, one.agreement),
             ),
             "-" if one.alpha_without is None else f"{one.alpha_without:.3f}",
-            _percent(one.self_agreement),
+            percent(one.self_agreement),
         )
         kind = "  (judge)" if one.kind == "judge" else ""
         row = " ".join(f"{figure:>7}" for figure in figures)
@@ -325,8 +325,8 @@ def _rule_lines(found: Sequence[Outcome]) -> list[str]:
     width = max(len(outcome.name) for outcome in found)
     default = next((outcome.name for outcome in found if outcome.rule == Rule()), "")
     rows = [
-        f"{outcome.name:{width}}  {outcome.num_kept:6} {_percent(outcome.observed):>9} "
-        f"{_percent(outcome.expected):>9}{'  (default)' if outcome.name == default else ''}"
+        f"{outcome.name:{width}}  {outcome.num_kept:6} {percent(outcome.observed):>9} "
+        f"{percent(outcome.expected):>9}{'  (default)' if outcome.name == default else ''}"
         for outcome in found
     ]
     return [
@@ -337,7 +337,8 @@ def _rule_lines(found: Sequence[Outcome]) -> list[str]:
     ]
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
+    """Return a share in percent; a dash, if there is none."""
     return "-" if share is None or math.isnan(share) else f"{100 * share:.0f} %"
 
 

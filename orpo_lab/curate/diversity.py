@@ -35,7 +35,7 @@ SEED = 1
 
 @dataclass(frozen=True)
 class Cluster:
-    """Prompts with similar words: how many, the words that tell them apart, and the most typical ones."""
+    """Prompts with similar words: how many, the words that stand out, and typical prompts."""
 
     size: int
     top_words: list[str]

@@ -14,6 +14,8 @@ from orpo_lab.curate.store import Choice, Kind, Vote
 from orpo_lab.errors import UserError
 
 Winner = Literal["first", "second"]
+PEOPLE: tuple[Kind, ...] = ("person",)
+ALL: tuple[Kind, ...] = ("person", "judge")
 # What the annotators say of one comparison: a choice for each annotator who did not skip it
 Opinions = Mapping[str, Choice]
 
@@ -60,7 +62,7 @@ class Rule:
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """The kinds of annotators whose votes count."""
-        return ("person", "judge") if self.judges else ("person",)
+        return ALL if self.judges else PEOPLE
 
     def __post_init__(self) -> None:
         for name in ("min_votes", "margin"):
@@ -126,7 +128,7 @@ class Outcome:
         }
 
 
-def opinions(votes: Iterable[Vote], kinds: Collection[Kind] = ("person",)) -> dict[str, Opinions]:
+def opinions(votes: Iterable[Vote], kinds: Collection[Kind] = PEOPLE) -> dict[str, Opinions]:
     """Return what the annotators say of each comparison, by the comparison's id.
 
     A person's first vote counts (round 0). A judge counts once both orders have been asked: with
