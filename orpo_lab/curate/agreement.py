@@ -20,7 +20,7 @@ import argparse
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from statistics import median
@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from orpo_lab.compare.verdict import Interval
 from orpo_lab.compare.words import interval_text
-from orpo_lab.curate.folder import VOTES
+from orpo_lab.curate.folder import VOTES, read_candidates
 from orpo_lab.curate.rules import Opinions, Outcome, Rule, opinions, outcomes
 from orpo_lab.curate.store import Choice, Comparison, Kind, Store, Vote
 from orpo_lab.errors import UserError
@@ -354,5 +354,26 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         UserError: there are no votes yet.
     """
-    found = measure(*read_votes(options.folder))
-    print(json.dumps(found.as_json(), indent=2) if options.json else "\n".join(lines(found)))
+    comparisons, votes = read_votes(options.folder)
+    found = measure(comparisons, votes)
+    biases = _biases(options.folder, comparisons, votes)
+    if options.json:
+        told = {judge: asdict(bias) for judge, bias in biases.items()}
+        print(json.dumps(found.as_json() | {"biases": told}, indent=2))
+        return
+    print("\n".join(lines(found)))
+    for judge, bias in biases.items():
+        print(f"\n{judge} prefers\n{bias}")
+
+
+def _biases(
+    folder: Path, comparisons: Sequence[Comparison], votes: Sequence[Vote]
+) -> dict[str, Any]:
+    """Return what each judge prefers for reasons other than the answer, by the judge's name."""
+    judges = sorted({vote.annotator for vote in votes if vote.kind == "judge"})
+    if not judges:
+        return {}
+    from orpo_lab.curate.judge import bias_of
+
+    candidates = read_candidates(folder)
+    return {judge: bias_of(judge, votes, comparisons, candidates) for judge in judges}

@@ -135,6 +135,8 @@ def clusters(texts: Sequence[str]) -> list[Cluster]:
     # A word of all prompts tells no cluster from another, nor does a word of a single prompt
     told = np.where(num_with > 1, np.log(len(texts) / num_with), 0)
     weights.data = (1 + np.log(weights.data)) * told[weights.indices]
+    if not weights.data.any():
+        return [_cluster(texts, [])]
     directions = min(NUM_DIRECTIONS, len(words), len(texts))
     places = TruncatedSVD(directions, random_state=SEED).fit_transform(normalize(weights))
     # Prompts are compared by their words and not by their length
