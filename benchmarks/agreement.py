@@ -5,7 +5,7 @@ Parts (all of them: some minutes on a core):
     alpha: alphas of simulated annotators with known error rates, beside the implied one: how far
         they scatter, how often one is within 0.05, and how often the interval holds the implied one
     rules: what a rule's pairs are worth: the share whose chosen answer is the better one, beside
-        the agreement that is observed and the one that is expected
+        the share that is expected from the votes alone
     diversity: time and memory of 10,000 prompts
 
 The last line is one JSON object.
@@ -20,9 +20,9 @@ from statistics import mean, stdev
 from typing import Any
 
 from orpo_lab.curate import diversity
-from orpo_lab.curate.agreement import alpha, alpha_interval, implied_alpha
+from orpo_lab.curate.agreement import alpha, alpha_interval, implied_alpha, implied_error_rate
 from orpo_lab.curate.folder import Prompt
-from orpo_lab.curate.rules import RULES, decide, opinions, outcomes
+from orpo_lab.curate.rules import decide, opinions, outcomes
 from tests.curation import alternating, erring
 
 RATES = (0.1, 0.2, 0.3)
@@ -62,17 +62,16 @@ def of_rules() -> dict[str, Any]:
     better = alternating(4000)
     votes = erring(better, RATES, seed=1)
     said = opinions(votes)
+    error_rate = implied_error_rate(alpha(said.values()))
     found = {}
-    for outcome in outcomes(votes):
-        winners = {
-            key: decide(one.values(), RULES[outcome.name]).winner for key, one in said.items()
-        }
-        right = [winner == better[int(key)] for key, winner in winners.items() if winner]
+    for outcome in outcomes(votes, error_rate):
+        decisions = {key: decide(one.values(), outcome.rule) for key, one in said.items()}
+        right = [one.winner == better[int(key)] for key, one in decisions.items() if one.winner]
         found[outcome.name] = {
             "kept": outcome.num_kept / len(better),
             "right": mean(right),
-            "observed": outcome.observed,
             "expected": outcome.expected,
+            "observed": outcome.observed,
         }
         print(outcome.name, found[outcome.name], flush=True)
     return found

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from orpo_lab.curate.rules import DROPPED, RULES, Rule, decide, opinions, outcomes
+from orpo_lab.curate.rules import DROPPED, RULES, Rule, chance_of_right, decide, opinions, outcomes
 from orpo_lab.curate.store import CHOICES, Choice
 from orpo_lab.errors import UserError
 from tests.curation import alternating, erring, vote, votes_of
@@ -114,29 +114,35 @@ def test_a_judge_counts_once_both_orders_are_asked(
 
 def test_an_outcome_counts_pairs_and_agreement() -> None:
     votes = votes_of({"ann": "ffs", "bob": "fst", "cid": "fft"})
-    (found,) = outcomes(votes, {"most": Rule()})
-    # Comparisons 0 and 1 are kept, and 5 of their 6 votes are for what is chosen
-    assert (found.num_kept, found.observed) == (2, pytest.approx(5 / 6))
-    # Of the nine votes to leave out, four leave two others who are for one answer: all three of
-    # comparison 0, whose votes agree, and bob's of comparison 1, which does not
-    (alone,) = outcomes(votes, {"all": Rule(majority=1)})
-    assert (alone.num_kept, alone.observed, alone.expected) == (1, 1, pytest.approx(3 / 4))
-    assert alone.num_unseen == 4
+    most, every = outcomes(votes, 0.25, {"most": Rule(), "all": Rule(majority=1)})
+    # Comparisons 0 and 1 are kept, with leads of 3 and 1; 5 of their 6 votes are for the chosen one
+    assert (most.num_kept, most.observed) == (2, pytest.approx(5 / 6))
+    assert most.expected == pytest.approx((27 / 28 + 3 / 4) / 2)
+    assert (every.num_kept, every.observed, every.expected) == (1, 1, pytest.approx(27 / 28))
 
 
-def test_what_is_expected_of_votes_by_chance_is_a_half_and_what_is_observed_is_not() -> None:
-    votes = erring(alternating(1500), (0.5, 0.5, 0.5), seed=2)
-    (found,) = outcomes(votes, {"all": Rule(min_votes=3, majority=1)})
-    assert found.observed == 1
-    assert found.num_kept == pytest.approx(1500 / 4, rel=0.15)
-    assert found.expected == pytest.approx(0.5, abs=0.06)
+@pytest.mark.parametrize("name", ["most of 2 votes or more", "all of 3 votes or more"])
+def test_as_many_pairs_are_right_as_is_expected(name: str) -> None:
+    better = alternating(3000)
+    votes = erring(better, (0.2, 0.2, 0.2), seed=2)
+    (found,) = outcomes(votes, 0.2, {name: RULES[name]})
+    decisions = {key: decide(said.values(), RULES[name]) for key, said in opinions(votes).items()}
+    right = [one.winner == better[int(key)] for key, one in decisions.items() if one.winner]
+    assert len(right) == found.num_kept
+    # Four standard errors
+    tolerance = 4 * (found.expected * (1 - found.expected) / len(right)) ** 0.5
+    assert sum(right) / len(right) == pytest.approx(found.expected, abs=tolerance)
+
+
+def test_annotators_who_never_err_are_right_and_those_who_guess_are_half_the_time() -> None:
+    assert (chance_of_right(1, 0.0), chance_of_right(3, 0.5)) == (1, 0.5)
 
 
 def test_rules_about_judges_stand_only_where_a_judge_has_voted() -> None:
     votes = votes_of({"ann": "ff", "bob": ".s"})
     assert not any(outcome.rule.judges for outcome in outcomes(votes))
     judged = votes + [vote("0", "llm", "first", kind="judge", round_=n) for n in (0, 1)]
-    kept = {outcome.rule.judges: outcome.num_kept for outcome in outcomes(judged, RULES)}
+    kept = {outcome.rule.judges: outcome.num_kept for outcome in outcomes(judged)}
     assert kept[True] == 1
     assert {outcome.name for outcome in outcomes(judged)} == set(RULES)
 

@@ -180,9 +180,9 @@ def implied_error_rate(decided: float) -> float:
     alpha = (1 - 2 e)^2.
 
     Args:
-        decided: `alpha_decided`; an alpha below 0 counts as 0.
+        decided: `alpha_decided`; an alpha below 0 counts as 0. NaN gives NaN.
     """
-    return (1 - math.sqrt(max(decided, 0.0))) / 2
+    return (1 - math.sqrt(0.0 if decided < 0 else decided)) / 2
 
 
 def read_votes(folder: Path) -> tuple[list[Comparison], list[Vote]]:
@@ -202,15 +202,16 @@ def measure(
 ) -> Agreement:
     """Measure how far the annotators agree; the page's owner may call this at any time."""
     said = opinions(votes)
+    decided = alpha_interval(said.values(), DECIDED, num_resamples)
     return Agreement(
         num_comparisons=len(comparisons),
         num_voted=len(said),
         num_shared=sum(len(choices) >= 2 for choices in said.values()),
         num_votes=sum(vote.kind == "person" and vote.round == 0 for vote in votes),
         alpha=alpha_interval(said.values(), VALUES, num_resamples),
-        alpha_decided=alpha_interval(said.values(), DECIDED, num_resamples),
+        alpha_decided=decided,
         annotators=_annotators(votes, said),
-        outcomes=outcomes(votes),
+        outcomes=outcomes(votes, implied_error_rate(decided.estimate)),
     )
 
 
@@ -332,8 +333,8 @@ def _rule_lines(found: Sequence[Outcome]) -> list[str]:
     return [
         f"{'a rule would keep':{width}}  {'pairs':>6} {'observed':>9} {'expected':>9}",
         *rows,
-        "observed: votes for the chosen answer; expected: the same of an annotator whose vote the "
-        "rule has not seen",
+        "observed: votes for the chosen answer; expected: pairs whose chosen answer is the better "
+        "one, if all annotators err as the second alpha implies",
     ]
 
 

@@ -42,8 +42,8 @@ def text(curation: "Curation", made: "Pairs", rule: Rule, language: str | None) 
     agreement = measure(curation.comparisons, curation.votes)
     sections = [
         f"# {curation.name}",
-        f"{len(made.rows)} preference pairs: two answers of a language model to one prompt, and "
-        "which of the two people chose. Made with orpo_lab.",
+        f"{len(made.rows)} preference pairs: two answers of a language model to a prompt, and "
+        "the one of them that people chose. Made with orpo_lab.",
         "## Counts",
         _table(("what", "number"), _counts(curation, made)),
         f"The rule: {_words(rule)}.",
@@ -71,7 +71,8 @@ def licence_of(rows: Sequence[dict[str, Any]]) -> str:
     found = {row["provenance"]["licence"] for row in rows}
     if None in found:
         return "unknown"
-    return str(found.pop()) if len(found) == 1 else "other"
+    # The hub's names are in lower case
+    return str(found.pop()).lower() if len(found) == 1 else "other"
 
 
 def length_bias(rows: Sequence[dict[str, Any]]) -> str:
@@ -81,7 +82,7 @@ def length_bias(rows: Sequence[dict[str, Any]]) -> str:
     share = sum(differing) / len(differing) if differing else None
     return (
         f"The longer answer, in characters, is the chosen one in {percent(share)} of the "
-        f"{len(differing)} pairs whose answers differ in length. Who guesses by length alone is "
+        f"{len(differing)} pairs whose answers differ in length. Who guesses the longer one is "
         "right as often."
     )
 
@@ -155,7 +156,7 @@ def _answers(rows: Sequence[dict[str, Any]]) -> str:
         ", ".join(
             f"{key} {value}"
             for key, value in row["provenance"][f"{side}_made_by"].items()
-            if key not in OF_ONE_ANSWER
+            if key not in OF_ONE_ANSWER and value is not None
         )
         for row in rows
         for side in ("chosen", "rejected")

@@ -7,7 +7,7 @@ the answers gave. A vote to skip never counts.
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from orpo_lab.curate.store import Choice, Kind, Vote
@@ -98,6 +98,7 @@ class Decision:
     reason: str
     num_for: int
     num_counted: int
+    lead: int
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,10 @@ class Outcome:
 
     Attributes:
         num_kept: pairs.
-        observed: share of the votes on the kept comparisons that are for the chosen answer. The
-            rule has chosen these comparisons by the same votes, so the share is too high.
-        expected: the same share of votes that the rule has not seen: each annotator is left out in
-            turn, and the others decide, with one vote less asked for. NaN: there is no such vote.
-        num_unseen: votes that `expected` rests on.
+        observed: share of the votes on the kept comparisons that are for the chosen answer; NaN: no
+            comparison is kept.
+        expected: share of the pairs whose chosen answer is expected to be the better one (see
+            `chance_of_right`); NaN: nothing says how often annotators err.
     """
 
     name: str
@@ -118,7 +118,6 @@ class Outcome:
     num_kept: int
     observed: float
     expected: float
-    num_unseen: int
 
     def as_json(self) -> dict[str, Any]:
         """Return the outcome as JSON has it: null for a share of no votes."""
@@ -180,37 +179,51 @@ def decide(choices: Collection[Choice], rule: Rule) -> Decision:
     elif num_for < rule.majority * num_counted:
         reason = "no_majority"
     else:
-        return Decision(winner, "", num_for, num_counted)
-    return Decision(None, reason, num_for, num_counted)
+        return Decision(winner, "", num_for, num_counted, lead)
+    return Decision(None, reason, num_for, num_counted, lead)
 
 
-def outcomes(votes: Collection[Vote], rules: Mapping[str, Rule] = RULES) -> list[Outcome]:
-    """Return what each rule would keep; a rule about judges only where a judge has voted."""
+def chance_of_right(lead: int, error_rate: float) -> float:
+    """Return the probability that the answer with more votes is the better one, by Bayes' rule.
+
+    All annotators take the worse answer at one rate, independently of each other, and before the
+    votes both answers are as likely to be the better one. Ties say nothing.
+
+    Args:
+        lead: votes for the answer, minus votes for the other one.
+        error_rate: of the annotators, 0 to 1/2; NaN: not known.
+    """
+    right, wrong = (1 - error_rate) ** lead, error_rate**lead
+    return right / (right + wrong)
+
+
+def outcomes(
+    votes: Collection[Vote], error_rate: float = math.nan, rules: Mapping[str, Rule] = RULES
+) -> list[Outcome]:
+    """Return what each rule would keep; a rule about judges only where a judge has voted.
+
+    Args:
+        votes: all votes.
+        error_rate: how often annotators take the worse answer; NaN: not known.
+        rules: by their names.
+    """
     has_judges = any(vote.kind == "judge" for vote in votes)
     return [
-        _outcome(name, rule, opinions(votes, rule.kinds).values())
+        _outcome(name, rule, opinions(votes, rule.kinds).values(), error_rate)
         for name, rule in rules.items()
         if has_judges or not rule.judges
     ]
 
 
-def _outcome(name: str, rule: Rule, all_opinions: Collection[Opinions]) -> Outcome:
-    num_kept = 0
-    seen: list[bool] = []
-    unseen: list[bool] = []
-    fewer = replace(rule, min_votes=max(1, rule.min_votes - 1))
-    for said in all_opinions:
-        winner = decide(said.values(), rule).winner
-        if winner:
-            num_kept += 1
-            seen += [choice == winner for choice in said.values()]
-        for annotator, choice in said.items():
-            others = [other for name, other in said.items() if name != annotator]
-            winner = decide(others, fewer).winner
-            if winner:
-                unseen.append(choice == winner)
-    return Outcome(name, rule, num_kept, _share(seen), _share(unseen), len(unseen))
-
-
-def _share(hits: Collection[bool]) -> float:
-    return sum(hits) / len(hits) if hits else math.nan
+def _outcome(name: str, rule: Rule, said: Collection[Opinions], error_rate: float) -> Outcome:
+    agree: list[bool] = []
+    right: list[float] = []
+    for choices in said:
+        decision = decide(choices.values(), rule)
+        if decision.winner:
+            agree += [choice == decision.winner for choice in choices.values()]
+            right.append(chance_of_right(decision.lead, error_rate))
+    observed, expected = (
+        sum(values) / len(values) if values else math.nan for values in (agree, right)
+    )
+    return Outcome(name, rule, len(right), observed, expected)
