@@ -30,7 +30,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orpo_lab.compare.verdict import Interval
-from orpo_lab.compare.words import interval_text
 from orpo_lab.curate.folder import VOTES, read_candidates
 from orpo_lab.curate.rules import Opinions, Outcome, Rule, opinions, outcomes
 from orpo_lab.curate.store import Choice, Comparison, Kind, Store, Vote
@@ -282,6 +281,9 @@ def _share(hits: Sequence[bool]) -> float | None:
 
 def lines(found: Agreement) -> list[str]:
     """Return what the terminal shows of an agreement."""
+    # Its room imports transformers, which takes seconds; the voting page does without
+    from orpo_lab.compare.words import interval_text
+
     said = [
         f"{found.num_votes} votes of people on {found.num_voted} of {found.num_comparisons} "
         f"comparisons; {found.num_shared} have two votes or more",
