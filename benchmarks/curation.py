@@ -90,9 +90,8 @@ class Annotator:
 
 def alike(one: str, other: str) -> float:
     """Return how alike two texts are, 0 to 1; Markdown's signs do not count."""
-    if one == other:
-        return 1.0
-    return SequenceMatcher(None, *(re.sub(r"\W+", " ", text) for text in (one, other))).ratio()
+    one, other = (re.sub(r"\W+", " ", text) for text in (one, other))
+    return SequenceMatcher(None, one, other).ratio()
 
 
 def lists(

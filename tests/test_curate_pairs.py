@@ -25,7 +25,7 @@ SECRET = "hf_" + "a1B2" * 8
 
 
 def curated(votes: list[Vote], num: int, **changes: Any) -> Curation:
-    given = {"prompts": prompts(num), "candidates": candidates(num)} | changes
+    given: dict[str, Any] = {"prompts": prompts(num), "candidates": candidates(num)} | changes
     return Curation("sums", comparisons=comparisons(num), votes=votes, **given)
 
 

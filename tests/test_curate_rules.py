@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 
-from orpo_lab.curate.rules import DROPPED, RULES, Rule, chance_of_right, decide, opinions, outcomes
+from orpo_lab.curate.rules import (
+    ALL,
+    DROPPED,
+    RULES,
+    Rule,
+    chance_of_right,
+    decide,
+    opinions,
+    outcomes,
+)
 from orpo_lab.curate.store import CHOICES, Choice
 from orpo_lab.errors import UserError
 from tests.curation import alternating, erring, vote, votes_of
@@ -108,7 +117,7 @@ def test_a_judge_counts_once_both_orders_are_asked(
     both: tuple[Choice, ...], expected: Choice | None
 ) -> None:
     votes = [vote("0", "llm", choice, kind="judge", round_=n) for n, choice in enumerate(both)]
-    assert opinions(votes, ("judge",)).get("0", {}).get("llm") == expected
+    assert opinions(votes, ALL).get("0", {}).get("llm") == expected
     assert opinions(votes) == {}
 
 
@@ -116,9 +125,9 @@ def test_an_outcome_counts_pairs_and_agreement() -> None:
     votes = votes_of({"ann": "ffs", "bob": "fst", "cid": "fft"})
     most, every = outcomes(votes, 0.25, {"most": Rule(), "all": Rule(majority=1)})
     # Comparisons 0 and 1 are kept, with leads of 3 and 1; 5 of their 6 votes are for the chosen one
-    assert (most.num_kept, most.observed) == (2, pytest.approx(5 / 6))
+    assert [most.num_kept, most.observed] == pytest.approx([2, 5 / 6])
     assert most.expected == pytest.approx((27 / 28 + 3 / 4) / 2)
-    assert (every.num_kept, every.observed, every.expected) == (1, 1, pytest.approx(27 / 28))
+    assert [every.num_kept, every.observed, every.expected] == pytest.approx([1, 1, 27 / 28])
 
 
 @pytest.mark.parametrize("name", ["most of 2 votes or more", "all of 3 votes or more"])
