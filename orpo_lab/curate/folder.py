@@ -2,7 +2,8 @@
 
     prompts.jsonl       one prompt a line
     candidates.jsonl    one answer a line, with the settings that it was made with
-    votes.sqlite        comparisons, annotators and votes (orpo_lab/curate/store.py)
+    votes.sqlite        comparisons, who is asked, and votes (orpo_lab/curate/store.py)
+    votes.key           the secret behind the annotators' links (orpo_lab/curate/links.py)
     pairs.jsonl         what is kept of the votes, for dataset=file
     card.md             the data card: counts, agreement, licences
 
@@ -16,13 +17,16 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from filelock import FileLock, Timeout
 from xxhash import xxh3_64_hexdigest
 
-from orpo_lab.data.pairs import Message
 from orpo_lab.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    # Its room imports transformers, which takes seconds
+    from orpo_lab.data.pairs import Message
 
 PROMPTS = "prompts.jsonl"
 CANDIDATES = "candidates.jsonl"
@@ -40,7 +44,7 @@ class Prompt:
     """A conversation that ends with the user's turn, and where it comes from."""
 
     id: str
-    messages: list[Message]
+    messages: "list[Message]"
     source: str
     row: int
     licence: str | None = None
@@ -64,7 +68,7 @@ class Candidate:
     made_by: dict[str, Any] = field(default_factory=dict)
 
 
-def prompt_id(messages: list[Message]) -> str:
+def prompt_id(messages: "list[Message]") -> str:
     """Return the id of a prompt: the same for the same messages."""
     return xxh3_64_hexdigest(json.dumps(messages, sort_keys=True).encode())
 

@@ -2,7 +2,8 @@
 
 A file is one that training reads too: its rows hold a prompt, or a pair or a conversation that
 begins with a prompt, or a tree of OpenAssistant. A prompt that is there already is left out, so a
-second file adds to the first, and the same command twice adds nothing.
+second file adds to the first, and the same command twice adds nothing. At its end the step says how
+diverse the prompts are.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from orpo_lab.config.dataset import Columns
+from orpo_lab.curate import diversity
 from orpo_lab.curate.folder import PROMPTS, Prompt, append, held, prompt_id, read_prompts
 from orpo_lab.data.faults import Fault, Tally
 from orpo_lab.data.files import Source, read_file
@@ -52,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Add the prompts of files to the folder, and print how many.
+    """Add the prompts of files to the folder, and print how many, and how diverse all are.
 
     Raises:
         UserError: a file cannot be read or holds no prompt, or an argument is out of range.
@@ -72,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
             there = len(drawn) - len(new)
             said = f", {there} are there already or twice" if there else ""
             print(f"{file}: {len(new)} prompts added{said}")
-        print(f"{path}: {len(present)} prompts")
+    print("\n".join([f"{path}:", *diversity.lines(diversity.measure(present))]))
 
 
 def read(file: str, column: str | None, source: str | None, licence: str | None) -> list[Prompt]:
