@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from playwright.sync_api import Page, sync_playwright
-from tests.voters import CHROMIUM, READY, served
 
 from orpo_lab.curate.agreement import implied_alpha, lines, measure
 from orpo_lab.curate.folder import read_candidates
 from orpo_lab.curate.store import Comparison, Store
+from tests.voters import CHROMIUM, READY, served
 
 RATES = {"ann": 0.1, "ben": 0.2, "eve": 0.3}
 SEED = 1
