@@ -190,7 +190,7 @@ def _answer_as(model: Answerer, prompts: Sequence[Prompt], options: argparse.Nam
     num_new = len(slots) - len(have) - failed.total()
     there = f", {len(have)} were there already" if have else ""
     print(f"{model.name}: {num_new} answers{there}")
-    for reason, num in failed.most_common():
+    for reason, num in failed.most_common(3):
         print(f"{model.name}: {num} answers failed; the same command tries again: {reason}")
 
 
