@@ -9,7 +9,7 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,13 @@ import datasets
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+)
 
 from orpo_lab import engine, metrics
 from orpo_lab.config import Config
@@ -38,6 +44,10 @@ TOKENS_PER_BATCH = 8192
 LEAVING = 0.25
 # Tokens of the n-grams whose repetition is measured (Welleck et al. 2019, arXiv:1908.04319)
 REPETITION_NGRAM = 3
+
+# Chooses the next token of each answer of a batch, [B], given the numbers of the prompts, how many
+# tokens the answers have so far, and the logits [B, V]
+Choose = Callable[[list[int], int, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -261,20 +271,13 @@ def generate(
         check: whether the rows of the pairs say which answer is right.
         desc: text of the progress bar.
     """
-    base, rows = without_adapters(model), pairs.to_list()
+    rows = pairs.to_list()
     prompts = [row["prompt_ids"] for row in rows]
-    greedy = {
-        "do_sample": False,
-        "use_cache": True,
-        "return_dict_in_generate": True,
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": turn_ends(model, tokenizer, template_kwargs),
-        "bos_token_id": tokenizer.bos_token_id,
-    }
     answers: dict[int, list[int]] = {}
     batches = by_length([len(prompt) + max_new_tokens for prompt in prompts], TOKENS_PER_BATCH)
     for batch in tqdm(batches, desc=f"{desc}: generate", leave=False, disable=None):
-        answers |= _answers(base, {i: prompts[i] for i in batch}, max_new_tokens, greedy)
+        some = {i: prompts[i] for i in batch}
+        answers |= answer(model, tokenizer, some, max_new_tokens, template_kwargs=template_kwargs)
     generations = []
     for i, row in enumerate(rows):
         text = tokenizer.decode(answers[i], skip_special_tokens=True)
@@ -291,31 +294,49 @@ def generate(
     return generations
 
 
-def _answers(
-    model: Any, prompts: dict[int, list[int]], max_new_tokens: int, greedy: dict[str, Any]
+def answer(
+    model: CausalModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: dict[int, list[int]],
+    max_new_tokens: int,
+    *,
+    template_kwargs: Mapping[str, Any] = template.NO_KWARGS,
+    choose: Choose | None = None,
 ) -> dict[int, list[int]]:
     """Return the answers to one batch of prompts, without the tokens that end them.
 
     Answers that have ended leave the batch whenever they are LEAVING of it, and the others go on.
 
     Args:
-        model: without adapters around it.
+        model: in evaluation mode.
+        tokenizer: with a pad token.
         prompts: token ids, by the number of the prompt.
         max_new_tokens: the largest number of tokens of an answer.
-        greedy: arguments of `GenerationConfig` beside `max_new_tokens`.
+        template_kwargs: `dataset.template_kwargs`.
+        choose: chooses the next token of each answer; None: the token with the largest logit.
     """
-    ids, mask = _padded(list(prompts.values()), greedy["pad_token_id"], model.device)
-    numbers, width = torch.tensor(list(prompts), device=model.device), ids.shape[1]
+    greedy = {
+        "do_sample": False,
+        "use_cache": True,
+        "return_dict_in_generate": True,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": turn_ends(model, tokenizer, template_kwargs),
+        "bos_token_id": tokenizer.bos_token_id,
+    }
+    base = without_adapters(model)
+    ids, mask = _padded(list(prompts.values()), greedy["pad_token_id"], base.device)
+    numbers, width = torch.tensor(list(prompts), device=base.device), ids.shape[1]
     answers, ends = {}, greedy["eos_token_id"]
     cached: dict[str, Any] = {}
     while len(numbers):
         num_read = ids.shape[1]
         settings = GenerationConfig(**greedy, max_new_tokens=width + max_new_tokens - num_read)
-        with _generating_by(model, settings):
-            out = model.generate(
+        with _generating_by(base, settings):
+            out = base.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=settings,
+                logits_processor=[_Chosen(choose, numbers.tolist(), width)] if choose else [],
                 stopping_criteria=[_EnoughHaveEnded(num_read, ends)],
                 **cached,
             )
@@ -327,7 +348,7 @@ def _answers(
         staying = (~has_ended).nonzero()[:, 0]
         numbers, ids = numbers[staying], ids[staying]
         mask = torch.cat([mask[staying], torch.ones_like(ids[:, num_read:])], 1)
-        cached = _cache_of(model, out, staying)
+        cached = _cache_of(base, out, staying)
     return answers
 
 
@@ -342,6 +363,24 @@ def _padded(prompts: list[list[int]], pad: int, on: torch.device) -> tuple[Tenso
 def _have_ended(ids: Tensor, ends: list[int]) -> Tensor:
     """Return for each row whether it holds a token that ends an answer, [B]."""
     return torch.isin(ids, torch.tensor(ends, device=ids.device)).any(1)
+
+
+class _Chosen(LogitsProcessor):
+    """Leaves each row only the token that `choose` has chosen.
+
+    Args:
+        choose: see `Choose`.
+        numbers: the number of each row's prompt.
+        width: the number of tokens of each row before its answer.
+    """
+
+    def __init__(self, choose: Choose, numbers: list[int], width: int) -> None:
+        self.choose, self.numbers, self.width = choose, numbers, width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return logits that are -inf but for the chosen token's, [B, V]."""
+        chosen = self.choose(self.numbers, input_ids.shape[1] - self.width, scores)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
 
 
 class _EnoughHaveEnded(StoppingCriteria):

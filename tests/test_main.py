@@ -1,10 +1,14 @@
 """The commands beside running: one program, one way to say errors."""
 
 import importlib
+import sys
+from pathlib import Path
 
 import pytest
 
 from orpo_lab.__main__ import COMMANDS, main
+from orpo_lab.curate.command import STEPS
+from orpo_lab.curate.folder import PROMPTS, Prompt, append
 
 
 def test_help_lists_every_command_with_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
@@ -14,18 +18,48 @@ def test_help_lists_every_command_with_what_it_does(capsys: pytest.CaptureFixtur
         assert all(f"  {name}" in said and about in said for name, (_, about) in COMMANDS.items())
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_says_what_it_takes(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_of_a_command_with_steps_lists_the_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["curate"], ["curate", "--help"]):
+        main(arguments)
+        said = capsys.readouterr().out
+        assert said.startswith("usage: python -m orpo_lab curate STEP ...")
+        assert all(f"  {name}" in said and about in said for name, (_, about) in STEPS.items())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [*([name] for name in COMMANDS if name != "curate"), *(["curate", step] for step in STEPS)],
+    ids=" ".join,
+)
+def test_a_command_says_what_it_takes(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as end:
-        main([command, "--help"])
+        main([*command, "--help"])
     assert end.value.code == 0
-    assert f"usage: python -m orpo_lab {command}" in capsys.readouterr().out
+    assert f"usage: python -m orpo_lab {' '.join(command)}" in capsys.readouterr().out
+
+
+def test_a_package_that_a_step_lacks_is_named_with_its_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = Prompt("p", [{"role": "user", "content": "why?"}], "x", 0)
+    append(tmp_path / PROMPTS, [row])
+    monkeypatch.delitem(sys.modules, "orpo_lab.curate.endpoint", raising=False)
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(SystemExit) as end:
+        main(["curate", "candidates", str(tmp_path), "--model", "m", "--endpoint", "http://x/v1"])
+    assert str(end.value) == 'error: openai is not installed: pip install "orpo_lab[curate]"'
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["compaer", "x"], "error: compaer is no command; there are: compare, dial, preview"),
+        (
+            ["compaer", "x"],
+            "error: compaer is no command; there are: compare, curate, dial, preview",
+        ),
+        (["curate", "promts", "x"], "error: promts is no command; there are: prompts, candidates"),
         (["compare", "nowhere"], "error: nowhere is not a run folder"),
     ],
 )
@@ -54,7 +88,7 @@ def test_a_bad_command_line_is_one_line(
 
 
 def test_a_disk_that_fails_and_ctrl_c_are_no_tracebacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    command = importlib.import_module(COMMANDS["compare"][0])
+    command = importlib.import_module("orpo_lab.compare.command")
     for raised, code in ((OSError(28, "No space left"), "error: "), (KeyboardInterrupt(), 130)):
 
         def fail(options: object, raised: BaseException = raised) -> None:

@@ -2,7 +2,8 @@
 
     prompts.jsonl       one prompt a line
     candidates.jsonl    one answer a line, with the settings that it was made with
-    votes.sqlite        comparisons, annotators and votes (orpo_lab/curate/store.py)
+    votes.sqlite        comparisons, who is asked, and votes (orpo_lab/curate/store.py)
+    votes.key           the secret behind the annotators' links (orpo_lab/curate/links.py)
     pairs.jsonl         what is kept of the votes, for dataset=file
     card.md             the data card: counts, agreement, licences
 
@@ -10,23 +11,32 @@ Lines are appended and sent to the disk one by one, so a step that was interrupt
 line after the last whole one.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
+from filelock import FileLock, Timeout
 from xxhash import xxh3_64_hexdigest
 
-from orpo_lab.data.pairs import Message
-from orpo_lab.errors import UserError
+from orpo_lab.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    # Its room imports transformers, which takes seconds
+    from orpo_lab.data.pairs import Message
 
 PROMPTS = "prompts.jsonl"
 CANDIDATES = "candidates.jsonl"
 VOTES = "votes.sqlite"
 PAIRS = "pairs.jsonl"
 CARD = "card.md"
+# How many bytes of a file's end are read at a time, to find the end of the last whole line
+_BLOCK = 2**16
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,7 @@ class Prompt:
     """A conversation that ends with the user's turn, and where it comes from."""
 
     id: str
-    messages: list[Message]
+    messages: "list[Message]"
     source: str
     row: int
     licence: str | None = None
@@ -58,7 +68,7 @@ class Candidate:
     made_by: dict[str, Any] = field(default_factory=dict)
 
 
-def prompt_id(messages: list[Message]) -> str:
+def prompt_id(messages: "list[Message]") -> str:
     """Return the id of a prompt: the same for the same messages."""
     return xxh3_64_hexdigest(json.dumps(messages, sort_keys=True).encode())
 
@@ -74,7 +84,7 @@ def read_prompts(folder: Path) -> list[Prompt]:
     Raises:
         UserError: there are none yet.
     """
-    return [Prompt(**line) for line in _read(folder / PROMPTS, "curate prompts")]
+    return _read(folder / PROMPTS, Prompt, "curate prompts")
 
 
 def read_candidates(folder: Path) -> list[Candidate]:
@@ -83,30 +93,61 @@ def read_candidates(folder: Path) -> list[Candidate]:
     Raises:
         UserError: there are none yet.
     """
-    return [Candidate(**line) for line in _read(folder / CANDIDATES, "curate candidates")]
+    return _read(folder / CANDIDATES, Candidate, "curate candidates")
 
 
-def append(path: Path, items: list[Prompt] | list[Candidate]) -> None:
+def append(path: Path, items: Sequence[Prompt] | Sequence[Candidate]) -> None:
     """Append items to a file of lines, and wait until the disk has them.
 
     A last line without an end, which an interrupted step has left, is removed first.
     """
     with path.open("ab+") as file:
         _cut_to_whole_lines(file)
-        for item in items:
-            file.write(json.dumps(asdict(item), ensure_ascii=False).encode() + b"\n")
+        lines = (json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in items)
+        file.write("".join(lines).encode())
         file.flush()
         os.fsync(file.fileno())
 
 
-def _cut_to_whole_lines(file: Any) -> None:
-    file.seek(0)
-    content = file.read()
-    file.truncate(content.rfind(b"\n") + 1)
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Inside this context, no other step appends to the files of the folder, which is made.
+
+    Raises:
+        UserError: another process works on the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"another process works on {folder}; wait for its end") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
-def _read(path: Path, step: str) -> Iterator[dict[str, Any]]:
+def _cut_to_whole_lines(file: BinaryIO) -> None:
+    end = file.seek(0, os.SEEK_END)
+    while end > 0:
+        start = max(0, end - _BLOCK)
+        file.seek(start)
+        found = file.read(end - start).rfind(b"\n")
+        if found >= 0:
+            end = start + found + 1
+            break
+        end = start
+    file.truncate(end)
+
+
+def _read(path: Path, kind: type[Item], step: str) -> list[Item]:
     if not path.is_file():
         raise UserError(f"{path} is missing; `python -m orpo_lab {step}` makes it")
-    for line in path.read_bytes().split(b"\n")[:-1]:
-        yield json.loads(line)
+    items = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            items.append(kind(**json.loads(line)))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path}, line {number}, cannot be read: {one_line(error)}") from error
+    return items

@@ -119,7 +119,7 @@ class Origin:
         Raises:
             UserError: see `weights.load_model`, `attach` and `load_adapter`.
         """
-        network = self._as_left(tokenizer, dtype)
+        network = self.load_as_left(tokenizer, dtype)
         fingerprint = weights.fingerprint(network)
         if self.is_merged:
             network = network.merge_and_unload().requires_grad_(True)
@@ -127,7 +127,7 @@ class Origin:
             network = attach(network, self.config.optimizer)
         return network, fingerprint
 
-    def _as_left(self, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Any:
+    def load_as_left(self, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Any:
         """Return the base, with the earlier adapter if there is one."""
         network: Any = weights.load_model(self.base, tokenizer, dtype)
         if self.final is None or self.adapter is None:

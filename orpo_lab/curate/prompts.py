@@ -1,0 +1,191 @@
+"""Take prompts from files: `python -m orpo_lab curate prompts FOLDER FILE...`.
+
+A file is one that training reads too: its rows hold a prompt, or a pair or a conversation that
+begins with a prompt, or a tree of OpenAssistant. A prompt that is there already is left out, so a
+second file adds to the first, and the same command twice adds nothing. At its end the step says how
+diverse the prompts are.
+"""
+
+import argparse
+import itertools
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orpo_lab.config.dataset import Columns
+from orpo_lab.curate import diversity
+from orpo_lab.curate.folder import PROMPTS, Prompt, append, held, prompt_id, read_prompts
+from orpo_lab.data.faults import Fault, Tally
+from orpo_lab.data.files import Source, read_file
+from orpo_lab.data.pairs import Message, Pair, find_faults, text_of, to_content, to_pair
+from orpo_lab.data.rows import normalize
+from orpo_lab.errors import UserError
+
+# Where a prompt is looked for without --column, the first that is there
+COLUMNS = ("prompt", "messages", "conversation", "question", "instruction")
+# Tokens that control the model are looked for by training, which knows the model
+_NO_TOKENS = re.compile("(?!)")
+_YES, _NO = ([{"role": "assistant", "content": text}] for text in ("yes", "no"))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the step to a parser."""
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="the folder of the curation")
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE", help="rows as training reads them (docs/data.md)"
+    )
+    parser.add_argument(
+        "--column",
+        metavar="NAME",
+        help="the column of strings or messages (default: what the two answers of a pair share, or "
+        f"the first of {', '.join(COLUMNS)} that is there)",
+    )
+    parser.add_argument(
+        "--num", type=int, metavar="N", help="draw N prompts of each file (default: all)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draw (default: 0)")
+    parser.add_argument("--licence", help="the licence of the prompts, for the data card")
+    parser.add_argument(
+        "--source", help="where the prompts come from, for the card (default: the file's name)"
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Add the prompts of files to the folder, and print how many, and how diverse all are.
+
+    Raises:
+        UserError: a file cannot be read or holds no prompt, or an argument is out of range.
+        OSError: the folder cannot be written to.
+    """
+    if options.num is not None and options.num < 1:
+        raise UserError(f"--num {options.num} must be at least 1")
+    with held(options.folder):
+        path = options.folder / PROMPTS
+        present = read_prompts(options.folder) if path.is_file() else []
+        for file in options.files:
+            found = read(file, options.column, options.source, options.licence)
+            drawn = draw(found, options.num, options.seed)
+            new = distinct(drawn, {_key(prompt) for prompt in present})
+            append(path, new)
+            present += new
+            there = len(drawn) - len(new)
+            said = f", {there} are there already or twice" if there else ""
+            print(f"{file}: {len(new)} prompts added{said}")
+    print("\n".join([f"{path}:", *diversity.lines(diversity.measure(present))]))
+
+
+def read(file: str, column: str | None, source: str | None, licence: str | None) -> list[Prompt]:
+    """Return the prompts of a file, and print what is left out.
+
+    Raises:
+        UserError: the file cannot be read, or holds no prompt.
+    """
+    rows, left_out, prompts = _open(file, column), Tally(), []
+    for number, row in rows.rows:
+        try:
+            messages = to_prompt(row, column)
+        except Fault as fault:
+            left_out.add(fault.name, number, fault.detail)
+        else:
+            name = source or Path(file).name
+            prompts.append(Prompt(prompt_id(messages), messages, name, number, licence))
+    if not prompts:
+        raise UserError(f"{file} holds no prompt ({left_out}); {left_out.examples()}")
+    if left_out:
+        print(f"{file}: left out {left_out}; {left_out.examples()}")
+    return prompts
+
+
+def _open(file: str, column: str | None) -> Source:
+    """Return the rows of a file; of a table, the columns of a pair if it has these."""
+    tried = [[column]] if column else [["chosen", "rejected"], *([name] for name in COLUMNS)]
+    if not column:
+        tried.insert(0, ["prompt", "chosen", "rejected"])
+    for columns in tried:
+        rows = read_file(file, columns)
+        try:
+            first = next(rows.rows)
+        except UserError as error:
+            if "lacks column" not in str(error):
+                raise
+            continue
+        return Source(rows.name, rows.unit, itertools.chain([first], rows.rows))
+    names = f"column {column}" if column else f"column {', '.join(COLUMNS)}, chosen or rejected"
+    raise UserError(f"{file} has no {names}; name the column of the prompts with --column")
+
+
+def to_prompt(row: Any, column: str | None = None) -> list[Message]:
+    """Return the messages of a row's prompt; they end with the user's turn.
+
+    Args:
+        row: a row as training reads it, or the `Fault` in its place.
+        column: the column of the prompt; None: what the answers of a pair share, or the first of
+            COLUMNS that is there.
+
+    Raises:
+        Fault: there is no prompt, or training would leave the prompt out.
+    """
+    if isinstance(row, Fault):
+        raise row
+    if not isinstance(row, Mapping):
+        raise Fault("wrong_type", "is not an object with columns")
+    if column is None and {"chosen", "rejected"} <= row.keys():
+        stated = "prompt" if "prompt" in row else None
+        content = to_pair(row, Columns(prompt=stated, chosen="chosen", rejected="rejected")).prompt
+    else:
+        name = column or next((name for name in COLUMNS if name in row), COLUMNS[0])
+        if name not in row:
+            detail = f"lacks column {name} (it has {', '.join(map(str, sorted(row)[:20]))})"
+            raise Fault("missing_column", f"{detail}; name the right one with --column")
+        content = _of_tree(row[name]) or to_content(row[name], name)
+    messages = [{"role": "user", "content": content}] if isinstance(content, str) else [*content]
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    for fault in find_faults(Pair(messages, _YES, _NO), _NO_TOKENS):
+        raise fault
+    return messages
+
+
+def _of_tree(value: Any) -> str:
+    """Return the first message of an OpenAssistant tree; empty: the value is not a good tree."""
+    if not (isinstance(value, Mapping) and isinstance(value.get("text"), str)):
+        return ""
+    is_good = value.get("review_result", True) and not value.get("deleted")
+    return value["text"] if is_good else ""
+
+
+def draw(prompts: list[Prompt], num: int | None, seed: int) -> list[Prompt]:
+    """Return `num` distinct prompts, drawn by the seed, in their order; None: all, as they are.
+
+    What is drawn does not depend on what the folder holds. So the same draw twice is the same.
+
+    Raises:
+        UserError: there are fewer distinct prompts.
+    """
+    if num is None:
+        return prompts
+    different = distinct(prompts, set())
+    if num > len(different):
+        raise UserError(f"--num {num} is more than the {len(different)} distinct prompts there are")
+    places = np.random.default_rng(seed).permutation(len(different))[:num]
+    return [different[place] for place in sorted(places)]
+
+
+def distinct(prompts: list[Prompt], seen: set[str]) -> list[Prompt]:
+    """Return the prompts whose texts differ in more than case and white space from earlier ones.
+
+    Args:
+        prompts: in their order.
+        seen: normalized texts of prompts that come earlier.
+    """
+    by_key: dict[str, Prompt] = {}
+    for prompt in prompts:
+        by_key.setdefault(_key(prompt), prompt)
+    return [prompt for key, prompt in by_key.items() if key not in seen]
+
+
+def _key(prompt: Prompt) -> str:
+    return normalize(text_of(prompt.messages))
