@@ -1,7 +1,9 @@
-"""Comparisons, annotators and votes, in one SQLite file.
+"""Comparisons, who is asked about them, and votes, in one SQLite file.
 
 A vote is written in one transaction under an id that its maker has chosen, so a vote that is sent
-twice counts once. SQLite sends each transaction to the disk before it answers.
+twice counts once. SQLite sends each transaction to the disk before it answers. A vote is never
+deleted: a vote that its annotator takes back stays in the table, with the time of that, and stands
+no longer. At most one vote stands for a comparison, annotator and round: an index sees to that.
 """
 
 import sqlite3
@@ -50,14 +52,29 @@ class Vote:
     created: str
 
 
+@dataclass(frozen=True, order=True)
+class Assignment:
+    """An annotator is asked about a comparison, in a round (see `Vote`)."""
+
+    annotator: str
+    comparison: str
+    round: int
+
+
+_VOTE = ", ".join(field.name for field in fields(Vote))
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS comparisons (
     id TEXT PRIMARY KEY, prompt_id TEXT NOT NULL, first TEXT NOT NULL, second TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS assignments (
+    annotator TEXT NOT NULL, comparison TEXT NOT NULL REFERENCES comparisons(id),
+    round INTEGER NOT NULL, PRIMARY KEY (annotator, comparison, round));
 CREATE TABLE IF NOT EXISTS votes (
     id TEXT PRIMARY KEY, comparison TEXT NOT NULL REFERENCES comparisons(id),
     annotator TEXT NOT NULL, kind TEXT NOT NULL, choice TEXT NOT NULL, left TEXT NOT NULL,
     round INTEGER NOT NULL, note TEXT NOT NULL, seconds REAL NOT NULL, created TEXT NOT NULL,
-    UNIQUE (comparison, annotator, round));
+    withdrawn TEXT);
+CREATE UNIQUE INDEX IF NOT EXISTS one_vote_stands
+    ON votes (comparison, annotator, round) WHERE withdrawn IS NULL;
 """
 
 
@@ -77,7 +94,8 @@ class Store:
         """Add comparisons; those that are there already stay as they are."""
         with closing(self._connect()) as connection, connection:
             connection.executemany(
-                "INSERT OR IGNORE INTO comparisons VALUES (?, ?, ?, ?)", map(astuple, comparisons)
+                "INSERT INTO comparisons VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING",
+                map(astuple, comparisons),
             )
 
     def comparisons(self) -> list[Comparison]:
@@ -86,24 +104,65 @@ class Store:
             rows = connection.execute("SELECT * FROM comparisons ORDER BY rowid").fetchall()
         return [Comparison(*row) for row in rows]
 
+    def assign(self, assignments: Iterable[Assignment]) -> None:
+        """Put assignments in the place of all that are there."""
+        with closing(self._connect()) as connection, connection:
+            connection.execute("DELETE FROM assignments")
+            connection.executemany(
+                "INSERT INTO assignments VALUES (?, ?, ?)", map(astuple, assignments)
+            )
+
+    def assignments(self, annotator: str | None = None) -> list[Assignment]:
+        """Return all assignments, or those of an annotator."""
+        rows = self._select("annotator, comparison, round", "assignments", "TRUE", annotator)
+        return [Assignment(*row) for row in rows]
+
     def add_vote(self, vote: Vote) -> bool:
         """Add a vote; return whether it is new.
 
         A vote with a known id, or a second vote of the annotator for the comparison in the same
-        round, changes nothing.
+        round, changes nothing. Nor does a vote that was taken back and arrives again.
         """
         places = ", ".join("?" * len(fields(Vote)))
         with closing(self._connect()) as connection, connection:
             found = connection.execute(
-                f"INSERT OR IGNORE INTO votes VALUES ({places})", astuple(vote)
+                f"INSERT INTO votes ({_VOTE}) VALUES ({places}) ON CONFLICT DO NOTHING",
+                astuple(vote),
             )
             return found.rowcount == 1
 
-    def votes(self) -> list[Vote]:
-        """Return all votes, in the order in which they were added."""
-        with closing(self._connect()) as connection:
-            rows = connection.execute("SELECT * FROM votes ORDER BY rowid").fetchall()
+    def withdraw(self, vote: str, annotator: str, when: str) -> bool:
+        """Take back an annotator's vote; return whether it stood until now.
+
+        Args:
+            vote: the id of the vote.
+            annotator: whose vote it has to be.
+            when: the time, which stays beside the vote.
+        """
+        with closing(self._connect()) as connection, connection:
+            found = connection.execute(
+                "UPDATE votes SET withdrawn = ? WHERE id = ? AND annotator = ?"
+                " AND withdrawn IS NULL",
+                (when, vote, annotator),
+            )
+            return found.rowcount == 1
+
+    def votes(self, annotator: str | None = None) -> list[Vote]:
+        """Return the votes that stand, in the order in which they were added.
+
+        Args:
+            annotator: whose votes; None for all.
+        """
+        rows = self._select(_VOTE, "votes", "withdrawn IS NULL", annotator)
         return [Vote(*row) for row in rows]
+
+    def _select(self, columns: str, table: str, which: str, annotator: str | None) -> list[tuple]:
+        query = f"SELECT {columns} FROM {table} WHERE {which}"
+        if annotator is not None:
+            query += " AND annotator = :annotator"
+        with closing(self._connect()) as connection:
+            found = connection.execute(f"{query} ORDER BY rowid", {"annotator": annotator})
+            return found.fetchall()
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self._path, timeout=30)
