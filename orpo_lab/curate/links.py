@@ -55,7 +55,7 @@ class Links:
         return found
 
     def _hash(self, text: str) -> str:
-        return hmac.new(self._key, text.encode(), hashlib.sha256).hexdigest()
+        return hmac.new(self._key, text.encode(), hashlib.sha256).hexdigest()[:32]
 
 
 def read_names(given: str) -> list[str]:

@@ -105,10 +105,12 @@ def _repeats(options: argparse.Namespace) -> float:
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    if not 0 <= port <= 65535:
+        raise UserError(f"--port={port} must be from 0 to 65535, such as 8000")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=128)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise UserError(
             f"--host={host} --port={port} cannot be listened on: {one_line(error)}; choose another"
         ) from error
