@@ -3,12 +3,8 @@
 import argparse
 import contextlib
 import json
-import os
+import random
 import re
-import shutil
-import signal
-import subprocess
-import sys
 import threading
 import time
 import uuid
@@ -18,11 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
+from playwright.sync_api import Error, sync_playwright
 from starlette.testclient import TestClient
 
-from orpo_lab.curate import server
+from orpo_lab.curate import server as step
 from orpo_lab.curate.assignment import DISTANCE, assign, left_of, queue
 from orpo_lab.curate.folder import (
     CANDIDATES,
@@ -39,7 +35,16 @@ from orpo_lab.curate.page import MAX_BODY, build
 from orpo_lab.curate.store import Assignment, Comparison, Store, Vote
 from orpo_lab.curate.voting import Voting
 from orpo_lab.errors import UserError
-from tests.voters import Voter, served
+from tests.voters import (
+    CHROMIUM,
+    READY,
+    Server,
+    Voter,
+    kill_browser,
+    open_browser,
+    served,
+    wait_for,
+)
 
 PEOPLE = ("ann", "ben", "eve")
 ADDRESS = "http://127.0.0.1:8000"
@@ -116,9 +121,10 @@ def test_a_vote_that_is_taken_back_makes_room_and_does_not_come_back(tmp_path: P
 
 def test_threads_that_send_one_vote_at_once_leave_one(tmp_path: Path) -> None:
     store = Store(make_folder(tmp_path, 1))
-    new: list[bool] = []
     votes = [a_vote(id=f"{number % 4}") for number in range(16)]
-    threads = [threading.Thread(target=lambda v=vote: new.append(store.add_vote(v))) for vote in votes]
+    threads = [
+        threading.Thread(target=lambda v=vote: new.append(store.add_vote(v))) for vote in votes
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -178,7 +184,9 @@ def test_what_is_open_is_shared_anew_when_people_come_and_go() -> None:
     assert loads_of(without)["ben"] == loads_of(without)["eve"]
 
 
-@pytest.mark.parametrize(("num", "repeats", "expected"), [(100, 0.1, 10), (12, 0.25, 3), (1, 0.5, 0)])
+@pytest.mark.parametrize(
+    ("num", "repeats", "expected"), [(100, 0.1, 10), (12, 0.25, 3), (1, 0.5, 0)]
+)
 def test_repeats_are_a_share_of_the_queue_and_come_after_a_distance(
     num: int, repeats: float, expected: int
 ) -> None:
@@ -218,7 +226,7 @@ def test_the_left_answer_is_drawn_for_each_and_turned_round_in_a_repeat() -> Non
         "[link](javascript:window.ran=1) [other](data:text/html,x)",
         "<a href='javascript:x'>x</a> <svg/onload=x> <iframe src=x></iframe>",
         "```html\n<script>x</script>\n```\n`<b onclick=x>`",
-        "[x](http://a.example/\" onclick=\"x) <http://b.example/?\"onclick=x>",
+        '[x](http://a.example/" onclick="x) <http://b.example/?"onclick=x>',
     ],
 )
 def test_a_text_becomes_harmless_html(text: str) -> None:
@@ -274,7 +282,16 @@ class Visitor:
         return self.client.post("/votes", json=vote | rest)
 
 
-ROUTES = ("/", "/pair", "/owner", "/static/vote.js", "/static/page.css", "/nothing", "/enter/", "/enter/x")
+ROUTES = (
+    "/",
+    "/pair",
+    "/owner",
+    "/static/vote.js",
+    "/static/page.css",
+    "/nothing",
+    "/enter/",
+    "/enter/x",
+)
 
 
 def test_who_has_no_link_gets_nothing(tmp_path: Path) -> None:
@@ -288,7 +305,7 @@ def test_who_has_no_link_gets_nothing(tmp_path: Path) -> None:
     visitor = Visitor(tmp_path, "ann")
     stranger.cookies.set(visitor.links.cookie, "0" * 32)
     assert stranger.get("/").content == b""
-    odd = {"Cookie": f"{visitor.links.cookie}=\xfc".encode("latin-1")}
+    odd = {b"Cookie": f"{visitor.links.cookie}=\xfc".encode("latin-1")}
     assert stranger.get("/", headers=odd).status_code == 404
     # The owner's token is no annotator's, and the other way round
     token = visitor.links.paths()[OWNER].rpartition("/")[2]
@@ -453,8 +470,8 @@ def test_the_page_does_not_tell_who_answered(tmp_path: Path) -> None:
 def test_a_vote_sent_twice_and_one_of_a_second_tab_are_told_apart(tmp_path: Path) -> None:
     visitor = Visitor(make_folder(tmp_path, 2), "ann")
     shown = visitor.shown()
-    same = {"id": uuid.uuid4().hex}
-    of_this_pair = {"comparison": shown["comparison"], "round": 0}
+    same: dict[str, Any] = {"id": uuid.uuid4().hex}
+    of_this_pair: dict[str, Any] = {"comparison": shown["comparison"], "round": 0}
     assert visitor.send(**same, **of_this_pair).json() == {"counts": True}
     assert visitor.send(**same, **of_this_pair).json() == {"counts": True}
     assert visitor.send("right", **of_this_pair).json() == {"counts": False}
@@ -494,7 +511,7 @@ def test_the_owner_sees_how_far_everybody_is(tmp_path: Path) -> None:
     page = Visitor(tmp_path, OWNER).client.get("/owner").text
     rows = re.findall(r'<th scope="row">(\w+)</th><td>(\d+)</td><td>(\d+)</td>', page)
     assert rows == [("ann", "2", "4"), ("ben", "0", "4"), ("eve", "0", "4")]
-    assert "0 of 4 pairs have all their votes. There are 2 votes." in page
+    assert "0 of 4 pairs have all their votes. Votes so far: 2." in page
     assert "&lt;b&gt;odd&lt;/b&gt;" in page
 
 
@@ -503,8 +520,8 @@ def test_the_owner_sees_how_far_everybody_is(tmp_path: Path) -> None:
 
 def run_step(folder: Path, *given: str) -> None:
     parser = argparse.ArgumentParser()
-    server.add_arguments(parser)
-    server.run(parser.parse_args([str(folder), *given]))
+    step.add_arguments(parser)
+    step.run(parser.parse_args([str(folder), *given]))
 
 
 @pytest.mark.parametrize("given", ["", "ann,", "ann,ann", "owner", "a b", "../x", "ä"])
@@ -517,12 +534,14 @@ def test_names_that_cannot_be_told_apart_or_written_are_refused(given: str) -> N
 def test_the_greeting_has_every_link_and_warns_of_other_machines(tmp_path: Path) -> None:
     voting = Voting(make_folder(tmp_path, 2), PEOPLE, 3, 0.0)
     links = Links(tmp_path, PEOPLE)
-    lines = server._greeting(voting, links, "127.0.0.1", 8000)
+    lines = step._greeting(voting, links, "127.0.0.1", 8000)
     for name, path in links.paths().items():
         assert any(line.split() == [name, f"{ADDRESS}{path}"] for line in lines)
     assert not any("WARNING" in line for line in lines)
-    assert sum("WARNING" in line for line in server._greeting(voting, links, "0.0.0.0", 1)) == 1
-    assert any("http://[fe80::1]:1/" in line for line in server._greeting(voting, links, "fe80::1", 1))
+    assert sum("WARNING" in line for line in step._greeting(voting, links, "0.0.0.0", 1)) == 1
+    assert any(
+        "http://[fe80::1]:1/" in line for line in step._greeting(voting, links, "fe80::1", 1)
+    )
 
 
 @pytest.mark.parametrize(
@@ -536,7 +555,9 @@ def test_the_greeting_has_every_link_and_warns_of_other_machines(tmp_path: Path)
         (["--annotators", "ann", "--port", "99999"], "must be from 0 to 65535"),
     ],
 )
-def test_arguments_out_of_range_end_in_one_line(tmp_path: Path, given: list[str], said: str) -> None:
+def test_arguments_out_of_range_end_in_one_line(
+    tmp_path: Path, given: list[str], said: str
+) -> None:
     make_folder(tmp_path, 1)
     with pytest.raises(UserError, match=said):
         run_step(tmp_path, *given)
@@ -553,19 +574,21 @@ def test_a_folder_without_comparisons_names_the_step_before(tmp_path: Path) -> N
 # In a real browser
 
 
+def in_chromium(test: Callable[..., None]) -> Callable[..., None]:
+    """Mark a test that starts Chromium: seconds each."""
+    without = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
+    return pytest.mark.slow(without(test))
+
+
 @pytest.fixture
 def playwright() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
     with sync_playwright() as started:
         yield started
 
 
 @pytest.fixture
 def browser(playwright: Any) -> Iterator[Any]:
-    launched = playwright.chromium.launch(
-        executable_path=shutil.which("chromium"), args=["--no-sandbox"]
-    )
+    launched = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
     yield launched
     launched.close()
 
@@ -589,10 +612,9 @@ def check_votes(folder: Path, voters: Sequence[Any], num: int) -> None:
         assert good[chosen] == prefers[vote.annotator](vote.comparison, vote.round)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
+@in_chromium
 def test_three_people_vote_on_every_pair_by_keys_and_clicks(tmp_path: Path, browser: Any) -> None:
-    folder = make_folder(tmp_path, 20)
+    folder = make_folder(tmp_path, 10)
     people = [Voter("ann", 0.0), Voter("ben", 0.2), Voter("eve", 0.4)]
     with served(folder, "--annotators=ann,ben,eve", "--repeats=0.2") as server:
         for voter in people:
@@ -602,10 +624,263 @@ def test_three_people_vote_on_every_pair_by_keys_and_clicks(tmp_path: Path, brow
             page.wait_for_url("**/")
             while voter.vote(page):
                 pass
-            assert page.inner_text("#count") == "24 of 24"
+            assert page.inner_text("#count") == "12 of 12"
             context.close()
-    check_votes(folder, people, 3 * 24)
+    check_votes(folder, people, 3 * 12)
     assert all(0 < vote.seconds < 60 for vote in Store(folder).votes())
     # Nothing was logged: no request, so no token
     assert server.said.count("/enter/") == 4
     assert len(server.said.splitlines()) == 6
+
+
+def come_in(browser: Any, server: Server, name: str, **rest: Any) -> Any:
+    """Return a page that has opened a person's link, and is ready."""
+    page = browser.new_context(**rest).new_page()
+    page.goto(server.links[name])
+    page.wait_for_url("**/")
+    page.wait_for_selector(READY)
+    return page
+
+
+def press(page: Any, key: str) -> None:
+    """Press a key, and wait for what follows."""
+    before = page.get_attribute("#pair", "data-last")
+    page.keyboard.press(key)
+    page.wait_for_function(f"document.getElementById('pair').dataset.last !== {before!r}")
+    page.wait_for_selector(READY)
+
+
+HOSTILE = (
+    "good <script>window.ran = 1</script><img src=x onerror='window.ran = 2'>"
+    "<svg onload='window.ran = 3'> ![x](http://127.0.0.1:9/x.png)\n\n<iframe src='//127.0.0.1:9'>",
+    "[click](javascript:window.ran=4) `<style>*{display:none}</style>`\n\n"
+    "```\n" + "a long line of code " * 40 + "\n```\n\n" + "w" * 500,
+)
+
+
+@in_chromium
+@pytest.mark.parametrize("width", [400, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_an_answer_with_script_is_shown_and_not_run_and_fits_the_width(
+    tmp_path: Path, browser: Any, width: int, scheme: Any
+) -> None:
+    folder = make_folder(tmp_path, 1, HOSTILE)
+    with served(folder, "--annotators=ann") as server:
+        view: Any = {"width": width, "height": 800}
+        page = come_in(browser, server, "ann", viewport=view, color_scheme=scheme)
+        asked: list[str] = []
+        complaints: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("console", lambda message: complaints.append(message.text))
+        page.reload()
+        page.wait_for_selector(READY)
+        text = page.inner_text(".answers")
+        for shown in ("<script>window.ran = 1</script>", "<svg onload=", "<iframe src=", "<style>"):
+            assert shown in text
+        assert page.evaluate("window.ran") is None
+        assert page.locator("#pair :is(script, img, svg, iframe, style)").count() == 0
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        places = [page.locator(".answer").nth(n).bounding_box() for n in range(2)]
+        assert (places[0]["y"] == places[1]["y"]) == (width == 1280)
+        dark = (
+            page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
+        )
+        assert dark == (scheme == "dark")
+        address = server.links["ann"].partition("/enter/")[0]
+        assert asked
+        assert all(url.startswith(f"{address}/") for url in asked)
+        assert complaints == []
+
+
+@in_chromium
+def test_every_key_does_what_the_page_says(tmp_path: Path, browser: Any) -> None:
+    folder = make_folder(tmp_path, 8)
+    store = Store(folder)
+    with served(folder, "--annotators=ann", "--repeats=0") as server:
+        page = come_in(browser, server, "ann")
+        page.keyboard.press("?")
+        assert page.is_visible("#keys")
+        # Keys do not vote behind the list of keys
+        page.keyboard.press("1")
+        page.keyboard.press("Escape")
+        assert not page.is_visible("#keys")
+        assert store.votes() == []
+        page.keyboard.press("n")
+        page.keyboard.type("1 2 t b s: text, no votes")
+        page.reload()
+        page.wait_for_selector(READY)
+        assert page.input_value("#note") == "1 2 t b s: text, no votes"
+        for key in ("1", "ArrowLeft", "2", "ArrowRight", "t", "b", "s"):
+            press(page, key)
+        votes = store.votes()
+        assert votes[0].note == "1 2 t b s: text, no votes"
+        assert {vote.note for vote in votes[1:]} == {""}
+        sides = [vote.choice == vote.left for vote in votes[:4]]
+        assert sides == [True, True, False, False]
+        assert [vote.choice for vote in votes[4:]] == ["tie", "both_bad", "skip"]
+        for held in ("Control+1", "Alt+2", "Meta+t", "x"):
+            page.keyboard.press(held)
+        before = votes[-1].comparison
+        press(page, "u")
+        assert page.get_attribute("#pair", "data-comparison") == before
+        assert store.votes() == votes[:-1]
+        # Every control can be reached by Tab, and shows where the focus is
+        reached = set()
+        for _ in range(12):
+            page.keyboard.press("Tab")
+            reached.add(page.evaluate("document.activeElement.innerText.trim()"))
+            outline = "getComputedStyle(document.activeElement).outlineStyle"
+            assert page.evaluate("document.activeElement === document.body") or (
+                page.evaluate(outline) == "solid"
+            )
+        for words in ("Answer 1 is better", "Both bad", "Undo", "Keys"):
+            assert any(words in text for text in reached), words
+
+
+@in_chromium
+def test_a_vote_whose_answer_is_lost_counts_once(tmp_path: Path, browser: Any) -> None:
+    folder = make_folder(tmp_path, 3)
+    voter = Voter("ann", 0.3)
+    sent: list[str] = []
+
+    def lose(route: Any) -> None:
+        # The server takes the vote, and the page never hears of it, two times of three
+        sent.append(route.request.post_data)
+        route.fetch()
+        route.abort() if len(sent) % 3 else route.continue_()
+
+    with served(folder, "--annotators=ann", "--repeats=0") as server:
+        page = come_in(browser, server, "ann")
+        page.route("**/votes", lose)
+        while voter.vote(page):
+            pass
+    assert len(sent) == 9
+    assert len(set(sent)) == 3
+    check_votes(folder, [voter], 3)
+
+
+@in_chromium
+def test_a_vote_that_the_server_has_not_got_outlives_the_page(tmp_path: Path, browser: Any) -> None:
+    folder = make_folder(tmp_path, 3)
+    with served(folder, "--annotators=ann", "--repeats=0") as server:
+        page = come_in(browser, server, "ann")
+        server.kill()
+        page.keyboard.press("t")
+        page.wait_for_selector("#status.problem")
+        # A vote is under way: no other key votes
+        page.keyboard.press("1")
+        page.close(run_before_unload=False)
+        server.start()
+        again = page.context.new_page()
+        again.goto(server.links["ann"].partition("/enter/")[0])
+        wait_for(lambda: len(Store(folder).votes()) == 1)
+        again.wait_for_selector(READY)
+        assert again.inner_text("#count") == "1 of 3"
+        assert again.evaluate("Object.keys(localStorage).length") == 0
+    assert [vote.choice for vote in Store(folder).votes()] == ["tie"]
+
+
+@in_chromium
+def test_two_tabs_of_one_person_never_double_a_vote(tmp_path: Path, browser: Any) -> None:
+    folder = make_folder(tmp_path, 8)
+    with served(folder, "--annotators=ann", "--repeats=0") as server:
+        page = come_in(browser, server, "ann")
+        other = page.context.new_page()
+        other.goto(page.url)
+        for _ in range(8):
+            for tab in (page, other):
+                tab.wait_for_selector(READY)
+            # Both tabs vote at once, differently, mostly on the same pair
+            page.evaluate("document.querySelector('[data-choice=left]').click()")
+            other.evaluate("document.querySelector('[data-choice=right]').click()")
+        for tab in (page, other):
+            tab.wait_for_selector(READY)
+            tab.wait_for_selector("text=All done")
+    votes = Store(folder).votes()
+    assert sorted(vote.comparison for vote in votes) == names_of(8)
+
+
+@in_chromium
+def test_a_page_of_one_person_does_not_vote_for_another(tmp_path: Path, browser: Any) -> None:
+    folder = make_folder(tmp_path, 2)
+    with served(folder, "--annotators=ann,ben", "--repeats=0") as server:
+        page = come_in(browser, server, "ann")
+        other = page.context.new_page()
+        other.goto(server.links["ben"])
+        other.wait_for_url("**/")
+        page.keyboard.press("1")
+        page.wait_for_selector("#status.problem")
+        assert "Open the link of ann again" in page.inner_text("#status")
+        assert Store(folder).votes() == []
+        page.goto(server.links["ann"])
+        wait_for(lambda: [vote.annotator for vote in Store(folder).votes()] == ["ann"])
+
+
+@in_chromium
+def test_no_vote_is_lost_or_doubled_when_server_and_browser_are_killed(
+    tmp_path: Path, playwright: Any
+) -> None:
+    folder = make_folder(tmp_path / "folder", 24)
+    people = [Voter("ann", 0.1), Voter("ben", 0.3), Voter("eve", 0.5)]
+    moments = random.Random(19)
+    kills: Counter[str] = Counter()
+    done = threading.Event()
+
+    def kill_servers() -> None:
+        while not done.wait(moments.uniform(0.5, 4)):
+            server.kill()
+            kills["server"] += 1
+            time.sleep(moments.uniform(0, 0.5))
+            server.start()
+
+    with served(folder, "--annotators=ann,ben,eve", "--repeats=0.2") as server:
+        killer = threading.Thread(target=kill_servers)
+        killer.start()
+        try:
+            for voter in people:
+                profile = tmp_path / voter.name
+                while not _vote_until_killed(playwright, server, voter, profile, moments):
+                    kills["browser"] += 1
+        finally:
+            done.set()
+            killer.join()
+    assert kills["server"] >= 5
+    assert kills["browser"] >= 6
+    check_votes(folder, people, 3 * 29)
+
+
+def _vote_until_killed(
+    playwright: Any, server: Server, voter: Voter, profile: Path, moments: random.Random
+) -> bool:
+    """Vote in a browser that is killed after some seconds; return whether all is done."""
+    context = open_browser(playwright, profile)
+    timer = threading.Timer(moments.uniform(2, 12), kill_browser, [profile])
+    page = context.new_page()
+    timer.start()
+    try:
+        _knock(page, server.links[voter.name])
+        while voter.vote(page):
+            pass
+    except Error:
+        timer.join()
+        with contextlib.suppress(Error):
+            context.close()
+        return False
+    timer.cancel()
+    timer.join()
+    with contextlib.suppress(Error):
+        context.close()
+    return True
+
+
+def _knock(page: Any, link: str) -> None:
+    """Open a link; where the server is away, try again."""
+    for _ in range(100):
+        try:
+            page.goto(link)
+            page.wait_for_url("**/", timeout=5000)
+            return
+        except Error:
+            if page.is_closed() or not page.context.pages:
+                raise
+            time.sleep(0.2)
