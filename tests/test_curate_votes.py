@@ -122,13 +122,8 @@ def test_a_vote_that_is_taken_back_makes_room_and_does_not_come_back(tmp_path: P
 def test_threads_that_send_one_vote_at_once_leave_one(tmp_path: Path) -> None:
     store = Store(make_folder(tmp_path, 1))
     votes = [a_vote(id=f"{number % 4}") for number in range(16)]
-    threads = [
-        threading.Thread(target=lambda v=vote: new.append(store.add_vote(v))) for vote in votes
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(16) as pool:
+        new = list(pool.map(store.add_vote, votes))
     assert sorted(new) == [False] * 15 + [True]
     assert len(store.votes()) == 1
 
