@@ -15,12 +15,15 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xxhash import xxh3_64_hexdigest
 
-from orpo_lab.data.pairs import Message
 from orpo_lab.errors import UserError
+
+if TYPE_CHECKING:
+    # Its room imports transformers, which takes seconds
+    from orpo_lab.data.pairs import Message
 
 PROMPTS = "prompts.jsonl"
 CANDIDATES = "candidates.jsonl"
@@ -34,7 +37,7 @@ class Prompt:
     """A conversation that ends with the user's turn, and where it comes from."""
 
     id: str
-    messages: list[Message]
+    messages: "list[Message]"
     source: str
     row: int
     licence: str | None = None
@@ -58,7 +61,7 @@ class Candidate:
     made_by: dict[str, Any] = field(default_factory=dict)
 
 
-def prompt_id(messages: list[Message]) -> str:
+def prompt_id(messages: "list[Message]") -> str:
     """Return the id of a prompt: the same for the same messages."""
     return xxh3_64_hexdigest(json.dumps(messages, sort_keys=True).encode())
 
