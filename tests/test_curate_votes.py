@@ -529,6 +529,13 @@ def test_names_that_cannot_be_told_apart_or_written_are_refused(given: str) -> N
     assert read_names("ann, ben") == ["ann", "ben"]
 
 
+def test_a_person_does_not_share_a_name_with_a_judge(tmp_path: Path) -> None:
+    Store(make_folder(tmp_path, 1)).add_vote(a_vote(annotator="ann", kind="judge"))
+    with pytest.raises(UserError, match="'ann' is a judge"):
+        Voting(tmp_path, PEOPLE, 3, 0.0)
+    Voting(tmp_path, PEOPLE[1:], 2, 0.0)
+
+
 def test_the_greeting_has_every_link_and_warns_of_other_machines(tmp_path: Path) -> None:
     voting = Voting(make_folder(tmp_path, 2), PEOPLE, 3, 0.0)
     links = Links(tmp_path, PEOPLE)
@@ -680,8 +687,9 @@ def test_an_answer_with_script_is_shown_and_not_run_and_fits_the_width(
         assert page.evaluate("window.ran") is None
         assert page.locator("#pair :is(script, img, svg, iframe, style)").count() == 0
         assert page.evaluate("document.documentElement.scrollWidth") == width
-        places = [page.locator(".answer").nth(n).bounding_box() for n in range(2)]
-        assert (places[0]["y"] == places[1]["y"]) == (width == 1280)
+        tops = "answers => answers.map(answer => answer.getBoundingClientRect().top)"
+        first, second = page.locator(".answer").evaluate_all(tops)
+        assert (first == second) == (width == 1280)
         dark = (
             page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
         )
@@ -741,7 +749,7 @@ def test_every_key_does_what_the_page_says(tmp_path: Path, browser: Browser) -> 
 def test_a_vote_whose_answer_is_lost_counts_once(tmp_path: Path, browser: Browser) -> None:
     folder = make_folder(tmp_path, 3)
     voter = Voter("ann", 0.3)
-    sent: list[str] = []
+    sent: list[str | None] = []
 
     def lose(route: Route) -> None:
         # The server takes the vote, and the page never hears of it, two times of three

@@ -2,7 +2,8 @@
 
     prompts.jsonl       one prompt a line
     candidates.jsonl    one answer a line, with the settings that it was made with
-    votes.sqlite        comparisons, annotators and votes (orpo_lab/curate/store.py)
+    votes.sqlite        comparisons, who is asked, and votes (orpo_lab/curate/store.py)
+    votes.key           the secret behind the annotators' links (orpo_lab/curate/links.py)
     pairs.jsonl         what is kept of the votes, for dataset=file
     card.md             the data card: counts, agreement, licences
 

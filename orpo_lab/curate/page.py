@@ -137,7 +137,7 @@ class Pages:
         return JSONResponse({})
 
     def owner(self, request: Request) -> Response:
-        """Return the page of the owner: progress, and how far the annotators agree."""
+        """Return the page of the owner."""
         if not request.state.owner:
             raise HTTPException(404)
         return self._render("owner.html.jinja", **self._voting.progress())

@@ -64,7 +64,8 @@ class Voting:
         repeats: for each annotator the share of comparisons that is asked a second time.
 
     Raises:
-        UserError: there are no prompts, no candidates, or no comparisons.
+        UserError: there are no prompts, no candidates, or no comparisons, or an
+            annotator has the name of a judge.
     """
 
     def __init__(
@@ -79,6 +80,11 @@ class Voting:
             raise UserError(
                 f"{folder} has no prompt with two different answers; `python -m orpo_lab curate "
                 "candidates` makes answers"
+            )
+        judges = {vote.annotator for vote in self.store.votes() if vote.kind == "judge"}
+        if taken := judges.intersection(annotators):
+            raise UserError(
+                f"--annotators: {min(taken)!r} is a judge; give the person another name"
             )
         before = self.store.assignments()
         self.store.assign(

@@ -6,6 +6,8 @@
 
 // Milliseconds between attempts to reach the server; the last one stays
 const WAITS = [300, 600, 1200, 2500, 5000];
+// An attempt without an answer ends after so many milliseconds
+const TIMEOUT = 15000;
 // So many milliseconds a new pair cannot be voted on: a key that is pressed twice has meant the last
 const PAUSE = 250;
 const KEYS = {
@@ -37,17 +39,19 @@ function newId() {
   return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
-// Ask until the server answers, whatever the answer is
+// Ask until the server has answered, whatever it says. Return the status and the text
 async function ask(path, body) {
   const request = body === undefined ? {} : {
     method: "POST", body, keepalive: true, headers: { "Content-Type": "application/json" },
   };
   for (let attempt = 0; ; attempt += 1) {
     try {
-      const answer = await fetch(path, request);
-      if (answer.status < 500) return answer;
+      const answer = await fetch(path, { ...request, signal: AbortSignal.timeout(TIMEOUT) });
+      const text = await answer.text();
+      if (attempt > 0) say("");
+      if (answer.status < 500) return { status: answer.status, text };
     } catch {
-      // The server is away
+      // The server is away, or went away while it answered
     }
     say("The server does not answer. Your vote is kept here; this page tries again.", true);
     await sleep(WAITS[Math.min(attempt, WAITS.length - 1)]);
@@ -63,9 +67,8 @@ async function deliver() {
     const answer = await ask("/votes", body);
     if (!mayGoOn(answer)) return false;
     localStorage.removeItem(key);
-    if (answer.ok) {
-      const { counts } = await answer.json();
-      if (counts) say("Saved.");
+    if (answer.status === 200) {
+      if (JSON.parse(answer.text).counts) say("Saved.");
       else say("You had voted on that pair in another tab. The first vote stands.", true);
     } else {
       say(`The server did not take your vote (${answer.status}). The pair comes again.`, true);
@@ -88,7 +91,7 @@ function mayGoOn(answer) {
 async function show() {
   const answer = await ask("/pair");
   if (!mayGoOn(answer)) return;
-  const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
+  const fresh = new DOMParser().parseFromString(answer.text, "text/html");
   const before = pair().dataset;
   const next = fresh.getElementById("pair");
   const isNew = before.comparison !== next.dataset.comparison || before.round !== next.dataset.round;
