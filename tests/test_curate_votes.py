@@ -241,6 +241,8 @@ def test_a_text_becomes_harmless_html(text: str) -> None:
 
 def test_html_in_a_text_is_shown_and_markdown_is_rendered() -> None:
     assert "&lt;script&gt;" in to_html("<script>")
+    # An image is a link: it is not fetched, and not left out
+    assert '!<a href="http://a.example/x.png"' in to_html("![x](http://a.example/x.png)")
     html = to_html("**a** `b`\nc\n\n| x | y |\n|---|---|\n| 1 | 2 |\n\n3. d\n4. e")
     for part in ("<strong>a</strong>", "<code>b</code><br>", "<th>x</th>", '<ol start="3">'):
         assert part in html
