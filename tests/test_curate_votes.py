@@ -754,10 +754,16 @@ def test_a_vote_whose_answer_is_lost_counts_once(tmp_path: Path, browser: Browse
     sent: list[str | None] = []
 
     def lose(route: Route) -> None:
-        # The server takes the vote, and the page never hears of it, two times of three
+        # The server takes the vote; the page hears nothing, then of an error, then the answer
         sent.append(route.request.post_data)
         route.fetch()
-        route.abort() if len(sent) % 3 else route.continue_()
+        match len(sent) % 3:
+            case 1:
+                route.abort()
+            case 2:
+                route.fulfill(status=503)
+            case _:
+                route.continue_()
 
     with served(folder, "--annotators=ann", "--repeats=0") as server:
         page = come_in(browser, server, "ann")

@@ -41,7 +41,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, links: Links, names: Sequence[str] = ()) -> None:
         self._app, self._links = app, links
-        self._names = {"localhost", socket.gethostname().lower(), *names}
+        self._names = {name.lower() for name in ("localhost", socket.gethostname(), *names)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or hand it on."""

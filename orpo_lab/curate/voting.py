@@ -64,8 +64,8 @@ class Voting:
         repeats: for each annotator the share of comparisons that is asked a second time.
 
     Raises:
-        UserError: there are no prompts, no candidates, or no comparisons, or an
-            annotator has the name of a judge.
+        UserError: there are no prompts, candidates or comparisons, or an annotator has the name of
+            a judge.
     """
 
     def __init__(
