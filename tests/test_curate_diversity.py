@@ -82,6 +82,12 @@ def test_odd_prompts_have_clusters_that_hold_all_of_them(texts: list[str]) -> No
     assert lines(found)
 
 
+def test_words_of_every_script_stay_whole() -> None:
+    texts = ["समस्या हल करो", "समस्या क्या है", "कविता लिखो अब", "कविता सुनाओ अब"] * 3
+    (words,) = {word for cluster in clusters(texts) for word in cluster.top_words if "कवि" in word}
+    assert words == "कविता"
+
+
 def test_few_prompts_get_advice_and_many_do_not() -> None:
     few, many = (diversity.Diversity(num, [], []) for num in (ADVISED - 1, ADVISED))
     assert few.advice is not None

@@ -30,6 +30,8 @@ MAX_WORDS = 20_000
 MAX_CHARACTERS = 4000
 NUM_TOP_WORDS, NUM_EXAMPLES, EXAMPLE_LENGTH = 5, 3, 80
 NUM_SHOWN = 8
+# Marks of Indic and other scripts are a part of their words, and no \w
+_WORD = re.compile(r"[\w\u0300-\u1fff]{2,}")
 SEED = 1
 
 
@@ -143,7 +145,7 @@ def clusters(texts: Sequence[str]) -> list[Cluster]:
     places = normalize(places)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct prompts than clusters
-        means = MiniBatchKMeans(number, n_init=3, random_state=SEED).fit(places)
+        means = MiniBatchKMeans(number, n_init=10, random_state=SEED).fit(places)
     usual = weights.mean(0)
     found = []
     for label in np.unique(means.labels_):
@@ -160,7 +162,7 @@ def _terms(text: str) -> list[str]:
     """Return the words of a text; of a text without spaces, all runs of two characters."""
     text = text.casefold()
     if " " in text:
-        return re.findall(r"\w{2,}", text) or [text]
+        return _WORD.findall(text) or [text]
     return [text[start : start + 2] for start in range(max(len(text) - 1, 1))]
 
 
