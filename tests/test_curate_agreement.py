@@ -186,6 +186,19 @@ def test_the_step_prints_a_table_or_json(
     assert all(outcome["name"] in said for outcome in found["outcomes"])
 
 
+def test_the_step_says_what_a_judge_prefers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    votes = votes_of({"ann": "fs"})
+    votes += [vote("0", "llm", "first", kind="judge", round_=0, left="first")]
+    votes += [vote("0", "llm", "first", kind="judge", round_=1, left="second")]
+    folder = str(curation.write(tmp_path, votes, 2))
+    curation.step(agreement, folder)
+    assert "llm prefers\n  the same answer in both orders: 100 %" in capsys.readouterr().out
+    curation.step(agreement, folder, "--json")
+    assert json.loads(capsys.readouterr().out)["biases"]["llm"]["consistent"]["value"] == 1
+
+
 def test_without_votes_one_line_says_what_makes_them(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no votes yet; `python -m orpo_lab curate votes`"):
         curation.step(agreement, str(tmp_path))

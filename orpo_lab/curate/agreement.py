@@ -376,6 +376,7 @@ def _biases(
     judges = sorted({vote.annotator for vote in votes if vote.kind == "judge"})
     if not judges:
         return {}
+    # Imported here: the voting page does without the models of judges
     from orpo_lab.curate.judge import bias_of
 
     candidates = read_candidates(folder)

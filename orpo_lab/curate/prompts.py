@@ -3,7 +3,7 @@
 A file is one that training reads too: its rows hold a prompt, or a pair or a conversation that
 begins with a prompt, or a tree of OpenAssistant. A prompt that is there already is left out, so a
 second file adds to the first, and the same command twice adds nothing. At its end the step says how
-diverse the prompts are.
+diverse all prompts are; without a file it does nothing else.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the step to a parser."""
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="the folder of the curation")
     parser.add_argument(
-        "files", nargs="+", metavar="FILE", help="rows as training reads them (docs/data.md)"
+        "files", nargs="*", metavar="FILE", help="rows as training reads them (docs/data.md)"
     )
     parser.add_argument(
         "--column",
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"--num {options.num} must be at least 1")
     with held(options.folder):
         path = options.folder / PROMPTS
-        present = read_prompts(options.folder) if path.is_file() else []
+        present = read_prompts(options.folder) if path.is_file() or not options.files else []
         for file in options.files:
             found = read(file, options.column, options.source, options.licence)
             drawn = draw(found, options.num, options.seed)
