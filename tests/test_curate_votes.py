@@ -513,6 +513,7 @@ def test_the_owner_sees_how_far_everybody_is(tmp_path: Path) -> None:
     assert rows == [("ann", "2", "4"), ("ben", "0", "4"), ("eve", "0", "4")]
     assert "0 of 4 pairs have all their votes. Votes so far: 2." in page
     assert "&lt;b&gt;odd&lt;/b&gt;" in page
+    assert "2 votes of people on 2 of 4 comparisons; 0 have two votes or more" in page
 
 
 # The command

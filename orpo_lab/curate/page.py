@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from orpo_lab.curate.agreement import lines, measure
 from orpo_lab.curate.guard import Guard
 from orpo_lab.curate.links import OWNER, Links
 from orpo_lab.curate.markdown import to_html
@@ -26,6 +27,8 @@ STATIC = {"page.css": "text/css", "vote.js": "text/javascript"}
 MAX_BODY = 12 * MAX_NOTE + 2000
 # A browser stays somebody's for so many days after the link was opened
 COOKIE_DAYS = 90
+# The owner's page is made anew every 30 seconds: its intervals rest on few resamples
+NUM_RESAMPLES = 200
 # What the page says of a choice: its name in a vote, the key, and the words
 BUTTONS = (
     ("left", "1", "Answer 1 is better"),
@@ -137,10 +140,12 @@ class Pages:
         return JSONResponse({})
 
     def owner(self, request: Request) -> Response:
-        """Return the page of the owner."""
+        """Return the page of the owner: progress, and how far the annotators agree."""
         if not request.state.owner:
             raise HTTPException(404)
-        return self._render("owner.html.jinja", **self._voting.progress())
+        store = self._voting.store
+        found = measure(store.comparisons(), store.votes(), NUM_RESAMPLES)
+        return self._render("owner.html.jinja", agreement=lines(found), **self._voting.progress())
 
     def static(self, request: Request) -> Response:
         """Return a file that the pages need."""

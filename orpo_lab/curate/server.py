@@ -126,7 +126,7 @@ def _greeting(voting: Voting, links: Links, host: str, port: int) -> list[str]:
         f"{progress['num_votes']} votes so far. Give each annotator their link, and nobody else:"
     ]
     lines += [f"  {name:{width}}  {_address(host, port)}{path}" for name, path in paths.items()]
-    lines.append(f"The link of {OWNER} shows progress. Ctrl+C ends; votes stay.")
+    lines.append(f"The link of {OWNER} shows progress and agreement. Ctrl+C ends; votes stay.")
     if not _is_local(host):
         lines.append(
             f"WARNING: --host={host} lets other machines in, over plain HTTP: who reads along on "
