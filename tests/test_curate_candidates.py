@@ -45,6 +45,7 @@ QUESTIONS = [
     "spell tree backwards.",
     "what comes after 8?",
 ]
+BRIEF = {"role": "system", "content": "Be brief."}
 ANSWER = [{"role": "assistant", "content": "a"}]
 
 
@@ -99,8 +100,20 @@ def answering(tiny: Local, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Non
         ),
         ({"chosen": "why? yes", "rejected": "why? no"}, asked("why?")),
         ({"prompt": {"text": "why?", "role": "prompter", "replies": []}}, asked("why?")),
+        ({"prompt": "why?", "system": "Be brief."}, [BRIEF, *asked("why?")]),
+        ({"instruction": "Add.", "input": "2, 3"}, asked("Add.\n2, 3")),
     ],
-    ids=["text", "column", "messages", "pair", "conversations", "shared", "tree"],
+    ids=[
+        "text",
+        "column",
+        "messages",
+        "pair",
+        "conversations",
+        "shared",
+        "tree",
+        "system",
+        "input",
+    ],
 )
 def test_a_row_of_any_form_gives_its_prompt(row: Any, expected: Any) -> None:
     assert to_prompt(row) == expected
@@ -113,6 +126,7 @@ def test_a_row_of_any_form_gives_its_prompt(row: Any, expected: Any) -> None:
         ({"prompt": "a\0b"}, "nul_character"),
         ({"prompt": "half \ud800"}, "lone_surrogate"),
         ({"answer": "so"}, "missing_column"),
+        ({"prompt": "why?", "system_prompt": "Be brief."}, "ignored_column"),
         ({"prompt": 3}, "wrong_type"),
         ({"prompt": {"text": "why?", "deleted": True, "replies": []}}, "wrong_type"),
         ([], "wrong_type"),

@@ -11,12 +11,13 @@ import pytest
 import yaml
 
 from orpo_lab import config, run
-from orpo_lab.config.dataset import Columns
+from orpo_lab.config.dataset import PairColumns
 from orpo_lab.curate import card, pairs
 from orpo_lab.curate.pairs import Curation, make
 from orpo_lab.curate.rules import Rule
 from orpo_lab.curate.store import Vote
-from orpo_lab.data.pairs import Pair, find_faults, to_pair
+from orpo_lab.data.forms import to_pair
+from orpo_lab.data.pairs import Pair, find_faults
 from orpo_lab.errors import UserError
 from tests import curation
 from tests.curation import alternating, candidates, comparisons, erring, prompts, vote, votes_of
@@ -172,7 +173,7 @@ def test_a_name_cannot_break_a_cards_tables(tmp_path: Path) -> None:
 
 
 def test_a_row_is_a_pair_without_a_fault_to_training() -> None:
-    columns = Columns(prompt="prompt", chosen="chosen", rejected="rejected")
+    columns = PairColumns(prompt="prompt", chosen="chosen", rejected="rejected")
     rows = make(curated(votes_of({"x": "fs", "y": "fs"}), 2), Rule()).rows
     for row in json.loads(json.dumps(rows)):
         pair = to_pair(row, columns)

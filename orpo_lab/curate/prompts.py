@@ -15,17 +15,20 @@ from typing import Any
 
 import numpy as np
 
-from orpo_lab.config.dataset import Columns
+from orpo_lab.config.dataset import PairColumns
 from orpo_lab.curate import diversity
 from orpo_lab.curate.folder import PROMPTS, Prompt, append, held, prompt_id, read_prompts
+from orpo_lab.data import forms
 from orpo_lab.data.faults import Fault, Tally
-from orpo_lab.data.files import Source, read_file
-from orpo_lab.data.pairs import Message, Pair, find_faults, text_of, to_content, to_pair
+from orpo_lab.data.files import Source, read_files
+from orpo_lab.data.pairs import Message, Pair, find_faults, text_of
 from orpo_lab.data.rows import normalize
 from orpo_lab.errors import UserError
 
 # Where a prompt is looked for without --column, the first that is there
 COLUMNS = ("prompt", "messages", "conversation", "question", "instruction")
+# Columns that belong to the prompt where a row has them; `input` follows an instruction
+BESIDE = ("system", "history", "input")
 # Tokens that control the model are looked for by training, which knows the model
 _NO_TOKENS = re.compile("(?!)")
 _YES, _NO = ([{"role": "assistant", "content": text}] for text in ("yes", "no"))
@@ -105,7 +108,7 @@ def _open(file: str, column: str | None) -> Source:
     if not column:
         tried.insert(0, ["prompt", "chosen", "rejected"])
     for columns in tried:
-        rows = read_file(file, columns)
+        rows = read_files(file, forms.Names(tuple(columns), (*columns, *BESIDE)))
         try:
             first = next(rows.rows)
         except UserError as error:
@@ -132,21 +135,33 @@ def to_prompt(row: Any, column: str | None = None) -> list[Message]:
         raise row
     if not isinstance(row, Mapping):
         raise Fault("wrong_type", "is not an object with columns")
-    if column is None and {"chosen", "rejected"} <= row.keys():
-        stated = "prompt" if "prompt" in row else None
-        content = to_pair(row, Columns(prompt=stated, chosen="chosen", rejected="rejected")).prompt
-    else:
-        name = column or next((name for name in COLUMNS if name in row), COLUMNS[0])
-        if name not in row:
-            detail = f"lacks column {name} (it has {', '.join(map(str, sorted(row)[:20]))})"
-            raise Fault("missing_column", f"{detail}; name the right one with --column")
-        content = _of_tree(row[name]) or to_content(row[name], name)
+    pair = _with_any_answers(row, column)
+    content = pair.prompt
     messages = [{"role": "user", "content": content}] if isinstance(content, str) else [*content]
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
-    for fault in find_faults(Pair(messages, _YES, _NO), _NO_TOKENS):
+    for fault in find_faults(Pair(messages, _YES, _NO, ignored=pair.ignored), _NO_TOKENS):
         raise fault
     return messages
+
+
+def _with_any_answers(row: Mapping[str, Any], column: str | None) -> Pair:
+    """Return a pair whose prompt is the row's, read as training reads it; see `to_prompt`."""
+    beside = {name: name for name in BESIDE[:2] if row.get(name)}
+    if column is None and {"chosen", "rejected"} <= row.keys():
+        return forms.to_pair(row, _columns("prompt" if "prompt" in row else None, beside))
+    name = column or next((name for name in COLUMNS if name in row), COLUMNS[0])
+    if name not in row:
+        detail = f"lacks column {name} (it has {', '.join(map(str, sorted(row)[:20]))})"
+        raise Fault("missing_column", f"{detail}; name the right one with --column")
+    if name == "instruction" and row.get("input"):
+        beside["input"] = "input"
+    asked, columns = {**row, name: _of_tree(row[name]) or row[name]}, _columns(name, beside)
+    return forms.pair_of(asked, columns, forms.to_prompt(asked, columns), "yes", "no")
+
+
+def _columns(prompt: str | None, beside: dict[str, str]) -> PairColumns:
+    return PairColumns(prompt=prompt, chosen="chosen", rejected="rejected", **beside)
 
 
 def _of_tree(value: Any) -> str:
