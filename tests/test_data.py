@@ -132,13 +132,16 @@ def test_tokens_merged_across_the_boundary_belong_to_the_answer() -> None:
 
         bos_token_id, eos_token_id = None, 0
 
-        def __call__(self, text: str, **_: bool) -> dict[str, list[int]]:
+        def __call__(self, texts: list[str], **_: bool) -> dict[str, list[list[int]]]:
+            return {"input_ids": list(map(self.ids, texts))}
+
+        def ids(self, text: str) -> list[int]:
             ids, vocabulary = [], {"ab": 3, "a": 1, "b": 2, "c": 4}
             while text:
                 word = next(word for word in vocabulary if text.startswith(word))
                 ids.append(vocabulary[word])
                 text = text[len(word) :]
-            return {"input_ids": ids}
+            return ids
 
     tokenizer: Any = Merging()
     assert tokenize("ca", "b", "c", tokenizer) == ([4], [3, 0], [1, 4, 0])

@@ -105,7 +105,7 @@ def test_a_file_gives_the_pairs_that_it_has_always_given(
         {"prompt": f"add {number % 45} and 2.", "chosen": str(number), "rejected": "no"}
         for number in range(60)
     ]
-    drawn = ("dataset.num_train=20", "dataset.num_eval=5")
+    drawn = ("dataset.num_train=20", "dataset.num_eval=5", "dataset.as_messages=false")
     report = read(write(tmp_path / "rows.jsonl", rows), *drawn).report
     assert report["train"]["fingerprint"].startswith("905607f74bd82cd7")
     assert report["held_out"]["fingerprint"].startswith("a7b92ab104e70490")

@@ -165,6 +165,7 @@ def test_loss_and_every_gradient_equal_a_stock_trainer_bit_for_bit(
     loaded = load(
         "dataset=jsonl",
         "dataset.train_path=given",
+        "dataset.as_messages=false",
         "dataset.max_length=128",
         "dataset.max_prompt_length=96",
         "optimizer=adamw",

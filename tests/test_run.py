@@ -408,6 +408,7 @@ def test_scores_are_what_base_and_final_make_of_the_held_out_rows(place: RunFold
         "model.dtype=fp32",
         "dataset.train_path=train.jsonl",
         "dataset.eval_path=held_out.jsonl",
+        "dataset.as_messages=false",
         "dataset.num_eval=7",
         "dataset.num_generations=3",
         "hydra.run.dir=run",
@@ -622,9 +623,9 @@ def test_a_sweeps_job_goes_on_where_it_was_on_the_day_that_the_sweep_was_started
     (sweep.folder / "sweep.json").write_text(json.dumps(begun))
     days, load_data = [], data.load
 
-    def on_a_day(*arguments: Any, today: date) -> data.Data:
+    def on_a_day(*arguments: Any, today: date, **options: Any) -> data.Data:
         days.append(today)
-        return load_data(*arguments, today=today)
+        return load_data(*arguments, today=today, **options)
 
     monkeypatch.setattr(data, "load", on_a_day)
     small = ["optimizer=lora", "dataset.num_train=16", "dataset.num_eval=3", "tracker=none"]

@@ -108,7 +108,7 @@ class MixtureDataset(Dataset):
     """Pairs of several named sources."""
 
     sources: dict[str, MixedSource] = setting()
-    as_messages: str = switch()
+    as_messages: str = switch(unread_under={"dataset.as_messages": "false"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
