@@ -1,9 +1,9 @@
 """What reading, checking and tokenizing rows costs: `python benchmarks/data.py`.
 
-Loads made-up conversations with the embedded model's tokenizer, from 5,000 rows to 20,000, and
+Loads made-up conversations with the embedded model's tokenizer, from 5,000 rows to 200,000, and
 fifty rows of which one has 100 million characters, in every kind of file. Each case has a process
 of its own. Prints a line a case: seconds of CPU time, and the peak of memory above what imports
-take, in MiB. About two minutes on one CPU core.
+take, in MiB. About four minutes on one CPU core.
 
 `python benchmarks/data.py rendering [FOLDER ...]` prints instead what the chat template, the check
 of its rendering and the tokenizer take of 2,000 conversations, in seconds of CPU time; folders hold
@@ -42,6 +42,7 @@ CASES = (
     ("10000.jsonl",),
     ("20000.jsonl",),
     ("20000.jsonl", "dataset.num_train=1000"),
+    ("200000.jsonl", "dataset.num_train=1000"),
     *((f"large{kind}",) for kind in (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")),
 )
 SHARED = ("dataset.num_eval=5", "dataset.max_length=2048", "dataset.max_prompt_length=1024")
