@@ -89,7 +89,7 @@ def test_a_bad_command_line_is_one_line(
 
 
 def test_what_reads_the_output_may_go_away() -> None:
-    line = f"{sys.executable} -m orpo_lab compare --help | true; exit ${{PIPESTATUS[0]}}"
+    line = f"{sys.executable} -m orpo_lab --help | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
