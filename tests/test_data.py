@@ -425,7 +425,7 @@ def test_too_few_prompts_with_a_pair_that_fits_are_refused(
     settings = load(
         *("dataset=file", f"dataset.train_path={file}", "dataset.num_eval=5", *lengths)
     ).dataset
-    with pytest.raises(UserError, match=r"3 distinct prompts of \d+ whose pairs fit .* are too few"):
+    with pytest.raises(UserError, match=r"3 distinct prompts of \d+ whose pairs fit .* are too"):
         data.load(settings, tokenizer)
 
 
