@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
+from orpo_lab.config.command_line import open_streams
 from orpo_lab.curate.command import STEPS
 from orpo_lab.errors import UserError, one_line
 
@@ -81,4 +82,5 @@ def _run(
 
 
 if __name__ == "__main__":
+    open_streams()
     main()

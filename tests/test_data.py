@@ -289,8 +289,19 @@ def test_too_few_prompts_to_hold_out_are_refused(
 ) -> None:
     file = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
     settings = load("dataset=jsonl", f"dataset.train_path={file}").dataset
-    with pytest.raises(UserError, match="too few to hold out"):
+    with pytest.raises(UserError, match=r"too few to hold out 1 and train on others; give "):
         data.load(settings, tokenizer)
+
+
+def test_where_too_few_pairs_fit_the_refusal_names_the_lengths(
+    load: Load, tokenizer: Any, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"{n} " * 200, "chosen": "b", "rejected": "c"} for n in range(10)]
+    rows.append({"prompt": "say b.", "chosen": "b", "rejected": "c"})
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    given = (f"dataset.train_path={file}", "dataset.max_length=64")
+    with pytest.raises(UserError, match=r"1 distinct prompts of 11 whose pairs fit \(dataset\.max"):
+        data.load(load("dataset=jsonl", *given).dataset, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -414,7 +425,7 @@ def test_too_few_prompts_with_a_pair_that_fits_are_refused(
     settings = load(
         *("dataset=file", f"dataset.train_path={file}", "dataset.num_eval=5", *lengths)
     ).dataset
-    with pytest.raises(UserError, match="3 distinct prompts whose pairs fit are too few"):
+    with pytest.raises(UserError, match=r"3 distinct prompts of \d+ whose pairs fit .* are too"):
         data.load(settings, tokenizer)
 
 

@@ -399,7 +399,7 @@ def test_lengths_that_are_proposed_keep_19_of_20_rows(
     said = caplog.records[0].getMessage()
     assert "11 of 100 pairs (11 %) are too long" in said
     assert "Half of the pairs have more than 153 tokens, 95 % have at most 288" in said
-    assert "dataset.max_length=288 dataset.max_prompt_length=96 would keep these" in said
+    assert "dataset.max_length=288 dataset.max_prompt_length=96 would keep these, if" in said
 
 
 def test_a_text_counts_as_rendered_as_itself_trimmed_and_inside_json(tokenizer: Any) -> None:

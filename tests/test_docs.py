@@ -131,11 +131,11 @@ def train(folder: Path, *overrides: str) -> None:
     run.train(config.load(composed), folder, choices={}, overrides=[])
 
 
-def run_readmes_code(folder: Path, *, adapted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def run_readmes_code(final: Path, *, adapted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
     if not adapted:
         code = code.replace("from peft", "from transformers").replace("AutoPeft", "Auto")
-    monkeypatch.setattr(sys, "argv", ["-", str(folder)])
+    monkeypatch.setattr(sys, "argv", ["-", str(final)])
     exec(compile(code, "README.md", "exec"), {})
 
 
@@ -149,7 +149,8 @@ def test_the_readmes_code_loads_final_and_prints_an_answer_alone(
     sizes = ("train.max_steps=2", "dataset.num_train=16", "dataset.num_eval=4")
     train(tmp_path / "run", f"optimizer={optimizer}", *sizes)
     capsys.readouterr()
-    run_readmes_code(tmp_path / "run", adapted=optimizer == "qlora", monkeypatch=monkeypatch)
+    final = tmp_path / "run" / "final"
+    run_readmes_code(final, adapted=optimizer == "qlora", monkeypatch=monkeypatch)
     # Hardly trained, it may answer wrongly; the base model knows one wrong answer
     assert capsys.readouterr().out in ("38\n", "39\n")
 
@@ -160,7 +161,7 @@ def test_the_readmes_code_prints_the_right_answer_after_the_default_run(
 ) -> None:
     train(tmp_path / "run")
     capsys.readouterr()
-    run_readmes_code(tmp_path / "run", adapted=True, monkeypatch=monkeypatch)
+    run_readmes_code(tmp_path / "run" / "final", adapted=True, monkeypatch=monkeypatch)
     assert capsys.readouterr().out == "38\n"
     assert "it prints `38`" in (ROOT / "README.md").read_text()
 

@@ -1,6 +1,7 @@
 """The commands beside running: one program, one way to say errors."""
 
 import importlib
+import subprocess
 import sys
 from pathlib import Path
 
@@ -85,6 +86,12 @@ def test_a_bad_command_line_is_one_line(
     assert end.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(said)
+
+
+def test_what_reads_the_output_may_go_away() -> None:
+    line = f"{sys.executable} -m orpo_lab --help | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_disk_that_fails_and_ctrl_c_are_no_tracebacks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,6 +142,14 @@ def test_a_source_that_is_too_small_is_said_and_not_repeated(
     assert f"{CHAT}.max_repeats=2 would repeat pairs" in caplog.text
 
 
+def test_the_log_says_of_which_source_held_out_pairs_are(
+    mix: Callable[..., data.Data], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    mix()
+    assert {"math held_out: 4 pairs", "chat held_out: 4 pairs"} <= set(caplog.messages)
+
+
 def test_fewer_pairs_of_a_source_are_the_first_of_more(mix: Callable[..., data.Data]) -> None:
     few, more = (
         [

@@ -13,6 +13,7 @@ import pytest
 
 from orpo_lab import config, data
 from orpo_lab.__main__ import main
+from orpo_lab.compare.guess import share_right
 from orpo_lab.compare.verdict import CONFIDENCE
 from orpo_lab.data.encode import fit
 from orpo_lab.data.faults import Fault
@@ -250,6 +251,24 @@ def test_the_command_prints_figures_as_json_and_writes_a_page_without_the_datas_
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
     assert r"show &lt;b&gt;this&lt;/b&gt;\x1b[31m." in html
     assert not {"<script", "<b>", "\x1b"} & {*re.findall("<script|<b>|\x1b", html)}
+
+
+def test_fewer_pairs_than_a_batch_are_shown_with_a_warning(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [f"dataset.eval_path={rows.with_name('eval.jsonl')}", "dataset.max_length=64"]
+    arguments += ["dataset=file", f"dataset.train_path={rows}", "train.batch_size=64"]
+    main(["preview", *arguments, "--out", str(tmp_path / "out")])
+    said = capsys.readouterr()
+    assert "WARNING: training refuses this: train.batch_size=64 is above the 36" in said.err
+    assert "Lengths in tokens" in said.out
+
+
+def test_the_interval_of_a_guess_is_one_of_a_share() -> None:
+    found = share_right(np.array([1, 1, 1, 0.5, 0.5, 1, 1, 0]))
+    assert 0 < found.low < found.estimate == 0.75
+    assert found.high == 1
+    assert np.isnan(share_right(np.array([1.0])).high)
 
 
 @pytest.mark.parametrize(

@@ -41,10 +41,22 @@ def guesses(comparison: Comparison) -> list[Guess]:
         Guess(
             _name(comparison, numbers, is_only=len(members) == 1),
             numbers,
-            over_pairs(scores, is_share=False),
+            share_right(scores),
         )
         for scores, numbers in members.values()
     ]
+
+
+def share_right(scores: Array) -> Interval:
+    """Return the share of pairs at which a guess is right, with its interval over pairs.
+
+    Args:
+        scores: 1, 0, or 0.5 where both answers have the same length, [N]; so Student's interval is
+            taken, and cut to what a share can be.
+    """
+    found = over_pairs(scores, is_share=False)
+    low, high = np.clip((found.low, found.high), 0, 1)
+    return Interval(found.estimate, float(low), float(high))
 
 
 def _name(comparison: Comparison, numbers: list[int], *, is_only: bool) -> str:

@@ -5,6 +5,7 @@ So its score is subtracted pair by pair, and the differences have the interval o
 pairs and seeds. Runs that began with another run's result (`start_from`) are compared with that.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -136,12 +137,14 @@ def _before(comparison: Comparison, run: Run) -> list[Array]:
 def over_pairs(scores: Array, *, is_share: bool) -> Interval:
     """Return the mean of the scores of one model or guess, [N], with its interval over pairs.
 
-    For a share the interval is Wilson's, for other figures Student's.
+    For a share the interval is Wilson's, for other figures Student's, which one pair does not have.
     """
     num, mean = len(scores), float(scores.mean())
     if is_share:
         test = stats.binomtest(int(scores.sum()), num)
         low, high = test.proportion_ci(CONFIDENCE, method="wilson")
+    elif num == 1:
+        low = high = math.nan
     else:
         reach = stats.t.isf((1 - CONFIDENCE) / 2, num - 1) * scores.std(ddof=1) / num**0.5
         low, high = mean - reach, mean + reach

@@ -58,7 +58,8 @@ def text(curation: "Curation", made: "Pairs", rule: Rule, language: str | None) 
         "## Diversity of the prompts",
         _diversity(curation, made.rows),
         "## Training on it",
-        "```bash\npython launch.py dataset=file dataset.train_path=pairs.jsonl\n```",
+        "```bash\n"
+        "python launch.py model=smollm2_135m dataset=file dataset.train_path=pairs.jsonl\n```",
         "A row holds `prompt`, `chosen` and `rejected` as messages. `provenance` says where the "
         "prompt comes from, how the answers were made and how many annotators chose; training "
         "does not read it. All pairs of a prompt are held out together.",

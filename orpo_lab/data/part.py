@@ -94,8 +94,7 @@ class Part:
 
     def _read(self, name: Name, source: Source) -> Split:
         """Return the rows of a split, each with its pair."""
-        said = f"{self.name} {name}" if self.name else name
-        split = Split(said, source, self.config.faults)
+        split = Split(self._said_name(name), source, self.config.faults)
         match self.config:
             case OasstDataset():
                 trees = Trees(self.config)
@@ -123,6 +122,7 @@ class Part:
                 self.train.drop_leaks(self.held_out)
             else:
                 self.held_out = self.train.hold_out(self.config.num_eval, encoder.encode)
+                self.held_out.name = self._said_name("held_out")
         return self.held_out
 
     def make_pairs(self) -> None:
@@ -170,6 +170,9 @@ class Part:
         """Log once how many strings became messages; see `messages.say`."""
         if isinstance(self.config, TableDataset):
             messages.say([self.train, self._split("held_out")], self.config, self._tokenizer)
+
+    def _said_name(self, name: Name) -> str:
+        return f"{self.name} {name}" if self.name else name
 
     def _split(self, name: Name) -> Split:
         split = self.train if name == "train" else self.held_out

@@ -190,7 +190,11 @@ class Split:
             good = pairs.column("prompt")[[self._is_good(row) for row in rows]]
             num_good += len(np.unique(ranks[are_in(self.pool.column("prompt"), good)]))
             num_moved = upto
-        self._check_enough(num_good + len(ranked) - num_moved, num, " whose pairs fit")
+        self._check_enough(
+            num_good + len(ranked) - num_moved,
+            num,
+            f" of {len(ranked)} whose pairs fit (dataset.max_length, dataset.max_prompt_length)",
+        )
         is_moved = ranks < num_moved
         held_out = paired(self.pool.select(is_moved))
         self.pool = self.pool.select(~is_moved)
@@ -243,10 +247,10 @@ class Split:
         if num_prompts > num:
             return
         dropped = f" ({self.dropped} dropped)" if self.dropped else ""
+        lower = "set a lower dataset.num_eval, or " if num_prompts > 1 else ""
         raise UserError(
             f"{num_prompts} distinct prompts{kind}{dropped} are too few to hold out {num} and "
-            "train on others; lower dataset.num_eval, or give dataset.eval_split or "
-            "dataset.eval_path"
+            f"train on others; {lower}give dataset.eval_split or dataset.eval_path"
         )
 
     def _is_good(self, row: Row) -> bool:

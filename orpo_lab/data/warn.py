@@ -78,7 +78,7 @@ def warn_of_lengths(split: Split, judged: datasets.Dataset, config: Dataset) -> 
         "WARNING: %s: %d of %d pairs (%.0f %%) are too long for dataset.max_length=%d and "
         "dataset.max_prompt_length=%d. Half of the pairs have more than %d tokens, %d %% have at "
         "most %d, and as many prompts at most %d: dataset.max_length=%d "
-        "dataset.max_prompt_length=%d would keep these",
+        "dataset.max_prompt_length=%d would keep these, if the model's context is that long",
         split.name,
         num_lost,
         len(tokens),

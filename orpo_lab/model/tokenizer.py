@@ -35,8 +35,8 @@ def check_context(config: PretrainedConfig, dataset: Dataset) -> None:
         return
     if dataset.max_length > context:
         raise UserError(
-            f"dataset.max_length={dataset.max_length} is above {about} of {context} tokens; lower "
-            "it"
+            f"dataset.max_length={dataset.max_length} is above {about} of {context} tokens; set "
+            f"dataset.max_length={context} or less, or choose another model"
         )
     if dataset.max_prompt_length + dataset.max_new_tokens > context:
         raise UserError(

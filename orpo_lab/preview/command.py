@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from orpo_lab.preview import page
 
+log = logging.getLogger(__name__)
+
 NUM_ROWS = 3
 FOLDER = Path("outputs", "preview")
 
@@ -89,16 +91,16 @@ def run(options: argparse.Namespace) -> None:
 @contextmanager
 def _logged() -> Iterator[None]:
     """Inside this context, show what the data room logs, apart from the command's own output."""
-    log, handler = logging.getLogger("orpo_lab"), logging.StreamHandler(sys.stderr)
+    package, handler = logging.getLogger("orpo_lab"), logging.StreamHandler(sys.stderr)
     handler.setFormatter(RedactingFormatter("%(message)s"))
-    level = log.level
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
+    level = package.level
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
     try:
         yield
     finally:
-        log.setLevel(level)
-        log.removeHandler(handler)
+        package.setLevel(level)
+        package.removeHandler(handler)
 
 
 def _preview(
@@ -118,6 +120,7 @@ def _preview(
     from orpo_lab.model.tokenizer import check_context, check_ids, load_tokenizer
     from orpo_lab.preview import figures, page
     from orpo_lab.preview.rows import Reader
+    from orpo_lab.training.trainer import count_steps
 
     origin = origin_of(loaded)
     model_config = load_config(origin.base.model)
@@ -147,6 +150,10 @@ def _preview(
     method = methods.build(loaded)
     if not method.reads_rejected:
         pairs = data.without_undesirable(pairs)
+    try:
+        count_steps(loaded, len(pairs.train))
+    except UserError as error:  # the figures below may say why so few are left
+        log.warning("WARNING: training refuses this: %s", error)
     found = {
         "overrides": redact(options.overrides),
         "max_length": loaded.dataset.max_length,

@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 from scipy import stats
 
-from orpo_lab.compare.untrained import over_pairs
+from orpo_lab.compare.guess import share_right
 from orpo_lab.compare.verdict import CONFIDENCE, Interval
 from orpo_lab.config.dataset import Dataset
 from orpo_lab.data import Data
@@ -126,7 +126,7 @@ def length_bias(data: Data) -> dict[str, Any] | None:
         **vars(bias),
         "longer_is_chosen": share_of(bias).as_json(),
         "rule": bias.rule,
-        "length_guess_accuracy": over_pairs(right, is_share=False).as_json(),
+        "length_guess_accuracy": share_right(right).as_json(),
         "num_held_out": len(right),
     }
 
