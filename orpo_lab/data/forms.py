@@ -248,7 +248,9 @@ def pair_of(
         raise Fault("wrong_type", f"{detail} column with dataset.columns.prompt=...")
     pair = _after(before, pair)
     ignored = _ignored(row, columns, pair.prompt)
-    context = {name: _to_objects(row[name], name) for name in CONTEXT if row.get(name)}
+    given = {name: _to_objects(row[name], name) for name in CONTEXT if row.get(name)}
+    # A list without objects is as good as none; some templates announce tools for such a list
+    context = {name: objects for name, objects in given.items() if objects}
     check_size([context])
     return replace(pair, context=context, ignored=ignored)
 
@@ -262,7 +264,7 @@ def _before(row: Mapping[str, Any], columns: Columns) -> list[Message]:
     said = _text(row, columns.system)
     before: list[Message] = [{"role": "system", "content": said}] if said else []
     turns = row.get(columns.history) if columns.history else None
-    for turn in turns or []:
+    for turn in turns if isinstance(turns, list) else filter(None, [turns]):
         match turn:
             case [str(asked), str(answered)]:
                 before += [{"role": "user", "content": asked}, *answer(answered)]
