@@ -295,6 +295,16 @@ def test_answers_that_begin_with_the_same_turns_keep_their_prompt(load: Load, as
             "prompt holds a part of type image, not text",
         ),
         (
+            ("dataset=file",),
+            {
+                "prompt": [user([{"text": "What is this?", "image_url": "a.png"}])],
+                "chosen": GOOD,
+                "rejected": BAD,
+            },
+            "wrong_type",
+            "prompt holds a part of type image_url, not text",
+        ),
+        (
             SHAREGPT,
             {
                 **TALK,
@@ -331,6 +341,12 @@ def test_answers_that_begin_with_the_same_turns_keep_their_prompt(load: Load, as
             {**SCORED, "completions": [response(GOOD, float("inf")), response(BAD, 1)]},
             "wrong_type",
             "overall_score is inf",
+        ),
+        (
+            ("dataset=scored",),
+            {**SCORED, "completions": [response(GOOD, 10**400), response(BAD, 1)]},
+            "wrong_type",
+            "must be a number",
         ),
         (
             ("dataset=scored",),

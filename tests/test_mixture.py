@@ -142,6 +142,14 @@ def test_a_source_that_is_too_small_is_said_and_not_repeated(
     assert f"{CHAT}.max_repeats=2 would repeat pairs" in caplog.text
 
 
+@pytest.mark.parametrize("total", [(), ("dataset.num_train=10",)], ids=["largest", "given"])
+def test_a_weight_that_gives_no_pair_is_refused(
+    mix: Callable[..., data.Data], total: tuple[str, ...]
+) -> None:
+    with pytest.raises(UserError, match=rf"{MATH}\.weight=0\.001 gives math no pair of the 1\d?"):
+        mix(f"{MATH}.weight=0.001", f"{CHAT}.weight=1", *total)
+
+
 def test_fewer_pairs_of_a_source_are_the_first_of_more(mix: Callable[..., data.Data]) -> None:
     few, more = (
         [
@@ -183,6 +191,7 @@ def prompts(loaded: data.Data) -> list[str]:
         ((f"{MATH}.path=org/x",), f"give either {MATH}.train_path"),
         ((f"{MATH}.eval_split=test",), f"{MATH}.eval_split and {MATH}.revision belong"),
         ((f"{MATH}.weight=0", f"{CHAT}.weight=1"), f"{MATH}.weight=0"),
+        ((f"{MATH}.weight=1e-7", f"{CHAT}.weight=1"), "must be at least 1e-06"),
         ((f"{MATH}.max_repeats=2",), f"{MATH}.max_repeats=2 fills up"),
         ((f"+{MATH}.wieght=2",), f"unknown key: {MATH}.wieght"),
         ((f"{MATH}.transcripts=true",), f"set {MATH}.columns.prompt=null"),

@@ -411,11 +411,13 @@ def _score(value: Any, name: str) -> float | None:
     Raises:
         Fault: the value is no finite number.
     """
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isinf(value):
+    try:
+        score = math.nan if value is None else float(value)
+    except (TypeError, ValueError, OverflowError):
+        score = math.inf
+    if isinstance(value, bool | str) or math.isinf(score):
         raise Fault("wrong_type", f"{name} is {quote(str(value))}; it must be a number")
-    return float(value)
+    return None if math.isnan(score) else score
 
 
 def _asked(prompt: Content | None, name: str, is_transcript: bool) -> Content | None:
@@ -426,7 +428,7 @@ def _asked(prompt: Content | None, name: str, is_transcript: bool) -> Content | 
             transcript that is not said to be one.
     """
     if not is_transcript:
-        if isinstance(prompt, str) and _TURN.match(prompt.lstrip(" ")):
+        if is_transcript_text(prompt):
             detail = f"{name} is a transcript; dataset.transcripts=true reads its turns"
             raise Fault("wrong_type", detail)
         return prompt
@@ -434,6 +436,11 @@ def _asked(prompt: Content | None, name: str, is_transcript: bool) -> Content | 
     if last["content"]:
         raise Fault("prefilled_answer", f"{name} does not end in an empty turn of the assistant")
     return asked
+
+
+def is_transcript_text(prompt: Content | None) -> bool:
+    """Return whether a prompt is a text that begins as a transcript does."""
+    return isinstance(prompt, str) and bool(_TURN.match(prompt.lstrip(" ")))
 
 
 def value_of(row: Any, name: str, key: str) -> Any:
