@@ -142,6 +142,31 @@ def test_a_source_that_is_too_small_is_said_and_not_repeated(
     assert f"{CHAT}.max_repeats=2 would repeat pairs" in caplog.text
 
 
+@pytest.mark.parametrize("policy", ["drop", "keep"])
+def test_pairs_made_of_single_completions_repeat_no_other_source(
+    mix: Callable[..., data.Data], tmp_path: Path, policy: str
+) -> None:
+    completions = [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for row in questions("add", 40) + questions("tell", 9)
+        for side in ("chosen", "rejected")
+    ]
+    write(tmp_path / "labelled.jsonl", completions)
+    loaded = mix(
+        f"dataset.sources.thumbs.train_path={tmp_path}/labelled.jsonl",
+        "dataset.sources.thumbs.columns=labelled",
+        "dataset.sources.thumbs.num_eval=4",
+        f"dataset.faults.duplicate={policy}",
+    )
+    report = loaded.report["train"]["sources"]["thumbs"]
+    num_twice = sum(num == 2 for num in Counter(loaded.train["prompt_text"]).values())
+    if policy == "keep":
+        assert report["kept"]["duplicate"]["num"] == num_twice > 0
+    else:
+        assert report["dropped"]["duplicate"]["num"] > 0
+        assert not num_twice
+
+
 @pytest.mark.parametrize("total", [(), ("dataset.num_train=10",)], ids=["largest", "given"])
 def test_a_weight_that_gives_no_pair_is_refused(
     mix: Callable[..., data.Data], total: tuple[str, ...]
