@@ -152,19 +152,21 @@ def test_pairs_made_of_single_completions_repeat_no_other_source(
         for side in ("chosen", "rejected")
     ]
     write(tmp_path / "labelled.jsonl", completions)
+    write(tmp_path / "math.jsonl", questions("add", 40) + questions("add", 1))
     loaded = mix(
         f"dataset.sources.thumbs.train_path={tmp_path}/labelled.jsonl",
         "dataset.sources.thumbs.columns=labelled",
         "dataset.sources.thumbs.num_eval=4",
         f"dataset.faults.duplicate={policy}",
     )
-    report = loaded.report["train"]["sources"]["thumbs"]
-    num_twice = sum(num == 2 for num in Counter(loaded.train["prompt_text"]).values())
+    reports = loaded.report["train"]["sources"]
+    prompts = Counter(loaded.train["prompt_text"])
     if policy == "keep":
-        assert report["kept"]["duplicate"]["num"] == num_twice > 0
+        assert reports["math"]["kept"]["duplicate"]["num"] == 1
+        assert reports["thumbs"]["kept"]["duplicate"]["num"] == prompts.total() - len(prompts) - 1
     else:
-        assert report["dropped"]["duplicate"]["num"] > 0
-        assert not num_twice
+        assert reports["thumbs"]["dropped"]["duplicate"]["num"] > 0
+        assert max(prompts.values()) == 1
 
 
 @pytest.mark.parametrize("total", [(), ("dataset.num_train=10",)], ids=["largest", "given"])
