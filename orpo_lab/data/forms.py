@@ -312,11 +312,11 @@ def _ignored(row: Mapping[str, Any], columns: Columns, prompt: Content) -> str:
     """
     for name in TELLING:
         value = row.get(name)
-        if value in (None, "") or name in names_of(columns).read:
+        # Tables write a missing value as NaN, which is not itself
+        if value in (None, "", [], {}) or value != value or name in names_of(columns).read:
             continue
-        if name not in SYSTEM:
-            return name
-        if isinstance(value, str) and value.strip() not in text_of(prompt):
+        is_used = name in SYSTEM and isinstance(value, str) and value.strip() in text_of(prompt)
+        if not is_used:
             return name
     return ""
 
