@@ -475,7 +475,7 @@ def test_a_conversation_that_quotes_an_answer_to_the_other_splits_prompt_is_a_le
 def test_columns_that_nothing_reads_are_named_and_those_that_matter_are_a_warning(
     load: Load, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    rows = [{**row, "input": "7", "score": 5, "tags": []} for row in GOOD]
+    rows = [{**row, "input": "7", "images": ["a.png"], "score": 5, "tags": []} for row in GOOD]
     file = tmp_path / "rows.parquet"
     datasets.Dataset.from_list(rows).to_parquet(file)
     for source in (write_rows(tmp_path / "rows.jsonl", rows), file):
@@ -484,6 +484,7 @@ def test_columns_that_nothing_reads_are_named_and_those_that_matter_are_a_warnin
         report = data.load(settings, tokenizer).report["train"]
         assert {"input", "score"} <= set(report["unread_columns"])
         assert "What 'input' says is LOST" in caplog.text
+        assert "What 'images' holds is LOST" in caplog.text
         assert "the better answer, whatever 'score' says" in caplog.text
 
 

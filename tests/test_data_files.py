@@ -175,6 +175,16 @@ def test_a_list_of_paths_is_what_was_typed() -> None:
     assert as_typed(sweep) == sweep
 
 
+def test_a_folder_that_there_is_is_no_pattern(load: Load, tokenizer: Any, tmp_path: Path) -> None:
+    for folder, pairs in (("part[1]", PAIRS[:6]), ("part1", PAIRS[6:])):
+        write(tmp_path / folder / "a.jsonl", pairs)
+    given = [f"dataset.train_path='{tmp_path}/part[1]/*.jsonl'", "dataset.num_eval=2"]
+    loaded = data.load(load("dataset=file", *given).dataset, tokenizer)
+    assert loaded.report["train"]["num_rows"] + loaded.report["held_out"]["num_rows"] == 6
+    text = "".join([*loaded.train["prompt_text"], *loaded.held_out["prompt_text"]])
+    assert all(pair["prompt"] in text for pair in PAIRS[:6])
+
+
 def test_the_content_of_all_files_identifies_a_run(load: Load, tmp_path: Path) -> None:
     def identify(paths: Any) -> str:
         return identity.identity(load("dataset=file", f"dataset.train_path={paths}"))

@@ -190,6 +190,7 @@ FORMS: dict[str, tuple[tuple[str, ...], Row, str]] = {
         },
         BRIEF,
     ),
+    "no tools": (ALPACA, {**TEXTS, "system": "Be brief.", "tools": "[]"}, BRIEF),
     "UltraFeedback": (("dataset=scored",), SCORED, ASKED),
     "Nectar": (("dataset=nectar",), NECTAR, EARLIER),
     "two lists": (
@@ -236,6 +237,7 @@ def test_a_row_of_a_published_form_is_trained_as_it_is_meant(
     end = "" if isinstance(pair.prompt, str) else "</s>\n"
     assert texts(pair, tokenizer) == (prompt, GOOD + end, BAD + end)
     assert not pair.ignored
+    assert not pair.context
 
 
 CALL = {"name": "add", "arguments": {"left": 2, "right": 2}}
@@ -263,6 +265,15 @@ def test_sharegpts_calls_and_tools_reach_the_template(load: Load, tokenizer: Any
     assert called in rejected
 
 
+@pytest.mark.parametrize("asked", [ASKED, [user(ASKED)]], ids=["string", "messages"])
+def test_answers_that_begin_with_the_same_turns_keep_their_prompt(load: Load, asked: Any) -> None:
+    looked = [assistant("I look."), {"role": "tool", "content": "4"}]
+    chosen, rejected = ([*looked, assistant(said)] for said in (GOOD, BAD))
+    row = {"prompt": asked, "chosen": chosen, "rejected": rejected}
+    (pair,) = reader(load, "dataset=file").pairs(row, 1)
+    assert pair == Pair([user(ASKED)], chosen, rejected)
+
+
 @pytest.mark.parametrize(
     ("overrides", "row", "fault", "said"),
     [
@@ -284,6 +295,16 @@ def test_sharegpts_calls_and_tools_reach_the_template(load: Load, tokenizer: Any
             "prompt holds a part of type image, not text",
         ),
         (
+            ("dataset=file",),
+            {
+                "prompt": [user([{"text": "What is this?", "image_url": "a.png"}])],
+                "chosen": GOOD,
+                "rejected": BAD,
+            },
+            "wrong_type",
+            "prompt holds a part of type image_url, not text",
+        ),
+        (
             SHAREGPT,
             {
                 **TALK,
@@ -301,6 +322,7 @@ def test_sharegpts_calls_and_tools_reach_the_template(load: Load, tokenizer: Any
         ),
         (ALPACA, {**TEXTS, "instruction": " ", "system": "Be brief."}, "empty_prompt", "is empty"),
         (ALPACA, {**TEXTS, "history": [["Hi."]]}, "wrong_type", "no list of [question, answer]"),
+        (ALPACA, {**TEXTS, "history": 5}, "wrong_type", "no list of [question, answer]"),
         (ALPACA, {**TEXTS, "system": ["Be brief."]}, "wrong_type", "system is of type list"),
         (
             (*ALPACA, "dataset.columns.chosen=output", "dataset.columns.rejected=output"),
@@ -319,6 +341,12 @@ def test_sharegpts_calls_and_tools_reach_the_template(load: Load, tokenizer: Any
             {**SCORED, "completions": [response(GOOD, float("inf")), response(BAD, 1)]},
             "wrong_type",
             "overall_score is inf",
+        ),
+        (
+            ("dataset=scored",),
+            {**SCORED, "completions": [response(GOOD, 10**400), response(BAD, 1)]},
+            "wrong_type",
+            "must be a number",
         ),
         (
             ("dataset=scored",),
@@ -472,6 +500,9 @@ def test_a_file_of_a_known_form_is_refused_with_its_preset(
         ({**PAIR, "system": "Be brief."}, True),
         ({**PAIR, "system": " "}, False),
         ({**PAIR, "system": "2 plus"}, False),
+        ({**PAIR, "system": {"role": "system", "content": "Be brief."}}, True),
+        ({**PAIR, "system": float("nan")}, False),
+        ({**PAIR, "winner": float("nan")}, False),
         ({**PAIR, "winner": "model_b"}, True),
         ({**PAIR, "winner": None}, False),
         ({**PAIR, "overall_preference": 0}, True),

@@ -99,6 +99,17 @@ def test_what_becomes_of_strings_is_said_once(read: Read, caplog: pytest.LogCapt
     assert "strings" not in caplog.text
 
 
+def test_a_transcript_in_one_text_never_becomes_one_turn(read: Read) -> None:
+    rows = [
+        {**row, "prompt": f"\n\nHuman: {row['prompt']}\n\nAssistant:", "chosen": "2"}
+        for row in STRINGS
+    ]
+    with pytest.raises(UserError, match=r"line 1: the prompt is a transcript.*as_messages=false"):
+        read(rows)
+    plain = read(rows, as_messages="false")
+    assert "\n\nHuman: what is 3 plus 1?\n\nAssistant:2" in texts(plain)
+
+
 def test_strings_stay_strings_where_the_model_has_no_chat_template(
     read: Read, tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -150,6 +150,41 @@ def test_the_log_says_of_which_source_held_out_pairs_are(
     assert {"math held_out: 4 pairs", "chat held_out: 4 pairs"} <= set(caplog.messages)
 
 
+@pytest.mark.parametrize("policy", ["drop", "keep"])
+def test_pairs_made_of_single_completions_repeat_no_other_source(
+    mix: Callable[..., data.Data], tmp_path: Path, policy: str
+) -> None:
+    completions = [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for row in questions("add", 40) + questions("tell", 9)
+        for side in ("chosen", "rejected")
+    ]
+    write(tmp_path / "labelled.jsonl", completions)
+    write(tmp_path / "math.jsonl", questions("add", 40) + questions("add", 1))
+    loaded = mix(
+        f"dataset.sources.thumbs.train_path={tmp_path}/labelled.jsonl",
+        "dataset.sources.thumbs.columns=labelled",
+        "dataset.sources.thumbs.num_eval=4",
+        f"dataset.faults.duplicate={policy}",
+    )
+    reports = loaded.report["train"]["sources"]
+    prompts = Counter(loaded.train["prompt_text"])
+    if policy == "keep":
+        assert reports["math"]["kept"]["duplicate"]["num"] == 1
+        assert reports["thumbs"]["kept"]["duplicate"]["num"] == prompts.total() - len(prompts) - 1
+    else:
+        assert reports["thumbs"]["dropped"]["duplicate"]["num"] > 0
+        assert max(prompts.values()) == 1
+
+
+@pytest.mark.parametrize("total", [(), ("dataset.num_train=10",)], ids=["largest", "given"])
+def test_a_weight_that_gives_no_pair_is_refused(
+    mix: Callable[..., data.Data], total: tuple[str, ...]
+) -> None:
+    with pytest.raises(UserError, match=rf"{MATH}\.weight=0\.001 gives math no pair of the 1\d?"):
+        mix(f"{MATH}.weight=0.001", f"{CHAT}.weight=1", *total)
+
+
 def test_fewer_pairs_of_a_source_are_the_first_of_more(mix: Callable[..., data.Data]) -> None:
     few, more = (
         [
@@ -191,6 +226,7 @@ def prompts(loaded: data.Data) -> list[str]:
         ((f"{MATH}.path=org/x",), f"give either {MATH}.train_path"),
         ((f"{MATH}.eval_split=test",), f"{MATH}.eval_split and {MATH}.revision belong"),
         ((f"{MATH}.weight=0", f"{CHAT}.weight=1"), f"{MATH}.weight=0"),
+        ((f"{MATH}.weight=1e-7", f"{CHAT}.weight=1"), "must be at least 1e-06"),
         ((f"{MATH}.max_repeats=2",), f"{MATH}.max_repeats=2 fills up"),
         ((f"+{MATH}.wieght=2",), f"unknown key: {MATH}.wieght"),
         ((f"{MATH}.transcripts=true",), f"set {MATH}.columns.prompt=null"),

@@ -32,10 +32,15 @@ KEEPABLE_FAULTS = (
 
 
 def expand(path: str) -> list[str]:
-    """Return the files that a path stands for, by name: those that fit it if it is a pattern."""
+    """Return the files that a path stands for, by name: those that fit it if it is a pattern.
+
+    A file or folder that there is, is no pattern, whatever its name.
+    """
     if Path(path).exists() or not set("*?[") & set(path):
         return [path]
-    return sorted(glob.glob(path, recursive=True))
+    folder = next(parent for parent in Path(path).parents if parent.exists())
+    pattern = glob.escape(str(folder)) / Path(path).relative_to(folder)
+    return sorted(glob.glob(str(pattern), recursive=True))
 
 
 def check_files(**values: Files) -> None:

@@ -73,8 +73,9 @@ class MixedSource:
             "give dataset.eval_path",
         )
         check(
-            self.weight is None or 0 < self.weight <= MAX_WEIGHT,
-            f"dataset.weight={self.weight} must be above 0 and at most {MAX_WEIGHT:g}",
+            self.weight is None or MIN_WEIGHT <= self.weight <= MAX_WEIGHT,
+            f"dataset.weight={self.weight} must be at least {MIN_WEIGHT:g} and at most "
+            f"{MAX_WEIGHT:g}",
         )
         at_least(
             1,
@@ -94,7 +95,7 @@ class MixedSource:
 
 
 # Weights are read up to six digits behind the point
-MAX_WEIGHT = 1e6
+MIN_WEIGHT, MAX_WEIGHT = 1e-6, 1e6
 _OF_A_SOURCE = "|".join(field.name for field in fields(MixedSource))
 
 

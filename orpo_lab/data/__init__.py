@@ -101,6 +101,8 @@ def load(
         for part in parts:
             part.make_pairs()
     if isinstance(config, MixtureDataset):
+        # Pairs that were made of single completions may be pairs of another source
+        drop_repeats([part.train for part in parts])
         train, train_report = _mix_train(config, parts, encoder)
     else:
         train, train_report = parts[0].draw("train", config.num_train, encoder)

@@ -248,7 +248,9 @@ def pair_of(
         raise Fault("wrong_type", f"{detail} column with dataset.columns.prompt=...")
     pair = _after(before, pair)
     ignored = _ignored(row, columns, pair.prompt)
-    context = {name: _to_objects(row[name], name) for name in CONTEXT if row.get(name)}
+    given = {name: _to_objects(row[name], name) for name in CONTEXT if row.get(name)}
+    # A list without objects is as good as none; some templates announce tools for such a list
+    context = {name: objects for name, objects in given.items() if objects}
     check_size([context])
     return replace(pair, context=context, ignored=ignored)
 
@@ -262,7 +264,7 @@ def _before(row: Mapping[str, Any], columns: Columns) -> list[Message]:
     said = _text(row, columns.system)
     before: list[Message] = [{"role": "system", "content": said}] if said else []
     turns = row.get(columns.history) if columns.history else None
-    for turn in turns or []:
+    for turn in turns if isinstance(turns, list) else filter(None, [turns]):
         match turn:
             case [str(asked), str(answered)]:
                 before += [{"role": "user", "content": asked}, *answer(answered)]
@@ -310,11 +312,11 @@ def _ignored(row: Mapping[str, Any], columns: Columns, prompt: Content) -> str:
     """
     for name in TELLING:
         value = row.get(name)
-        if value in (None, "") or name in names_of(columns).read:
+        # Tables write a missing value as NaN, which is not itself
+        if value in (None, "", [], {}) or value != value or name in names_of(columns).read:
             continue
-        if name not in SYSTEM:
-            return name
-        if isinstance(value, str) and value.strip() not in text_of(prompt):
+        is_used = name in SYSTEM and isinstance(value, str) and value.strip() in text_of(prompt)
+        if not is_used:
             return name
     return ""
 
@@ -409,11 +411,13 @@ def _score(value: Any, name: str) -> float | None:
     Raises:
         Fault: the value is no finite number.
     """
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isinf(value):
+    try:
+        score = math.nan if value is None else float(value)
+    except (TypeError, ValueError, OverflowError):
+        score = math.inf
+    if isinstance(value, bool | str) or math.isinf(score):
         raise Fault("wrong_type", f"{name} is {quote(str(value))}; it must be a number")
-    return float(value)
+    return None if math.isnan(score) else score
 
 
 def _asked(prompt: Content | None, name: str, is_transcript: bool) -> Content | None:
@@ -424,7 +428,7 @@ def _asked(prompt: Content | None, name: str, is_transcript: bool) -> Content | 
             transcript that is not said to be one.
     """
     if not is_transcript:
-        if isinstance(prompt, str) and _TURN.match(prompt.lstrip(" ")):
+        if is_transcript_text(prompt):
             detail = f"{name} is a transcript; dataset.transcripts=true reads its turns"
             raise Fault("wrong_type", detail)
         return prompt
@@ -432,6 +436,11 @@ def _asked(prompt: Content | None, name: str, is_transcript: bool) -> Content | 
     if last["content"]:
         raise Fault("prefilled_answer", f"{name} does not end in an empty turn of the assistant")
     return asked
+
+
+def is_transcript_text(prompt: Content | None) -> bool:
+    """Return whether a prompt is a text that begins as a transcript does."""
+    return isinstance(prompt, str) and bool(_TURN.match(prompt.lstrip(" ")))
 
 
 def value_of(row: Any, name: str, key: str) -> Any:

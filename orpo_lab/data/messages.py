@@ -16,12 +16,21 @@ from transformers import PreTrainedTokenizerBase
 
 from orpo_lab.config.checks import AUTO
 from orpo_lab.config.dataset import TableDataset
+from orpo_lab.data.faults import Fault
+from orpo_lab.data.forms import is_transcript_text
 from orpo_lab.data.pairs import Content, Message, Pair
 from orpo_lab.data.splits import Split
 from orpo_lab.data.template import is_own
 from orpo_lab.errors import UserError
 
 log = logging.getLogger(__name__)
+
+# All turns of such a prompt would become one turn of the user's
+TRANSCRIPT = Fault(
+    "wrong_type",
+    "the prompt is a transcript in one text: where the answers repeat it, dataset.transcripts=true "
+    "dataset.columns.prompt=null reads its turns; dataset.as_messages=false trains on the text",
+)
 
 
 def wrapper(
@@ -39,6 +48,8 @@ def wrapper(
         tokenizer: the model's tokenizer.
         special_tokens: matches the text of a token that controls the model.
 
+    The function raises a `Fault` if a prompt that would become messages is a transcript.
+
     Raises:
         UserError: `dataset.as_messages=true`, and strings cannot become messages.
     """
@@ -50,6 +61,8 @@ def wrapper(
         return _wrapped(pair) if isinstance(pair.prompt, str) else pair
 
     def wrap_unformatted(pair: Pair) -> Pair:
+        if is_transcript_text(pair.prompt):
+            raise TRANSCRIPT
         is_formatted = isinstance(pair.prompt, str) and special_tokens.search(pair.prompt)
         return _as_it_is(pair) if is_formatted else wrap(pair)
 

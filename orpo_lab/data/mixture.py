@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from orpo_lab.config.mixture import SOURCES, MixtureDataset
+from orpo_lab.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class Shares:
         }
         self._wanted = {name: source.num_train for name, source in config.sources.items()}
         if self._weights and config.num_train:
-            self._wanted |= share_out(self._weights, config.num_train)
+            self._wanted |= _shared_out(self._weights, config.num_train)
 
     def to_judge(self, name: str) -> int | None:
         """Return how many good pairs of a source are looked for; None: all it has."""
@@ -73,7 +74,7 @@ class Shares:
         """
         can_give = {name: num * self._sources[name].max_repeats for name, num in good.items()}
         if self._weights and None in self._wanted.values():
-            return share_out(self._weights, largest_total(self._weights, can_give))
+            return _shared_out(self._weights, largest_total(self._weights, can_give))
         taken = {}
         for name, num in good.items():
             wanted = self._wanted[name]
@@ -92,6 +93,23 @@ class Shares:
                     -(-wanted // num),
                 )
         return taken
+
+
+def _shared_out(weights: Mapping[str, float], total: int) -> dict[str, int]:
+    """Return what `share_out` returns, if every source has a pair to give.
+
+    Raises:
+        UserError: a source has none.
+    """
+    nums = share_out(weights, total)
+    if nothing := [name for name, num in nums.items() if not num]:
+        name = nothing[0]
+        raise UserError(
+            f"{SOURCES}.{name}.weight={weights[name]:g} gives {name} no pair of the {total} that "
+            "weights share out; raise it, leave the source out, or raise the total (more pairs of "
+            "the other sources, max_repeats, dataset.num_train)"
+        )
+    return nums
 
 
 def interleave(nums: list[int]) -> npt.NDArray[np.intp]:

@@ -134,13 +134,15 @@ def _split_messages(prompt: Content | None, chosen: list[Message], rejected: lis
             return Pair(prompt, chosen, rejected)
         return replace(_split_messages(None, chosen, rejected), contradicted=True)
     # Identical conversations share all messages; their last turn is still the completion
-    size = min(num_shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
-    if size <= 0:
-        asked = [{"role": "user", "content": prompt}] if prompt else []
-        return Pair(asked, chosen, rejected)
+    size = max(0, min(num_shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1))
     shared = chosen[:size]
     said = [message.get("content", "").strip() for message in shared if message["role"] == "user"]
     contradicted = prompt is not None and prompt.strip() not in said
+    # Answers may begin with the same turns, such as a call and its result
+    are_answers = contradicted and not _begin_alike_with_a_question(chosen, rejected)
+    if not shared or (prompt and are_answers):
+        asked = [{"role": "user", "content": prompt}] if prompt else []
+        return Pair(asked, chosen, rejected)
     return Pair(shared, chosen[size:], rejected[size:], contradicted=contradicted)
 
 

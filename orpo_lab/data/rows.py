@@ -138,11 +138,14 @@ class Rows:
         self._tokenized |= zip(self.column("offset").tolist(), rows, strict=True)
 
     def note(self, at: int, despite: list[Fault]) -> None:
-        """Note faults in spite of which a row is kept."""
+        """Note faults in spite of which a row is kept; each fault once, however often found."""
         offset = int(self._records["offset"][self._places[at]])
-        self._despite.setdefault(offset, []).extend(despite)
+        noted = self._despite.setdefault(offset, [])
+        names = [fault.name for fault in noted]
+        new = [fault for fault in despite if fault.name not in names]
+        noted += new
         if offset in self._tokenized:
-            self._tokenized[offset].kept_despite += despite
+            self._tokenized[offset].kept_despite += new
 
     def select(self, which: npt.NDArray[Any]) -> "Rows":
         """Return some of the rows, which stay where they are.

@@ -13,6 +13,8 @@ from orpo_lab.data.faults import Fault, quote
 SPEAKERS = {"human": "user", "gpt": "assistant", "observation": "tool"}
 # ShareGPT's speaker of a turn that holds the calls of tools, as JSON
 CALLER = "function_call"
+# How keys and columns begin that hold what is no text
+MEDIA = ("image", "audio", "video")
 
 
 def to_message(value: Any, name: str) -> dict[str, Any]:
@@ -57,10 +59,16 @@ def _joined(parts: list[Any], name: str) -> str:
     """
     for part in parts:
         is_text = isinstance(part, Mapping) and isinstance(part.get("text"), str)
-        kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+        kind = _kind(part) if isinstance(part, Mapping) else type(part).__name__
         if not is_text or kind != "text":
-            raise Fault("wrong_type", f"{name} holds a part of type {quote(str(kind))}, not text")
+            raise Fault("wrong_type", f"{name} holds a part of type {quote(kind)}, not text")
     return "".join(part["text"] for part in parts)
+
+
+def _kind(part: Mapping[str, Any]) -> str:
+    """Return the type of a part; a picture, sound or film beside a text makes it no text."""
+    media = (key for key, item in part.items() if key.startswith(MEDIA) and item)
+    return str(next(media, part.get("type", "text")))
 
 
 def _calling(message: dict[str, Any], name: str) -> dict[str, Any]:

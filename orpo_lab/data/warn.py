@@ -10,6 +10,7 @@ from orpo_lab.config.dataset import Dataset
 from orpo_lab.data.encode import SIZES
 from orpo_lab.data.recognise import SYSTEM, WINNER
 from orpo_lab.data.splits import Split
+from orpo_lab.data.turns import MEDIA
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,13 @@ def warn_of_unread(split: Split) -> None:
         log.warning(
             "WARNING: %s: What %s says is LOST, since it is no part of the prompt: name such "
             "columns in dataset.columns (system, input, history), or put them into the prompt",
+            split.name,
+            lost,
+        )
+    if lost := _named(split, [name for name in split.unread if name.startswith(MEDIA)]):
+        log.warning(
+            "WARNING: %s: What %s holds is LOST, since pictures, sound and films are not read: "
+            "answers are trained as if they were not there",
             split.name,
             lost,
         )
