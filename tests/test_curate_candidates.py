@@ -456,6 +456,7 @@ def test_only_answers_that_differ_and_say_something_are_compared() -> None:
         (["--temperatures", "3"], "--temperatures must lie between 0 and 2"),
         (["--top-p", "0"], "--top-p 0 must be above 0 and at most 1"),
         (["--batch-size", "0"], "--batch-size 0 must be above 0"),
+        (["--timeout", "inf"], "--timeout inf must be above 0, and a day at most"),
         (["--endpoint"], "--endpoint needs a URL, or OPENAI_BASE_URL"),
     ],
 )

@@ -409,6 +409,7 @@ def test_another_page_cannot_vote(tmp_path: Path, headers: dict[str, str]) -> No
         ({"note": "x" * 2001}, 422),
         ({"note": None}, 422),
         ({"seconds": "nan"}, 422),
+        ({"seconds": 10**400}, 422),
         ({"id": "1"}, 422),
         ({"id": 1}, 422),
         ({"annotator": "ben"}, 409),
@@ -422,11 +423,39 @@ def test_a_vote_out_of_range_is_refused(tmp_path: Path, sent: dict[str, Any], st
     assert visitor.send(note="☃" * 2000).json() == {"counts": True}
 
 
-@pytest.mark.parametrize("body", ["", "[]", "{", "null"])
+@pytest.mark.parametrize("body", ["", "[]", "{", "null", "[" * 20_000])
 def test_what_is_no_json_object_is_refused(tmp_path: Path, body: str) -> None:
     client = Visitor(make_folder(tmp_path, 1), "ann").client
     kind = {"Content-Type": "application/json"}
     assert client.post("/votes", content=body, headers=kind).status_code == 422
+
+
+def test_half_a_character_in_a_note_does_not_stop_the_vote(tmp_path: Path) -> None:
+    visitor = Visitor(make_folder(tmp_path, 1), "ann")
+    vote = {"id": uuid.uuid4().hex, "annotator": "ann", "comparison": "0000", "round": 0}
+    vote |= {"choice": "tie", "note": "a smile: \ud83d", "seconds": 1}
+    kind = {"Content-Type": "application/json"}
+    for path, sent in (("/votes", vote), ("/undo", {"annotator": "ann", "vote": "\ud83d"})):
+        assert visitor.client.post(path, content=json.dumps(sent), headers=kind).is_success
+    assert [vote.note for vote in Store(tmp_path).votes()] == ["a smile: ?"]
+
+
+def test_a_turn_without_text_is_shown_by_what_it_holds(tmp_path: Path) -> None:
+    call = {"function": {"name": "add", "arguments": "<script>1</script>"}}
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "Add it."}]},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "3"},
+        {"role": "user", "content": "Question?"},
+    ]
+    candidates = [Candidate(text, "p", 0, text, "stop", 1, "2026") for text in "ab"]
+    append(tmp_path / PROMPTS, [Prompt("p", messages, "made", 0)])
+    append(tmp_path / CANDIDATES, candidates)
+    Store(tmp_path).add_comparisons([Comparison("0", "p", "a", "b")])
+    shown = Visitor(tmp_path, "ann").client.get("/pair")
+    assert shown.status_code == 200
+    for part in ("Add it.", "tool_calls", "add", "&lt;script&gt;1", "<p>3</p>", "Question?"):
+        assert part in shown.text
 
 
 def test_the_choice_is_of_the_answer_that_stood_there(tmp_path: Path) -> None:

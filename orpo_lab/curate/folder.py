@@ -109,6 +109,14 @@ def append(path: Path, items: Sequence[Prompt] | Sequence[Candidate]) -> None:
         os.fsync(file.fileno())
 
 
+def storable(text: str) -> str:
+    """Return a text with a question mark for each half of a surrogate pair.
+
+    JSON may hold such a half, which is no character: no file and no database takes it.
+    """
+    return text.encode(errors="replace").decode()
+
+
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Inside this context, no other step appends to the files of the folder, which is made.
