@@ -122,6 +122,12 @@ def test_a_vote_that_is_taken_back_makes_room_and_does_not_come_back(tmp_path: P
     assert store.votes() == [again]
 
 
+def test_a_file_of_votes_that_is_damaged_is_named(tmp_path: Path) -> None:
+    (tmp_path / "votes.sqlite").write_bytes(b"no database" * 100)
+    with pytest.raises(UserError, match=r"votes\.sqlite cannot be opened: .*; if the file is dam"):
+        Store(tmp_path)
+
+
 def test_threads_that_send_one_vote_at_once_leave_one(tmp_path: Path) -> None:
     store = Store(make_folder(tmp_path, 1))
     votes = [a_vote(id=f"{number % 4}") for number in range(16)]

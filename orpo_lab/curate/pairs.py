@@ -162,12 +162,20 @@ def _refuse_none(made: Pairs, votes: Sequence[Vote]) -> None:
     hint = "; no rule would keep any: take more votes"
     if kept:
         most = max(kept, key=lambda outcome: outcome.num_kept)
-        hint = (
-            f"; --min-votes {most.rule.min_votes} --majority {most.rule.majority:g} would keep "
-            f"{most.num_kept}"
-        )
+        hint = f"; {_options(most.rule)} alone would keep {most.num_kept}"
     why = ", ".join(f"{num} {reason}" for reason, num in made.dropped.most_common())
     raise UserError(f"the votes make no pair ({why}){hint}")
+
+
+def _options(rule: Rule) -> str:
+    """Return the options that make a rule."""
+    default = vars(Rule())
+    changed = {name: value for name, value in vars(rule).items() if value != default[name]}
+    said = [
+        f"--{name.replace('_', '-')}{'' if value is True else f' {value}'}"
+        for name, value in changed.items()
+    ]
+    return " ".join(said) or "the default rule"
 
 
 def launch_command(file: Path) -> str:

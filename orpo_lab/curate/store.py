@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from orpo_lab.curate.folder import VOTES
+from orpo_lab.errors import UserError, one_line
 
 Choice = Literal["first", "second", "tie", "both_bad", "skip"]
 CHOICES: tuple[Choice, ...] = ("first", "second", "tie", "both_bad", "skip")
@@ -83,12 +84,21 @@ class Store:
 
     Args:
         folder: the folder of the curation; `votes.sqlite` is made there where it is missing.
+
+    Raises:
+        UserError: `votes.sqlite` cannot be opened, or is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / VOTES
-        with closing(self._connect()) as connection:
-            connection.executescript(_SCHEMA)
+        try:
+            with closing(self._connect()) as connection:
+                connection.executescript(_SCHEMA)
+        except sqlite3.DatabaseError as error:
+            raise UserError(
+                f"{self._path} cannot be opened: {one_line(error)}; if the file is damaged, put "
+                "back a copy of it"
+            ) from error
 
     def add_comparisons(self, comparisons: Iterable[Comparison]) -> None:
         """Add comparisons; those that are there already stay as they are."""
