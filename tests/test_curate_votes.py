@@ -835,6 +835,23 @@ def test_a_vote_that_the_server_has_not_got_outlives_the_page(
 
 
 @in_chromium
+def test_a_vote_that_the_browser_cannot_keep_is_not_called_saved(
+    tmp_path: Path, browser: Browser
+) -> None:
+    full = "Storage.prototype.setItem = () => { throw new DOMException('', 'QuotaExceededError'); }"
+    with served(make_folder(tmp_path, 2), "--annotators=ann", "--repeats=0") as server:
+        page = come_in(browser, server, "ann")
+        page.wait_for_selector(READY)
+        page.evaluate(f"() => {{ window.kept = Storage.prototype.setItem; {full} }}")
+        page.keyboard.press("1")
+        page.wait_for_selector("#status.problem:has-text('Not saved')")
+        page.evaluate("() => { Storage.prototype.setItem = window.kept; }")
+        page.keyboard.press("1")
+        page.wait_for_selector("#count:has-text('1 of 2')")
+    assert len(Store(tmp_path).votes()) == 1
+
+
+@in_chromium
 def test_two_tabs_of_one_person_never_double_a_vote(tmp_path: Path, browser: Browser) -> None:
     folder = make_folder(tmp_path, 8)
     with served(folder, "--annotators=ann", "--repeats=0") as server:
