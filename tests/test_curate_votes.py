@@ -448,7 +448,7 @@ def test_half_a_character_in_a_note_does_not_stop_the_vote(tmp_path: Path) -> No
 
 def test_a_turn_without_text_is_shown_by_what_it_holds(tmp_path: Path) -> None:
     call = {"function": {"name": "add", "arguments": "<script>1</script>"}}
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "user", "content": [{"type": "text", "text": "Add it."}]},
         {"role": "assistant", "tool_calls": [call]},
         {"role": "tool", "content": "3"},
@@ -612,6 +612,12 @@ def test_a_folder_without_comparisons_names_the_step_before(tmp_path: Path) -> N
     make_folder(tmp_path, 0)
     with pytest.raises(UserError, match="curate candidates"):
         run_step(tmp_path, "--annotators", "ann")
+
+
+def test_comparisons_of_answers_that_are_gone_are_not_asked_about(tmp_path: Path) -> None:
+    (make_folder(tmp_path, 1) / CANDIDATES).write_text("")
+    with pytest.raises(UserError, match=r"comparison 0000 names .*, which the folder does not"):
+        Voting(tmp_path, ["ann"], 1, 0.0)
 
 
 # In a real browser

@@ -13,7 +13,7 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from orpo_lab.curate.folder import VOTES
+from orpo_lab.curate.folder import CANDIDATES, PROMPTS, VOTES, Candidate, Prompt
 from orpo_lab.errors import UserError, one_line
 
 Choice = Literal["first", "second", "tie", "both_bad", "skip"]
@@ -60,6 +60,24 @@ class Assignment:
     annotator: str
     comparison: str
     round: int
+
+
+def check_all_there(
+    comparisons: Iterable[Comparison], prompts: Iterable[Prompt], candidates: Iterable[Candidate]
+) -> None:
+    """Refuse comparisons whose texts are gone.
+
+    Raises:
+        UserError: a comparison names a prompt or a candidate that is not there.
+    """
+    there = {prompt.id for prompt in prompts} | {candidate.id for candidate in candidates}
+    for one in comparisons:
+        for name in (one.prompt_id, one.first, one.second):
+            if name not in there:
+                raise UserError(
+                    f"comparison {one.id} names {name}, which the folder does not hold; put back "
+                    f"{PROMPTS} and {CANDIDATES} as they were, or begin with a new folder"
+                )
 
 
 _VOTE = ", ".join(field.name for field in fields(Vote))

@@ -11,7 +11,14 @@ from typing import Any
 
 from orpo_lab.curate.assignment import assign, left_of, queue
 from orpo_lab.curate.folder import Candidate, Prompt, read_candidates, read_prompts, storable
-from orpo_lab.curate.store import Assignment, Choice, Comparison, Store, Vote
+from orpo_lab.curate.store import (
+    Assignment,
+    Choice,
+    Comparison,
+    Store,
+    Vote,
+    check_all_there,
+)
 from orpo_lab.errors import UserError
 
 MAX_NOTE = 2000
@@ -64,8 +71,8 @@ class Voting:
         repeats: for each annotator the share of comparisons that is asked a second time.
 
     Raises:
-        UserError: there are no prompts, candidates or comparisons, or an annotator has the name of
-            a judge.
+        UserError: there are no prompts, candidates or comparisons, a comparison's texts are gone,
+            or an annotator has the name of a judge.
     """
 
     def __init__(
@@ -81,6 +88,9 @@ class Voting:
                 f"{folder} has no prompt with two different answers; `python -m orpo_lab curate "
                 "candidates` makes answers"
             )
+        check_all_there(
+            self.comparisons.values(), self._prompts.values(), self._candidates.values()
+        )
         judges = {vote.annotator for vote in self.store.votes() if vote.kind == "judge"}
         if taken := judges.intersection(annotators):
             raise UserError(
