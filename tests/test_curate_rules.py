@@ -60,7 +60,8 @@ def test_a_rule_decides(letters: str, rule: dict[str, Any], expected: str) -> No
 
 
 def test_a_share_that_is_just_reached_is_a_majority() -> None:
-    choices: list[Choice] = [*["first"] * 7, *["tie"] * 18]
+    first, tie = CHOICES[0], CHOICES[2]
+    choices = [first] * 7 + [tie] * 18
     assert decide(choices, Rule(majority=0.28)).winner == "first"
     assert decide(choices, Rule(majority=0.29)).winner is None
 
