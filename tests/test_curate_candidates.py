@@ -206,6 +206,9 @@ def test_a_line_that_is_damaged_is_named(tmp_path: Path) -> None:
     write(tmp_path / PROMPTS, {"id": "a"})
     with pytest.raises(UserError, match=r"prompts.jsonl, line 1, cannot be read: .*messages"):
         read_prompts(tmp_path)
+    write(tmp_path / PROMPTS, {"id": "a", "messages": 5, "source": "x", "row": 1})
+    with pytest.raises(UserError, match="line 1, cannot be read: messages is int, and must be"):
+        read_prompts(tmp_path)
 
 
 # Draws
@@ -438,14 +441,23 @@ def test_only_answers_that_differ_and_say_something_are_compared() -> None:
         ]
 
     found = compare([*answers("p", "a", "a ", "b"), *answers("q", "", "c"), *answers("r", "d")])
-    assert [(one.prompt_id, one.first, one.second) for one in found.comparisons] == [
-        ("p", "p0", "p2"),
-        ("p", "p1", "p2"),
-    ]
+    # The two that are the same text are asked about once
+    (one,) = found.comparisons
+    assert (one.prompt_id, one.first, one.second) == ("p", "p0", "p2")
     assert (found.num_identical, found.num_empty, found.num_cut) == (1, 1, 1)
-    turned = compare([*answers("p", "a", "a ", "b")][::-1])
-    assert {one.id for one in turned.comparisons} == {one.id for one in found.comparisons}
-    assert "left out: 1 pairs of identical answers, 1 empty answers" in str(found)
+    assert "left out: 1 repeated answers, 1 empty answers" in str(found)
+    turned = compare([*answers("p", "a", "c", "b")][::-1])
+    same = compare(answers("p", "a", "c", "b"))
+    assert {one.id for one in turned.comparisons} == {one.id for one in same.comparisons}
+
+
+def test_answers_that_are_added_leave_comparisons_as_they_are() -> None:
+    texts = {"e": "a", "c": "b", "d": "a", "a": "b", "b": "c"}
+    answers = [Candidate(name, "p", 0, text, "stop", 1, "") for name, text in texts.items()]
+    (before,) = compare(answers[:2]).comparisons
+    assert compare(answers[:4]).comparisons == [before]
+    asked = [{one.first, one.second} for one in compare(answers).comparisons]
+    assert asked == [{"c", "e"}, {"b", "e"}, {"b", "c"}]
 
 
 @pytest.mark.parametrize(
@@ -456,6 +468,7 @@ def test_only_answers_that_differ_and_say_something_are_compared() -> None:
         (["--temperatures", "3"], "--temperatures must lie between 0 and 2"),
         (["--top-p", "0"], "--top-p 0 must be above 0 and at most 1"),
         (["--batch-size", "0"], "--batch-size 0 must be above 0"),
+        (["--timeout", "inf"], "--timeout inf must be above 0, and a day at most"),
         (["--endpoint"], "--endpoint needs a URL, or OPENAI_BASE_URL"),
     ],
 )

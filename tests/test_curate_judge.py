@@ -240,6 +240,12 @@ def test_preference_for_length_is_measured_beside_the_peoples() -> None:
     assert longer_answer([], COMPARISONS, ANSWERS) is first_place([]) is None
 
 
+def test_answers_that_are_gone_are_one_line(curation: Path) -> None:
+    (curation / "candidates.jsonl").write_text("")
+    with pytest.raises(SystemExit, match="which the folder does not hold"):
+        main(["curate", "judge", str(curation), "--model", "model"])
+
+
 def test_a_folder_without_comparisons_and_two_judges_are_one_line(
     curation: Path, tmp_path: Path
 ) -> None:

@@ -118,7 +118,12 @@ def test_the_step_says_what_it_keeps_and_why_not_the_rest(
 @pytest.mark.parametrize(
     ("votes", "said"),
     [
-        ({"ann": "fs"}, "(2 too_few_votes); --min-votes 1 --majority 0.5 would keep 2"),
+        ({"ann": "fs"}, "(2 too_few_votes); --min-votes 1 --majority 0.5 alone would keep 2"),
+        ({"ann": "ft", "bob": "tf"}, "(2 no_majority); --min-votes 1 --majority 0.5 alone would"),
+        (
+            {"ann": "f", "bob": "f", "cat": "t", "dan": "t", "eve": "b"},
+            "(1 no_majority, 1 too_few_votes); --tie ignore --both-bad ignore alone would keep 1",
+        ),
         ({"ann": "tt", "bob": "bt"}, "(2 even); no rule would keep any: take more votes"),
     ],
 )
@@ -130,6 +135,16 @@ def test_no_pair_is_refused_with_what_to_change(
         curation.step(pairs, str(folder))
     assert said in str(error.value)
     assert not (folder / "pairs.jsonl").exists()
+
+
+def test_what_to_change_names_judges_and_the_default_rule(tmp_path: Path) -> None:
+    both = [vote("0", name, "first", kind="judge", round_=n) for name in "jk" for n in (0, 1)]
+    folder = curation.write(tmp_path / "judges", both, 1)
+    with pytest.raises(UserError, match="; --judges alone would keep 1"):
+        curation.step(pairs, str(folder))
+    folder = curation.write(tmp_path / "people", votes_of({"ann": "f", "bob": "f"}), 1)
+    with pytest.raises(UserError, match=r"; --min-votes 1 --majority 0\.5 alone would keep 1"):
+        curation.step(pairs, str(folder), "--margin", "3")
 
 
 def test_the_card_has_the_hubs_head(tmp_path: Path) -> None:

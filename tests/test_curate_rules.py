@@ -59,6 +59,13 @@ def test_a_rule_decides(letters: str, rule: dict[str, Any], expected: str) -> No
     assert decision.winner is not None or decision.reason in DROPPED
 
 
+def test_a_share_that_is_just_reached_is_a_majority() -> None:
+    first, tie = CHOICES[0], CHOICES[2]
+    choices = [first] * 7 + [tie] * 18
+    assert decide(choices, Rule(majority=0.28)).winner == "first"
+    assert decide(choices, Rule(majority=0.29)).winner is None
+
+
 def test_a_decision_counts_what_it_rests_on() -> None:
     decision = decide(["second", "second", "first", "tie", "skip"], Rule(majority=0.5))
     assert (decision.num_for, decision.num_counted) == (2, 4)

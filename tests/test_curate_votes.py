@@ -122,6 +122,12 @@ def test_a_vote_that_is_taken_back_makes_room_and_does_not_come_back(tmp_path: P
     assert store.votes() == [again]
 
 
+def test_a_file_of_votes_that_is_damaged_is_named(tmp_path: Path) -> None:
+    (tmp_path / "votes.sqlite").write_bytes(b"no database" * 100)
+    with pytest.raises(UserError, match=r"votes\.sqlite cannot be opened: .*; if the file is dam"):
+        Store(tmp_path)
+
+
 def test_threads_that_send_one_vote_at_once_leave_one(tmp_path: Path) -> None:
     store = Store(make_folder(tmp_path, 1))
     votes = [a_vote(id=f"{number % 4}") for number in range(16)]
@@ -409,6 +415,7 @@ def test_another_page_cannot_vote(tmp_path: Path, headers: dict[str, str]) -> No
         ({"note": "x" * 2001}, 422),
         ({"note": None}, 422),
         ({"seconds": "nan"}, 422),
+        ({"seconds": 10**400}, 422),
         ({"id": "1"}, 422),
         ({"id": 1}, 422),
         ({"annotator": "ben"}, 409),
@@ -422,11 +429,39 @@ def test_a_vote_out_of_range_is_refused(tmp_path: Path, sent: dict[str, Any], st
     assert visitor.send(note="☃" * 2000).json() == {"counts": True}
 
 
-@pytest.mark.parametrize("body", ["", "[]", "{", "null"])
+@pytest.mark.parametrize("body", ["", "[]", "{", "null", "[" * 20_000])
 def test_what_is_no_json_object_is_refused(tmp_path: Path, body: str) -> None:
     client = Visitor(make_folder(tmp_path, 1), "ann").client
     kind = {"Content-Type": "application/json"}
     assert client.post("/votes", content=body, headers=kind).status_code == 422
+
+
+def test_half_a_character_in_a_note_does_not_stop_the_vote(tmp_path: Path) -> None:
+    visitor = Visitor(make_folder(tmp_path, 1), "ann")
+    vote = {"id": uuid.uuid4().hex, "annotator": "ann", "comparison": "0000", "round": 0}
+    vote |= {"choice": "tie", "note": "a smile: \ud83d", "seconds": 1}
+    kind = {"Content-Type": "application/json"}
+    for path, sent in (("/votes", vote), ("/undo", {"annotator": "ann", "vote": "\ud83d"})):
+        assert visitor.client.post(path, content=json.dumps(sent), headers=kind).is_success
+    assert [vote.note for vote in Store(tmp_path).votes()] == ["a smile: ?"]
+
+
+def test_a_turn_without_text_is_shown_by_what_it_holds(tmp_path: Path) -> None:
+    call = {"function": {"name": "add", "arguments": "<script>1</script>"}}
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": [{"type": "text", "text": "Add it."}]},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "3"},
+        {"role": "user", "content": "Question?"},
+    ]
+    candidates = [Candidate(text, "p", 0, text, "stop", 1, "2026") for text in "ab"]
+    append(tmp_path / PROMPTS, [Prompt("p", messages, "made", 0)])
+    append(tmp_path / CANDIDATES, candidates)
+    Store(tmp_path).add_comparisons([Comparison("0", "p", "a", "b")])
+    shown = Visitor(tmp_path, "ann").client.get("/pair")
+    assert shown.status_code == 200
+    for part in ("Add it.", "tool_calls", "add", "&lt;script&gt;1", "<p>3</p>", "Question?"):
+        assert part in shown.text
 
 
 def test_the_choice_is_of_the_answer_that_stood_there(tmp_path: Path) -> None:
@@ -577,6 +612,12 @@ def test_a_folder_without_comparisons_names_the_step_before(tmp_path: Path) -> N
     make_folder(tmp_path, 0)
     with pytest.raises(UserError, match="curate candidates"):
         run_step(tmp_path, "--annotators", "ann")
+
+
+def test_comparisons_of_answers_that_are_gone_are_not_asked_about(tmp_path: Path) -> None:
+    (make_folder(tmp_path, 1) / CANDIDATES).write_text("")
+    with pytest.raises(UserError, match=r"comparison 0000 names .*, which the folder does not"):
+        Voting(tmp_path, ["ann"], 1, 0.0)
 
 
 # In a real browser
@@ -797,6 +838,23 @@ def test_a_vote_that_the_server_has_not_got_outlives_the_page(
         assert again.inner_text("#count") == "1 of 3"
         assert again.evaluate("Object.keys(localStorage).length") == 0
     assert [vote.choice for vote in Store(folder).votes()] == ["tie"]
+
+
+@in_chromium
+def test_a_vote_that_the_browser_cannot_keep_is_not_called_saved(
+    tmp_path: Path, browser: Browser
+) -> None:
+    full = "Storage.prototype.setItem = () => { throw new DOMException('', 'QuotaExceededError'); }"
+    with served(make_folder(tmp_path, 2), "--annotators=ann", "--repeats=0") as server:
+        page = come_in(browser, server, "ann")
+        page.wait_for_selector(READY)
+        page.evaluate(f"() => {{ window.kept = Storage.prototype.setItem; {full} }}")
+        page.keyboard.press("1")
+        page.wait_for_selector("#status.problem:has-text('Not saved')")
+        page.evaluate("() => { Storage.prototype.setItem = window.kept; }")
+        page.keyboard.press("1")
+        page.wait_for_selector("#count:has-text('1 of 2')")
+    assert len(Store(tmp_path).votes()) == 1
 
 
 @in_chromium

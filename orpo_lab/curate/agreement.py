@@ -30,9 +30,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orpo_lab.compare.verdict import Interval
-from orpo_lab.curate.folder import VOTES, read_candidates
+from orpo_lab.curate.folder import VOTES, read_candidates, read_prompts
 from orpo_lab.curate.rules import Opinions, Outcome, Rule, opinions, outcomes
-from orpo_lab.curate.store import Choice, Comparison, Kind, Store, Vote
+from orpo_lab.curate.store import Choice, Comparison, Kind, Store, Vote, check_all_there
 from orpo_lab.errors import UserError
 
 # The values of the headline's alpha, and of `alpha_decided`
@@ -380,4 +380,5 @@ def _biases(
     from orpo_lab.curate.judge import bias_of
 
     candidates = read_candidates(folder)
+    check_all_there(comparisons, read_prompts(folder), candidates)
     return {judge: bias_of(judge, votes, comparisons, candidates) for judge in judges}

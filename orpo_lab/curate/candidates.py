@@ -9,7 +9,7 @@ answers. At the end all pairs of different answers to the same prompt are ready 
 import argparse
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -214,7 +214,7 @@ class Compared:
 
     comparisons: list[Comparison]
     num_identical: int
-    """Pairs of answers to the same prompt that are the same text."""
+    """Answers with the text of an earlier one to the same prompt."""
     num_empty: int
     """Answers without a text."""
     num_cut: int
@@ -223,7 +223,7 @@ class Compared:
     def __str__(self) -> str:
         """Return the numbers in words."""
         said = [
-            f"{self.num_identical} pairs of identical answers" if self.num_identical else "",
+            f"{self.num_identical} repeated answers" if self.num_identical else "",
             f"{self.num_empty} empty answers" if self.num_empty else "",
         ]
         left_out = f" (left out: {', '.join(filter(None, said))})" if any(said) else ""
@@ -232,23 +232,29 @@ class Compared:
 
 
 def compare(candidates: Sequence[Candidate]) -> Compared:
-    """Return every pair of different answers to the same prompt, with the same id every time."""
-    by_prompt: dict[str, list[Candidate]] = defaultdict(list)
-    for candidate in candidates:
-        if candidate.text.strip():
-            by_prompt[candidate.prompt_id].append(candidate)
-    pairs = [pair for answers in by_prompt.values() for pair in itertools.combinations(answers, 2)]
-    differing = [(one, other) for one, other in pairs if one.text.strip() != other.text.strip()]
+    """Return every pair of different answers to the same prompt, with the same id every time.
+
+    Of answers that are the same text the first in the file stands for all. So nobody is asked about
+    the same two texts twice, also when answers are added.
+    """
+    by_prompt: dict[str, dict[str, Candidate]] = defaultdict(dict)
+    texts = [candidate.text.strip() for candidate in candidates]
+    for candidate, text in zip(candidates, texts, strict=True):
+        if text:
+            by_prompt[candidate.prompt_id].setdefault(text, candidate)
+    num_different = sum(map(len, by_prompt.values()))
     return Compared(
-        list(_comparisons(differing)),
-        num_identical=len(pairs) - len(differing),
-        num_empty=len(candidates) - sum(map(len, by_prompt.values())),
+        list(_comparisons(by_prompt.values())),
+        num_identical=sum(map(bool, texts)) - num_different,
+        num_empty=texts.count(""),
         num_cut=sum(candidate.finish_reason == "length" for candidate in candidates),
     )
 
 
-def _comparisons(pairs: Sequence[tuple[Candidate, Candidate]]) -> Iterator[Comparison]:
-    for one, other in pairs:
+def _comparisons(by_prompt: Iterable[dict[str, Candidate]]) -> Iterator[Comparison]:
+    for one, other in itertools.chain.from_iterable(
+        itertools.combinations(by_text.values(), 2) for by_text in by_prompt
+    ):
         # Sorted, since an endpoint may answer in another order the next time
         first, second = sorted([one.id, other.id])
         key = xxh3_64_hexdigest(f"{first} {second}".encode())

@@ -19,8 +19,9 @@ from urllib.parse import urlsplit
 import openai
 
 from orpo_lab.curate.ask import Answer, Failure, Request
+from orpo_lab.curate.folder import storable
 from orpo_lab.errors import UserError, one_line
-from orpo_lab.redaction import HIDDEN
+from orpo_lab.redaction import HIDDEN, MIN_LENGTH
 
 # So many requests that fail one after the other end the step: the endpoint is down, or the account
 # has nothing left
@@ -42,7 +43,7 @@ class Endpoint:
         retries: further tries of a request.
 
     Raises:
-        UserError: there is no URL, or the URL holds what it should not.
+        UserError: there is no URL, or the URL or the key holds what it should not.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Endpoint:
         self.settings = {"model": name, "endpoint": url}
         self.found = {"openai": openai.__version__}
         self._concurrency = concurrency
-        self._key = os.environ.get(key_variable, "").strip()
+        self._key = check_key(os.environ.get(key_variable, "").strip(), key_variable)
         self._key_variable = key_variable
         self._pace = Pace(rate)
         self._timeout, self._retries = timeout, retries
@@ -152,7 +153,8 @@ class Endpoint:
             return Failure(f"the connection broke: {why}")
         except openai.APIError as error:
             return Failure(f"the endpoint said: {self._said(error)}")
-        except ValueError:
+        # A reply may be nested too deeply for the reader of JSON
+        except (ValueError, RecursionError):
             return Failure("the reply is not JSON")
         return self._read(reply)
 
@@ -161,19 +163,23 @@ class Endpoint:
             choice = reply.choices[0]
             text, reason = choice.message.content, choice.finish_reason
             num_tokens = reply.usage.completion_tokens if reply.usage else None
-        except (AttributeError, IndexError, TypeError):
+        except (AttributeError, LookupError, TypeError):
             return Failure("the reply is no chat completion")
+        reason = self._clean(str(reason))
         if not isinstance(text, str) or not text.strip():
-            return Failure(f"the answer is empty (finish_reason: {self._clean(str(reason))})")
-        # Half of a surrogate pair is no character, and cannot be written to a file
-        whole = text.encode(errors="replace").decode()
-        return Answer(self._clean(whole).strip(), str(reason), num_tokens)
+            return Failure(f"the answer is empty (finish_reason: {reason})")
+        # The package checks no types
+        known = num_tokens if isinstance(num_tokens, int) else None
+        return Answer(self._clean(text).strip(), reason, known)
 
     def _said(self, error: BaseException) -> str:
         return one_line(self._clean(str(error)))[:300]
 
     def _clean(self, text: str) -> str:
-        return text.replace(self._key, HIDDEN) if self._key else text
+        """Return what came back without the key, as text that a file can hold."""
+        text = storable(text)
+        # Servers without keys are sent any word, such as EMPTY, which an answer may hold
+        return text.replace(self._key, HIDDEN) if len(self._key) >= MIN_LENGTH else text
 
 
 def check_url(url: str) -> str:
@@ -194,6 +200,20 @@ def check_url(url: str) -> str:
             "record; put the key in an environment variable, and name that with --key-variable"
         )
     return url.rstrip("/")
+
+
+def check_key(key: str, variable: str) -> str:
+    """Return a key.
+
+    Raises:
+        UserError: the key holds what the header of a request cannot hold.
+    """
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(
+            f"the key in {variable} holds a line break or another character that no key has; copy "
+            "the key once more"
+        )
+    return key
 
 
 class Pace:

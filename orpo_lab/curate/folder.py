@@ -35,6 +35,8 @@ PAIRS = "pairs.jsonl"
 CARD = "card.md"
 # How many bytes of a file's end are read at a time, to find the end of the last whole line
 _BLOCK = 2**16
+# What the values of a line must be
+_TYPES = {"id": str, "prompt_id": str, "text": str, "messages": list, "made_by": dict}
 
 Item = TypeVar("Item")
 
@@ -109,6 +111,14 @@ def append(path: Path, items: Sequence[Prompt] | Sequence[Candidate]) -> None:
         os.fsync(file.fileno())
 
 
+def storable(text: str) -> str:
+    """Return a text with a question mark for each half of a surrogate pair.
+
+    JSON may hold such a half, which is no character: no file and no database takes it.
+    """
+    return text.encode(errors="replace").decode()
+
+
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Inside this context, no other step appends to the files of the folder, which is made.
@@ -147,7 +157,19 @@ def _read(path: Path, kind: type[Item], step: str) -> list[Item]:
     items = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
-            items.append(kind(**json.loads(line)))
+            items.append(kind(**_checked(json.loads(line))))
         except (TypeError, ValueError) as error:
             raise UserError(f"{path}, line {number}, cannot be read: {one_line(error)}") from error
     return items
+
+
+def _checked(line: dict[str, Any]) -> dict[str, Any]:
+    """Return a line, if its values are what they must be.
+
+    Raises:
+        TypeError: a value is something else.
+    """
+    for name, kind in _TYPES.items():
+        if name in line and not isinstance(line[name], kind):
+            raise TypeError(f"{name} is {type(line[name]).__name__}, and must be {kind.__name__}")
+    return line

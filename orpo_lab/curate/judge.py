@@ -26,7 +26,7 @@ from orpo_lab.curate import ask
 from orpo_lab.curate.ask import Answer, Answerer, Failure, Request
 from orpo_lab.curate.folder import Candidate, Prompt, held, read_candidates, read_prompts
 from orpo_lab.curate.models import check_options, open_model
-from orpo_lab.curate.store import Choice, Comparison, Store, Vote
+from orpo_lab.curate.store import Choice, Comparison, Store, Vote, check_all_there
 from orpo_lab.data.pairs import text_of
 from orpo_lab.errors import UserError
 
@@ -91,6 +91,7 @@ def run(options: argparse.Namespace) -> None:
     candidates = {candidate.id: candidate for candidate in read_candidates(options.folder)}
     with held(options.folder):
         store = Store(options.folder)
+        check_all_there(store.comparisons(), prompts.values(), candidates.values())
         questions = [
             Question(
                 one, round, prompts[one.prompt_id], candidates[one.first], candidates[one.second]

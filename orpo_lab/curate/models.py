@@ -8,6 +8,9 @@ from orpo_lab.curate.ask import Answerer
 from orpo_lab.errors import UserError
 from orpo_lab.upstream import silence
 
+# Seconds
+MAX_TIMEOUT = 86_400.0
+
 
 def open_model(name: str, options: argparse.Namespace) -> Answerer:
     """Return the model of a name, by the options of `ask.add_arguments`.
@@ -46,7 +49,8 @@ def check_options(options: argparse.Namespace) -> None:
         check(options.batch_size > 0, f"--batch-size {options.batch_size} must be above 0")
         check(options.concurrency > 0, f"--concurrency {options.concurrency} must be above 0")
         check(options.rate is None or options.rate > 0, f"--rate {options.rate} must be above 0")
-        check(options.timeout > 0, f"--timeout {options.timeout:g} must be above 0")
+        is_in_range = 0 < options.timeout <= MAX_TIMEOUT
+        check(is_in_range, f"--timeout {options.timeout:g} must be above 0, and a day at most")
         check(options.retries >= 0, f"--retries {options.retries} must not be negative")
     except ValueError as error:
         raise UserError(str(error)) from error

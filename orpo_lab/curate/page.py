@@ -1,7 +1,7 @@
 """The pages of `curate votes`: an annotator's, and the owner's."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.resources import files
 from typing import Any
@@ -21,6 +21,7 @@ from orpo_lab.curate.guard import Guard
 from orpo_lab.curate.links import OWNER, Links
 from orpo_lab.curate.markdown import to_html
 from orpo_lab.curate.voting import MAX_NOTE, VoteError, Voting
+from orpo_lab.records.markdown import fenced
 
 STATIC = {"page.css": "text/css", "vote.js": "text/javascript"}
 # A note of 2000 characters has at most 12 bytes for each in JSON; the rest of a vote is small
@@ -80,7 +81,7 @@ class Pages:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        environment.filters["markdown"] = _markdown
+        environment.filters |= {"markdown": _markdown, "text": _text}
         self._render = partial(_render, environment)
 
     def enter(self, request: Request) -> Response:
@@ -182,7 +183,7 @@ async def _read(request: Request) -> tuple[str, dict[str, Any]]:
             raise HTTPException(413)
     try:
         sent = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise HTTPException(422) from error
     if not isinstance(sent, dict):
         raise HTTPException(422)
@@ -191,9 +192,21 @@ async def _read(request: Request) -> tuple[str, dict[str, Any]]:
     return annotator, sent
 
 
-def _markdown(content: Any) -> Markup:
-    """Return the content of a message as harmless HTML; parts and tool calls as their JSON."""
-    return Markup(to_html(content if isinstance(content, str) else json.dumps(content, indent=1)))
+def _markdown(text: str) -> Markup:
+    """Return a text as harmless HTML."""
+    return Markup(to_html(text))
+
+
+def _text(message: Mapping[str, Any]) -> str:
+    """Return what a message says, as Markdown; parts, tool calls and the like as their JSON."""
+    others = {name: value for name, value in message.items() if name not in ("role", "content")}
+    content = message.get("content")
+    said = [content] if isinstance(content, str) else [_json(content)] if content else []
+    return "\n\n".join([*said, *([_json(others)] if others else [])])
+
+
+def _json(value: Any) -> str:
+    return fenced(json.dumps(value, indent=1, ensure_ascii=False))
 
 
 async def _say_nothing(_: Request, error: HTTPException) -> Response:

@@ -32,7 +32,7 @@ from orpo_lab.curate.rules import (
     opinions,
     outcomes,
 )
-from orpo_lab.curate.store import Comparison, Vote
+from orpo_lab.curate.store import Comparison, Vote, check_all_there
 from orpo_lab.data.pairs import Message
 from orpo_lab.errors import UserError
 from orpo_lab.records.run_folder import RunFolder
@@ -75,6 +75,7 @@ def make(curation: Curation, rule: Rule) -> Pairs:
     Raises:
         UserError: a comparison names a prompt or a candidate that is not there.
     """
+    check_all_there(curation.comparisons, curation.prompts, curation.candidates)
     by_prompt = {prompt.id: prompt for prompt in curation.prompts}
     by_candidate = {candidate.id: candidate for candidate in curation.candidates}
     said = opinions(curation.votes, rule.kinds)
@@ -83,14 +84,8 @@ def make(curation: Curation, rule: Rule) -> Pairs:
     for comparison in curation.comparisons:
         choices = said.get(comparison.id, {})
         decision = decide(choices.values(), rule)
-        try:
-            prompt = by_prompt[comparison.prompt_id]
-            first, second = by_candidate[comparison.first], by_candidate[comparison.second]
-        except KeyError as error:
-            raise UserError(
-                f"comparison {comparison.id} names {error.args[0]}, which the folder does not "
-                "hold; put back prompts.jsonl and candidates.jsonl as they were when people voted"
-            ) from error
+        prompt = by_prompt[comparison.prompt_id]
+        first, second = by_candidate[comparison.first], by_candidate[comparison.second]
         chosen, rejected = (first, second) if decision.winner == "first" else (second, first)
         texts = {first.text.strip(), second.text.strip()}
         if decision.winner is None:
@@ -162,12 +157,20 @@ def _refuse_none(made: Pairs, votes: Sequence[Vote]) -> None:
     hint = "; no rule would keep any: take more votes"
     if kept:
         most = max(kept, key=lambda outcome: outcome.num_kept)
-        hint = (
-            f"; --min-votes {most.rule.min_votes} --majority {most.rule.majority:g} would keep "
-            f"{most.num_kept}"
-        )
+        hint = f"; {_options(most.rule)} alone would keep {most.num_kept}"
     why = ", ".join(f"{num} {reason}" for reason, num in made.dropped.most_common())
     raise UserError(f"the votes make no pair ({why}){hint}")
+
+
+def _options(rule: Rule) -> str:
+    """Return the options that make a rule."""
+    default = vars(Rule())
+    changed = {name: value for name, value in vars(rule).items() if value != default[name]}
+    said = [
+        f"--{name.replace('_', '-')}{'' if value is True else f' {value}'}"
+        for name, value in changed.items()
+    ]
+    return " ".join(said) or "the default rule"
 
 
 def launch_command(file: Path) -> str:

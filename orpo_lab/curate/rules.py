@@ -176,7 +176,8 @@ def decide(choices: Collection[Choice], rule: Rule) -> Decision:
         reason = "both_bad"
     elif lead < rule.margin:
         reason = "even"
-    elif num_for < rule.majority * num_counted:
+    # Divided: 0.28 * 25 is more than 7, 7 / 25 is 0.28
+    elif num_for / num_counted < rule.majority:
         reason = "no_majority"
     else:
         return Decision(winner, "", num_for, num_counted, lead)

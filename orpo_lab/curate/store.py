@@ -13,7 +13,8 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from orpo_lab.curate.folder import VOTES
+from orpo_lab.curate.folder import CANDIDATES, PROMPTS, VOTES, Candidate, Prompt
+from orpo_lab.errors import UserError, one_line
 
 Choice = Literal["first", "second", "tie", "both_bad", "skip"]
 CHOICES: tuple[Choice, ...] = ("first", "second", "tie", "both_bad", "skip")
@@ -61,6 +62,24 @@ class Assignment:
     round: int
 
 
+def check_all_there(
+    comparisons: Iterable[Comparison], prompts: Iterable[Prompt], candidates: Iterable[Candidate]
+) -> None:
+    """Refuse comparisons whose texts are gone.
+
+    Raises:
+        UserError: a comparison names a prompt or a candidate that is not there.
+    """
+    there = {prompt.id for prompt in prompts} | {candidate.id for candidate in candidates}
+    for one in comparisons:
+        for name in (one.prompt_id, one.first, one.second):
+            if name not in there:
+                raise UserError(
+                    f"comparison {one.id} names {name}, which the folder does not hold; put back "
+                    f"{PROMPTS} and {CANDIDATES} as they were, or begin with a new folder"
+                )
+
+
 _VOTE = ", ".join(field.name for field in fields(Vote))
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS comparisons (
@@ -83,12 +102,21 @@ class Store:
 
     Args:
         folder: the folder of the curation; `votes.sqlite` is made there where it is missing.
+
+    Raises:
+        UserError: `votes.sqlite` cannot be opened, or is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / VOTES
-        with closing(self._connect()) as connection:
-            connection.executescript(_SCHEMA)
+        try:
+            with closing(self._connect()) as connection:
+                connection.executescript(_SCHEMA)
+        except sqlite3.DatabaseError as error:
+            raise UserError(
+                f"{self._path} cannot be opened: {one_line(error)}; if the file is damaged, put "
+                "back a copy of it"
+            ) from error
 
     def add_comparisons(self, comparisons: Iterable[Comparison]) -> None:
         """Add comparisons; those that are there already stay as they are."""

@@ -10,8 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from orpo_lab.curate.assignment import assign, left_of, queue
-from orpo_lab.curate.folder import Candidate, Prompt, read_candidates, read_prompts
-from orpo_lab.curate.store import Assignment, Choice, Comparison, Store, Vote
+from orpo_lab.curate.folder import Candidate, Prompt, read_candidates, read_prompts, storable
+from orpo_lab.curate.store import (
+    Assignment,
+    Choice,
+    Comparison,
+    Store,
+    Vote,
+    check_all_there,
+)
 from orpo_lab.errors import UserError
 
 MAX_NOTE = 2000
@@ -64,8 +71,8 @@ class Voting:
         repeats: for each annotator the share of comparisons that is asked a second time.
 
     Raises:
-        UserError: there are no prompts, candidates or comparisons, or an annotator has the name of
-            a judge.
+        UserError: there are no prompts, candidates or comparisons, a comparison's texts are gone,
+            or an annotator has the name of a judge.
     """
 
     def __init__(
@@ -81,6 +88,9 @@ class Voting:
                 f"{folder} has no prompt with two different answers; `python -m orpo_lab curate "
                 "candidates` makes answers"
             )
+        check_all_there(
+            self.comparisons.values(), self._prompts.values(), self._candidates.values()
+        )
         judges = {vote.annotator for vote in self.store.votes() if vote.kind == "judge"}
         if taken := judges.intersection(annotators):
             raise UserError(
@@ -140,13 +150,13 @@ class Voting:
 
     def undo(self, annotator: str, vote: Any) -> None:
         """Take back a vote of an annotator; a vote that does not stand stays as it is."""
-        self.store.withdraw(str(vote), annotator, _now())
+        self.store.withdraw(storable(str(vote)), annotator, _now())
 
     def _read(self, annotator: str, sent: Mapping[str, Any]) -> Vote:
         try:
             name, comparison, round_ = str(uuid.UUID(sent["id"])), sent["comparison"], sent["round"]
             choice, note, seconds = _CHOICES[sent["choice"]], sent["note"], float(sent["seconds"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise VoteError(f"the vote is incomplete ({type(error).__name__})") from error
         if not isinstance(comparison, str) or comparison not in self.comparisons:
             raise VoteError("the comparison is not in this folder")
@@ -163,7 +173,7 @@ class Voting:
             choice=choice if left == "first" else _MIRRORED.get(choice, choice),
             left=left,
             round=round_,
-            note=note.strip(),
+            note=storable(note).strip(),
             seconds=min(max(seconds, 0.0), MAX_SECONDS),
             created=_now(),
         )

@@ -121,11 +121,16 @@ function rest() {
 async function vote(choice) {
   const { comparison, round } = pair().dataset;
   if (isBusy() || !comparison) return;
-  rest();
   const id = newId();
   const seconds = (performance.now() - shownAt - hiddenFor) / 1000;
   const sent = { id, annotator, comparison, round: Number(round), choice, note: note.value, seconds };
-  localStorage.setItem(voteShelf + id, JSON.stringify(sent));
+  try {
+    localStorage.setItem(voteShelf + id, JSON.stringify(sent));
+  } catch {
+    say("Not saved: the storage of this browser is full. Make room, and vote again.", true);
+    return;
+  }
+  rest();
   const noteKey = noteShelf();
   note.blur();
   if (await deliver()) {
