@@ -117,7 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=120.0,
         metavar="SECONDS",
-        help="for one answer of the endpoint (default: 120)",
+        help="of silence of the endpoint, after which a request is tried again (default: 120)",
     )
     parser.add_argument(
         "--retries",
