@@ -27,11 +27,10 @@ from playwright.sync_api import Page, sync_playwright
 from orpo_lab.curate.agreement import implied_alpha, lines, measure
 from orpo_lab.curate.folder import read_candidates
 from orpo_lab.curate.store import Comparison, Store
-from tests.voters import CHROMIUM, READY, served
+from tests.voters import CHROMIUM, choose, served, shown_on
 
 RATES = {"ann": 0.1, "ben": 0.2, "eve": 0.3}
 SEED = 1
-KEYS = (("1", "ArrowLeft", "[data-choice=left]"), ("2", "ArrowRight", "[data-choice=right]"))
 
 
 def planned(rates: Sequence[float], num: int) -> list[tuple[bool, ...]]:
@@ -70,21 +69,16 @@ class Annotator:
         self._wanted = wanted
 
     def vote(self, page: Page) -> bool:
-        """Vote on the pair that is shown, by a key or a click; return whether there was one."""
-        page.wait_for_selector(READY)
-        shown = page.evaluate(
-            "() => ({...document.getElementById('pair').dataset,"
-            " texts: [...document.querySelectorAll('.answer .text')].map(e => e.innerText)})"
-        )
-        if not shown["comparison"]:
+        """Vote on the pair that is shown; return whether there was one."""
+        shown = shown_on(page)
+        if shown is None:
             return False
         wanted, other = self._wanted[shown["comparison"]]
         left, right = shown["texts"]
         is_left = alike(left, wanted) + alike(right, other) > alike(left, other) + alike(
             right, wanted
         )
-        act = KEYS[not is_left][random.Random(shown["comparison"]).randrange(3)]
-        page.click(act) if act.startswith("[") else page.keyboard.press(act)
+        choose(page, shown, 0 if is_left else 1)
         return True
 
 

@@ -22,6 +22,8 @@ SERVE = (
 )
 CHROMIUM = shutil.which("chromium")
 READY = "body[data-busy='false']"
+# What votes for the left answer, and for the right one
+ACTS = (("1", "ArrowLeft", "[data-choice=left]"), ("2", "ArrowRight", "[data-choice=right]"))
 
 
 class Server:
@@ -100,24 +102,30 @@ class Voter:
         return drawn >= self._error_rate
 
     def vote(self, page: Page) -> bool:
-        """Vote on the pair that is shown, by a key or a click; return whether there was one."""
-        page.wait_for_selector(READY)
-        shown = page.evaluate(
-            "() => ({...document.getElementById('pair').dataset,"
-            " texts: [...document.querySelectorAll('.answer .text')].map(e => e.innerText)})"
-        )
-        if not shown["comparison"]:
+        """Vote on the pair that is shown; return whether there was one."""
+        shown = shown_on(page)
+        if shown is None:
             return False
         good = next(place for place, text in enumerate(shown["texts"]) if "good" in text)
-        wants = good if self.prefers_good(shown["comparison"], int(shown["round"])) else 1 - good
-        match random.Random(shown["comparison"]).randrange(3):
-            case 0:
-                page.keyboard.press(("1", "2")[wants])
-            case 1:
-                page.keyboard.press(("ArrowLeft", "ArrowRight")[wants])
-            case _:
-                page.click(("[data-choice=left]", "[data-choice=right]")[wants])
+        wants_good = self.prefers_good(shown["comparison"], int(shown["round"]))
+        choose(page, shown, good if wants_good else 1 - good)
         return True
+
+
+def shown_on(page: Page) -> dict[str, Any] | None:
+    """Return the pair on the page, with its `texts` from left to right; None: there is none."""
+    page.wait_for_selector(READY)
+    shown = page.evaluate(
+        "() => ({...document.getElementById('pair').dataset,"
+        " texts: [...document.querySelectorAll('.answer .text')].map(e => e.innerText)})"
+    )
+    return shown if shown["comparison"] else None
+
+
+def choose(page: Page, shown: dict[str, Any], place: int) -> None:
+    """Vote for the answer at a place (0: left), by a key or a click, as the comparison draws."""
+    act = ACTS[place][random.Random(shown["comparison"]).randrange(3)]
+    page.click(act) if act.startswith("[") else page.keyboard.press(act)
 
 
 def wait_for(holds: Callable[[], bool], seconds: float = 30.0) -> None:
