@@ -87,6 +87,7 @@ class Folder:
         tokens = sum(row["chosen_tokens"] for row in rows)
         return {
             "preference_accuracy": mean(row["chosen_logp"] > row["rejected_logp"] for row in rows),
+            "length_guess_accuracy": mean(row["length_guess"] for row in rows),
             "chosen_nll": -sum(row["chosen_logp"] * row["chosen_tokens"] for row in rows) / tokens,
             "exact_match": mean(row["correct"] for row in answered),
             "generated_tokens": mean(row["generated_tokens"] for row in answered),
@@ -110,8 +111,10 @@ def of_beta(runs: list[Folder], beta: float) -> Iterator[Folder]:
 
 
 def test_every_setting_has_the_means_of_its_runs(sweep: Path, runs: list[Folder]) -> None:
-    (*settings, untrained), _ = tables((sweep / "report.md").read_text())
+    (*settings, untrained, guess), _ = tables((sweep / "report.md").read_text())
     assert [row["setting"] for row in settings] == ["beta=0.05", "beta=1"]
+    right = runs[0].figures(runs[0].after)["length_guess_accuracy"]
+    assert float(guess["preference_accuracy"].split()[0]) == pytest.approx(right, abs=5.1e-4)
     before = runs[0].figures(runs[0].before)
     for key in ("preference_accuracy", "exact_match", "chosen_nll", "generated_tokens"):
         assert float(untrained[key].split()[0]) == pytest.approx(before[key], abs=5.1e-4), key
@@ -154,7 +157,12 @@ def test_the_closing_table_has_every_runs_figures(sweep: Path, runs: list[Folder
         (line,) = re.findall(rf"^{re.escape(run.path.name)} +finished +(.*)$", said, re.MULTILINE)
         found = {name: float(value) for name, value in re.findall(r"(\w+) (\d\.\d+)", line)}
         figures = run.figures(run.after)
-        assert found.keys() == {"preference_accuracy", "exact_match", "chosen_nll"}
+        assert found.keys() == {
+            "preference_accuracy",
+            "length_guess_accuracy",
+            "exact_match",
+            "chosen_nll",
+        }
         assert found == pytest.approx({key: figures[key] for key in found}, abs=5.1e-4)
 
 

@@ -126,7 +126,8 @@ def _drops(template: str | None, row: Row, reason: str) -> Callable[[Bench], Out
 
 def _moved(bench: Bench) -> Outcome:
     """Train on messages, and on the texts that they are to become."""
-    command = _with_template(bench, "mistral")
+    # The texts are rendered already
+    command = (*_with_template(bench, "mistral"), "dataset.as_messages=false")
     rows = [begun(said(row), SYSTEM) for row in [*GOOD, *HELD_OUT]]
     texts = [
         {
