@@ -73,7 +73,7 @@ def _run(
         except ModuleNotFoundError as error:
             if str(error.name).startswith("orpo_lab"):
                 raise
-            hint = f'pip install "orpo_lab[{name}]"'
+            hint = f'pip install -e ".[{name}]"'
             raise UserError(f"{error.name} is not installed: {hint}") from error
     command = importlib.import_module(module)
     parser = Parser(prog=f"{program} {name}", description=f"{about.capitalize()}.")

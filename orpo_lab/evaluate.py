@@ -176,7 +176,7 @@ def evaluate(
             )
     finally:
         model.train(was_training)
-    guesses = length_bias.guess(data.train, data.held_out)
+    guesses = data.length_guess
     figures = preference_metrics(scores) | guess_metrics(guesses) | generation_metrics(generations)
     if data.checkable:
         figures["by_wording"] = by_part(data.held_out["wording"][:], scores, generations)
@@ -273,11 +273,11 @@ def generate(
     """
     rows = pairs.to_list()
     prompts = [row["prompt_ids"] for row in rows]
+    ends = turn_ends(model, tokenizer, template_kwargs)
     answers: dict[int, list[int]] = {}
     batches = by_length([len(prompt) + max_new_tokens for prompt in prompts], TOKENS_PER_BATCH)
     for batch in tqdm(batches, desc=f"{desc}: generate", leave=False, disable=None):
-        some = {i: prompts[i] for i in batch}
-        answers |= answer(model, tokenizer, some, max_new_tokens, template_kwargs=template_kwargs)
+        answers |= answer(model, tokenizer, {i: prompts[i] for i in batch}, max_new_tokens, ends)
     generations = []
     for i, row in enumerate(rows):
         text = tokenizer.decode(answers[i], skip_special_tokens=True)
@@ -299,8 +299,7 @@ def answer(
     tokenizer: PreTrainedTokenizerBase,
     prompts: dict[int, list[int]],
     max_new_tokens: int,
-    *,
-    template_kwargs: Mapping[str, Any] = template.NO_KWARGS,
+    ends: list[int],
     choose: Choose | None = None,
 ) -> dict[int, list[int]]:
     """Return the answers to one batch of prompts, without the tokens that end them.
@@ -312,7 +311,7 @@ def answer(
         tokenizer: with a pad token.
         prompts: token ids, by the number of the prompt.
         max_new_tokens: the largest number of tokens of an answer.
-        template_kwargs: `dataset.template_kwargs`.
+        ends: the tokens that end an answer (`turn_ends`).
         choose: chooses the next token of each answer; None: the token with the largest logit.
     """
     greedy = {
@@ -320,13 +319,13 @@ def answer(
         "use_cache": True,
         "return_dict_in_generate": True,
         "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": turn_ends(model, tokenizer, template_kwargs),
+        "eos_token_id": ends,
         "bos_token_id": tokenizer.bos_token_id,
     }
     base = without_adapters(model)
     ids, mask = _padded(list(prompts.values()), greedy["pad_token_id"], base.device)
     numbers, width = torch.tensor(list(prompts), device=base.device), ids.shape[1]
-    answers, ends = {}, greedy["eos_token_id"]
+    answers: dict[int, list[int]] = {}
     cached: dict[str, Any] = {}
     while len(numbers):
         num_read = ids.shape[1]

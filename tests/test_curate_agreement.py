@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import permutations
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -22,7 +22,7 @@ from orpo_lab.curate.agreement import (
     measure,
 )
 from orpo_lab.curate.rules import opinions
-from orpo_lab.curate.store import CHOICES
+from orpo_lab.curate.store import Choice
 from orpo_lab.errors import UserError
 from tests import curation
 from tests.curation import alternating, comparisons, erring, vote, votes_of
@@ -206,5 +206,5 @@ def test_without_votes_one_line_says_what_makes_them(tmp_path: Path) -> None:
 
 
 def test_every_choice_is_a_value_or_a_missing_one() -> None:
-    assert set(CHOICES) == {*VALUES, "skip"}
-    assert {one.choice for one in votes_of({"a": "fstbk"})} == set(CHOICES)
+    assert set(get_args(Choice)) == {*VALUES, "skip"}
+    assert {one.choice for one in votes_of({"a": "fstbk"})} == set(get_args(Choice))

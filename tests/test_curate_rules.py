@@ -2,7 +2,7 @@
 
 import math
 from itertools import combinations_with_replacement
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -16,10 +16,11 @@ from orpo_lab.curate.rules import (
     opinions,
     outcomes,
 )
-from orpo_lab.curate.store import CHOICES, Choice
+from orpo_lab.curate.store import Choice
 from orpo_lab.errors import UserError
 from tests.curation import alternating, erring, vote, votes_of
 
+CHOICES: tuple[Choice, ...] = get_args(Choice)
 LETTERS: dict[str, Choice] = dict(zip("fstbk", CHOICES, strict=True))
 # All that up to four annotators can say
 ALL_SAID = [said for num in range(5) for said in combinations_with_replacement(CHOICES, num)]

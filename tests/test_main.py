@@ -50,7 +50,7 @@ def test_a_package_that_a_step_lacks_is_named_with_its_extra(
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(SystemExit) as end:
         main(["curate", "candidates", str(tmp_path), "--model", "m", "--endpoint", "http://x/v1"])
-    assert str(end.value) == 'error: openai is not installed: pip install "orpo_lab[curate]"'
+    assert str(end.value) == 'error: openai is not installed: pip install -e ".[curate]"'
 
 
 @pytest.mark.parametrize(

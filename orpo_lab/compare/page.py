@@ -4,7 +4,6 @@ import base64
 from collections.abc import Sequence
 from pathlib import Path
 
-import jinja2
 import numpy as np
 
 from orpo_lab.compare import pictures
@@ -19,6 +18,7 @@ from orpo_lab.compare.words import interval_text, tied, verdict_text
 from orpo_lab.metrics import HELD_OUT, PREFERENCE, brief
 from orpo_lab.records.markdown import fenced
 from orpo_lab.records.run_folder import RunFolder
+from orpo_lab.records.templates import environment
 
 # What the table of settings shows even where it is no quality
 NOTED = [metric.name for metric in HELD_OUT if metric.is_noted]
@@ -30,13 +30,7 @@ def write(comparison: Comparison, folder: Path) -> None:
     (folder / "report").mkdir(parents=True, exist_ok=True)
     for name, (_, png) in drawn.items():
         (folder / "report" / f"{name}.png").write_bytes(png)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("orpo_lab"),
-        autoescape=jinja2.select_autoescape(("html.jinja",)),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    templates = environment()
     ship = choose(comparison)
     context = {
         "ship": ship,
@@ -61,7 +55,7 @@ def write(comparison: Comparison, folder: Path) -> None:
     }
     place = RunFolder(folder)
     for name in ("report.html", "report.md"):
-        place.write(name, environment.get_template(f"{name}.jinja").render(context))
+        place.write(name, templates.get_template(f"{name}.jinja").render(context))
     place.write_json("report.json", record(comparison, ship))
 
 

@@ -14,7 +14,14 @@ from scipy import stats
 
 from orpo_lab.compare.evidence import Comparison, of_pairs, prefers
 from orpo_lab.compare.read import Run
-from orpo_lab.compare.verdict import CONFIDENCE, Array, Interval, Measure, Quality
+from orpo_lab.compare.verdict import (
+    CONFIDENCE,
+    Array,
+    Interval,
+    Measure,
+    Quality,
+    share_interval,
+)
 from orpo_lab.metrics import HELD_OUT, PREFERENCE
 
 
@@ -141,11 +148,8 @@ def over_pairs(scores: Array, *, is_share: bool) -> Interval:
     """
     num, mean = len(scores), float(scores.mean())
     if is_share:
-        test = stats.binomtest(int(scores.sum()), num)
-        low, high = test.proportion_ci(CONFIDENCE, method="wilson")
-    elif num == 1:
-        low = high = math.nan
-    else:
-        reach = stats.t.isf((1 - CONFIDENCE) / 2, num - 1) * scores.std(ddof=1) / num**0.5
-        low, high = mean - reach, mean + reach
-    return Interval(mean, float(low), float(high))
+        return share_interval(int(scores.sum()), num)
+    if num == 1:
+        return Interval(mean, math.nan, math.nan)
+    reach = float(stats.t.isf((1 - CONFIDENCE) / 2, num - 1) * scores.std(ddof=1) / num**0.5)
+    return Interval(mean, mean - reach, mean + reach)

@@ -76,6 +76,12 @@ class Interval:
         return {key: None if math.isnan(value) else value for key, value in vars(self).items()}
 
 
+def share_interval(num: int, total: int) -> Interval:
+    """Return the share of `num` pairs of `total`, with Wilson's interval over pairs (1927)."""
+    low, high = stats.binomtest(num, total).proportion_ci(CONFIDENCE, method="wilson")
+    return Interval(num / total, float(low), float(high))
+
+
 @dataclass(frozen=True)
 class Spread:
     """The variance of an estimate, and the degrees of freedom of this variance."""

@@ -24,7 +24,7 @@ from orpo_lab.curate.ask import Answer, Failure, Request
 from orpo_lab.data import template
 from orpo_lab.dial.mixture import read_config
 from orpo_lab.errors import one_line
-from orpo_lab.evaluate import Choose, answer
+from orpo_lab.evaluate import Choose, answer, turn_ends
 from orpo_lab.model.precision import resolve_device, resolve_dtype
 from orpo_lab.model.source import load_config
 from orpo_lab.model.start import origin_of
@@ -62,6 +62,7 @@ class Local:
         if not template.is_own(self._tokenizer):
             print(f"{name} has no chat template of its own, the default one is used")
         self._network = origin.load_as_left(self._tokenizer, self._dtype).eval()
+        self._ends = turn_ends(self._network, self._tokenizer, self._template_kwargs)
         self._context = getattr(own.get_text_config(), "max_position_embeddings", None)
         self.found = {
             "weights": fingerprint(self._network)[:16],
@@ -127,8 +128,8 @@ class Local:
                 self._tokenizer,
                 prompts,
                 limit,
-                template_kwargs=self._template_kwargs,
-                choose=choose_by(block, limit, self._on),
+                self._ends,
+                choose_by(block, limit, self._on),
             )
         return {number: self._answer(ids, limit) for number, ids in written.items()}
 

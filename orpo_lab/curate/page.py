@@ -22,6 +22,7 @@ from orpo_lab.curate.links import OWNER, Links
 from orpo_lab.curate.markdown import to_html
 from orpo_lab.curate.voting import MAX_NOTE, VoteError, Voting
 from orpo_lab.records.markdown import fenced
+from orpo_lab.records.templates import environment
 
 STATIC = {"page.css": "text/css", "vote.js": "text/javascript"}
 # A note of 2000 characters has at most 12 bytes for each in JSON; the rest of a vote is small
@@ -74,15 +75,9 @@ class Pages:
 
     def __init__(self, voting: Voting, links: Links) -> None:
         self._voting, self._links = voting, links
-        environment = jinja2.Environment(
-            loader=jinja2.PackageLoader("orpo_lab.curate", "web"),
-            autoescape=True,
-            undefined=jinja2.StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        environment.filters |= {"markdown": _markdown, "text": _text}
-        self._render = partial(_render, environment)
+        templates = environment("orpo_lab.curate", "web")
+        templates.filters |= {"markdown": _markdown, "text": _text}
+        self._render = partial(_render, templates)
 
     def enter(self, request: Request) -> Response:
         """Give the browser the cookie of a link.
@@ -213,5 +208,5 @@ async def _say_nothing(_: Request, error: HTTPException) -> Response:
     return Response(status_code=error.status_code)
 
 
-def _render(environment: jinja2.Environment, name: str, **context: Any) -> HTMLResponse:
-    return HTMLResponse(environment.get_template(name).render(context))
+def _render(templates: jinja2.Environment, name: str, **context: Any) -> HTMLResponse:
+    return HTMLResponse(templates.get_template(name).render(context))

@@ -17,7 +17,6 @@ from orpo_lab.curate.folder import CANDIDATES, PROMPTS, VOTES, Candidate, Prompt
 from orpo_lab.errors import UserError, one_line
 
 Choice = Literal["first", "second", "tie", "both_bad", "skip"]
-CHOICES: tuple[Choice, ...] = ("first", "second", "tie", "both_bad", "skip")
 Kind = Literal["person", "judge"]
 
 

@@ -14,6 +14,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from orpo_lab.config.dataset import Dataset, EmbeddedDataset
 from orpo_lab.config.mixture import MixtureDataset
-from orpo_lab.data import mixture, template
+from orpo_lab.data import length_bias, mixture, template
 from orpo_lab.data.encode import Encoder
 from orpo_lab.data.part import Drawn, Part, Watch, fingerprint
 from orpo_lab.data.splits import NUM_EVAL, drop_repeats
@@ -46,6 +47,14 @@ class Data:
     held_out: datasets.Dataset
     report: dict[str, Any]
     checkable: bool
+
+    @cached_property
+    def length_guess(self) -> length_bias.Array | None:
+        """Whether a guess by length alone is right at each held-out pair, [N].
+
+        See `length_bias.guess`. It is computed once, since every evaluation asks for it.
+        """
+        return length_bias.guess(self.train, self.held_out)
 
     def save(self, folder: Path) -> None:
         """Write the pairs and their report to a folder."""

@@ -6,14 +6,13 @@ from typing import Any
 
 import datasets
 import numpy as np
-from scipy import stats
 
 from orpo_lab.compare.guess import share_right
-from orpo_lab.compare.verdict import CONFIDENCE, Interval
+from orpo_lab.compare.verdict import Interval, share_interval
 from orpo_lab.config.dataset import Dataset
 from orpo_lab.data import Data
 from orpo_lab.data.encode import SIZES
-from orpo_lab.data.length_bias import LengthBias, Sizes, count, guess, sizes
+from orpo_lab.data.length_bias import LengthBias, Sizes, count, sizes
 from orpo_lab.data.near_duplicates import near_duplicates
 from orpo_lab.data.pairs import num_shared
 from orpo_lab.errors import UserError
@@ -119,9 +118,9 @@ def length_bias(data: Data) -> dict[str, Any] | None:
     None: the training rows have no pair to count.
     """
     bias = count(*sizes(data.train)[1:])
-    right = guess(data.train, data.held_out)
-    if right is None:
+    if bias.rule is None:
         return None
+    right = bias.guess(*sizes(data.held_out)[1:])
     return {
         **vars(bias),
         "longer_is_chosen": share_of(bias).as_json(),
@@ -137,10 +136,7 @@ def share_of(bias: LengthBias) -> Interval:
     Of ties alone the share is 0.5, from 0 to 1.
     """
     num = bias.num_longer + bias.num_shorter
-    if not num:
-        return Interval(0.5, 0.0, 1.0)
-    low, high = stats.binomtest(bias.num_longer, num).proportion_ci(CONFIDENCE, method="wilson")
-    return Interval(bias.num_longer / num, float(low), float(high))
+    return share_interval(bias.num_longer, num) if num else Interval(0.5, 0.0, 1.0)
 
 
 def duplicates(data: Data) -> dict[str, Any]:

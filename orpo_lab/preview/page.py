@@ -6,11 +6,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from orpo_lab.compare.verdict import CONFIDENCE
 from orpo_lab.preview.rows import Part, Piece
 from orpo_lab.records.run_folder import RunFolder
+from orpo_lab.records.templates import environment
 
 Table = list[dict[str, str]]
 
@@ -37,13 +36,6 @@ def write(preview: Preview, folder: Path) -> Path:
     Raises:
         OSError: the folder cannot be written to.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("orpo_lab"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     context = {
         "rows": preview.rows,
         "command": _command(preview.figures),
@@ -52,7 +44,7 @@ def write(preview: Preview, folder: Path) -> Path:
         "examples": _examples(preview.figures),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    page = environment.get_template("preview.html.jinja").render(context)
+    page = environment().get_template("preview.html.jinja").render(context)
     RunFolder(folder).write("preview.html", page)
     return folder / "preview.html"
 
