@@ -1,6 +1,8 @@
 # make run [ARGS="optimizer=galore beta=0.2"]   the main job, on the embedded default
 # make test                                     the quick tests
 # make check                                    what CI runs, less the slow tests
+# make dist                                     wheel and source distribution, in dist/
+# make lower-bounds                             the default run with the lowest declared versions
 # make faults [FAULTS="--family kills"]         make every fault happen and judge what comes of it
 # make ckpt-chaos                               have an outside judge kill runs while they save
 PYTHON ?= python3
@@ -8,7 +10,7 @@ BIN := .venv/bin
 ARGS ?=
 FAULTS ?=
 
-.PHONY: install run test test-slow check lint tiny audit faults ckpt-chaos
+.PHONY: install run test test-slow check lint dist lower-bounds tiny audit faults ckpt-chaos
 install: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -31,6 +33,21 @@ lint: install
 	$(BIN)/mypy
 
 check: lint test
+
+dist: install
+	$(BIN)/python -m build
+
+# An environment of its own, made anew where a range has changed. For Python 3.11: the lowest versions
+# have no wheels for later ones
+lower-bounds: .venv/lower-bounds/.installed
+	cd .venv/lower-bounds && bin/orpo-lab train tracker=none
+	cd .venv/lower-bounds && bin/orpo-lab sweep optimizer=lora,galore train.max_steps=5 tracker.mode=offline
+
+.venv/lower-bounds/.installed: .venv/.installed .ci/lower_bounds.py
+	$(PYTHON) -m venv --clear .venv/lower-bounds
+	$(BIN)/python .ci/lower_bounds.py > .venv/lower-bounds/lowest.txt
+	.venv/lower-bounds/bin/python -m pip install -q --disable-pip-version-check -c .venv/lower-bounds/lowest.txt .
+	@touch $@
 
 # Known vulnerabilities of the pinned versions; asks PyPI, so it needs a network and is in no check.
 # Without --strict pip-audit calls packages it could learn nothing of "no known vulnerabilities".

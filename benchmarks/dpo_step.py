@@ -52,7 +52,7 @@ def our_steps(
     network, tokenizer, pairs = parts
     devices = OneDevice(torch.device("cpu"), torch.float32)
     loaded = compose_case(case, "shared_prefix", options, "method=dpo")
-    both = Data(pairs, pairs.select([0]), report={}, checkable=False)
+    both = Data(pairs, pairs.select([0]), report={})
     found = reference.compute(loaded, network, tokenizer, both, dtype=torch.float32)
     dpo = engine.build(loaded, model=network, tokenizer=tokenizer, devices=devices)
     made: dict[str, tuple[Engine, State]] = {

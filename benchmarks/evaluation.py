@@ -139,7 +139,7 @@ def measure_answers(options: argparse.Namespace, parts: Any) -> dict[str, Any]:
     def answer(leaving: float) -> list[evaluate.Generation]:
         with mock.patch.object(evaluate, "LEAVING", leaving), torch.no_grad():
             return evaluate.generate(
-                network, tokenizer, asked, options.max_new_tokens, check=False, desc="answer"
+                network, tokenizer, asked, options.max_new_tokens, desc="answer"
             )
 
     ways = {name: partial(answer, leaving) for name, leaving in ANSWERS.items()}

@@ -111,6 +111,14 @@ SMOLLM2 = (
     "train.batch_size=4",
 )
 FILES = {"math": ("train.jsonl", "test.jsonl"), "chat": ("train_prefs.jsonl", "test_prefs.jsonl")}
+# Answers to the math pairs can be checked; most of them end within so many tokens
+CHECKED = {
+    "math": (
+        "dataset.checker=last_number",
+        "dataset.num_generations=32",
+        "dataset.max_new_tokens=192",
+    )
+}
 COSTS = {
     "stages": "trained models",
     "passes": "passes forward and backward",
@@ -542,7 +550,8 @@ def main() -> None:
     if options.workload in FILES:
         train, test = (options.pairs / name for name in FILES[options.workload])
         files = (f"dataset.train_path={train}", f"dataset.eval_path={test}")
-        common = (*SMOLLM2, f"model.path={options.model}", *files)
+        checked = CHECKED.get(options.workload, ())
+        common = (*SMOLLM2, *checked, f"model.path={options.model}", *files)
     if options.small:
         common = (*common, *SMALL)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -94,7 +94,7 @@ class Saving:
         """A checkpoint and its manifest."""
         path = self.place.file("checkpoints/checkpoint-1")
         with checkpoint.written(path) as files:
-            self.state.save(files)
+            self.state.save(files, self.state.rest())
             self.tokenizer.save_pretrained(path)
             checkpoint.seal(files, self.place, MADE, Spent())
         return path

@@ -19,13 +19,12 @@ from omegaconf import DictConfig
 from orpo_lab import config, environment
 from orpo_lab.config import guard
 from orpo_lab.config.command_line import NOT_COMPOSED, as_typed, explain
+from orpo_lab.config.folder import CONF
 from orpo_lab.errors import UserError
 from orpo_lab.records.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from orpo_lab.run import RunResult
-
-CONF = Path(__file__).parents[1] / "conf"
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,9 @@ def compose_unchecked(*overrides: str) -> DictConfig:
 def train(experiment: Experiment, folder: Path | str) -> "RunResult":
     """Run an experiment in its folder, and return the result.
 
+    Under torchrun every process calls this function. The first process writes the folder; in the
+    others the summary of the result is empty.
+
     Args:
         experiment: what `compose` has returned.
         folder: the run folder. It may hold the run that `resume=auto` goes on with, but no other
@@ -85,7 +87,10 @@ def train(experiment: Experiment, folder: Path | str) -> "RunResult":
         UserError: the user can put something right. If the run has begun, `status.json` in the
             folder says what, too.
     """
-    environment.refuse_several_processes()
+    if environment.process().index:
+        from orpo_lab import run
+
+        return run.follow(experiment.config)
     with RunFolder(Path(folder)).held() as is_free:
         if not is_free:
             raise UserError(f"another process is running in {folder}")

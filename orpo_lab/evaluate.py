@@ -10,14 +10,13 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -26,14 +25,19 @@ from transformers import (
     StoppingCriteria,
 )
 
-from orpo_lab import engine, metrics
+from orpo_lab import engine, metrics, progress
 from orpo_lab.config import Config
-from orpo_lab.data import SOURCE, Data, embedded, length_bias, template
+from orpo_lab.data import Data, length_bias, right_answers, template
+from orpo_lab.data.embedded import WORDING
 from orpo_lab.data.encode import special_tokens
+from orpo_lab.data.mixture import SOURCE
+from orpo_lab.data.right_answers import Check
 from orpo_lab.engine.packing import by_length, num_supervised
 from orpo_lab.engine.scoring import Scorer
 from orpo_lab.errors import LIKELY_CAUSES, NonFiniteError
 from orpo_lab.model.causal import CausalModel, without_adapters
+from orpo_lab.training.devices import gathered
+from orpo_lab.training.sharded import devices_of
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +65,19 @@ class Generation:
     repetition: float
     # Whether the answer is right; None if the answer cannot be checked
     correct: bool | None
+    # The prompt without the chat template
+    asked: str = ""
+    # Whether the answer was cut at `dataset.max_new_tokens`; None: an earlier version made it
+    is_cut: bool | None = None
+
+    @property
+    def judged(self) -> str:
+        """What checking the answer came to, in words."""
+        if self.correct is None:
+            return "not checked"
+        if self.correct:
+            return "right"
+        return "wrong: cut at max_new_tokens" if self.is_cut else "wrong"
 
 
 @dataclass(frozen=True)
@@ -110,6 +127,10 @@ class Evaluation:
             "repetition": [answer.repetition for answer in answers] + unanswered,
         }
 
+    def joined(self, figures: dict[str, float], seconds: float) -> "Evaluation":
+        """Return the evaluation with more figures of the same model, and the time they took."""
+        return replace(self, metrics=self.metrics | figures, seconds=self.seconds + seconds)
+
     def save(self, file: Path) -> None:
         """Write the evaluation to a JSON file."""
         scores = {name: value.tolist() for name, value in vars(self.scores).items()}
@@ -156,35 +177,61 @@ def evaluate(
         NonFiniteError: the log-probability of a completion is not finite.
     """
     start, asks = time.perf_counter(), config.dataset
+    with measuring(model, dtype):
+        scorer = engine.scorer(config, model=model, tokenizer=tokenizer, dtype=dtype)
+        scores = score(scorer, data.held_out, desc)
+        _check_finite(scores, desc)
+        asked = data.held_out.select(range(min(asks.num_generations, len(data.held_out))))
+        generations = generate(
+            model,
+            tokenizer,
+            asked,
+            asks.max_new_tokens,
+            template_kwargs=asks.template_kwargs,
+            check=right_answers.build(asks),
+            desc=desc,
+        )
+    guesses = data.length_guess
+    figures = preference_metrics(scores) | guess_metrics(guesses) | generation_metrics(generations)
+    for part in (WORDING, SOURCE):
+        if part in data.held_out.column_names:
+            figures[f"by_{part}"] = by_part(data.held_out[part][:], scores, generations)
+    _say_cut(generations, desc)
+    seconds = time.perf_counter() - start
+    listed = None if guesses is None else guesses.tolist()
+    return Evaluation(figures, scores, generations, seconds, listed)
+
+
+@contextlib.contextmanager
+def measuring(model: CausalModel, dtype: torch.dtype) -> Iterator[None]:
+    """Inside this context, a model is in evaluation mode, and computes without gradients.
+
+    Args:
+        model: on its device.
+        dtype: precision of the arithmetic.
+    """
     was_training = model.training
     model.eval()
     on = next(model.parameters()).device.type
     try:
         with torch.no_grad(), torch.autocast(on, dtype, enabled=dtype != torch.float32):
-            scorer = engine.scorer(config, model=model, tokenizer=tokenizer, dtype=dtype)
-            scores = score(scorer, data.held_out, desc)
-            _check_finite(scores, desc)
-            asked = data.held_out.select(range(min(asks.num_generations, len(data.held_out))))
-            generations = generate(
-                model,
-                tokenizer,
-                asked,
-                asks.max_new_tokens,
-                template_kwargs=asks.template_kwargs,
-                check=data.checkable,
-                desc=desc,
-            )
+            yield
     finally:
         model.train(was_training)
-    guesses = data.length_guess
-    figures = preference_metrics(scores) | guess_metrics(guesses) | generation_metrics(generations)
-    if data.checkable:
-        figures["by_wording"] = by_part(data.held_out["wording"][:], scores, generations)
-    if SOURCE in data.held_out.column_names:
-        figures["by_source"] = by_part(data.held_out[SOURCE][:], scores, generations)
-    seconds = time.perf_counter() - start
-    listed = None if guesses is None else guesses.tolist()
-    return Evaluation(figures, scores, generations, seconds, listed)
+
+
+def _say_cut(generations: list[Generation], desc: str) -> None:
+    """Warn if answers that could be checked were cut."""
+    checked = [one for one in generations if one.correct is not None]
+    num_cut = sum(bool(one.is_cut) for one in checked)
+    if num_cut:
+        log.warning(
+            "warning: %s training, %d of %d answers that are checked were cut at "
+            "dataset.max_new_tokens, and count as wrong; a larger number lets them end",
+            desc,
+            num_cut,
+            len(checked),
+        )
 
 
 def _check_finite(scores: Scores, desc: str) -> None:
@@ -254,7 +301,7 @@ def generate(
     max_new_tokens: int,
     *,
     template_kwargs: Mapping[str, Any] = template.NO_KWARGS,
-    check: bool,
+    check: Check = right_answers.unchecked,
     desc: str,
 ) -> list[Generation]:
     """Answer the prompts of the pairs greedily, up to a token that ends a turn.
@@ -263,24 +310,34 @@ def generate(
     say. Of these settings only the tokens that end a turn are used (`turn_ends`).
 
     Args:
-        model: in evaluation mode.
+        model: in evaluation mode. Of several processes each answers a part of the prompts, and all
+            return all answers.
         tokenizer: with a pad token.
         pairs: tokenized pairs.
         max_new_tokens: the largest number of tokens of an answer; a longer answer is cut.
         template_kwargs: `dataset.template_kwargs`.
-        check: whether the rows of the pairs say which answer is right.
+        check: says whether an answer is right. An answer that was cut has not come to its end, so
+            it is wrong whatever its text says so far.
         desc: text of the progress bar.
     """
     rows = pairs.to_list()
     prompts = [row["prompt_ids"] for row in rows]
     ends = turn_ends(model, tokenizer, template_kwargs)
     answers: dict[int, list[int]] = {}
-    batches = by_length([len(prompt) + max_new_tokens for prompt in prompts], TOKENS_PER_BATCH)
-    for batch in tqdm(batches, desc=f"{desc}: generate", leave=False, disable=None):
-        answers |= answer(model, tokenizer, {i: prompts[i] for i in batch}, max_new_tokens, ends)
+    lengths = [len(prompt) + max_new_tokens for prompt in prompts]
+    mine = devices_of(model, torch.float32).readers.deal(lengths)
+    batches = by_length([lengths[i] for i in mine], TOKENS_PER_BATCH)
+    with progress.Work(f"{desc}: answer", len(mine)) as work:
+        for batch in batches:
+            asked = {mine[i]: prompts[mine[i]] for i in batch}
+            answers |= answer(model, tokenizer, asked, max_new_tokens, ends)
+            work.done += len(batch)
+    for of_process in gathered(answers):
+        answers |= of_process
     generations = []
     for i, row in enumerate(rows):
         text = tokenizer.decode(answers[i], skip_special_tokens=True)
+        is_cut, is_right = len(answers[i]) == max_new_tokens, check(text, row)
         generations.append(
             Generation(
                 prompt=row["prompt_text"],
@@ -288,7 +345,9 @@ def generate(
                 answer=text,
                 num_tokens=len(answers[i]),
                 repetition=repetition(answers[i]),
-                correct=embedded.is_correct(text, row) if check else None,
+                correct=is_right and not is_cut,
+                is_cut=is_cut,
+                asked=row["asked"],
             )
         )
     return generations

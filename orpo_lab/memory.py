@@ -10,7 +10,7 @@ import torch
 
 from orpo_lab.config import Config
 from orpo_lab.config.engine import TrlEngine
-from orpo_lab.config.optimizer import Lora
+from orpo_lab.config.optimizer import Galore, Lora
 from orpo_lab.errors import UserError, one_line
 
 # Words of plain RuntimeErrors that mean "out of memory": of CUDA's own calls, of cuBLAS, and of
@@ -92,6 +92,9 @@ def remedies(config: Config) -> list[str]:
         found += ["engine=shared_prefix", "engine.micro_batch_size lower"]
     if config.train.gradient_checkpointing == "false":
         found.append("train.gradient_checkpointing=true")
+    match config.optimizer:
+        case Galore(implementation="orpo_lab", layerwise=False):
+            found.append("optimizer.layerwise=true")
     found.append(f"dataset.max_length below {config.dataset.max_length}")
     if not isinstance(config.optimizer, Lora):
         found.append("optimizer=qlora")

@@ -6,13 +6,14 @@ table, and list no metric of their own. To add a metric of the held-out pairs, a
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from orpo_lab.compare.verdict import Array
     from orpo_lab.evaluate import Generation, Scores
+    from orpo_lab.judge.win_rate import WinRate
 
 # The metric by which runs are compared
 PREFERENCE = "preference_accuracy"
@@ -22,8 +23,18 @@ LENGTH_GUESS = "length_guess_accuracy"
 PREFERENCE_SHARE = "meter/preference_share"
 # Where answers were checked, the only quality that is compared
 CHECKED = "exact_match"
+# How often a judge prefers the answers after training to those before; no part of any verdict
+JUDGED_PREFIX = "judge/"
+WIN_RATE = f"{JUDGED_PREFIX}win_rate"
+# Whether that says something about the answers, and not only about the judge
+IS_EVIDENCE = f"{JUDGED_PREFIX}is_evidence"
 # Prefix of a training metric's name when the metric is measured on held-out pairs
 HELD_OUT_PREFIX = "eval_"
+
+# Prefix of the figures of lm-evaluation-harness; see `harness_name`
+HARNESS = "harness/"
+# Ends of names: of a figure's standard error, and of the number of a task's documents
+STDERR, NUM_DOCUMENTS = "_stderr", "num_documents"
 
 Better = Literal["higher", "lower", ""]
 
@@ -93,6 +104,19 @@ class HeldOutMetric:
     def sign(self) -> int:
         """1 if higher is better or neither is, -1 if lower is better."""
         return -1 if self.better == "lower" else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedMetric:
+    """A figure of what a judge says of the answers after training against those before.
+
+    `summary.json` has the figures of an interval under `name`, `name_low` and `name_high`.
+    """
+
+    name: str
+    better: Better = ""
+    of_win_rate: "Callable[[WinRate], Any]"
+    """Takes the figure, or an interval, from a win rate; None: there is no such figure."""
 
 
 TRAINING = (
@@ -224,12 +248,21 @@ def _chosen_nll_of_pair(columns: "dict[str, Array]") -> "Array":
 
 
 def _share_right(answers: "list[Generation]") -> float | None:
-    if answers[0].correct is None:
-        return None
-    return _mean([bool(answer.correct) for answer in answers])
+    checked = [answer.correct for answer in answers if answer.correct is not None]
+    return _mean(checked) if checked else None
 
 
-def _mean(values: list[float]) -> float:
+def _num_checked(answers: "list[Generation]") -> int | None:
+    return sum(answer.correct is not None for answer in answers) or None
+
+
+def _share_cut(answers: "list[Generation]") -> float | None:
+    # An earlier version of orpo_lab did not note it
+    known = [answer.is_cut for answer in answers if answer.is_cut is not None]
+    return _mean(known) if known else None
+
+
+def _mean(values: "Sequence[float]") -> float:
     return sum(values) / len(values)
 
 
@@ -259,6 +292,7 @@ HELD_OUT = (
         name="rejected_logp", is_tabled=False, of_scores=lambda s: s.rejected_logps.mean()
     ),
     HeldOutMetric(name="num_generations", is_tabled=False, of_answers=len),
+    HeldOutMetric(name="num_checked", is_tabled=False, of_answers=_num_checked),
     HeldOutMetric(
         name=CHECKED,
         better="higher",
@@ -290,6 +324,11 @@ HELD_OUT = (
         of_answers=lambda answers: _mean([answer.num_tokens for answer in answers]),
     ),
     HeldOutMetric(
+        name="cut_answers",
+        about="share cut at max_new_tokens",
+        of_answers=_share_cut,
+    ),
+    HeldOutMetric(
         name="repetition",
         better="lower",
         is_noted=True,
@@ -297,6 +336,24 @@ HELD_OUT = (
         of_answers=lambda answers: _mean([answer.repetition for answer in answers]),
         of_pair=lambda columns: columns["repetition"],
     ),
+)
+
+JUDGED = (
+    JudgedMetric(name=WIN_RATE, better="higher", of_win_rate=lambda w: w.win_rate),
+    JudgedMetric(name=IS_EVIDENCE, of_win_rate=lambda w: w.is_evidence),
+    JudgedMetric(name="judge/first_place_bias", of_win_rate=lambda w: w.first_place_bias),
+    JudgedMetric(name="judge/follows_place", better="lower", of_win_rate=lambda w: w.follows_place),
+    JudgedMetric(name="judge/longer_wins", of_win_rate=lambda w: w.longer_wins),
+    JudgedMetric(
+        name="judge/length_controlled_win_rate",
+        better="higher",
+        of_win_rate=lambda w: w.length_controlled,
+    ),
+    JudgedMetric(name="judge/num_prompts", of_win_rate=lambda w: w.num_prompts),
+    JudgedMetric(name="judge/num_ties", of_win_rate=lambda w: w.num_ties),
+    JudgedMetric(name="judge/num_equal", of_win_rate=lambda w: w.num_equal),
+    JudgedMetric(name="judge/num_unreadable", of_win_rate=lambda w: w.num_unreadable),
+    JudgedMetric(name="judge/num_missing", of_win_rate=lambda w: w.num_missing),
 )
 
 # How much worse than the best setting's each quality may be and still count as good
@@ -324,3 +381,40 @@ def brief(after: dict[str, Any]) -> dict[str, str]:
     """
     names = [metric.name for metric in HELD_OUT if metric.is_brief]
     return {name: f"{after[name]:.3f}" for name in names if name in after}
+
+
+def harness_name(task: str, metric: str, kind: str = "none") -> str:
+    """Return the name of a figure of lm-evaluation-harness.
+
+    Args:
+        task: the task, or the group of tasks.
+        metric: the harness's name of the figure.
+        kind: the harness's filter of the answers; `none` is not named.
+    """
+    return f"{HARNESS}{task}/{metric}" + ("" if kind == "none" else f"/{kind}")
+
+
+def harness_figures(names: Iterable[str]) -> list[str]:
+    """Return the harness's figures among some names, without standard errors and counts."""
+    return [
+        name
+        for name in names
+        if name.startswith(HARNESS) and not name.endswith((STDERR, f"/{NUM_DOCUMENTS}"))
+    ]
+
+
+def num_documents(name: str, figures: dict[str, float]) -> int:
+    """Return the number of documents that a figure of the harness is over; 0: not known."""
+    task = name.split("/")[1]
+    return int(figures.get(harness_name(task, NUM_DOCUMENTS), 0))
+
+
+def harness_said(name: str, figures: dict[str, Any]) -> str:
+    """Return, as text, the standard error of a figure of the harness, and its documents' number.
+
+    Args:
+        name: the name of the figure.
+        figures: figures by name, this one among them.
+    """
+    error = f"± {figures[name + STDERR]:.3f}, " if name + STDERR in figures else ""
+    return f"{error}{num_documents(name, figures)} documents"

@@ -1,27 +1,30 @@
 """One run, from a checked configuration to its results. Read this file first."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orpo_lab import environment
-from orpo_lab.config import Config, kind
+from orpo_lab import environment, progress
+from orpo_lab.config import Config
 from orpo_lab.config.checks import AUTO
-from orpo_lab.config.identity import identity, name_of
-from orpo_lab.config.optimizer import Lora
+from orpo_lab.config.evaluation import Harness, NoEvaluation
+from orpo_lab.config.identity import hash_of, identity, name_of, start_of
+from orpo_lab.config.judge import NoJudge
+from orpo_lab.config.tracker import Tracker, chosen
 from orpo_lab.errors import NonFiniteError, UserError, one_line
-from orpo_lab.records.run_folder import DISK_TROUBLE, RunFolder, groups
+from orpo_lab.records.run_folder import DISK_TROUBLE, ReadOnlyRunFolder, RunFolder, groups
 from orpo_lab.redaction import RedactingFormatter, redact
 from orpo_lab.stop import Stop, Stopped
 from orpo_lab.sweep.folder import CACHE, Sweep
 from orpo_lab.sweep.forks import Forks
-from orpo_lab.tracker.base import Run, Untracked
+from orpo_lab.tracker.base import Run, Several
 from orpo_lab.training import checkpoint
 from orpo_lab.upstream import silence
 
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from orpo_lab.data import Data
     from orpo_lab.engine.reference import References
     from orpo_lab.evaluate import Evaluation
+    from orpo_lab.evaluation.reached import Reached
     from orpo_lab.records.results import Missing
     from orpo_lab.training.files import Files
 
@@ -88,15 +92,57 @@ def train(
                 place.begin(config, chosen, segment)
             for line in unread:
                 log.warning("%s", line)
-            from orpo_lab import memory  # imports torch
+            with progress.Work("import torch"):
+                from orpo_lab import memory
+                from orpo_lab.training import (
+                    devices,
+                    trainer,  # noqa: F401  (and most of what it takes)
+                )
 
-            with memory.given_back(), memory.trouble_said(config):
+            with memory.given_back(), memory.trouble_said(config), devices.joined():
+                devices.from_first((place.path.absolute(), segment, chosen))
                 result = _train(config, place, segment, chosen, sweep, stop)
         _finish(place, result.missing)
         if sweep:
             Forks(sweep).release()
             stop.check()
         return result
+
+
+def follow(config: Config) -> RunResult:
+    """Take part in a run as one of its processes, but not as the first, which calls `train`.
+
+    This process computes as the first one does, and writes nothing: no file of the run folder, no
+    tracker, no line on the terminal but its errors. The summary of its result is empty.
+
+    Args:
+        config: the configuration, as `orpo_lab.config.load` returns it.
+
+    Raises:
+        UserError: the user can put something right.
+        Stopped: a signal or the time budget ended the run.
+    """
+    environment.settle()
+    environment.use_one_device(None)
+    silence()
+    untracked = Tracker(tensorboard=None, mlflow=None, trackio=None)
+    config = replace(config, tracker=untracked, evaluation=NoEvaluation(), judge=NoJudge())
+    log.addHandler(logging.NullHandler())
+    log.propagate = False
+    stop = Stop(config.train.max_hours)
+    with (
+        stop.listening(),
+        progress.titled("", is_shared=True),
+        open(os.devnull, "w") as nowhere,
+        redirect_stdout(nowhere),
+    ):
+        from orpo_lab import memory
+        from orpo_lab.training import devices
+
+        with memory.given_back(), memory.trouble_said(config), devices.joined():
+            told: tuple[Path, dict[str, Any], dict[str, str]] = devices.from_first((Path(), {}, {}))
+            folder, segment, choices = told
+            return _train(config, ReadOnlyRunFolder(folder), segment, choices, None, stop)
 
 
 def _train(
@@ -110,25 +156,31 @@ def _train(
     # These imports take seconds, so they wait until the configuration and the folder are checked
     from transformers import set_seed
 
-    from orpo_lab import data, engine, methods, tracker
+    from orpo_lab import data, engine, evaluation, methods, tracker
     from orpo_lab.engine import mismatched, reference
     from orpo_lab.evaluate import evaluate
+    from orpo_lab.evaluation import reached
+    from orpo_lab.evaluation.harness import judge_all
+    from orpo_lab.judge import at_end
     from orpo_lab.model import quantization
     from orpo_lab.model.precision import resolve_device, resolve_dtype
     from orpo_lab.model.source import load_config
     from orpo_lab.model.start import origin_of
     from orpo_lab.model.tokenizer import check_context, check_ids, load_tokenizer
+    from orpo_lab.plan import check
     from orpo_lab.records import results
-    from orpo_lab.training import trainer
+    from orpo_lab.training import devices, sharded, steps, trainer
 
     # Refuse what can be refused before anything heavy is loaded
     sweep_name = sweep.folder.name if sweep else None
     tracker.check(config.tracker, folder=place.path, sweep=sweep_name)
+    at_end.check(config.judge)
     start = _find_start(config, place, segment["config_hash"])
     origin = origin_of(config)
     model_config = load_config(origin.base.model)
     check_context(model_config, config.dataset)
     quantization.check(origin.base, model_config)
+    tasks = evaluation.load(config.evaluation)
 
     # Rows -> pairs -> token ids
     tokenizer = load_tokenizer(config.model, model_config)
@@ -141,21 +193,33 @@ def _train(
         pairs = data.without_undesirable(pairs)
     if method.needs_divergence:
         pairs = mismatched.attach(pairs, config.dataset.max_length)
-    trainer.say_length(config, len(pairs.train))
+    steps.say_length(config, len(pairs.train))
+    steps.check_dealt(config, len(pairs.held_out), devices.num_processes())
+
+    # Refuse what does not fit
+    planned = check.before_loading(config, model_config, pairs, devices.num_processes())
 
     # Weights, quantization, adapter
     set_seed(config.seed)
-    dtype = resolve_dtype(config.model.dtype, resolve_device())
-    network, begun_from = origin.load(tokenizer, dtype)
+    device = resolve_device()
+    dtype = resolve_dtype(config.model.dtype, device)
+    sharded.check(config, dtype, is_merged=origin.is_merged)
+    load_on = sharded.load_device(config, device)
+    with progress.Work("load the model", has_bar=True):
+        network, begun_from = origin.load(tokenizer, dtype, load_on)
     made = checkpoint.Made(
         config_hash=segment["config_hash"],
         data="-".join(pairs.report[split]["fingerprint"] for split in ("train", "held_out")),
         model=begun_from,
     )
+    devices.check_same("weights, pairs or settings", asdict(made))
+    devices.check_same("kind of device", device.type)
+    if sharded.is_asked(config):
+        sharded.shard(network, device)
     _check_made(start, made, accept_changes=config.accept_changes)
     fork_steps: frozenset[int] = frozenset()
     if sweep:
-        forks, num_steps = Forks(sweep), trainer.count_steps(config, len(pairs.train))
+        forks, num_steps = Forks(sweep), steps.count_steps(config, len(pairs.train))
         start = forks.begin(config, place, made, start, num_steps, stop)
         fork_steps = forks.steps(config)
         forks.release()
@@ -165,6 +229,10 @@ def _train(
     # Evaluation, training, evaluation
     measure = partial(evaluate, network, tokenizer, pairs, config, dtype=dtype)
     before = _measure_before(config, measure, sweep)
+    stop.check()
+    try_tasks = partial(judge_all, tasks, network, tokenizer, config, dtype=dtype)
+    judged_before = _try_tasks_before(config, place, try_tasks, made, sweep)
+    before = before.joined(reached.figures_of(judged_before), reached.seconds_of(judged_before))
     stop.check()
     if not (start and start.is_trained):
         compute = partial(reference.compute, config, network, tokenizer, dtype=dtype)
@@ -176,6 +244,7 @@ def _train(
         if not place.has_begun:
             place.begin(config, choices, segment, metrics=metrics)
         place.write_json("data_report.json", pairs.report)
+        reached.keep(place, "before", judged_before)
         try:
             stats = trainer.fit(
                 config,
@@ -189,20 +258,36 @@ def _train(
                 start=start,
                 stop=stop,
                 forks=fork_steps,
+                untrained=reached.figures_of(judged_before),
             )
 
             # Save the model first: what follows may fail or be stopped
-            def save(files: "Files") -> None:
-                results.save_model(network, tokenizer, files, dtype=model_config.dtype)
-                origin.save_base(network, files, place.file("final"))
+            if (
+                devices.num_processes() > 1
+            ):  # which measure the model together; one process saves it
+                results.round_weights(network, model_config.dtype)
+            plain = sharded.whole_model(network)
 
-            trained = checkpoint.keep_trained(place, start, save, made, stats)
+            def save(files: "Files") -> None:
+                results.save_model(plain, tokenizer, files, dtype=model_config.dtype)
+                origin.save_base(plain, files, place.file("final"))
+
+            trained = checkpoint.folder(place, checkpoint.TRAINED, stats.steps)
+            if devices.is_first():
+                with progress.Work("save the model"):
+                    trained = checkpoint.keep_trained(place, start, save, made, stats)
         finally:
             stop.waits = False
         stop.check()
         after = _measure_after(measure, network, trained, missing)
         stop.check()
+        judged = _try_tasks_after(try_tasks, place, run, trained, missing)
+        if after:
+            after = after.joined(reached.figures_of(judged), reached.seconds_of(judged))
+        stop.check()
         stop.waits = True
+        if not devices.is_first():
+            return RunResult(place.path, {}, missing)
 
         # Write the results to the run folder and to the tracker
         summary = results.leave(
@@ -215,7 +300,9 @@ def _train(
             stats=stats,
             data=pairs,
             missing=missing,
+            judge=partial(at_end.ask, config.judge, place.path, stop),
             start=origin.words,
+            planned=check.record(planned),
         )
     return RunResult(place.path, summary, missing)
 
@@ -229,7 +316,7 @@ def _tracked(
     sweep: str | None,
     missing: "Missing",
 ) -> Iterator[Run]:
-    """Track the run inside this context; a tracker that fails does not end the run.
+    """Track the run inside this context by every chosen tracker; none that fails ends the run.
 
     Args:
         config: the run's configuration.
@@ -244,17 +331,19 @@ def _tracked(
     """
     from orpo_lab import tracker
 
-    run: Run = Untracked()
-    with missing.noted("tracker", let_through=UserError):
-        run = tracker.start(
-            config.tracker,
-            folder=place.path,
-            name=config.name,
-            config={**redact(asdict(config)), "choices": choices},
-            sweep=sweep,
-            history=RunFolder(metrics.parent).metrics() if metrics else [],
-        )
-    exit_code = 1
+    runs: list[Run] = []
+    for one in chosen(config.tracker):
+        with missing.noted("tracker", let_through=UserError):
+            begun = tracker.start(
+                one,
+                folder=place.path,
+                name=config.name,
+                config={**redact(asdict(config)), "choices": choices},
+                sweep=sweep,
+                history=RunFolder(metrics.parent).metrics() if metrics else [],
+            )
+            runs.append(begun)
+    run, exit_code = Several(runs), 1
     try:
         yield run
         exit_code = 0
@@ -362,8 +451,60 @@ def _measure_before(
 
     if sweep is None:
         return measure(desc="before")
-    name = f"before-{_start_of(config)}"
+    name = f"before-{start_of(config)}"
     return sweep.once(name, lambda: measure(desc="before"), Evaluation.save, Evaluation.restore)
+
+
+def _try_tasks_before(
+    config: Config,
+    place: RunFolder,
+    try_tasks: "Callable[..., dict[str, Reached]]",
+    made: checkpoint.Made,
+    sweep: Sweep | None,
+) -> "dict[str, Reached]":
+    """Return what the untrained model reaches on tasks beside the held-out pairs; empty: not asked.
+
+    A run that goes on keeps the figures, and jobs of a sweep share them, as in `_measure_before`.
+
+    Raises:
+        UserError: see `judge_all`.
+    """
+    from orpo_lab.evaluation import reached
+
+    if not (isinstance(config.evaluation, Harness) and config.evaluation.before):
+        return {}
+    which = f"{start_of(config)}-{made.model}"
+    make = partial(try_tasks, which=which, when="before", kept=reached.kept(place, "before"))
+    if sweep is None:
+        return make()
+    asked = hash_of(asdict(config.evaluation))
+    return sweep.once(f"harness-{start_of(config)}-{asked}", make, reached.save, reached.restore)
+
+
+def _try_tasks_after(
+    try_tasks: "Callable[..., dict[str, Reached]]",
+    place: RunFolder,
+    run: Run,
+    trained: Path,
+    missing: "Missing",
+) -> "dict[str, Reached]":
+    """Return what the trained model reaches on tasks beside the held-out pairs, and keep that.
+
+    Empty: no task was asked for, or the harness failed, as `missing` says.
+    """
+    from orpo_lab.evaluation import reached
+
+    step, judged = checkpoint.step_of(trained), {}
+    # What lies there belongs to another model
+    reached.keep(place, "after", {})
+    with missing.noted(reached.FILES["after"]):
+        judged = try_tasks(which=f"step {step}", when="after")
+    if judged:
+        reached.keep(place, "after", judged)
+        figures = reached.figures_of(judged)
+        place.append_metrics(step, figures)
+        run.log(step, figures)
+    return judged
 
 
 def _with_reference(
@@ -396,21 +537,8 @@ def _with_reference(
     make, name = partial(compute, pairs), "reference"
     if method.needs_divergence:
         name += "-mismatched"
-    found = sweep.once(f"{name}-{_start_of(config)}", make, torch.save, reference.load)
+    found = sweep.once(f"{name}-{start_of(config)}", make, torch.save, reference.load)
     return reference.attach(pairs, found)
-
-
-def _start_of(config: Config) -> str:
-    """Return a name for what the model before training computes of the pairs; see `_train`.
-
-    Runs of one name differ in nothing that the figures of the untrained model depend on.
-    """
-    parts = identity(config, "dataset", "model", "quantization", "start_from")
-    name = f"{kind(config.optimizer)}-{kind(config.engine)}-{parts}"
-    if config.start_from and isinstance(config.optimizer, Lora):
-        # An adapter of another shape is merged, which rounds
-        name += f"-{config.optimizer.r}-{config.optimizer.alpha:g}"
-    return name
 
 
 def _measure_after(
@@ -421,6 +549,7 @@ def _measure_after(
     Raises:
         NonFiniteError: the last update has ruined the weights; the trained model is deleted.
     """
+    from orpo_lab.training import devices
     from orpo_lab.training.finite import check_weights
 
     after = None
@@ -430,7 +559,8 @@ def _measure_after(
         if after is None:
             check_weights(network, checkpoint.step_of(trained))
     except NonFiniteError:
-        checkpoint.remove(trained)
+        if devices.is_first():
+            checkpoint.remove(trained)
         raise
     return after
 
@@ -519,7 +649,7 @@ class _Log(logging.FileHandler):
 @contextmanager
 def _said_in(place: RunFolder) -> Iterator[None]:
     """Inside this context, send our log lines to the terminal and to the run's `run.log`."""
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), _Log(place)]
+    handlers: list[logging.Handler] = [progress.Handler(sys.stdout), _Log(place)]
     for handler in handlers:
         handler.setFormatter(RedactingFormatter())
         log.addHandler(handler)

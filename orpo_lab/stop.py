@@ -1,6 +1,7 @@
 """End a run early on purpose: because of a signal, or of a budget of wall-clock time."""
 
 import math
+import os
 import signal
 import threading
 import time
@@ -20,6 +21,10 @@ MOMENT = 1.0
 EXIT_CODE = 75
 # The key that holds the budget
 BUDGET = "train.max_hours"
+# The variable by which jobs on the sweep's machine know the number of the sweep's process
+SWEEP_PROCESS = "ORPO_LAB_SWEEP_PROCESS"
+# Seconds between two looks of a job at whether the sweep's process is there
+LOOK = 1.0
 
 
 class Stopped(KeyboardInterrupt):
@@ -116,7 +121,7 @@ class ProcessStop(Stop):
 
     The jobs of a sweep may run in processes of a launcher (joblib or submitit). Then the first
     process passes every signal on to these processes, and waits for them. Each of them lets its job
-    save and end, and begins no further job.
+    save and end, and begins no further job. So do they if the first process is killed.
     """
 
     def __init__(self) -> None:
@@ -124,6 +129,8 @@ class ProcessStop(Stop):
         self.is_listening = False
         self.is_worker = False
         """Whether this process was started by a launcher, not by the user."""
+        self.at_work = threading.Lock()
+        """Held while a job runs."""
 
     def listen(self) -> dict[signal.Signals, Any]:
         """Handle `SIGNALS` from now on; see `Stop.listen`."""
@@ -140,6 +147,8 @@ class ProcessStop(Stop):
         self.is_worker = self.waits = True
         self.listen()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        if number := os.environ.get(SWEEP_PROCESS):
+            threading.Thread(target=self._end_with, args=(int(number),), daemon=True).start()
 
     def pass_on(self) -> None:
         """From now on pass signals on to child processes, instead of ending this process.
@@ -152,6 +161,7 @@ class ProcessStop(Stop):
 
         taken = _taken()
         self.waits = True
+        os.environ[SWEEP_PROCESS] = str(os.getpid())
         resource_tracker.ensure_running()  # now, since its start unblocks signals (Python 3.11)
         signal.pthread_sigmask(signal.SIG_BLOCK, taken)
         threading.Thread(target=self._pass_on, args=(taken,), daemon=True).start()
@@ -165,6 +175,21 @@ class ProcessStop(Stop):
             for process in psutil.Process().children(recursive=True):
                 with suppress(psutil.Error):
                     process.send_signal(number)
+
+    def _end_with(self, number: int) -> None:
+        """Once another process has ended, let the job of this process stop, and end this process.
+
+        A process of joblib would wait for another job for minutes, with its GPU's memory.
+        """
+        import psutil
+
+        with suppress(psutil.NoSuchProcess):
+            other = psutil.Process(number)
+            while other.is_running() and other.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(LOOK)
+        os.kill(os.getpid(), signal.SIGTERM)
+        with self.at_work:
+            os._exit(EXIT_CODE)
 
 
 PROCESS = ProcessStop()

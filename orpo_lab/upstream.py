@@ -2,10 +2,11 @@
 
 `PATCHES` lists the patches. A test compares their versions with the pinned ones, so that a patch is
 reviewed when its library is updated. A patch imports only its own library, or what that library
-imports.
+imports; what it puts in place may ask a room of the lab once it is called.
 """
 
 import importlib
+import inspect
 import logging
 import os
 import sys
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, datetime, time
-from functools import cache
+from functools import cache, wraps
 from math import prod
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -80,17 +81,34 @@ def silence() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     # matplotlib logs once that it has listed the fonts of the machine
     logging.getLogger("matplotlib.font_manager").setLevel(logging.WARNING)
-    if not sys.stderr.isatty():
-        _hide_bars()
+    title_bars()
 
 
-def _hide_bars() -> None:
-    """Hide progress bars: outside a terminal they are lines of thousands of characters."""
-    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    from transformers.utils.logging import disable_progress_bar
+@patch("tqdm", "4.70.1", until="libraries let their users name and hide each of their bars")
+def title_bars() -> None:
+    """Show the progress bars of libraries as our own: with the title, and only where they fit.
 
-    disable_progress_bar()
+    Outside a terminal they would be lines of thousands of characters. On a terminal that several
+    processes write to, each would write over the others' bars.
+    """
+    from tqdm.std import tqdm
+
+    own = tqdm.__init__
+    if hasattr(own, "__wrapped__"):  # by an earlier call
+        return
+    signature = inspect.signature(own)
+
+    @wraps(own)
+    def begin(*arguments: Any, **settings: Any) -> None:
+        from orpo_lab import progress
+
+        given = signature.bind(*arguments, **settings)
+        desc, is_hidden = given.arguments.get("desc"), given.arguments.get("disable")
+        given.arguments["desc"] = f"{progress.title()}{desc or ''}"
+        given.arguments["disable"] = is_hidden or not progress.on_terminal()
+        own(*given.args, **given.kwargs)
+
+    setattr(tqdm, "__init__", begin)  # noqa: B010  (not its type)
 
 
 @contextmanager
@@ -280,5 +298,15 @@ def mend_4bit_kernel() -> Any:
     with warnings.catch_warnings():
         # torch warns that a kernel is overridden, which is intended here
         warnings.simplefilter("ignore", UserWarning)
-        library.impl(name, dequantize_by_block(kernel), "CPU")
+        library.impl(name, dequantize_by_block(kernel), "CPU", allow_override=True)
     return library
+
+
+@patch("lm_eval", "0.4.13", until="a run with evaluation=harness prints none of it without this")
+def quiet_harness() -> None:
+    """Hide the harness's warnings.
+
+    The harness warns of every default of a task file, and that the model it is given is loaded
+    already, as ours is.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)

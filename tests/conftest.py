@@ -13,6 +13,9 @@ import functools
 import gc
 import pickle
 import subprocess
+import threading
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,17 +31,19 @@ from orpo_lab import config
 from orpo_lab.config.command_line import as_typed
 from orpo_lab.config.optimizer import Lora
 from orpo_lab.upstream import silence
+from tests import endpoint_server
 
 ROOT = Path(__file__).parents[1]
 GROUPS = {folder.name for folder in (ROOT / "conf").iterdir() if folder.is_dir()}
-# Those whose jobs are processes of this machine
+# Those whose jobs are processes of this machine, two at a time where it has two cores
 EACH_LAUNCHER = pytest.mark.parametrize(
     "launcher",
     [
         ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
         ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10"],
+        ["hydra/launcher=ray"],
     ],
-    ids=["joblib", "submitit"],
+    ids=["joblib", "submitit", "ray"],
 )
 silence()
 
@@ -148,6 +153,22 @@ def assets() -> Path:
     return Path(folder).resolve()
 
 
+@pytest.fixture
+def server() -> Iterator[endpoint_server.Endpoint]:
+    """A loopback endpoint, at whose end no request is on its way."""
+    with endpoint_server.serving() as server:
+        yield server
+    # A step that ends early breaks off requests on their way. A connection that is being opened at
+    # that moment is left to the end of the process, which in a test is not near
+    end = time.monotonic() + 5
+    while any("ThreadPool" in thread.name for thread in threading.enumerate()):
+        assert time.monotonic() < end, "requests go on"
+        time.sleep(0.01)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     """The embedded model's tokenizer."""
@@ -185,6 +206,12 @@ def flash_kernel() -> Iterator[None]:
 
     with flash_kernel.on_cpu():
         yield
+
+
+@pytest.fixture
+def all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let new processes see all devices: an earlier run of this process has left itself one."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 @pytest.fixture(autouse=True)

@@ -68,6 +68,16 @@ def keep_silent(seconds: float) -> Behaviour:
     return behave
 
 
+def dribble(handler: Any, body: dict[str, Any]) -> None:
+    """Begin a reply, and send a space every now and then, for two seconds."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "20")
+    handler.end_headers()
+    for _ in range(20):
+        handler.wfile.write(b" ")
+        time.sleep(0.1)
+
+
 def break_off(handler: Any, body: dict[str, Any]) -> None:
     """Close the connection in the middle of the reply."""
     handler.send_response(200)

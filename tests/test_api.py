@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from orpo_lab import api, compose, train
+from orpo_lab.config.folder import CONF
 from orpo_lab.errors import UserError
 from orpo_lab.records.run_folder import RunFolder
 
@@ -59,7 +60,7 @@ def test_what_the_command_line_refuses_is_refused(override: str, said: str) -> N
 def test_a_file_that_the_command_line_refuses_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(api.CONF, tmp_path / "conf")
+    shutil.copytree(CONF, tmp_path / "conf")
     text = "# @package _global_\nmodel:\n  revision: 1.10\n"
     (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(text)
     monkeypatch.setattr(api, "CONF", tmp_path / "conf")

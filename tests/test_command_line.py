@@ -1,5 +1,6 @@
 """What people type stays as it was typed, and errors name the key that was meant."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from orpo_lab import config
-from orpo_lab.config.command_line import ALSO_CALLED, FOLDERS, as_typed, did_you_mean
+from orpo_lab.config.command_line import FOLDERS, as_typed, did_you_mean
+from orpo_lab.config.folder import CONF
+from orpo_lab.config.other_names import ALSO_CALLED, BATCH
 from orpo_lab.errors import UserError
 from tests.conftest import compose_config
 
@@ -78,17 +81,44 @@ def test_a_folder_with_a_comma_in_a_sweep_is_one_where_it_exists(
         ("max_steps", "train.max_steps"),
         ("learning_rate", "optimizer.learning_rate"),
         ("optimizer.lr", "optimizer.learning_rate"),
-        ("train.per_device_train_batch_size", "train.batch_size"),
-        ("gradient_accumulation_steps", "train.batch_size"),
         ("lora_r", "optimizer.r"),
         ("dataset.maxlength", "dataset.max_length"),
-        ("loss_type", "method"),
         ("method.cpo_alpha", "method.sft_weight"),
-        ("ref_model", "start_from"),
+        ("data_seed", "seed"),
     ],
 )
 def test_the_key_that_was_meant_is_named_in_full(typed: str, meant: str) -> None:
     assert did_you_mean(f"Could not override '{typed}'.") == f". Did you mean '{meant}'?"
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("train.per_device_train_batch_size", f"'train.batch_size'? ({BATCH})"),
+        ("gradient_accumulation_steps", f"'train.batch_size'? ({BATCH})"),
+        ("warmup_ratio", "'train.warmup_steps'? (below 1 it is a fraction of the run)"),
+        ("load_in_4bit", "'quantization=nf4'? (optimizer=qlora brings it)"),
+    ],
+)
+def test_a_name_with_another_meaning_is_said_to_have_one(typed: str, said: str) -> None:
+    assert did_you_mean(f"Could not override '{typed}'.") == f". Did you mean {said}"
+
+
+# Of transformers' and TRL's arguments, of axolotl and of LLaMA-Factory
+THEIRS = """
+    per_device_train_batch_size gradient_accumulation_steps max_length max_prompt_length
+    num_train_epochs warmup_ratio lr_scheduler_type logging_steps eval_steps save_steps
+    save_total_limit bf16 fp16 load_in_4bit bnb_4bit_quant_type lora_alpha lora_dropout
+    target_modules optim galore_rank optim_args report_to run_name output_dir seed dataset_name
+    model_name_or_path loss_type beta gradient_checkpointing max_grad_norm weight_decay
+    adam_beta1 packing attn_implementation torch_dtype micro_batch_size sequence_len cutoff_len
+    pref_beta pref_loss finetuning_type base_model val_set_size lora_r learning_rate
+"""
+
+
+def test_every_common_name_of_other_trainers_is_known() -> None:
+    last = {key.rsplit(".", 1)[-1] for key in config.all_fields()}
+    assert set(THEIRS.split()) <= ALSO_CALLED.keys() | last
 
 
 def test_a_key_of_another_option_is_said_to_be_one() -> None:
@@ -103,8 +133,13 @@ def test_an_option_in_capitals_is_recognised() -> None:
     assert said == ". Did you mean 'dpo'?"
 
 
-def test_what_others_call_a_key_leads_to_a_key() -> None:
-    assert set(ALSO_CALLED.values()) <= {*config.all_fields(), *FOLDERS}
+def test_what_others_call_a_key_leads_to_a_key_or_an_option() -> None:
+    for name, ours in ALSO_CALLED.items():
+        group, _, option = ours.name.partition("=")
+        place = CONF / group / f"{option}.yaml"
+        is_known = place.exists() if option else ours.name in {*config.all_fields(), *FOLDERS}
+        assert is_known, f"{name} leads to {ours.name}, which does not exist"
+        assert re.fullmatch(r"[^\n]{0,90}", ours.note)
 
 
 def test_steps_and_epochs_are_not_asked_for_together() -> None:
@@ -117,6 +152,25 @@ def test_steps_and_epochs_are_not_asked_for_together() -> None:
 def test_a_group_without_an_option_is_named() -> None:
     with pytest.raises(UserError, match="tracker=null names no option of the group; write tracker"):
         as_typed(["tracker=null"])
+
+
+@pytest.mark.parametrize(
+    ("trackers", "message"),
+    [
+        ("[wandb,none]", "none is no tracker beside others; leave it out"),
+        ("[mlflow, mlflow]", "mlflow is given twice"),
+        ("[null]", "give the names of trackers"),
+        ("[wandb,[mlflow]]", "give the names of trackers"),
+    ],
+)
+def test_a_list_of_trackers_that_do_not_go_together_is_refused(trackers: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        as_typed([f"tracker={trackers}"])
+
+
+def test_a_list_of_trackers_stays_as_it_is() -> None:
+    for trackers in ("[]", "[none]", "[wandb,mlflow]", "[wandb],[mlflow,trackio]", "none,[wandb]"):
+        assert as_typed([f"tracker={trackers}"]) == [f"tracker={trackers}"]
 
 
 def test_bytes_that_are_no_text_are_refused_before_a_run() -> None:

@@ -59,6 +59,8 @@ def write(tmp_path: Path) -> Write:
         repetition: float = 0.1,
         num_generations: int = 200,
         num_answered: int = 200,
+        num_checked: int = 200,
+        right_answers: str = "",
         guess: float | None = None,
     ) -> Path:
         place = RunFolder(tmp_path / "sweep" / name)
@@ -92,6 +94,7 @@ def write(tmp_path: Path) -> Write:
         }
         for name in ("correct", "generated_tokens", "repetition"):
             columns[name][num_answered:] = [None] * (num - num_answered)
+        columns["correct"][num_checked:] = [None] * (num - num_checked)
         margin = np.where(right, 0.1, np.where(np.arange(num) % 3, -0.1, 0.0))
         columns["rejected_logp"] = (np.array(columns["chosen_logp"]) - margin).tolist()
         before = columns | {"when": ["before"] * num, "rejected_logp": [0.0] * num}
@@ -125,6 +128,7 @@ def write(tmp_path: Path) -> Write:
             "after": after,
             "train": cost,
             "dataset_fingerprint": {"held_out": held_out, "train": train},
+            **({"right_answers": right_answers} if right_answers else {}),
         }
         place.write_json("summary.json", summary)
         return place.path
@@ -378,6 +382,26 @@ def test_exact_match_is_a_share_of_the_prompts_that_were_answered(write: Write) 
     assert quality.measure.value(0) == pytest.approx(sum(correct) / 37)
 
 
+def test_exact_match_is_a_share_of_the_answers_that_can_be_checked(write: Write) -> None:
+    folder = write("0", num_answered=37, num_checked=20, right_answers="same")
+    (quality,) = compare_sweep(folder.parent).qualities
+    correct = [row["correct"] for row in scores_of(folder) if row["correct"] is not None]
+    assert len(correct) == 20
+    assert quality.measure.value(0) == pytest.approx(sum(correct) / 20)
+
+
+def test_runs_whose_answers_were_checked_in_different_ways_are_refused(write: Write) -> None:
+    write("0", beta=0.1, right_answers="by the last number")
+    folder = write("1", beta=0.2, right_answers="by a pattern").parent
+    with pytest.raises(UserError, match=r"dataset.checker, its pattern, or the right answers"):
+        compare_sweep(folder)
+    # Beside a run that checked none, there is no exact match to compare
+    (folder / "1" / "summary.json").write_text((folder / "0" / "summary.json").read_text())
+    write("2", beta=0.3, exact_match=None)
+    found = [quality.name for quality in compare_sweep(folder).qualities]
+    assert found == ["chosen_nll", "repetition"]
+
+
 @pytest.mark.parametrize(("length", "ratio"), [(8, "1.60"), (3, "0.60")])
 def test_answers_that_grow_long_or_short_are_warned_of(
     write: Write, length: int, ratio: str
@@ -456,7 +480,7 @@ def test_reports_hold_everything_and_ask_for_nothing(write: Write) -> None:
         assert words in page
     for report in (page, text):
         assert report.index("Ship beta=0.2, the winner") < report.index("The winner is beta=0.2")
-        assert f"cp -r {folder}/0.2-3/final shipped_model" in report
+        assert f"orpo_lab export {folder}/0.2-3 --merge --to shipped_model" in report
         assert "python launch.py beta=0.2 beta_schedule=constant seed=3" in report
     assert "&lt;p&gt;0" in page
     assert "````text\nold ```\n````" in text
@@ -672,3 +696,26 @@ def test_a_schedule_of_ones_own_is_drawn(write: Write) -> None:
         folder = write(name, schedule=name).parent
     main(["compare", str(folder)])
     assert (folder / "report" / "pareto.png").is_file()
+
+
+def test_a_judges_win_rate_stands_beside_the_qualities_and_decides_nothing(write: Write) -> None:
+    runs = [write("a", beta=0.1), write("b", beta=0.3), write("c", beta=0.5)]
+    unjudged = verdict_text(compare(find_runs(runs), metrics.MARGINS))
+    for run, rate, is_evidence in zip(runs, (0.25, 0.75, None), (True, False, None), strict=True):
+        place = RunFolder(run)
+        said = {"judge/model": "m", "judge/is_evidence": is_evidence, "judge/win_rate": rate}
+        said |= {"judge/win_rate_low": 0.125, "judge/win_rate_high": 0.5}
+        if rate:
+            place.write_json("summary.json", place.read_json("summary.json") | said)
+    comparison = compare(find_runs(runs), metrics.MARGINS)
+    assert verdict_text(comparison) == unjudged
+    rows = table_of_settings(comparison, choose(comparison))
+    rates = [row["judge/win_rate"] for row in rows]
+    assert rates[:3] == ["0.250 [0.125, 0.500]", "no evidence", ""]
+    assert set(rates[3:]) == {""}
+    folder = runs[0].parent
+    main(["compare", *map(str, runs), "--out", str(folder)])
+    for name in ("report.md", "report.html"):
+        assert "judge/win_rate: how often m prefers" in (folder / name).read_text()
+    judged = [run["judged"] for run in json.loads((folder / "report.json").read_text())["runs"]]
+    assert [one.get("judge/win_rate") for one in judged] == [0.25, 0.75, None]

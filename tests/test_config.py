@@ -10,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from orpo_lab import config
+from orpo_lab.config import command_line
 from orpo_lab.config.checks import AUTO
 from orpo_lab.config.command_line import as_typed
 from orpo_lab.config.dataset import Faults
@@ -17,6 +18,7 @@ from orpo_lab.config.method import METHODS
 from orpo_lab.config.model import local_path
 from orpo_lab.config.quantization import Nf4, Unquantized
 from orpo_lab.config.resolvers import fresh_or_resumed, slug
+from orpo_lab.config.tracker import BELOW, MlflowTracker, WandbTracker, chosen
 from orpo_lab.errors import UserError
 from tests.conftest import ROOT, compose_anew, compose_job, ours
 
@@ -30,6 +32,7 @@ GROUPS = sorted(
 NEEDS = {
     "model/hub": ["model.path=org/name"],
     "model/local": ["model.path=folder"],
+    "judge/endpoint": ["judge.model=m"],
     "dataset/hub": ["dataset.path=org/name"],
     "dataset/file": ["dataset.train_path=pairs.jsonl"],
     "dataset/jsonl": ["dataset.train_path=pairs.jsonl"],
@@ -54,6 +57,19 @@ def options(group: str) -> list[str]:
 COMPOSED = ("experiment", "optimizer", "beta_schedule")
 
 
+def test_several_trackers_have_the_keys_that_each_has_alone(
+    load: Callable[..., config.Config],
+) -> None:
+    mlflow = MlflowTracker(uri="u", experiment=None)
+    assert chosen(load("tracker=mlflow", "tracker.mlflow.uri=u").tracker) == [mlflow]
+    for order in ("wandb,mlflow", "mlflow,wandb"):
+        several = load(f"tracker=[{order}]", "tracker.project=p", "tracker.mlflow.uri=u").tracker
+        assert isinstance(several, WandbTracker)
+        assert (several.project, several.mode) == ("p", "auto")
+        assert chosen(several) == [several, mlflow]
+    assert chosen(load("tracker=none").tracker) == []
+
+
 def test_there_are_files_in_every_group() -> None:
     assert len(FILES) >= 35
     assert all(options(group) for group in GROUPS)
@@ -66,6 +82,29 @@ def test_there_are_files_in_every_group() -> None:
 )
 def test_every_option_loads(load: Callable[..., config.Config], group: str, option: str) -> None:
     load(*NEEDS.get(f"{group}/{option}", []), f"{group}={option}")
+
+
+# What reads no rows that a checker could be given
+OWN_ANSWERS = {
+    "embedded": "dataset.checker is a key of dataset=hub or dataset=file",
+    "oasst": "dataset.checker is a key of dataset=hub or dataset=file",
+    "mixture": ". Of a mixture each source has its own, dataset.sources.NAME.checker",
+}
+
+
+@pytest.mark.parametrize("option", options("dataset"))
+def test_a_checker_goes_with_every_dataset_or_is_refused(
+    load: Callable[..., config.Config], option: str
+) -> None:
+    overrides = [*NEEDS.get(f"dataset/{option}", []), f"dataset={option}"]
+    asked = "dataset.checker=last_number"
+    if option not in OWN_ANSWERS:
+        loaded: Any = load(*overrides, asked)
+        assert loaded.dataset.checker == "last_number"
+        return
+    with pytest.raises(command_line.NOT_COMPOSED) as refusal:
+        load(*overrides, asked)
+    assert OWN_ANSWERS[option] in command_line.explain(refusal.value)
 
 
 # Pairwise: every two options of different groups stand together, in a fifth of the product
@@ -141,7 +180,7 @@ def test_every_dataclass_field_has_a_value_in_yaml(load: Callable[..., config.Co
     named = {
         field.name for schema in (config.Config, Faults, *_schemas()) for field in fields(schema)
     }
-    assert named - set(GROUPS) - {"train", "faults"} <= written
+    assert named - set(GROUPS) - set(BELOW) - {"train", "faults"} <= written
 
 
 def _schemas() -> list[type]:
@@ -192,7 +231,6 @@ GALORE_TORCH = "optimizer.implementation=galore_torch"
         (["optimizer=galore", GALORE_TORCH, "optimizer.refresh=warm"], "refresh=warm is not in"),
         (["beta_schedule=step", "beta_schedule.milestones=[0.7,0.5]"], "must rise"),
         (["beta_schedule=hold_then_anneal", "beta_schedule.anneal_fraction=0"], "anneal_fraction"),
-        (["dataset.overlong=keep"], "must be one of drop"),
         (["dataset.faults.duplicate=ignore"], "must be one of refuse, drop, keep"),
         (["dataset.faults.wrong_type=keep"], "faults.wrong_type=keep must be one of refuse, drop"),
         (["+dataset.faults.typo=drop"], "unknown key: dataset.faults.typo"),
@@ -243,6 +281,30 @@ def test_what_cannot_be_is_refused_in_one_line(
         load(*overrides)
     assert message in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("train.lr_scheduler_type=cosin", "cosine"),
+        ("train.gradient_checkpointing=flase", "false"),
+        ("dataset.overlong=cut-prompt", "cut_prompt"),
+        ("dataset.faults.duplicate=dorp", "drop"),
+        ("model.dtype=BFLOAT16", "bf16"),
+        ("method.penalty=logodds", "log_odds"),
+        ("tracker.mode=off-line", "offline"),
+    ],
+)
+def test_the_value_that_was_meant_is_named(
+    load: Callable[..., config.Config], override: str, meant: str
+) -> None:
+    with pytest.raises(UserError, match=rf"must be one of .*\. Did you mean '{meant}'\?$"):
+        load(override)
+
+
+def test_no_value_is_named_where_none_is_close(load: Callable[..., config.Config]) -> None:
+    with pytest.raises(UserError, match=r"must be one of drop, cut_prompt, cut_completion$"):
+        load("dataset.overlong=keep")
 
 
 INF, NAN = float("inf"), float("nan")

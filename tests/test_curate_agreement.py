@@ -19,6 +19,7 @@ from orpo_lab.curate.agreement import (
     alpha_interval,
     implied_alpha,
     implied_error_rate,
+    lines,
     measure,
 )
 from orpo_lab.curate.rules import opinions
@@ -87,6 +88,9 @@ def test_where_there_is_no_alpha_there_is_none(table: dict[str, str]) -> None:
     found = measure(comparisons(4), votes_of(table))
     assert math.isnan(found.alpha.estimate)
     assert json.loads(json.dumps(found.as_json(), allow_nan=False))["alpha"]["estimate"] is None
+    said = "\n".join(lines(found))
+    assert said.count("not enough votes") == 2
+    assert "nan" not in said
 
 
 @pytest.mark.parametrize(

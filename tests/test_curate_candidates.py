@@ -159,6 +159,21 @@ def test_prompts_of_several_files_are_added_once(
     assert len(read_prompts(tmp_path / "out")) == 2
 
 
+def test_prompts_of_the_same_texts_in_other_roles_are_two_prompts(tmp_path: Path) -> None:
+    system = [{"role": "system", "content": "Add."}, *asked("1 and 2")]
+    one_turn = asked("Add.\n1 and 2")
+    file = write(tmp_path / "a.jsonl", {"prompt": system}, {"prompt": one_turn})
+    main(["curate", "prompts", str(tmp_path / "out"), file])
+    assert [one.messages for one in read_prompts(tmp_path / "out")] == [system, one_turn]
+
+
+@pytest.mark.parametrize("files", [["none.jsonl"], []])
+def test_what_is_refused_makes_no_folder(tmp_path: Path, files: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["curate", "prompts", str(tmp_path / "out"), *(str(tmp_path / f) for f in files)])
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_draw_is_the_same_every_time_and_another_with_another_seed(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", *({"prompt": f"why {n // 2}?"} for n in range(100)))
     drawn = {}

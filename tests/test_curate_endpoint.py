@@ -1,11 +1,8 @@
 """The client of an endpoint against a real loopback server that errs, lags and breaks off."""
 
-import gc
 import json
-import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +15,10 @@ from orpo_lab.curate.folder import PROMPTS, Prompt, append, prompt_id, read_cand
 from orpo_lab.curate.store import Store
 from orpo_lab.errors import UserError
 from tests import endpoint_server
-from tests.endpoint_server import break_off, fail, keep_silent, say, send
+from tests.endpoint_server import break_off, dribble, fail, keep_silent, say, send
 
 KEY = "not-of-a-known-shape-4711"
 VARIABLE = "MY_SERVER"
-
-
-@pytest.fixture
-def server() -> Iterator[endpoint_server.Endpoint]:
-    with endpoint_server.serving() as server:
-        yield server
-    # A step that ends early breaks off requests on their way. A connection that is being opened at
-    # that moment is left to the end of the process, which in a test is not near
-    end = time.monotonic() + 5
-    while any("ThreadPool" in thread.name for thread in threading.enumerate()):
-        assert time.monotonic() < end, "requests go on"
-        time.sleep(0.01)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        gc.collect()
 
 
 @pytest.fixture
@@ -121,10 +103,11 @@ def test_a_pause_that_the_server_asks_for_is_kept(
         (say(" ", "content_filter"), "is empty (finish_reason: content_filter)"),
         (break_off, "the connection broke"),
         (keep_silent(0.3), "did not answer in time"),
+        (dribble, "did not answer in time"),
     ],
     ids=[
         *("500", "400", "malformed", "deep", "no choice", "object", "string", "empty", "broken"),
-        "slow",
+        *("slow", "slow bytes"),
     ],
 )
 def test_what_does_not_pass_is_the_failure_of_one_request(

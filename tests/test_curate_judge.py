@@ -15,7 +15,6 @@ from orpo_lab.curate.ask import Answer, Failure, Request
 from orpo_lab.curate.candidates import compare
 from orpo_lab.curate.folder import CANDIDATES, PROMPTS, Candidate, Prompt, append
 from orpo_lab.curate.judge import (
-    AGAIN,
     Question,
     bias_of,
     first_place,
@@ -23,6 +22,7 @@ from orpo_lab.curate.judge import (
     longer_answer,
     share_of,
 )
+from orpo_lab.curate.question import AGAIN, read
 from orpo_lab.curate.store import Comparison, Store, Vote
 
 NUM = 12
@@ -140,7 +140,8 @@ def test_a_reply_is_the_word_that_was_asked_for_or_none(reply: str, means: str |
         question = Question(comparison, round, PROMPTS_ASKED[0], *answers)
         other = {"first": "second", "second": "first"}[question.left]
         expected = {"first": question.left, "second": other, "tie": "tie", None: None}[means]
-        assert question.choice_of(reply) == expected
+        place = read(reply)
+        assert (place and question.choice_of(place)) == expected
 
 
 def test_an_unclear_reply_is_asked_about_once_more_and_then_is_a_skip(

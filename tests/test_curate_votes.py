@@ -249,6 +249,10 @@ def test_html_in_a_text_is_shown_and_markdown_is_rendered() -> None:
     assert "&lt;script&gt;" in to_html("<script>")
     # An image is a link: it is not fetched, and not left out
     assert '!<a href="http://a.example/x.png"' in to_html("![x](http://a.example/x.png)")
+    # A line that defines a link is text
+    assert "[1]: http://a.example" in re.sub(
+        "<[^>]*>", "", to_html("See [1].\n\n[1]: http://a.example")
+    )
     html = to_html("**a** `b`\nc\n\n| x | y |\n|---|---|\n| 1 | 2 |\n\n3. d\n4. e")
     for part in ("<strong>a</strong>", "<code>b</code><br>", "<th>x</th>", '<ol start="3">'):
         assert part in html
@@ -931,6 +935,8 @@ def vote_in_a_browser(
 ) -> bool:
     """Vote in a browser, which is killed after some seconds; return whether all is done."""
     context = open_browser(playwright, profile)
+    # On busy cores the server is away for most of the time, and a vote waits for it
+    context.set_default_timeout(120_000)
     page = context.new_page()
     knock(page, server.links[voter.name])
     timer = threading.Timer(seconds or 0, kill_browser, [profile])
@@ -941,8 +947,9 @@ def vote_in_a_browser(
             pass
         return True
     except Error:
-        # The browser is gone
-        return False
+        if seconds is None:
+            raise
+        return False  # the browser is gone
     finally:
         timer.cancel()
         if seconds is not None:

@@ -16,7 +16,7 @@ import pytest
 
 from orpo_lab import config, data
 from orpo_lab.config.dataset import Dataset
-from orpo_lab.data.encode import Encoder, encode_row, fit, to_json, tokenize
+from orpo_lab.data.encode import ROWS_PER_PROCESS, Encoder, encode_row, fit, to_json, tokenize
 from orpo_lab.data.faults import Fault
 from orpo_lab.data.pairs import Pair, split
 from orpo_lab.data.part import fingerprint
@@ -98,6 +98,12 @@ def test_an_implicit_plain_prompt_is_cut_as_trl_cuts_it(rejected: str) -> None:
     assert (ours.prompt, ours.chosen, ours.rejected) == tuple(
         theirs[key] for key in ("prompt", "chosen", "rejected")
     )
+
+
+def test_a_prompt_that_ends_inside_a_word_of_an_answer_is_not_repeated() -> None:
+    for chosen, rejected in (("25", "2 of 5"), ("2 of 5", "25")):
+        assert split("2", chosen, rejected) == Pair("2", chosen, rejected)
+    assert split("\u4e8c", "\u4e8c\u4e94", "\u4e8c\u56db").repeated
 
 
 def test_a_plain_prompt_that_one_answer_alone_repeats_is_cut_from_neither() -> None:
@@ -399,6 +405,13 @@ def test_good_pairs_are_drawn_and_the_report_counts_every_row(
     total = sum(report["num_rows"] + report["num_not_drawn"] for report in loaded.report.values())
     assert total == 90 * (1 + given)
     assert not set(loaded.train["prompt_text"]) & set(loaded.held_out["prompt_text"])
+
+
+def test_idle_cores_tokenize_only_where_each_has_enough_rows(tokenizer: Any, load: Load) -> None:
+    encoder = Encoder(load().dataset, tokenizer, date.today(), num_idle=3)
+    rows = (ROWS_PER_PROCESS, 2 * ROWS_PER_PROCESS, 9 * ROWS_PER_PROCESS)
+    assert list(map(encoder._num_processes, rows)) == [None, 2, 3]
+    assert Encoder(load().dataset, tokenizer, date.today())._num_processes(rows[-1]) is None
 
 
 def test_a_row_behind_those_that_are_drawn_is_not_looked_at(

@@ -334,7 +334,7 @@ def test_nothing_left_is_refused_with_what_was_dropped(
         ("a.jsonl", b"", "holds no rows"),
         ("a.jsonl", b"\n \n", "holds no rows"),
         ("a.json", b"[]", "holds no rows"),
-        ("a.json", b'{"prompt": "a"}', "holds no array of objects; if it has one object a line"),
+        ("a.json", b'{"prompt": "a"}', "it has no array of objects; if it has one object a line"),
         ("a.json", b"[" * 100_000, "nested too deeply"),
         ("a.json", b'[{"prompt": ', "cannot be read: Expecting value"),
         ("a.json", b'{"prompt": "a"}\n{"prompt": "b"}', "one object a line, name it .jsonl"),

@@ -145,6 +145,18 @@ def test_columns_that_no_file_needs_are_named(
     assert report["unread_columns"] == ["score", "source"]
 
 
+def test_a_quote_at_the_head_of_a_cell_of_a_tsv_takes_in_no_other_cell(
+    read: Callable[..., data.Data], tmp_path: Path
+) -> None:
+    file = as_tsv(tmp_path)
+    quoted = file.read_text().replace("add 3", '"add 3').replace("add 5 and 2.", 'add 5"')
+    file.write_text(quoted)
+    with pytest.raises(UserError, match=r"line 4, cannot be read: a cell .* in line 6; save"):
+        read(file)
+    file.write_text(quoted.replace('"add 3', "add 3").replace('add 5"', '"add ""5"""'))
+    assert read(file).report["train"]["num_rows"] == 10
+
+
 def test_what_cannot_be_read_says_what_to_do(
     read: Callable[..., data.Data], load: Load, tokenizer: Any, tmp_path: Path
 ) -> None:

@@ -26,9 +26,10 @@ from orpo_lab.config.beta_schedule import Linear
 from orpo_lab.config.identity import identity
 from orpo_lab.dial.ends import Ends, find_ends, mean_beta
 from orpo_lab.dial.front import Front, Gaps
-from orpo_lab.dial.mixture import Dial, Weights, read_config
+from orpo_lab.dial.mixture import Dial, Weights
 from orpo_lab.errors import UserError
 from orpo_lab.evaluate import Evaluation, Generation, Scores
+from orpo_lab.finished import read_config
 from orpo_lab.records.run_folder import RunFolder
 from tests.test_run_folder import TWO_STEPS, start, write_pairs
 

@@ -14,6 +14,7 @@ from orpo_lab import config, engine
 from orpo_lab.config.optimizer import Lora
 from orpo_lab.engine import attention, shared_prefix
 from orpo_lab.model.adapter import attach
+from orpo_lab.model.causal import without_adapters
 from orpo_lab.training.devices import OneDevice
 from orpo_lab.training.loop import Loop
 from tests.test_engine_shared_prefix import assert_same, make_loop, make_model, make_pairs, step
@@ -112,7 +113,8 @@ def test_where_compiling_fails_the_run_says_so_once_and_goes_on(
 
 def test_an_error_without_compiled_layers_goes_on(make: Make) -> None:
     loop = make(2, UNCOMPILED)
-    loop.state.model.register_forward_pre_hook(lambda *_: 1 / 0)
+    base: Any = without_adapters(loop.state.model)  # type: ignore[arg-type]
+    base.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         step(loop)
 

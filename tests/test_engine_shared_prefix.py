@@ -724,16 +724,9 @@ from pathlib import Path
 from orpo_lab import config
 from orpo_lab.model.source import load_config
 from orpo_lab.model.tokenizer import load_tokenizer
-from orpo_lab.training.devices import OneDevice
+from orpo_lab.training import devices
 from tests import test_engine_shared_prefix as tests
 from tests.conftest import compose_config
-
-
-class Processes(OneDevice):
-    def average(self, tensor):
-        dist.all_reduce(tensor)
-        return tensor / dist.get_world_size()
-
 
 folder, num = Path(sys.argv[1]), int(sys.argv[2])
 torch.set_num_threads(1)
@@ -744,7 +737,7 @@ tiny = load().model
 built = tests.make_loop(
     load, folder / str(rank), load_tokenizer(tiny, load_config(tiny)),
     tests.make_model("llama"), tests.make_pairs(8)[rank::num],
-    devices=Processes(torch.device("cpu"), torch.float32),
+    devices=devices.of(torch.device("cpu"), torch.float32),
 )
 loss, gradients = tests.step(built)
 averaged = {name: built.state.devices.average(g) for name, g in gradients.items()}

@@ -11,10 +11,11 @@ import pytest
 
 from orpo_lab import config, environment, run
 from orpo_lab.errors import UserError
-from orpo_lab.records.run_folder import RunFolder
 
 Load = Callable[..., config.Config]
 Launch = Callable[..., subprocess.CompletedProcess[str]]
+# What torchrun tells every process alike
+TORCHRUN = {"WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +44,16 @@ def test_a_variable_that_changes_a_run_is_taken_away_and_said(variable: str) -> 
     assert environment.settle() == [], "said once"
 
 
+def test_what_accelerate_writes_unasked_is_taken_away_without_a_word() -> None:
+    os.environ.update(
+        ACCELERATE_MIXED_PRECISION="no",
+        ACCELERATE_DYNAMO_USE_DYNAMIC="False",
+        ACCELERATE_DYNAMO_MODE="default",
+    )
+    assert environment.settle() == []
+    assert not [name for name in os.environ if name.startswith("ACCELERATE_")]
+
+
 def test_what_says_where_things_are_stays() -> None:
     os.environ.update(HF_HOME="/there", HF_HUB_OFFLINE="1", PYTORCH_ALLOC_CONF="backend:native")
     before = dict(os.environ)
@@ -58,19 +69,48 @@ def test_one_process_of_a_launcher_is_a_run(variable: str) -> None:
     assert name not in os.environ
 
 
-@pytest.mark.parametrize("size", ["2", "two"])
-def test_several_processes_are_refused(size: str) -> None:
-    os.environ["WORLD_SIZE"] = size
-    with pytest.raises(UserError, match=f"WORLD_SIZE={size}: start it with python launch.py"):
+def test_a_process_knows_which_of_several_it_is_until_they_have_met() -> None:
+    os.environ.update(TORCHRUN, RANK="3", LOCAL_RANK="1")
+    assert environment.settle() == []
+    assert environment.process() == environment.Process(index=3, num=4, on_machine=1)
+    environment.forget_processes()
+    assert environment.process() == environment.Process()
+    assert not {"RANK", "LOCAL_RANK", *TORCHRUN} & os.environ.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("WORLD_SIZE", "two"), ("RANK", ""), ("RANK", "4"), ("LOCAL_RANK", "x"), ("MASTER_ADDR", "")],
+)
+def test_half_of_what_torchrun_says_is_refused(name: str, value: str) -> None:
+    os.environ.update(TORCHRUN, RANK="3", LOCAL_RANK="1")
+    os.environ[name] = value
+    size = os.environ["WORLD_SIZE"]
+    with pytest.raises(UserError, match=f"WORLD_SIZE={size} asks for several .* unset WORLD_SIZE"):
         environment.settle()
 
 
-def test_the_second_of_several_processes_is_told_the_same_as_the_first(
-    launch: Launch, tmp_path: Path
-) -> None:
-    with RunFolder(tmp_path / "run").held():
-        done = launch("hydra.run.dir=run", env={"WORLD_SIZE": "2"}, expect=1)
-    assert "not with torchrun" in done.stderr
+def test_a_number_of_processes_that_shells_leave_behind_is_refused(launch: Launch) -> None:
+    done = launch("hydra.run.dir=run", env={"WORLD_SIZE": "2"}, expect=1)
+    assert "start the run by torchrun, or unset WORLD_SIZE" in done.stderr
+
+
+def test_a_sweep_is_not_started_by_torchrun(launch: Launch) -> None:
+    done = launch("-m", "seed=1,2", env={**TORCHRUN, "RANK": "0", "LOCAL_RANK": "0"}, expect=1)
+    assert "start it with python launch.py -m, not with torchrun" in done.stderr
+
+
+def test_processes_of_a_machine_take_one_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    os.environ.update(TORCHRUN, RANK="3", LOCAL_RANK="1")
+    for visible, taken in (("4,6", "6"), (None, "1")):
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        if visible:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        environment.use_one_device(None)
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == taken
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
+    with pytest.raises(UserError, match="process 2 of its machine, and CUDA_VISIBLE_DEVICES names"):
+        environment.use_one_device(None)
 
 
 def test_processes_side_by_side_claim_one_gpu_each(

@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 
 from orpo_lab import config, data, engine, run
 from orpo_lab import evaluate as evaluation
+from orpo_lab.data import embedded
 from orpo_lab.engine import head, scoring, shared_prefix
 from orpo_lab.errors import NonFiniteError
 from orpo_lab.evaluate import (
@@ -312,7 +313,9 @@ def test_answers_are_plainly_greedy_whatever_the_models_own_settings(
     answer_ends = said[-1]
     base.generation_config = GenerationConfig(**MEDDLING, eos_token_id=[answer_ends, 2])
     base.generation_config.save_pretrained(tmp_path / "before")
-    answers = generate(network, tokenizer, pairs.held_out, 12, check=True, desc="test")
+    answers = generate(
+        network, tokenizer, pairs.held_out, 12, check=embedded.is_correct, desc="test"
+    )
     ends = [tokenizer.eos_token_id, answer_ends]
     assert turn_ends(network, tokenizer) == sorted({*ends, 2})
     assert_answers(answers, pairs.held_out, network, tokenizer, ends, 12)
@@ -341,10 +344,8 @@ def test_smollm2_answers_as_a_plain_argmax_loop_does(
     for text in asked:
         messages = [{"role": "user", "content": text}]
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        rows.append({"prompt_ids": ids, "prompt_text": text, "chosen_text": ""})
-    answers = generate(
-        network, tokenizer, datasets.Dataset.from_list(rows), 24, check=False, desc="test"
-    )
+        rows.append({"prompt_ids": ids, "prompt_text": text, "chosen_text": "", "asked": ""})
+    answers = generate(network, tokenizer, datasets.Dataset.from_list(rows), 24, desc="test")
     ends = [tokenizer.eos_token_id, full_stop]
     assert_answers(answers, rows, network, tokenizer, ends, 24)
     assert answers[0].num_tokens > 3
@@ -395,10 +396,36 @@ def test_a_right_answer_is_an_exact_match(tokenizer: Any, pairs: data.Data) -> N
             return SimpleNamespace(sequences=sequences, past_key_values=None)
 
     oracle: Any = Oracle()
-    answers = generate(oracle, tokenizer, pairs.held_out, 30, check=True, desc="test")
+    answers = generate(
+        oracle, tokenizer, pairs.held_out, 30, check=embedded.is_correct, desc="test"
+    )
     assert all(answer.correct for answer in answers)
-    unchecked = generate(oracle, tokenizer, pairs.held_out, 30, check=False, desc="test")
+    unchecked = generate(oracle, tokenizer, pairs.held_out, 30, desc="test")
     assert all(answer.correct is None for answer in unchecked)
+
+
+def test_an_answer_that_was_cut_is_wrong_whatever_it_says_so_far(
+    load: Load, build_model: Any, tokenizer: Any, pairs: data.Data, caplog: Any
+) -> None:
+    network = build_model(load("optimizer=lora")).eval()
+    judged = {
+        num: generate(network, tokenizer, pairs.held_out, num, check=lambda *_: True, desc="test")
+        for num in (1, 30)
+    }
+    assert {(one.is_cut, one.correct, one.judged) for one in judged[1]} == {
+        (True, False, "wrong: cut at max_new_tokens")
+    }
+    assert {(one.is_cut, one.correct, one.judged) for one in judged[30]} == {(False, True, "right")}
+    found = {num: evaluation.generation_metrics(answers) for num, answers in judged.items()}
+    assert [(one["exact_match"], one["cut_answers"]) for one in found.values()] == [(0, 1), (1, 0)]
+    with caplog.at_level("WARNING", "orpo_lab"):
+        evaluation._say_cut(judged[30], "before")
+        assert not caplog.messages
+        evaluation._say_cut(judged[1], "before")
+    num = len(pairs.held_out)
+    assert f"{num} of {num} answers that are checked were cut" in caplog.text
+    unchecked = generate(network, tokenizer, pairs.held_out, 1, desc="test")
+    assert {one.correct for one in unchecked} == {None}
 
 
 @pytest.fixture
@@ -411,6 +438,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             "prompt_ids": [(7 * i + 3 * n) % 90 + 3 for n in range(length)],
             "prompt_text": str(i),
             "chosen_text": "",
+            "asked": "",
         }
         for i, length in enumerate(lengths)
     ]
@@ -434,7 +462,7 @@ def test_answers_of_a_batch_that_some_leave_are_those_of_one_by_one(
     network = make_model(name, **({"attn_implementation": "eager"} if name == "gemma2" else {}))
     network.eval()
     rows = datasets.Dataset.from_list(asked)
-    answers = generate(network, tokenizer, rows, 10, check=False, desc="test")
+    answers = generate(network, tokenizer, rows, 10, desc="test")
     assert [answer.prompt for answer in answers] == [row["prompt_text"] for row in asked]
     assert_answers(answers, asked, network, tokenizer, ENDS, 10)
     sizes = [answer.num_tokens for answer in answers]
@@ -451,7 +479,7 @@ def test_no_token_is_computed_behind_an_answers_end(
         lambda module, inputs: read.append(inputs[0].numel())
     )
     rows = datasets.Dataset.from_list(asked)
-    answers = generate(network, tokenizer, rows, 10, check=False, desc="test")
+    answers = generate(network, tokenizer, rows, 10, desc="test")
     prompts = [len(row["prompt_ids"]) for row in asked]
     # The last token that is written, an end or the tenth token, is not read again
     written = [min(answer.num_tokens + 1, 10) - 1 for answer in answers]
@@ -465,9 +493,7 @@ def test_a_model_with_a_cache_of_its_own_kind_answers_too(
 ) -> None:
     network = unlike(name)
     same = [row | {"prompt_ids": (row["prompt_ids"] * 5)[:5]} for row in asked]
-    answers = generate(
-        network, tokenizer, datasets.Dataset.from_list(same), 10, check=False, desc="test"
-    )
+    answers = generate(network, tokenizer, datasets.Dataset.from_list(same), 10, desc="test")
     assert_answers(answers, same, network, tokenizer, ENDS, 10)
 
 

@@ -46,7 +46,7 @@ SAMPLE = {
         "sft with galore: in step 4",
     ],
     "numbers": ["learning rate 1e30, adamw", "a step that is skipped, galore"],
-    "processes": ["torchrun with two ranks"],
+    "processes": ["a sweep under torchrun"],
     "security": ["a model folder with code of its own", "+model._target_=os.system"],
     "signals": ["SIGTERM in step 3", "SIGINT, SIGINT in step 3", "train.max_hours used up"],
     "sweep": ["SIGKILL in the second of three jobs, forked", "a job that diverges"],

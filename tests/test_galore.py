@@ -707,31 +707,41 @@ PROCESSES = """
 import sys, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from orpo_lab.optimizer.galore import GaLore
+from orpo_lab.training import devices
 from tests.test_galore import Network
 folder, num = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(1)
-torch.manual_seed(3)
-network = Network(torch.float64)  # sums in another order stay below Adam's epsilon
 if num > 1:
     dist.init_process_group("gloo")
-    try:
-        GaLore(network.groups(), layerwise=True)
-    except ValueError as refused:
-        print(refused)
-    else:
-        sys.exit("layerwise was not refused")
 rank = dist.get_rank() if num > 1 else 0
-model = DistributedDataParallel(network) if num > 1 else network
-# Another state of torch's own generator on every process, as dropout would leave it
-torch.manual_seed(rank)
-optimizer = GaLore(network.groups(), lr=1e-3, refresh_in_backward=False)
-for step in range(7):
-    ids = torch.randint(11, (4, 7), generator=torch.Generator().manual_seed(step))
-    part = ids.chunk(num)[rank]
-    (model(part) - part[..., None]).square().mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-torch.save(network.state_dict(), f"{folder}/{num}-{rank}.pt")
+processes = devices.of(torch.device("cpu"), torch.float64) if num > 1 else None
+for kind in ("full", "projected", "layerwise"):
+    torch.manual_seed(3)
+    network = Network(torch.float64)  # sums in another order stay below Adam's epsilon
+    if num > 1:
+        try:
+            GaLore(network.groups(), layerwise=True)
+        except ValueError as refused:
+            print(refused)
+        else:
+            sys.exit("layerwise was not refused")
+    model = DistributedDataParallel(network) if num > 1 and kind == "full" else network
+    # Another state of torch's own generator on every process, as dropout would leave it
+    torch.manual_seed(rank)
+    options = {"layerwise": kind == "layerwise", "refresh_in_backward": kind == "layerwise"}
+    if kind != "full":
+        options["processes"] = processes
+    if kind == "layerwise":
+        options["max_grad_norm"] = 0.5
+    optimizer = GaLore(network.groups(), lr=1e-3, **options)
+    for step in range(7):
+        ids = torch.randint(11, (4, 7), generator=torch.Generator().manual_seed(step))
+        part = ids.chunk(num)[rank]
+        (model(part) - part[..., None]).square().mean().backward()
+        optimizer.average()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.save(network.state_dict(), f"{folder}/{kind}-{num}-{rank}.pt")
 if num > 1:
     dist.destroy_process_group()
 """
@@ -754,9 +764,11 @@ def test_two_processes_get_what_one_gets(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
     assert "layerwise=True frees each gradient in the backward pass" in done.stdout
-    alone, first, second = (
-        torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1")
-    )
-    for name, value in alone.items():
-        assert torch.equal(first[name], second[name]), name
-        assert relative(first[name], value) < 1e-9, name
+    for kind in ("full", "projected", "layerwise"):
+        alone, first, second = (
+            torch.load(tmp_path / f"{kind}-{name}.pt", weights_only=True)
+            for name in ("1-0", "2-0", "2-1")
+        )
+        for name, value in alone.items():
+            assert torch.equal(first[name], second[name]), (kind, name)
+            assert relative(first[name], value) < 1e-9, (kind, name)

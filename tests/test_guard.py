@@ -104,6 +104,7 @@ def compose(*overrides: str) -> None:
     ("override", "message"),
     [
         ("experiment=../experiment/phi2", "leads out of the folder of options"),
+        ("tracker=[wandb,../tracker/mlflow]", "leads out of the folder of options"),
         ("+hydra.job.env_set.GIT_DIR=x", "hydra.job.env_set may name programs"),
         ("hydra.output_subdir=.hydra", "hydra.output_subdir would write"),
         ("hydra/job_logging=default", "hydra.job_logging may name classes"),
@@ -136,6 +137,7 @@ def test_settings_of_hydra_that_lead_elsewhere_are_refused(
         "hydra/launcher=joblib",
         "hydra/launcher=submitit_local",
         "hydra/launcher=submitit_slurm",
+        "hydra/launcher=ray",
         "hydra.sweep.subdir=job-${hydra.job.num}",
         "hydra.sweep.subdir='${slug:${hydra.job.num}-${name}}'",
         "experiment=phi2",

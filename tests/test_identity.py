@@ -61,6 +61,8 @@ def test_a_key_means_the_same_in_every_option_of_its_group() -> None:
     [
         ([], ["beta_end=0.05"]),
         ([], ["tracker=none", "name=other", "train.logging_steps=1", "train.save_steps=1"]),
+        (["tracker=wandb"], ["tracker=[mlflow,tensorboard]", "tracker.mlflow.uri=http://a"]),
+        ([], ["judge=endpoint", "judge.model=m", "judge.num_prompts=3"]),
         ([], ["dataset.num_proc=2"]),
         ([], ["train.meter_steps=5"]),
         ([], ["model.full_learning_rate=1"]),
@@ -166,6 +168,9 @@ def test_a_model_is_what_is_read_of_its_folder(load: Load, tmp_path: Path) -> No
     (copy / "checkpoint-1").mkdir()
     (copy / "checkpoint-1" / "state.pt").write_text("not read")
     assert identity_of(copy) == before
+    (copy / "additional_chat_templates").mkdir()
+    (copy / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    assert identity_of(copy) != before
     # Large enough to be sampled; the last weight is another
     weights = np.zeros(2**21, dtype=np.float32)
     for value, folder in ((0.0, base), (1.0, copy)):

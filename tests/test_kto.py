@@ -166,7 +166,7 @@ def build(load: Load, tokenizer: Any, tmp_path: Path) -> Build:
 
 def with_reference(loaded: config.Config, model: Any, tokenizer: Any, pairs: list[Pair]) -> Any:
     given = datasets.Dataset.from_list(pairs)
-    data = mismatched.attach(Data(given, given, {}, checkable=False), loaded.dataset.max_length)
+    data = mismatched.attach(Data(given, given, {}), loaded.dataset.max_length)
     found = reference.compute(loaded, model, tokenizer, data, dtype=torch.float32)
     return reference.attach(data, found).train.to_list()
 
@@ -387,7 +387,7 @@ def test_mismatched_completions_are_cut_to_fit_and_counted(
     ]
     given = datasets.Dataset.from_list(pairs)
     caplog.set_level("INFO")
-    train = mismatched.attach(Data(given, given, {}, checkable=False), max_length=6).train
+    train = mismatched.attach(Data(given, given, {}), max_length=6).train
     others = [
         {"chosen_ids": [8, 9], "rejected_ids": []},
         {"chosen_ids": [3, 4], "rejected_ids": [7]},
@@ -403,7 +403,7 @@ def test_mismatched_completions_are_cut_to_fit_and_counted(
 def test_pairs_of_a_single_prompt_are_refused() -> None:
     given = datasets.Dataset.from_list([PAIRS[1]] * 3)
     with pytest.raises(UserError, match=r"method=kto .* the train pairs have a single one"):
-        mismatched.attach(Data(given, given, {}, checkable=False), max_length=64)
+        mismatched.attach(Data(given, given, {}), max_length=64)
 
 
 SMALL = [
@@ -465,7 +465,7 @@ def test_a_sweep_shares_the_reference_of_its_jobs_by_what_it_holds(
     rows = datasets.Dataset.from_dict(
         {"prompt_ids": [[3], [4]], "chosen_ids": [[5], [6]], "rejected_ids": [[7], [8]]}
     )
-    pairs = Data(train=rows, held_out=rows, report={}, checkable=False)
+    pairs = Data(train=rows, held_out=rows, report={})
 
     def of(method: str, computed: float) -> float:
         found = {split: torch.full((2, 4), computed) for split in ("train", "held_out")}

@@ -16,14 +16,15 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-import launch as command
-from orpo_lab import config
+from orpo_lab import config, program
+from orpo_lab import launch as command
 from orpo_lab.compare.evidence import compare
 from orpo_lab.compare.read import read_run
 from orpo_lab.compare.ship import choose
 from orpo_lab.errors import UserError
 from orpo_lab.metrics import MARGINS
 from orpo_lab.records.run_folder import RunFolder
+from orpo_lab.sweep.folder import Sweep
 from orpo_lab.sweep.jobs import Jobs
 from tests.conftest import ROOT, break_import_of_wandb
 from tests.test_run_folder import start
@@ -50,20 +51,10 @@ def test_help_and_a_typo_answer_before_torch_would_be_imported() -> None:
         assert answer < 0.75 * torch, argument
 
 
-def test_help_lists_every_option(launch: Launch) -> None:
-    text = launch("--help").stdout
-    for file in (ROOT / "conf").glob("*/*.yaml"):
-        assert f"  {file.stem} " in text
-
-
-def test_help_lists_options_of_a_folder_of_ones_own(tmp_path: Path) -> None:
-    from launch import help_text
-
-    (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\n# My recipe.\n")
-    text = help_text(["--help", "--config-dir", str(tmp_path)])
-    assert re.search(r"^  mine +My recipe\.$", text, flags=re.MULTILINE)
-    assert "  mistral_qlora " in text
+def test_help_of_an_option_is_asked_for_beside_it(launch: Launch) -> None:
+    assert "  optimizer.rank: null\n" in launch("optimizer=galore", "--help").stdout
+    said = launch("--help", "optimizer=galor", expect=1).stderr
+    assert said.startswith("error: optimizer has no option galor; there are: adamw, galore, ")
 
 
 def test_what_reads_the_help_may_go_away(tmp_path: Path) -> None:
@@ -149,6 +140,8 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
         (["optimizer=galore", "quantization=nf4"], "quantized weights cannot be trained"),
         (["experiment=null"], "experiment=null names no option of the group; leave it out"),
         (["tracker=null"], "tracker=null names no option of the group; write tracker=none"),
+        (["tracker=[wandb,mlfow]"], "Could not load 'tracker/mlfow'.* Did you mean 'mlflow'?"),
+        (["tracker.mlflow.uri=a"], "tracker.mlflow.uri is a key of tracker=mlflow; choose this"),
         (["model=hub"], "model.path has no value"),
         (["--betta=0.2"], "--betta=0.2 is no flag; --hydra-help lists those there are"),
         (["hydra.run.dir=/proc/nowhere"], "/proc/nowhere.* choose another folder"),
@@ -240,7 +233,7 @@ def test_an_unreachable_hub_is_one_line_with_and_without_offline_mode(launch: La
 def test_a_sweep_leaves_a_folder_and_a_wandb_run_for_every_job(
     launch: Launch, tmp_path: Path
 ) -> None:
-    launch(
+    done = launch(
         "-m",
         "beta=0.05,0.2",
         "beta_schedule=constant,hold_then_anneal",
@@ -249,6 +242,7 @@ def test_a_sweep_leaves_a_folder_and_a_wandb_run_for_every_job(
         "dataset.num_generations=4",
         "train.logging_steps=1",
     )
+    assert not re.search("[\r\x1b]", done.stdout + done.stderr), "a file is no terminal"
     folders = sorted(path.parent for path in (tmp_path / "multirun").glob("*/*/config.yaml"))
     assert len(folders) == 4
     seen = set()
@@ -350,6 +344,42 @@ def test_a_sweep_that_left_jobs_out_has_failed() -> None:
 def test_what_is_left_of_a_sweep_is_told_by_the_jobs_that_have_not_begun() -> None:
     jobs = Jobs(num=5, seconds=[10.0, 20.0])
     assert jobs.progress(2) == "2 of 5 jobs ended after 0:00:30, about 0:00:45 left"
+
+
+ARGUMENTS = ["beta=0.2", "resume=auto", "hydra.run.dir=old", "model.path=a b"]
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "said"),
+    [
+        ("finished", 0, "report      {compare} run"),
+        ("stopped", 75, "to go on  {train} beta=0.2 'model.path=a b' {again}"),
+        ("failed", 1, "put that right, then  {train} beta=0.2 'model.path=a b' {again}"),
+        ("finished", 1, ""),
+    ],
+)
+def test_the_end_of_a_run_says_what_to_do_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, code: int, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = RunFolder(Path("run"))
+    place.path.mkdir()
+    place.set_status(state, exit_code=code)
+    words = {
+        "compare": program.command("compare"),
+        "train": program.command("train"),
+        "again": "hydra.run.dir=run resume=auto",
+    }
+    assert Jobs(place=place).next_step(ARGUMENTS, code) == said.format(**words)
+
+
+def test_the_end_of_a_sweep_says_how_to_go_on_and_of_nothing_says_nothing(tmp_path: Path) -> None:
+    jobs = Jobs(sweep=Sweep(tmp_path))
+    given = ["-m", "seed=1,2", "hydra.sweep.dir=old"]
+    assert jobs.next_step(given, 75).endswith(f" -m seed=1,2 hydra.sweep.dir={tmp_path}")
+    assert jobs.next_step(given, 0) == "", "its report is named already"
+    assert Jobs(sweep=Sweep(tmp_path / "gone")).next_step(given, 1) == ""
+    assert Jobs().next_step(["--cfg", "job"], 0) == ""
 
 
 @pytest.mark.parametrize(("given", "name"), [(None, "now-2"), ("now", None)])

@@ -159,7 +159,7 @@ def test_in_bf16_they_are_closer_to_fp32_than_pefts(
     wide = wide.float() if base == "bf16" else wide
     narrow = make(load, tmp_path, "llama", base, dtype=torch.bfloat16)
     if base == "bf16":
-        monkeypatch.setattr(adapter, "_widen", lambda model: None)
+        monkeypatch.setattr(adapter, "widen", lambda model: None)
     theirs = make(load, tmp_path, "llama", base, dtype=torch.bfloat16)
     errors = []
     for seed in range(8):

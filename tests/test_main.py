@@ -1,13 +1,15 @@
-"""The commands beside running: one program, one way to say errors."""
+"""The commands of the lab: one program, one way to say errors."""
 
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from orpo_lab.__main__ import COMMANDS, main
+from orpo_lab import __version__, launch
+from orpo_lab.__main__ import COMMANDS, RUNNING, main
 from orpo_lab.curate.command import STEPS
 from orpo_lab.curate.folder import PROMPTS, Prompt, append
 
@@ -16,7 +18,64 @@ def test_help_lists_every_command_with_what_it_does(capsys: pytest.CaptureFixtur
     for arguments in ([], ["--help"]):
         main(arguments)
         said = capsys.readouterr().out
-        assert all(f"  {name}" in said and about in said for name, (_, about) in COMMANDS.items())
+        every = {**RUNNING, **COMMANDS}.items()
+        assert all(f"  {name}" in said and about in said for name, (_, about) in every)
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--version"])
+    assert capsys.readouterr().out == f"orpo-lab {__version__}\n"
+
+
+@pytest.fixture
+def by_hydra(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The arguments of every call of Hydra, which is not called, each with the line to complete."""
+    calls: list[list[str]] = []
+    monkeypatch.setattr(sys, "argv", ["orpo-lab"])
+    line = "COMP_LINE"
+    monkeypatch.setenv(line, "")
+    monkeypatch.setattr(launch, "main", lambda: calls.append([os.environ[line], *sys.argv[1:]]))
+    return calls
+
+
+def test_what_trains_hands_its_arguments_to_hydra(by_hydra: list[list[str]]) -> None:
+    main(["train", "beta=0.2", "--cfg", "job"])
+    main(["sweep", "beta=0.1,0.2"])
+    main(["train", "--help"])
+    assert by_hydra == [
+        ["", "beta=0.2", "--cfg", "job"],
+        ["", "--multirun", "beta=0.1,0.2"],
+        ["", "--help"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "said", "asked"),
+    [
+        ("orpo-lab ", [*RUNNING, *COMMANDS], None),
+        ("orpo-lab c", ["compare", "curate"], None),
+        ("orpo-lab compare ", [], None),
+        ("orpo-lab train ", [], "orpo-lab "),
+        ("orpo-lab sweep beta=0.1,0.2 opt", [], "orpo-lab beta=0.1,0.2 opt"),
+    ],
+)
+def test_a_shell_completes_commands_and_hydra_their_options(
+    line: str,
+    said: list[str],
+    asked: str | None,
+    by_hydra: list[list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("COMP_LINE", line)
+    main(["-sc", "query=bash"])
+    assert capsys.readouterr().out.split() == said
+    assert by_hydra == ([] if asked is None else [[asked, "-sc", "query=bash"]])
+
+
+def test_the_script_for_a_shell_is_hydras(by_hydra: list[list[str]]) -> None:
+    main(["-sc", "install=bash"])
+    assert by_hydra == [["", "-sc", "install=bash"]]
 
 
 def test_help_of_a_command_with_steps_lists_the_steps(capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,7 +117,7 @@ def test_a_package_that_a_step_lacks_is_named_with_its_extra(
     [
         (
             ["compaer", "x"],
-            "error: compaer is no command; there are: compare, curate, dial, preview",
+            "error: compaer is no command; there are: train, sweep, compare, curate",
         ),
         (["curate", "promts", "x"], "error: promts is no command; there are: prompts, candidates"),
         (["compare", "nowhere"], "error: nowhere is not a run folder"),

@@ -219,7 +219,7 @@ def ours(load: Load, tokenizer: Any, tmp_path: Path) -> MakeLoop:
         loop = make_loop(load, tmp_path, tokenizer, model, pairs, *overrides)
         method = methods.build(loop.config)
         if method.needs_reference:
-            both = Data(loop.train, loop.held_out, report={}, checkable=False)
+            both = Data(loop.train, loop.held_out, report={})
             if method.needs_divergence:
                 both = mismatched.attach(both, loop.config.dataset.max_length)
             found = reference.compute(loop.config, model, tokenizer, both, dtype=torch.float32)
@@ -326,7 +326,7 @@ def test_a_reference_that_is_not_finite_is_refused(ours: MakeLoop, tokenizer: An
     model = make_model("llama")
     loop = ours(model, make_pairs(2), "method=sft")
     model.lm_head.weight.data[5, 0] = math.nan
-    both = Data(loop.train, loop.held_out, report={}, checkable=False)
+    both = Data(loop.train, loop.held_out, report={})
     given: Any = (loop.config, model, tokenizer, both)
     with pytest.raises(NonFiniteError, match="the model before training are not finite"):
         reference.compute(*given, dtype=torch.float32)

@@ -13,7 +13,7 @@ from orpo_lab.config.method import METHODS
 from orpo_lab.evaluate import Generation, Scores, generation_metrics, preference_metrics
 from orpo_lab.methods.base import Batch
 from orpo_lab.metrics import HELD_OUT, TRAINING, HeldOutMetric
-from orpo_lab.records import results
+from orpo_lab.records import card
 from tests.conftest import ROOT
 
 Load = Callable[..., config.Config]
@@ -98,7 +98,7 @@ def test_a_row_is_all_that_a_new_metric_takes(monkeypatch: pytest.MonkeyPatch) -
     )
     # One list, of which every reader holds the same
     table: Any = [*HELD_OUT, worst, longest]
-    for home in (metrics, results):
+    for home in (metrics, card):
         monkeypatch.setattr(home, "HELD_OUT", table)
     scores = Scores(torch.tensor([-1.0, -2.0]), torch.tensor([-3.0, -1.5]), torch.ones(2))
     answers = [Generation("p", "c", "a", num, 0.0, None) for num in (3, 8)]
@@ -107,7 +107,7 @@ def test_a_row_is_all_that_a_new_metric_takes(monkeypatch: pytest.MonkeyPatch) -
     assert after["longest_answer"] == 8
     assert metrics.brief(after)["worst_margin"] == "-0.500"
     summary = {"before": after, "after": after}
-    rows = [line for line in results._table(summary).splitlines() if "worst" in line]
+    rows = [line for line in card.table(summary).splitlines() if "worst" in line]
     assert len(rows) == 1
     assert rows[0].split("|")[4].strip() == "nats, higher is better"
 

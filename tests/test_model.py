@@ -518,10 +518,10 @@ def test_a_spare_token_is_warned_of_and_refused_in_a_text(
     fine, spare_one = (
         datasets.Dataset.from_list([ids | {"rejected_ids": [last]}]) for last in (695, 696)
     )
-    check_ids(tokenizer, own, Data(fine, fine, {}, checkable=False))
+    check_ids(tokenizer, own, Data(fine, fine, {}))
     for train, held_out in ((spare_one, fine), (fine, spare_one)):
         with pytest.raises(UserError, match="<image_soft_token>"):
-            check_ids(tokenizer, own, Data(train, held_out, {}, checkable=False))
+            check_ids(tokenizer, own, Data(train, held_out, {}))
     # Of all tokens the end may not be the spare one
     file = base / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": "<image_soft_token>"}))

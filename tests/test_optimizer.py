@@ -176,7 +176,6 @@ def test_galore_says_what_it_projects_and_warns_where_it_is_plain_adam(
     assert {record.levelname for record in caplog.records} == {"INFO"}
 
 
-@pytest.mark.slow
 def test_our_galore_gets_every_setting(load: Load, build_model: Any) -> None:
     def made(*overrides: str) -> Any:
         loaded = load("optimizer=galore", *overrides)

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -223,7 +224,7 @@ def test_near_duplicates_are_counted_once_each_and_across_the_splits() -> None:
     split = lambda *texts: datasets.Dataset.from_dict({"prompt_text": texts})  # noqa: E731
     train = split("a b c", "a b c", *(long.format(n) for n in ("", "x y z fifteen")), "k l m n")
     held_out = split("p q r s t", "A  B c")
-    found = figures.duplicates(data.Data(train, held_out, {}, False))
+    found = figures.duplicates(data.Data(train, held_out, {}))
     assert found["num_prompts"] == 4
     assert found["num_held_out_near_train"] == 1
     assert found["examples"][0] == ["a b c", "A  B c"]
@@ -253,9 +254,12 @@ def test_the_command_prints_figures_as_json_and_writes_a_page_without_the_datas_
     assert not {"<script", "<b>", "\x1b"} & {*re.findall("<script|<b>|\x1b", html)}
 
 
-def test_fewer_pairs_than_a_batch_are_shown_with_a_warning(
-    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_fewer_pairs_than_a_batch_are_shown_with_a_warning_and_nothing_that_trains_is_imported(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # They import what puts adapters on weights, which takes a second
+    for name in ("orpo_lab.training.trainer", "orpo_lab.model.start"):
+        monkeypatch.setitem(sys.modules, name, None)
     arguments = [f"dataset.eval_path={rows.with_name('eval.jsonl')}", "dataset.max_length=64"]
     arguments += ["dataset=file", f"dataset.train_path={rows}", "train.batch_size=64"]
     main(["preview", *arguments, "--out", str(tmp_path / "out")])

@@ -1,5 +1,6 @@
 """The model that a run leaves."""
 
+import dataclasses
 import errno
 import logging
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from orpo_lab import config
 from orpo_lab.data import Data
 from orpo_lab.errors import UserError
 from orpo_lab.evaluate import Evaluation, Generation, Scores
-from orpo_lab.records import results
+from orpo_lab.records import card, results
 from orpo_lab.records.run_folder import RunFolder
 from orpo_lab.tracker.base import Untracked
 from orpo_lab.training.checkpoint import MANIFEST, METRICS
@@ -46,14 +47,34 @@ def test_a_model_is_saved_in_the_precision_of_its_base(
     found = load_file(tmp_path / "model.safetensors")
     assert {weight.dtype for weight in found.values()} == {saved}
     for name, weight in found.items():
-        assert torch.equal(weight, trained[name].to(saved))
+        # Both of the numbers beside the trained one are right
+        step = torch.finfo(saved).eps * trained[name].abs()
+        assert ((weight.float() - trained[name]).abs() <= step * (saved != torch.float32)).all()
     read = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert (read.dtype, read.config.use_cache) == (saved, True)
     # What is evaluated next has the weights that were saved, in the precision of the training
     for name, weight in network.named_parameters():
-        assert torch.equal(weight, trained[name].to(saved).to(trained[name].dtype))
+        assert torch.equal(weight, found[name].float())
     for name, buffer in network.named_buffers():
         assert torch.equal(buffer, buffers[name])
+
+
+def test_changes_smaller_than_half_a_step_of_the_base_are_kept(
+    load: Load, build_model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    network = build_model(load("optimizer=adamw"))
+    base = {name: p.detach().bfloat16() for name, p in network.named_parameters()}
+    saved = []
+    for folder in (tmp_path / "one", tmp_path / "other"):
+        folder.mkdir()
+        for name, weight in network.named_parameters():
+            weight.data = base[name].float() * (1 + 2**-11)
+        results.save_model(network, tokenizer, Files(folder), dtype=torch.bfloat16)
+        saved.append(load_file(folder / "model.safetensors"))
+    # The steps of bf16 are 2**-8 to 2**-7 of a number
+    sizes = [sum(w.double().abs().sum() for w in each.values()) for each in (saved[0], base)]
+    assert float(sizes[0] / sizes[1]) - 1 == pytest.approx(2**-11, rel=0.05)
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in base)
 
 
 def test_adapters_stay_in_fp32(
@@ -72,7 +93,13 @@ def evaluation(quality: float, answer: str, seconds: float) -> Evaluation:
     logps = torch.tensor([quality - 1, -2.0])
     scores = Scores(logps, logps - 1, torch.tensor([3.0, 4.0]))
     given = Generation(
-        prompt="ask", chosen="right", answer=answer, num_tokens=2, repetition=0.0, correct=None
+        prompt="ask",
+        chosen="right",
+        answer=answer,
+        num_tokens=2,
+        repetition=0.0,
+        correct=None,
+        asked="why?",
     )
     return Evaluation({"preference_accuracy": quality, "num_pairs": 2}, scores, [given], seconds)
 
@@ -93,6 +120,19 @@ def place(tmp_path: Path) -> RunFolder:
     return folder
 
 
+def test_samples_say_which_answers_are_right_where_answers_are_checked() -> None:
+    def judged(whole: Evaluation, *, correct: bool, is_cut: bool) -> Evaluation:
+        one = dataclasses.replace(whole.generations[0], correct=correct, is_cut=is_cut)
+        return dataclasses.replace(whole, metrics={"num_checked": 1}, generations=[one])
+
+    before = judged(BEFORE, correct=False, is_cut=True)
+    after = judged(AFTER, correct=True, is_cut=False)
+    text = results.samples_text(results._samples(before, after))
+    assert "before (wrong: cut at max_new_tokens):\n```text\nno\n" in text
+    assert "after (right):\n```text\nyes\n" in text
+    assert "(" not in results.samples_text(results._samples(BEFORE, AFTER))
+
+
 def leave(load: Load, place: RunFolder, *overrides: str) -> dict[str, Any]:
     """Leave the results of a run of one step whose trained model is an empty file."""
     trained = place.file("checkpoints/trained-1")
@@ -108,7 +148,7 @@ def leave(load: Load, place: RunFolder, *overrides: str) -> dict[str, Any]:
         before=BEFORE,
         after=AFTER,
         stats=TrainStats(1, 2.0, 3.0, 4.0, 5, 0, "cpu", None),
-        data=Data(None, None, report, checkable=False),
+        data=Data(None, None, report),
         missing=results.Missing(place),
     )
 
@@ -121,8 +161,9 @@ def test_what_was_before_and_what_came_after_are_not_swapped(load: Load, place: 
     assert summary["changes"] == [{}, {"beta": [0.1, 0.2]}]
     assert summary["dataset_fingerprint"] == {"train": "train", "held_out": "held_out"}
     (sample,) = results._samples(BEFORE, AFTER)
-    assert sample == {"prompt": "ask", "chosen": "right", "before": "no", "after": "yes"}
-    row = results._table(summary).splitlines()[2]
+    shown = {"prompt": "ask", "chosen": "right", "before": "no", "after": "yes"}
+    assert sample == shown | {"asked": "why?"}
+    row = card.table(summary).splitlines()[2]
     assert row.index("0.250") < row.index("0.750")
     rows = pq.read_table(place.file("scores.parquet")).to_pylist()
     assert [(score["pair"], score["when"], score["chosen_logp"]) for score in rows] == [
@@ -164,15 +205,15 @@ def test_final_is_the_trained_model_with_a_card_and_nothing_of_the_checkpoint(
         "model.safetensors",
         "README.md",
     }
-    card = place.file("final/README.md").read_text()
-    assert "model = AutoModelForCausalLM.from_pretrained" in card
+    text = place.file("final/README.md").read_text()
+    assert "model = AutoModelForCausalLM.from_pretrained" in text
 
 
 def test_a_card_says_how_beta_went_and_what_a_step_was_of(load: Load, place: RunFolder) -> None:
     rows = ("dataset=unpaired", "dataset.train_path=rows.jsonl")
     leave(load, place, "method=kto", "beta_schedule=cosine", "beta=0.3", *rows)
-    card = place.file("final/README.md").read_text()
-    assert "\nbeta 0.3 to 0 (cosine), 1 steps of 16 completions, seed\n" in card
+    text = place.file("final/README.md").read_text()
+    assert "\nbeta 0.3 to 0 (cosine), 1 steps of 16 completions, seed\n" in text
 
 
 def test_results_are_put_down_to_the_last_start_before_the_first_is_written(

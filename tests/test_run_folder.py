@@ -11,8 +11,7 @@ import pytest
 import yaml
 from hydra.core.hydra_config import HydraConfig
 
-import launch
-from orpo_lab import config, data, run, tracker
+from orpo_lab import config, data, launch, run, tracker
 from orpo_lab.config.identity import identity
 from orpo_lab.errors import UserError
 from orpo_lab.model import tokenizer, weights
@@ -293,6 +292,23 @@ def test_a_commit_is_of_the_repository_that_holds_the_lab(
     lab.parent.mkdir(parents=True)
     lab.touch()
     monkeypatch.setattr(run_folder, "__file__", str(lab))
+    assert git_commit() is None
+
+
+def test_a_commit_is_the_one_that_pip_has_installed(tmp_path: Path, monkeypatch: Patch) -> None:
+    noted = tmp_path / "orpo_lab-0.1.0.dist-info"
+    noted.mkdir()
+    (noted / "METADATA").write_text("Name: orpo-lab\nVersion: 0.1.0\n")
+    origin = {"url": "file:///clone", "vcs_info": {"vcs": "git", "commit_id": "ab" * 20}}
+    (noted / "direct_url.json").write_text(json.dumps(origin))
+    monkeypatch.syspath_prepend(tmp_path)
+    for lab, commit in (("orpo_lab", "ab" * 20), ("copy/orpo_lab", None)):
+        file = tmp_path / lab / "records" / "run_folder.py"
+        file.parent.mkdir(parents=True)
+        monkeypatch.setattr(run_folder, "__file__", str(file))
+        assert git_commit() == commit
+    (noted / "direct_url.json").unlink()
+    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "orpo_lab/records/run_folder.py"))
     assert git_commit() is None
 
 

@@ -69,7 +69,7 @@ def test_where_every_trial_fails_so_does_the_search(tmp_path: Path) -> None:
     assert "every trial failed; the last one: srch/a b(1)/0 failed: beta=-" in done.stderr
 
 
-# In place of launch.py: a run of no time, which is better the higher beta is, and costs quality
+# In place of a real run: a run of no time, which is better the higher beta is, and costs quality
 INSTANT = """
 import json, pathlib, sys
 
@@ -88,8 +88,8 @@ summary = {"before": before, "after": after, "given": given}
 def test_the_best_trial_has_the_highest_accuracy_of_those_of_good_quality(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "launch.py").write_text(INSTANT)
-    monkeypatch.setattr(search, "LAUNCH", tmp_path / "launch.py")
+    (tmp_path / "instant.py").write_text(INSTANT)
+    monkeypatch.setattr(search, "TRAIN", (sys.executable, str(tmp_path / "instant.py")))
     folder, overrides = tmp_path / "study", ["seed=5", "beta=0.125,0.25,0.75,2"]
     study = search.search(folder, 10, overrides)
     values = {float(trial.params["beta"]): trial.value for trial in study.trials}

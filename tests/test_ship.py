@@ -298,12 +298,13 @@ def test_a_command_with_a_masked_secret_says_so() -> None:
     assert "abcdefgh1" not in ship.repeat
 
 
-def test_the_command_that_takes_the_model_copies_it(tmp_path: Path) -> None:
+def test_the_command_that_takes_the_model_exports_it(tmp_path: Path) -> None:
     folder = tmp_path / "0-beta=0.2, it's"
     (folder / "final").mkdir(parents=True)
     ship = choose(compare([run(0.2, 1, folder=folder)], MARGINS))
     assert ship.export is not None
-    assert shlex.split(ship.export) == ["cp", "-r", str(folder / "final"), "shipped_model"]
+    program = ["python", "-m", "orpo_lab", "export"]
+    assert shlex.split(ship.export) == [*program, str(folder), "--merge", "--to", "shipped_model"]
     (folder / "final").rmdir()
     assert ship.export is None
 

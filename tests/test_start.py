@@ -66,6 +66,7 @@ def begin(tokenizer: Any, *overrides: str) -> tuple[Any, Origin]:
 
 def trained(tokenizer: Any, *overrides: str) -> tuple[Any, Origin]:
     """Return a network whose trained weights have moved, as far as training moves them."""
+    torch.manual_seed(0)  # of new adapters
     network, origin = begin(tokenizer, *overrides)
     generator = torch.Generator().manual_seed(1)
     for weight in network.parameters():
@@ -177,6 +178,18 @@ def test_an_adapter_on_another_base_than_the_models_has_it_in_final(
     assert (tmp_path / "third" / "final" / "base" / "model.safetensors").exists()
 
 
+def test_a_base_keeps_all_its_chat_templates_beside_an_adapter(
+    earlier: dict[str, Tensor], tokenizer: Any, tmp_path: Path
+) -> None:
+    shutil.copytree(named(earlier, "adamw")[0], tmp_path / "first")
+    template = Path("additional_chat_templates", "tool_use.jinja")
+    (tmp_path / "first" / "final" / template).parent.mkdir()
+    (tmp_path / "first" / "final" / template).write_text("{{ messages }}")
+    network, origin = begin(tokenizer, "optimizer=lora", f"start_from={tmp_path / 'first'}")
+    leave(network, origin, tokenizer, tmp_path / "second")
+    assert (tmp_path / "second" / "final" / "base" / template).read_text() == "{{ messages }}"
+
+
 def test_an_adapter_on_the_models_own_base_has_none_in_final(
     earlier: dict[str, Tensor], tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -193,8 +206,8 @@ def test_an_adapter_on_the_models_own_base_has_none_in_final(
     [
         (["start_from=nowhere"], "start_from=nowhere: there is no such folder"),
         (["start_from=FOLDER/lora/final"], "is not a run folder: no config.yaml"),
-        (["start_from=FOLDER/stopped"], "holds no result: its run is stopped"),
-        (["start_from=FOLDER/empty"], "holds no result: its run is finished"),
+        (["start_from=FOLDER/stopped"], "its run is stopped; .* with resume=.*/stopped, then"),
+        (["start_from=FOLDER/empty"], "holds no result: its final/ is missing"),
         (["start_from=FOLDER/old"], "an earlier version of orpo_lab may have made it"),
         (
             ["start_from=FOLDER/lora", "model=local", "model.path=FOLDER/adamw/final"],
@@ -340,7 +353,8 @@ def test_a_run_says_what_it_started_from_and_its_card_names_no_place(two_stages:
     words = "the adapter of sft is merged into its base"
     assert f"start_from: {words}\n" in place.file("run.log").read_text()
     card = place.file("final/README.md").read_text()
-    assert f"It began with another run's result: {words}. The adapter belongs to" in card
+    assert f"It began with another run's result: {words}.\n" in card
+    assert "The adapter belongs to the model in `base/`" in card
     assert str(two_stages) not in card
     assert "another run" not in (two_stages / "sft" / "final" / "README.md").read_text()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from orpo_lab.records.run_folder import RunFolder
-from orpo_lab.stop import BUDGET, SIGNALS, Stop, Stopped
+from orpo_lab.stop import BUDGET, SIGNALS, SWEEP_PROCESS, Stop, Stopped
 from orpo_lab.sweep.folder import Sweep
 from tests.conftest import EACH_LAUNCHER, ROOT
 
@@ -82,6 +82,36 @@ def test_under_nohup_a_closed_terminal_stays_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+JOB = """
+import time
+from orpo_lab.stop import PROCESS
+
+PROCESS.work_for_another()
+with PROCESS.at_work:
+    print("at work", flush=True)
+    while not PROCESS.signal:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    print("saved", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_job_saves_and_its_process_ends_when_the_sweeps_process_is_killed() -> None:
+    with subprocess.Popen(["sleep", "60"]) as sweep:
+        env = {**os.environ, "PYTHONPATH": str(ROOT), SWEEP_PROCESS: str(sweep.pid)}
+        command = [sys.executable, "-c", JOB]
+        with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as job:
+            assert job.stdout is not None
+            assert job.stdout.readline() == "at work\n"
+            sweep.kill()  # nobody has asked for its exit code yet
+            try:
+                assert job.communicate(timeout=10)[0] == "saved\n"
+            finally:
+                job.kill()
+    assert job.returncode == 75
+
+
 @pytest.mark.slow
 @EACH_LAUNCHER
 def test_a_signal_reaches_the_jobs_of_a_launcher_and_all_of_them_are_saved(
@@ -107,6 +137,8 @@ def test_a_signal_reaches_the_jobs_of_a_launcher_and_all_of_them_are_saved(
     assert (process.returncode, err) == (75, "stopped by SIGTERM\n")
     jobs = Sweep(tmp_path / "sweep").jobs()
     assert [job.status()["exit_code"] for job in jobs] == [75, 75]
-    assert [RunFolder(job.path).status()["reason"] for job in jobs] == ["SIGTERM"] * 2
+    # Ray can interrupt a job on another machine, and send it no other signal
+    reason = "SIGINT" if "hydra/launcher=ray" in launcher else "SIGTERM"
+    assert [RunFolder(job.path).status()["reason"] for job in jobs] == [reason] * 2
     for job in jobs:
         assert list(job.path.glob("checkpoints/*/manifest.json"))

@@ -17,11 +17,15 @@ from typing import Any
 import pytest
 import yaml
 
+from faults import processes
 from orpo_lab import config
+from orpo_lab.config.identity import identity
 from orpo_lab.config.tracker import NoTracker
 from orpo_lab.errors import UserError
 from orpo_lab.records.run_folder import LOCK, RunFolder
 from orpo_lab.sweep.folder import CACHE, Sweep, fresh_folder
+from orpo_lab.sweep.jobs import Jobs
+from orpo_lab.training import checkpoint
 from tests.conftest import EACH_LAUNCHER, ROOT
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
@@ -125,6 +129,24 @@ def test_a_failed_job_runs_again_when_the_sweep_is_started_again_and_only_then(
     assert not try_again()
 
 
+def test_a_run_that_slurm_has_stopped_goes_on_when_slurm_starts_its_job_again(
+    load: Load, sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = RunFolder(sweep.folder / "0")
+    for state, restarts, expected in (
+        ("stopped", None, False),
+        ("stopped", "0", False),
+        ("stopped", "1", True),
+        ("failed", "1", False),
+    ):
+        config_hash = identity(load())
+        place.set_status(state, config_hash=config_hash, sweep_start=1, exit_code=75)
+        if restarts:
+            monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+        with sweep.claim(load(), place.path) as found:
+            assert (found is not None) == expected, (state, restarts)
+
+
 def test_a_job_that_was_killed_runs_again_and_so_does_one_without_all_its_results(
     load: Load, sweep: Sweep
 ) -> None:
@@ -171,6 +193,13 @@ def test_every_job_that_has_not_finished_fails_the_sweep(
     said = capsys.readouterr().out
     assert "finished  finished  preference_accuracy 0.750  chosen_nll 1.500\n" in said
     assert "stopped   stopped   why it has stopped\n" in said
+
+
+def test_a_job_that_came_to_no_folder_fails_the_sweep(sweep: Sweep) -> None:
+    jobs = Jobs(sweep=sweep, tracker=NoTracker())
+    assert jobs.close() == 0
+    jobs.fail("error: job 1: its machine is gone")
+    assert jobs.close() == 1
 
 
 @pytest.mark.parametrize("name", [".cache/pip/wheel", "report.html", "sweep.json"])
@@ -326,6 +355,49 @@ def test_a_sweep_killed_in_a_job_goes_on_where_it_was(tmp_path: Path) -> None:
     page = (folder / "report.html").read_text()
     for job in Sweep(folder).jobs():
         assert job.path.name in page
+
+
+ONE_AT_A_TIME = {
+    "submitit_local": ["hydra.sweeper.max_batch_size=1", "hydra.launcher.timeout_min=10"],
+    "ray": [f"hydra.launcher.num_cpus_per_job={os.cpu_count()}"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ONE_AT_A_TIME)
+def test_a_sweep_whose_driver_is_killed_goes_on_and_runs_each_configuration_once(
+    tmp_path: Path, launcher: str
+) -> None:
+    command = ["-m", f"hydra/launcher={launcher}", *ONE_AT_A_TIME[launcher], "beta=0.1,0.2,0.5"]
+    command += [*SHORT[1:], "train.max_steps=40", "train.save_steps=4", SWEEP]
+    said, folder = tmp_path / "said", tmp_path / "sweep"
+    first = processes.start(said, command, at=tmp_path, fresh=True)
+    first.wait_for(lambda: list(folder.glob("1-*/checkpoints/checkpoint-8/manifest.json")))
+    first.signal(signal.SIGKILL)
+    assert first.wait().code == -signal.SIGKILL
+    finished, killed = (RunFolder(*folder.glob(f"{number}-*")) for number in (0, 1))
+    assert finished.status()["state"] == "finished"
+    deadline = time.monotonic() + 60
+    is_held = True
+    while is_held:
+        assert time.monotonic() < deadline, "the job goes on without its sweep"
+        with killed.held() as is_free:
+            is_held = not is_free
+        time.sleep(0.1)
+    assert list(folder.glob("*/summary.json")) == [finished.file("summary.json")]
+    before, saved = checksums(folder), checkpoint.last_step(killed)
+    time.sleep(3)
+    assert checksums(folder) == before, "what nobody holds is written to"
+    done = processes.start(said, command, at=tmp_path, fresh=True).wait()
+    assert done.code == 0, done.stderr
+    assert list(states(folder).values()) == ["finished"] * 3
+    assert {name: hashed for name, hashed in before.items() if finished.path.name in name} == (
+        checksums(finished.path)
+    )
+    assert 8 <= saved < 40
+    assert f"resuming from step {saved}" in killed.file("run.log").read_text()
+    starts = [len(job.segments()) for job in Sweep(folder).jobs()]
+    assert starts == [1, 2, 1]
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from orpo_lab.errors import UserError
 from orpo_lab.evaluate import turn_ends
 from orpo_lab.model.source import load_config
 from orpo_lab.model.tokenizer import load_tokenizer, read_template
-from orpo_lab.records.results import model_card
+from orpo_lab.records.card import model_card
 from orpo_lab.records.run_folder import RunFolder
 from tests.conftest import compose_anew, compose_config, ours
 

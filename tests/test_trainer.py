@@ -1,16 +1,10 @@
 """The loop: numbers that must stop it, and runs that go on where they were."""
 
-import fcntl
 import itertools
 import json
 import logging
 import math
-import os
-import re
-import struct
 import subprocess
-import sys
-import termios
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -33,11 +27,10 @@ from orpo_lab.optimizer.updater import Updater
 from orpo_lab.records.run_folder import RunFolder
 from orpo_lab.stop import Stop, Stopped
 from orpo_lab.tracker.base import Run, Untracked
-from orpo_lab.training import checkpoint, trainer
+from orpo_lab.training import checkpoint, steps, trainer
 from orpo_lab.training.checkpoint import Made, Spent
 from orpo_lab.training.devices import OneDevice
 from orpo_lab.training.finite import FiniteCheck
-from orpo_lab.training.lines import Lines
 from orpo_lab.training.loop import Loop, batches
 from orpo_lab.training.meter import Meter
 from orpo_lab.training.state import State
@@ -394,21 +387,21 @@ def test_weights_that_an_update_ruined_are_never_saved(
 
 def test_steps_are_counted_from_epochs(load: Load) -> None:
     loaded = load("train.max_steps=null", "train.num_epochs=2", "train.batch_size=8")
-    assert trainer.count_steps(loaded, 64) == trainer.count_steps(loaded, 71) == 16
+    assert steps.count_steps(loaded, 64) == steps.count_steps(loaded, 71) == 16
     part = load("train.max_steps=null", "train.num_epochs=0.6", "train.batch_size=8")
-    assert trainer.count_steps(part, 64) == 5
+    assert steps.count_steps(part, 64) == 5
     with pytest.raises(UserError, match=r"train.batch_size=8 is above the 7 training pairs"):
-        trainer.count_steps(loaded, 7)
+        steps.count_steps(loaded, 7)
     rows = ("method=kto", "dataset=unpaired", "dataset.train_path=rows.jsonl")
     with pytest.raises(UserError, match=r"is above the 7 training completions"):
-        trainer.count_steps(load(*rows, "train.batch_size=8"), 7)
+        steps.count_steps(load(*rows, "train.batch_size=8"), 7)
 
 
 def said_of_length(caplog: pytest.LogCaptureFixture, loaded: config.Config) -> list[Any]:
     """Return what is said of a run on 64 pairs."""
     caplog.clear()
     caplog.set_level(logging.INFO)
-    trainer.say_length(loaded, 64)
+    steps.say_length(loaded, 64)
     return caplog.records
 
 
@@ -459,27 +452,6 @@ def test_a_warm_up_that_the_run_has_room_for_or_does_not_read_is_no_warning(
 ) -> None:
     records = said_of_length(caplog, load(*SMALL, "train.max_steps=3", *overrides.split()))
     assert [record.levelname for record in records] == ["INFO"]
-
-
-def test_a_bar_is_left_in_80_columns_however_long_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    terminal, end = os.openpty()
-    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    with os.fdopen(end, "w") as stderr:
-        monkeypatch.setattr(sys, "stderr", stderr)
-        lines = Lines(RunFolder(tmp_path), Untracked(), 0, 54_321)
-        lines.bar.n, lines.bar.start_t = 12_345, lines.bar.start_t - 99 * 3600
-        metrics = {"loss": 12.3456, "preference_accuracy": 0.5, "logp_margin": -1.2345}
-        lines.write(12_345, {**metrics, "learning_rate": 1e-4})
-        line = str(lines.bar)
-        lines.close()
-    os.close(terminal)
-    bar = r"12345/54321 (.*) 99:00:00<336:\d\d:\d\d, loss=12.35, accuracy=0.50, margin=-1.23"
-    drawn = re.fullmatch(bar, line)
-    assert drawn is not None, line
-    assert len(drawn[1]) >= 5
-    assert len(line) < 80
 
 
 def test_pairs_that_fill_no_batch_are_left_out_of_every_epoch(

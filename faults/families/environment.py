@@ -48,4 +48,4 @@ def _same(variables: dict[str, str], says: str) -> Callable[[Bench], Outcome]:
 
 def _world_size(bench: Bench) -> Outcome:
     done = bench.run(*UNTRACKED, RUN, environment={"WORLD_SIZE": "two"})
-    return refused(done, bench.path("run"), "one device.*WORLD_SIZE=two.*not with torchrun")
+    return refused(done, bench.path("run"), "WORLD_SIZE=two asks for several.*unset WORLD_SIZE")

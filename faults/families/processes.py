@@ -11,7 +11,7 @@ from faults.processes import LAUNCH, PATIENCE, Done
 
 def faults(bench: Bench) -> Iterator[Injection]:
     """Return the faults."""
-    yield Injection("torchrun with two ranks", _torchrun)
+    yield Injection("a sweep under torchrun", _torchrun)
     yield Injection("WORLD_SIZE=2 left in the environment", _world_size)
     yield Injection("a second run in the folder of one that runs", _second_run("beta=0.5"))
     yield Injection("resume=auto in the folder of one that runs", _second_run("resume=auto"))
@@ -20,7 +20,7 @@ def faults(bench: Bench) -> Iterator[Injection]:
 def _torchrun(bench: Bench) -> Outcome:
     logs = bench.path("logs")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--redirects=3"]
-    command += [f"--log-dir={logs}", LAUNCH, *UNTRACKED, "hydra.run.dir=run"]
+    command += [f"--log-dir={logs}", LAUNCH, *UNTRACKED, "-m", "hydra.sweep.dir=run"]
     done = subprocess.run(command, cwd=bench.folder, capture_output=True, timeout=PATIENCE)
     if not done.returncode:
         return silent("exit code 0")
@@ -29,12 +29,12 @@ def _torchrun(bench: Bench) -> Outcome:
     own = [text for text in said if text not in ("", "stopped by SIGTERM\n")]
     if not own:
         return silent(f"no rank has said why: {said}")
-    return refused(Done(1, "", own[0]), bench.path("run"), "one device.*not with torchrun")
+    return refused(Done(1, "", own[0]), bench.path("run"), "start it with .*not with torchrun")
 
 
 def _world_size(bench: Bench) -> Outcome:
     done = bench.run(*UNTRACKED, "hydra.run.dir=run", environment={"WORLD_SIZE": "2"})
-    return refused(done, bench.path("run"), "one device.*not with torchrun")
+    return refused(done, bench.path("run"), "WORLD_SIZE=2 asks for several.*unset WORLD_SIZE")
 
 
 def _second_run(*more: str) -> Callable[[Bench], Outcome]:

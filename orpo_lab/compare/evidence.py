@@ -24,7 +24,7 @@ from orpo_lab.config import identity, known_key
 from orpo_lab.config.method import METHODS, Method
 from orpo_lab.config.mixture import SOURCES
 from orpo_lab.errors import UserError
-from orpo_lab.metrics import HELD_OUT, HeldOutMetric, qualities_among
+from orpo_lab.metrics import CHECKED, HELD_OUT, HeldOutMetric, qualities_among
 
 # For the model, the data and the start of a run: the keys that say where these are
 PLACES = {
@@ -203,6 +203,7 @@ def weigh(
     """
     complete = [run for run in runs if run.is_complete]
     _check_same_pairs(complete)
+    _check_same_right_answers(complete)
     accuracy, qualities = measured(settings, margins)
     return Comparison(
         runs=list(runs),
@@ -247,6 +248,20 @@ def _check_same_pairs(runs: Sequence[Run]) -> None:
         )
 
 
+def _check_same_right_answers(runs: Sequence[Run]) -> None:
+    by_answers: dict[str, Run] = {}
+    for run in runs:
+        if run.summary and run.summary.get("right_answers"):
+            by_answers.setdefault(run.summary["right_answers"], run)
+    if len(by_answers) > 1:
+        one, other = [str(run.folder) for run in by_answers.values()][:2]
+        raise UserError(
+            f"the answers of {one} and {other} were checked in different ways (dataset.checker, "
+            f"its pattern, or the right answers), so their {CHECKED} cannot be compared; compare "
+            "runs of one checker"
+        )
+
+
 def prefers(scores: dict[str, Array]) -> Array:
     """Return for each pair whether the model prefers its chosen completion, 0 or 1, [N].
 
@@ -257,7 +272,9 @@ def prefers(scores: dict[str, Array]) -> Array:
 
 
 def of_pairs(metric: HeldOutMetric, scores: dict[str, Array]) -> Array:
-    """Return a quality at every pair, or, if the quality describes answers, at every answered pair.
+    """Return a quality at every pair, or, if it describes answers, at every pair that has it.
+
+    Pairs whose prompt was not answered, or whose answer cannot be checked, have it not.
 
     Args:
         metric: a metric that has `of_pair`.
@@ -265,7 +282,7 @@ def of_pairs(metric: HeldOutMetric, scores: dict[str, Array]) -> Array:
     """
     assert metric.of_pair is not None
     found = metric.of_pair(scores)
-    return found[~np.isnan(scores["generated_tokens"])] if metric.of_answers else found
+    return found[~np.isnan(found)] if metric.of_answers else found
 
 
 def as_measured(quality: Quality, interval: Interval) -> Interval:

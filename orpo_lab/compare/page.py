@@ -12,10 +12,11 @@ from orpo_lab.compare.guess import guesses
 from orpo_lab.compare.read import Run
 from orpo_lab.compare.record import record
 from orpo_lab.compare.ship import Ship, choose
+from orpo_lab.compare.tasks import task_figures
 from orpo_lab.compare.untrained import name_before, untrained
 from orpo_lab.compare.verdict import CONFIDENCE, Verdict
-from orpo_lab.compare.words import interval_text, tied, verdict_text
-from orpo_lab.metrics import HELD_OUT, PREFERENCE, brief
+from orpo_lab.compare.words import interval_text, judged_text, tied, verdict_text
+from orpo_lab.metrics import HELD_OUT, JUDGED_PREFIX, PREFERENCE, WIN_RATE, brief
 from orpo_lab.records.markdown import fenced
 from orpo_lab.records.run_folder import RunFolder
 from orpo_lab.records.templates import environment
@@ -45,7 +46,9 @@ def write(comparison: Comparison, folder: Path) -> None:
         "confidence": round(100 * CONFIDENCE),
         "num_pairs": comparison.accuracy.num_pairs,
         "settings": table_of_settings(comparison, ship),
+        "judges": judges(comparison.runs),
         "sources": source_rows(comparison),
+        "tasks": [figure.row() for figure in task_figures(comparison)],
         "runs": _run_rows(comparison.runs),
         "failed": [run for run in comparison.runs if not run.is_complete],
         "pictures": {
@@ -106,6 +109,7 @@ def _untrained_rows(comparison: Comparison, ship: Ship, columns: list[str]) -> l
 def setting_rows(comparison: Comparison) -> list[dict[str, str]]:
     """Return the table of settings: a row for each setting, as text by column name."""
     verdict = comparison.verdict
+    is_judged = bool(judges(comparison.runs))
     rows = []
     for number, (setting, standing) in enumerate(
         zip(comparison.settings, verdict.qualities, strict=True)
@@ -122,9 +126,17 @@ def setting_rows(comparison: Comparison) -> list[dict[str, str]]:
             ]
             if values and key not in row:
                 row[key] = _mean_text(values)
+        if is_judged:
+            row[WIN_RATE] = judged_text(setting.runs)
         row["verdict"] = _standing_text(verdict, number)
         rows.append(row)
     return rows
+
+
+def judges(runs: Sequence[Run]) -> list[str]:
+    """Return the names of the judges that have compared answers of the runs with those before."""
+    key = f"{JUDGED_PREFIX}model"
+    return sorted({run.summary[key] for run in runs if run.summary and key in run.summary})
 
 
 def _mean_text(values: list[float]) -> str:

@@ -210,6 +210,7 @@ def _curves(settings: Sequence[Setting], curves: Sequence[Curve], label: str) ->
                 linewidth=0,
             )
     axes.set_xlabel("optimizer step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel(label)
     caption = f"{label[0].upper()}{label[1:]} over the steps, mean and range of the seeds"
     absent = [setting.name for setting in settings if setting not in drawn]

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import yaml
 from orpo_lab.compare.verdict import Array
 from orpo_lab.config import identity
 from orpo_lab.errors import UserError, one_line
+from orpo_lab.evaluation.reached import Reached, kept
 from orpo_lab.records.run_folder import RunFolder, natural_order
 
 
@@ -41,6 +42,10 @@ class Run:
     """The content of `samples.json`; empty: no such file."""
     max_seeds: int | None = None
     """The largest number of seeds of the race that the run comes from; None: it was no race."""
+    reached_before: dict[str, Reached] = field(default_factory=dict)
+    """What the untrained model has reached on tasks of the harness; empty: it was not judged."""
+    reached_after: dict[str, Reached] = field(default_factory=dict)
+    """The same of the trained model."""
 
     @property
     def is_complete(self) -> bool:
@@ -112,9 +117,11 @@ def read_run(folder: Path) -> Run:
             scores=_read_scores(folder / "scores.parquet", "after"),
             scores_before=_read_scores(folder / "scores.parquet", "before"),
             samples=place.read_json("samples.json") or [],
+            reached_before=kept(place, "before"),
+            reached_after=kept(place, "after"),
             max_seeds=_max_seeds(RunFolder(folder.parent)),
         )
-    except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise UserError(
             f"{folder} cannot be read as a run folder: {type(error).__name__}: {one_line(error)}"
         ) from error
@@ -128,6 +135,8 @@ def _max_seeds(parent: RunFolder) -> int | None:
 def _read_scores(file: Path, when: str) -> dict[str, Array] | None:
     if not file.is_file():
         return None
-    table = pq.read_table(file, filters=[("when", "=", when)]).drop_columns(["pair", "when"])
+    # Older releases of pyarrow would take a folder's name, `0-beta=0.1`, for one more column
+    table = pq.read_table(file, filters=[("when", "=", when)], partitioning=None)
+    table = table.drop_columns(["pair", "when"])
     columns = {name: table[name].to_pylist() for name in table.column_names}
     return {name: np.array(column, dtype=np.float64) for name, column in columns.items()}

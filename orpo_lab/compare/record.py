@@ -6,10 +6,11 @@ from orpo_lab.compare.evidence import Comparison, as_measured
 from orpo_lab.compare.guess import gain, guesses
 from orpo_lab.compare.read import Run
 from orpo_lab.compare.ship import Ship
+from orpo_lab.compare.tasks import task_figures
 from orpo_lab.compare.untrained import untrained
 from orpo_lab.compare.verdict import CONFIDENCE, Interval
 from orpo_lab.compare.words import verdict_text
-from orpo_lab.metrics import PREFERENCE
+from orpo_lab.metrics import JUDGED_PREFIX, PREFERENCE
 
 # Raised when a key is renamed, removed or means something else
 SCHEMA = 1
@@ -40,6 +41,7 @@ def record(comparison: Comparison, ship: Ship) -> dict[str, Any]:
             }
             for guess in guesses(comparison)
         ],
+        "tasks": [figure.as_json() for figure in task_figures(comparison)],
         "runs": [_run(run) for run in comparison.runs],
         "warnings": comparison.warnings,
     }
@@ -115,4 +117,9 @@ def _run(run: Run) -> dict[str, Any]:
         "state": run.state,
         "reason": run.reason,
         "figures": run.summary["after"] if run.summary else {},
+        "judged": {
+            key: value
+            for key, value in (run.summary or {}).items()
+            if key.startswith(JUDGED_PREFIX)
+        },
     }

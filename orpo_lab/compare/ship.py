@@ -5,11 +5,12 @@ the settings that are not separated is proposed, and the reason says by what.
 """
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from orpo_lab import program
 from orpo_lab.compare.evidence import Comparison, Setting
 from orpo_lab.compare.read import Run
 from orpo_lab.compare.untrained import Gain, gains, listed, name_before
@@ -73,19 +74,20 @@ class Ship:
 
     @property
     def export(self) -> str | None:
-        """The command that copies the model of the best run; None: the model is not there."""
-        final = self.best.folder / "final"
-        return shlex.join(["cp", "-r", str(final), "shipped_model"]) if final.is_dir() else None
+        """The command that exports the best run as a whole model; None: it has no model.
+
+        A merged model needs no base, so the command is the same wherever the base came from.
+        """
+        folder = self.best.folder
+        if not (folder / "final").is_dir():
+            return None
+        arguments = shlex.join([str(folder), "--merge", "--to", "shipped_model"])
+        return f"{program.command('export')} {arguments}"
 
     @property
     def repeat(self) -> str:
         """The command that repeats the best run in a new folder."""
-        kept = [
-            override
-            for override in self.best.overrides
-            if override.lstrip("+").partition("=")[0] not in OF_A_START
-        ]
-        return shlex.join(["python", "launch.py", *kept])
+        return repeating(self.best.overrides)
 
     @property
     def has_hidden(self) -> bool:
@@ -97,7 +99,8 @@ class Ship:
 
         The settings are the one to ship and those next to it that are not separated from it, or
         the nearest beaten one. Each answers by its typical run. A sample has a `prompt`, the
-        `chosen` completion, and `answers`: the name of a model in `of`, and its `answer`.
+        `chosen` completion, and `answers`: the name of a model in `of`, its `answer`, and what it
+        `is` if answers were checked.
         """
         verdict = self.comparison.verdict
         others = self.rivals or [n for n in (verdict.nearest,) if n not in (None, self.number)]
@@ -111,10 +114,9 @@ class Ship:
         ]
         found = []
         for place, sample in enumerate(self.typical.samples[:MAX_PROMPTS]):
-            answers = [{"of": name_before(self.typical), "answer": sample["before"]}]
+            answers = [_answer(name_before(self.typical), sample, "before")]
             answers += [
-                {"of": each.setting.name, "answer": each.typical.samples[place]["after"]}
-                for each in same
+                _answer(each.setting.name, each.typical.samples[place], "after") for each in same
             ]
             prompt, chosen = sample["prompt"], sample["chosen"]
             found.append({"prompt": prompt, "chosen": chosen, "answers": answers})
@@ -264,6 +266,25 @@ class Ship:
         standings = self.comparison.verdict.qualities
         best = max(standing.intervals[place].estimate for standing in standings)
         return best - standings[number].intervals[place].estimate
+
+
+def _answer(of: str, sample: dict[str, str], when: str) -> dict[str, str]:
+    judged = sample.get(f"{when}_is")
+    return {"of": of, "answer": sample[when]} | ({"is": judged} if judged else {})
+
+
+def repeating(overrides: Sequence[str]) -> str:
+    """Return the command that repeats a run in a new folder.
+
+    Args:
+        overrides: those of the run's last start.
+    """
+    kept = [
+        override
+        for override in overrides
+        if override.lstrip("+").partition("=")[0] not in OF_A_START
+    ]
+    return f"{program.command('train')} {shlex.join(kept)}".rstrip()
 
 
 def choose(comparison: Comparison) -> Ship:

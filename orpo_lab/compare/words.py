@@ -1,10 +1,14 @@
 """The verdict in sentences."""
 
 import math
+from collections.abc import Sequence
+from statistics import fmean
 
 from orpo_lab.compare.evidence import Comparison
 from orpo_lab.compare.guess import gain, guesses
+from orpo_lab.compare.read import Run
 from orpo_lab.compare.verdict import Interval, Verdict
+from orpo_lab.metrics import IS_EVIDENCE, WIN_RATE
 
 
 def verdict_text(comparison: Comparison) -> list[str]:
@@ -125,6 +129,25 @@ def interval_text(interval: Interval) -> str:
     if math.isnan(interval.low):
         return f"{interval.estimate:.3f}"
     return f"{interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+
+
+def judged_text(runs: Sequence[Run]) -> str:
+    """Return the judge's win rate of a setting, as a mean over its runs; empty: nobody has judged.
+
+    One run has the interval over prompts; several have none, since the prompts are the same. Nor
+    has a judge that tells nothing.
+    """
+    judged = [run.summary for run in runs if run.summary and WIN_RATE in run.summary]
+    if not judged:
+        return ""
+    if not all(summary[IS_EVIDENCE] for summary in judged):
+        return "no evidence"
+    rates = [summary[WIN_RATE] for summary in judged]
+    if len(rates) > 1:
+        return f"{fmean(rates):.3f}"
+    (summary,) = judged
+    low, high = summary[f"{WIN_RATE}_low"], summary[f"{WIN_RATE}_high"]
+    return interval_text(Interval(rates[0], low, high))
 
 
 def amount_text(value: float, unit: str, *, is_share: bool) -> str:

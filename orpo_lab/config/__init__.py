@@ -42,14 +42,17 @@ from orpo_lab.config.dataset import (
     OasstDataset,
 )
 from orpo_lab.config.engine import Engine, SharedPrefixEngine, TrlEngine
+from orpo_lab.config.evaluation import Evaluation, Harness, NoEvaluation
+from orpo_lab.config.judge import EndpointJudge, Judge, NoJudge
 from orpo_lab.config.method import METHODS, Method, OrpoMethod
 from orpo_lab.config.mixture import SOURCES, MixedSource, MixtureDataset, is_left_behind
 from orpo_lab.config.model import RESULT_FILES, Model
 from orpo_lab.config.optimizer import AdamW, Galore, Lora, Optimizer, Qlora
+from orpo_lab.config.plan import Planning
 from orpo_lab.config.policy import free, lasting, location, setting
 from orpo_lab.config.quantization import Int8, Nf4, Quantization, Unquantized
 from orpo_lab.config.resolvers import RESOLVERS
-from orpo_lab.config.tracker import NoTracker, Tracker, WandbTracker
+from orpo_lab.config.tracker import BELOW, NoTracker, Tracker, WandbTracker, nowhere
 from orpo_lab.config.train import Train
 from orpo_lab.errors import UserError, one_line
 
@@ -75,7 +78,10 @@ class Config:
     method: Method = setting()
     engine: Engine = setting()
     train: Train = setting()
-    tracker: Tracker = free()
+    plan: Planning = free()
+    evaluation: Evaluation = free()
+    tracker: Tracker = free(factory=nowhere)
+    judge: Judge = free()
 
     def __post_init__(self) -> None:
         at_least(0, seed=self.seed)
@@ -88,6 +94,8 @@ class Config:
         self._check_pairs()
         self._check_quantization()
         self._check_engine()
+        self._check_judge()
+        self._check_sharding()
 
     @property
     def adaptive(self) -> Adaptive | None:
@@ -196,6 +204,42 @@ class Config:
                 "use engine=shared_prefix",
             )
 
+    def _check_judge(self) -> None:
+        check(
+            isinstance(self.judge, NoJudge) or self.dataset.num_generations > 0,
+            f"judge={kind(self.judge)} compares the run's answers, and dataset.num_generations=0 "
+            "makes none; raise it, or use judge=none",
+        )
+
+    def _check_sharding(self) -> None:
+        if self.train.sharding == "none":
+            return
+        cannot = "train.sharding=full cannot be combined with"
+        check(
+            not isinstance(self.optimizer, Galore),
+            f"{cannot} optimizer=galore, which projects whole gradients; use "
+            "train.sharding=none, or optimizer=lora, qlora or adamw",
+        )
+        check(
+            not isinstance(self.quantization, Int8),
+            f"{cannot} quantization=int8: the layers of bitsandbytes keep whole 8-bit weights; use "
+            "quantization=nf4",
+        )
+        check(
+            not isinstance(self.engine, TrlEngine),
+            f"{cannot} engine=trl, which trains in one process; use engine=shared_prefix",
+        )
+        check(
+            self.train.meter_steps is None,
+            f"{cannot} train.meter_steps={self.train.meter_steps}, which takes gradients of its "
+            "own; set it to null",
+        )
+        check(
+            not isinstance(self.evaluation, Harness),
+            f"{cannot} evaluation=harness, which asks one process alone; use evaluation=none, and "
+            "judge final/ afterwards",
+        )
+
 
 # For each group, its options and the dataclass with the types of each option. Options that share a
 # dataclass (the named models, the hub datasets) share a schema, under the name given here. A group
@@ -223,7 +267,10 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "method": {**METHODS},
     "engine": {"shared_prefix": SharedPrefixEngine, "trl": TrlEngine},
     "train": {"train": Train},
-    "tracker": {"wandb": WandbTracker, "none": NoTracker},
+    "plan": {"plan": Planning},
+    "evaluation": {"harness": Harness, "none": NoEvaluation},
+    "tracker": {"wandb": WandbTracker, "none": NoTracker, **BELOW},
+    "judge": {"endpoint": EndpointJudge, "none": NoJudge},
 }
 
 
@@ -245,7 +292,8 @@ def known_key(key: str) -> str:
 
 def fields_of(schema: type[Any], group: str) -> dict[str, Field[Any]]:
     """Return the dataclass field of every key of an option of a group."""
-    return dict(_fields_in(schema, f"{group.replace('/', '.')}."))
+    below = [f"{name}." for name, other in BELOW.items() if other is schema]
+    return dict(_fields_in(schema, f"{group.replace('/', '.')}.{''.join(below)}"))
 
 
 def _fields_in(schema: type[Any], prefix: str) -> Iterator[tuple[str, Field[Any]]]:

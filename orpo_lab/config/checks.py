@@ -3,6 +3,9 @@
 Keys are given as Python names, with `__` instead of a dot: `train__max_steps` is `train.max_steps`.
 """
 
+import difflib
+from collections.abc import Iterable
+
 # The value of a key whose choice is left to the lab
 AUTO = "auto"
 # The values of a switch. A switch is a text, since OmegaConf cannot merge a field that holds a text
@@ -27,4 +30,17 @@ def one_of(allowed: tuple[str, ...], **values: str) -> None:
     """Raise a `ValueError` if a value is not one of the allowed values."""
     for key, value in values.items():
         key = key.replace("__", ".")
-        check(value in allowed, f"{key}={value} must be one of {', '.join(allowed)}")
+        check(
+            value in allowed,
+            f"{key}={value} must be one of {', '.join(allowed)}{meant(closest(value, allowed))}",
+        )
+
+
+def closest(typed: str, options: Iterable[str]) -> str | None:
+    """Return the option that is spelled most like what was typed; None: none is close."""
+    return next(iter(difflib.get_close_matches(typed.lower(), [*options], n=1)), None)
+
+
+def meant(option: str | None) -> str:
+    """Return a sentence with what the user probably meant; empty: that is not known."""
+    return f". Did you mean '{option}'?" if option else ""

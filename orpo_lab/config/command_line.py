@@ -21,70 +21,22 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from orpo_lab import config
+from orpo_lab.config.checks import closest, meant
 from orpo_lab.config.dataset import Files
 from orpo_lab.config.mixture import SOURCES
+from orpo_lab.config.other_names import ALSO_CALLED
+from orpo_lab.config.tracker import BELOW
 from orpo_lab.errors import UserError, one_line
 
 TEXT: tuple[Any, ...] = (str, str | None)
 TEXTS: tuple[Any, ...] = (list[str], list[str] | None)
 # Keys that name a folder, but are not our keys, or are not locations that a run reads
 FOLDERS = ("resume", "hydra.run.dir", "hydra.sweep.dir")
-NONE_IS_AN_OPTION = ("quantization", "tracker")
+NONE_IS_AN_OPTION = ("evaluation", "quantization", "tracker")
 # Exceptions of Hydra and its libraries if a configuration cannot be composed; see `explain`
 NOT_COMPOSED = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
 # A quoted text, or a text between characters that Hydra's grammar reserves
 TOKEN = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^,\[\]()'"]+""")
-
-# Names that papers and other trainers (transformers, TRL, PEFT, axolotl, LLaMA-Factory) use, and
-# our keys
-ALSO_CALLED = {
-    "attn_implementation": "model.attention",
-    "base_model": "model.path",
-    "bf16": "model.dtype",
-    "cpo_alpha": "method.sft_weight",
-    "dataset_name": "dataset.path",
-    "dataset_num_proc": "dataset.num_proc",
-    "data_path": "dataset.train_path",
-    "epochs": "train.num_epochs",
-    "fp16": "model.dtype",
-    "gradient_accumulation_steps": "train.batch_size",
-    "lambda": "beta",
-    "learning_rate": "optimizer.learning_rate",
-    "load_in_4bit": "quantization",
-    "load_in_8bit": "quantization",
-    "loss_type": "method",
-    "lora_alpha": "optimizer.alpha",
-    "lora_dropout": "optimizer.dropout",
-    "lora_r": "optimizer.r",
-    "lr": "optimizer.learning_rate",
-    "lr_scheduler": "train.lr_scheduler_type",
-    "max_completion_length": "dataset.max_length",
-    "max_seq_length": "dataset.max_length",
-    "micro_batch_size": "engine.micro_batch_size",
-    "model_name": "model.path",
-    "model_name_or_path": "model.path",
-    "num_train_epochs": "train.num_epochs",
-    "optim": "optimizer",
-    "orpo_alpha": "beta",
-    "output_dir": "hydra.run.dir",
-    "per_device_train_batch_size": "train.batch_size",
-    "pref_beta": "beta",
-    "pref_ftx": "method.sft_weight",
-    "pref_loss": "method",
-    "ref_model": "start_from",
-    "report_to": "tracker",
-    "resume_from_checkpoint": "resume",
-    "rpo_alpha": "method.sft_weight",
-    "run_name": "name",
-    "save_total_limit": "train.num_checkpoints",
-    "simpo_gamma": "method.gamma",
-    "tau": "beta",
-    "torch_dtype": "model.dtype",
-    "train_file": "dataset.train_path",
-    "truncation_mode": "dataset.overlong",
-    "wandb_project": "tracker.project",
-    "warmup_ratio": "train.warmup_steps",
-}
 
 
 @functools.cache
@@ -147,7 +99,7 @@ def _check(arguments: Sequence[str]) -> None:
 
     Raises:
         UserError: an argument sets a group to null, uses the old group `objective`, deletes a key,
-            or holds bytes that are not text.
+            lists trackers that do not go together, or holds bytes that are not text.
     """
     for group in (*config.SCHEMAS, "experiment"):
         if f"{group}=null" in arguments:
@@ -164,12 +116,41 @@ def _check(arguments: Sequence[str]) -> None:
         key = argument.removeprefix("~").partition("=")[0]
         if argument.startswith("~") and key in config.all_fields():
             raise UserError(f"{argument}: no key can be taken away; give it a value, {key}=...")
+        _check_list(argument)
         # The library that saves tokenizers refuses such names, but only after training
         if re.search("[\ud800-\udfff]", argument):
             raise UserError(
                 f"{argument} holds bytes that are no text in {sys.getfilesystemencoding()}; give "
                 "another name, or set LC_ALL=C.UTF-8"
             )
+
+
+def _check_list(argument: str) -> None:
+    """Refuse a list of trackers that Hydra would not compose, or would not name in its refusal."""
+    lists = re.match(r"tracker=.*?\[([^\]]*)", argument)
+    names = [name.strip(" '\"") for name in lists[1].split(",")] if lists else []
+    if "null" in names or any(name.startswith("[") for name in names):
+        raise UserError(f"{argument}: give the names of trackers, as in tracker=[wandb,mlflow]")
+    if "none" in names and len(names) > 1:
+        raise UserError(f"{argument}: none is no tracker beside others; leave it out")
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{argument}: {name} is given twice")
+
+
+def check_below_trackers(overrides: Sequence[str]) -> None:
+    """Refuse a key of a tracker that is not chosen; for OmegaConf it is a key below null.
+
+    Args:
+        overrides: those of a configuration that cannot be composed for such a key.
+
+    Raises:
+        UserError: the first key of a tracker in a list has no tracker.
+    """
+    for override in overrides:
+        key = override.lstrip("+").partition("=")[0]
+        if below := re.match(rf"tracker\.({'|'.join(BELOW)})\.", key):
+            raise UserError(f"{key} is a key of tracker={below[1]}; choose this tracker too")
 
 
 def _as_typed(argument: str, *, is_sweep: bool) -> str:
@@ -268,11 +249,16 @@ def did_you_mean(text: str) -> str:
     Args:
         text: the error of Hydra that names the unknown key or option.
     """
-    unknown = re.search(r"Could not (?:override|find|append to config group) '(.+?)'", text)
+    unknown = re.search(r"Could not (?:override|find|load|append to config group) '(.+?)'", text)
     if unknown is None:
         return ""
     options = re.findall(r"^\t(.+)$", text, flags=re.MULTILINE)  # the options that Hydra lists
+    if "Could not load" in text:  # an option in a list, of which Hydra lists none
+        options = [*config.SCHEMAS.get(unknown[1].partition("/")[0], ())]
     typed = unknown[1].rsplit("/", 1)[-1] if options else unknown[1]
+    of_source = typed.replace("dataset.", f"{SOURCES}.NAME.", 1)
+    if "MixtureDataset" in text and config.known_key(of_source) in config.all_fields():
+        return f". Of a mixture each source has its own, {of_source}"
     if typed in config.all_fields():
         owners = [
             f"{group}={option}"
@@ -281,21 +267,24 @@ def did_you_mean(text: str) -> str:
             if typed in config.fields_of(schema, group)
         ]
         return f". {typed} is a key of {' or '.join(owners)}"
-    close = _closest(typed, options)
-    return f". Did you mean '{close}'?" if close else ""
-
-
-def _closest(typed: str, options: Sequence[str]) -> str | None:
-    """Return the key or option that the user probably meant; None: there is none.
-
-    Tried in this order: another trainer's name, the last part of a key, a similar spelling. With
-    `options`, only a similar spelling among these.
-    """
     if options:
-        return next(iter(difflib.get_close_matches(typed.lower(), options, n=1)), None)
+        return meant(closest(typed, options))
+    return suggestion(typed)
+
+
+def suggestion(typed: str) -> str:
+    """Return a sentence with the key that the user probably meant; empty: there is none.
+
+    Tried in this order: another trainer's name, the last part of a key, a similar spelling.
+    """
+    ours = ALSO_CALLED.get(typed.rsplit(".", 1)[-1])
+    if ours is not None:
+        return meant(ours.name) + (f" ({ours.note})" if ours.note else "")
+    return meant(_closest_key(typed))
+
+
+def _closest_key(typed: str) -> str | None:
     last = typed.rsplit(".", 1)[-1]
-    if last in ALSO_CALLED:
-        return ALSO_CALLED[last]
     keys = {key: key.rsplit(".", 1)[-1] for key in config.all_fields()}
     for key, name in keys.items():
         if name == last:
@@ -303,7 +292,8 @@ def _closest(typed: str, options: Sequence[str]) -> str | None:
     if whole := difflib.get_close_matches(typed, keys, n=1):
         return whole[0]
     names = difflib.get_close_matches(last, [*ALSO_CALLED, *keys.values()], n=1)
-    by_name = {name: key for key, name in reversed(keys.items())} | ALSO_CALLED
+    by_name = {name: key for key, name in reversed(keys.items())}
+    by_name |= {name: ours.name for name, ours in ALSO_CALLED.items()}
     return by_name[names[0]] if names else None
 
 

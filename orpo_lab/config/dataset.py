@@ -9,12 +9,17 @@ from typing import Any, ClassVar
 
 from orpo_lab.config.checks import SWITCH, at_least, check, one_of
 from orpo_lab.config.policy import free, location, setting, switch
+from orpo_lab.errors import one_line
 
 ALL_FILES = "**/*"
 # A path, a pattern, or a list of these; OmegaConf has no type for a text or a list (2.3.1)
 Files = Any
 # Which of several ranked answers make pairs
 PAIRINGS = ("best_worst", "adjacent", "all")
+# Without a checker, or without greedy answers, no run reads how answers are checked
+UNCHECKED = {"dataset.checker": None, "dataset.num_generations": 0}
+# How greedy answers are checked (`data.checkers`)
+CHECKERS = ("exact", "last_number", "choice", "regex")
 # Faults despite which a row can be trained on; other faults leave no prompt with two answers
 KEEPABLE_FAULTS = (
     "nul_character",
@@ -52,6 +57,37 @@ def check_files(**values: Files) -> None:
             value is None or (bool(paths) and all(isinstance(path, str) for path in paths)),
             f"{key}={value} must be a path, or a list of paths such as [a.jsonl,b.jsonl]",
         )
+
+
+def check_checker(checker: str | None, pattern: str | None) -> None:
+    """Raise a `ValueError` if there is no such checker, or its pattern cannot be used."""
+    if checker is not None:
+        one_of(CHECKERS, dataset__checker=checker)
+    check(
+        checker == "regex" or pattern is None,
+        f"dataset.checker_pattern={pattern} is read by dataset.checker=regex alone, and "
+        f"dataset.checker={checker}; set the one or leave out the other",
+    )
+    check(
+        checker != "regex" or pattern is not None,
+        "dataset.checker=regex needs a pattern with one group that holds the answer, such as "
+        "'dataset.checker_pattern=Answer: ([a-z]+)'",
+    )
+    if pattern is None:
+        return
+    import regex
+
+    try:
+        num_groups = regex.compile(pattern).groups
+    except (regex.error, OverflowError, RecursionError, ValueError) as error:
+        raise ValueError(
+            f"dataset.checker_pattern={pattern} is no regular expression: {one_line(error)}"
+        ) from error
+    check(
+        num_groups == 1,
+        f"dataset.checker_pattern={pattern} has {num_groups} groups; one must hold the answer, and "
+        "parentheses that hold none are written (?:...)",
+    )
 
 
 @dataclass(kw_only=True)
@@ -161,6 +197,7 @@ class Columns:
     system: str | None = _optional("system")
     input: str | None = _optional("input")
     history: str | None = _optional("history")
+    right_answer: str | None = _optional("right_answer")
 
 
 @dataclass(kw_only=True)
@@ -262,6 +299,9 @@ class TableDataset(Dataset):
     transcripts: bool = setting()
     # Runs that were made before there was this key trained on strings as they are
     as_messages: str = switch(unread_under={"dataset.as_messages": "false"})
+    # Runs that were made before there were these keys checked no answer
+    checker: str | None = setting(unread_under=UNCHECKED)
+    checker_pattern: str | None = setting(unread_under=UNCHECKED)
 
     @property
     def unit(self) -> str:
@@ -272,6 +312,7 @@ class TableDataset(Dataset):
         super().__post_init__()
         self.as_messages = self.as_messages.lower()
         one_of(SWITCH, dataset__as_messages=self.as_messages)
+        check_checker(self.checker, self.checker_pattern)
         if not self.transcripts:
             return
         check(

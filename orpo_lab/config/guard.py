@@ -15,12 +15,13 @@ from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import get_args_parser
-from hydra.errors import HydraException
+from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from orpo_lab import upstream
-from orpo_lab.config import Config
-from orpo_lab.config.command_line import explain, text_keys
+from orpo_lab.config import Config, own_files
+from orpo_lab.config.command_line import check_below_trackers, explain, text_keys
 from orpo_lab.config.identity import flat
 from orpo_lab.errors import UserError
 from orpo_lab.redaction import redact
@@ -36,8 +37,11 @@ KNOWN = {
         "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher",
         "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher",
         "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",
+        "orpo_lab.sweep.on_ray.RayLauncher",
     ),
 }
+# Where options come from that are not the user's own; the names are Hydra's
+OURS = ("hydra", "main", "schema")
 # Called with the configurations of a sweep's jobs, and a line for each job that cannot be composed
 Count = Callable[[list[DictConfig], list[str]], None]
 # A single folder name: made safe by `slug`, or of safe characters and the number of the job
@@ -69,8 +73,9 @@ def install(count: Count) -> None:
     others = [argument for argument in sys.argv[1:] if argument not in flags.overrides]
     sys.argv[1:] = [*others, *flags.overrides]
     check_what_is_composed()
-    _, race = KNOWN["hydra.sweeper"]
-    upstream.plug_in(race)
+    for plugin in (*KNOWN["hydra.sweeper"], *KNOWN["hydra.launcher"]):
+        if plugin.startswith("orpo_lab."):
+            upstream.plug_in(plugin)
     for sweeper in KNOWN["hydra.sweeper"]:
         upstream.sweep_through(
             sweeper,
@@ -137,22 +142,52 @@ class CheckedLoader(ConfigLoaderImpl):
         """Compose as Hydra does, and check the result before anything in it is called.
 
         Raises:
-            UserError: the configuration names a part that is not known.
+            UserError: the configuration names a part that is not known, or a file does not fit.
         """
-        composed = super().load_configuration(*args, **kwargs)
         given = inspect.signature(super().load_configuration).bind(*args, **kwargs).arguments
+        try:
+            composed = super().load_configuration(*args, **kwargs)
+        except ConfigCompositionException as error:
+            cause = error.__context__
+            if str(error).startswith("In '") and isinstance(cause, OmegaConfBaseException):
+                raise UserError(own_files.explain(cause, self._file)) from error
+            raise
+        except AssertionError:
+            check_below_trackers(given["overrides"])
+            raise
         # Without a name Hydra only shows its own settings (--hydra-help), and calls nothing
         if given["config_name"]:
             check(composed)
         return composed
 
     def _load_single_config(self, default: Any, repo: Any) -> Any:
-        """Load a file, but refuse a number where a key holds text: its digits as typed are lost."""
+        """Load a file of the folder of options; refuse a number where a key holds text.
+
+        The digits of a number as typed are lost. The options of a list (`tracker=[a,b]`) are seen
+        here only.
+        """
+        if ".." in Path(default.config_path or "").parts:
+            raise UserError(
+                f"{default.config_path} leads out of the folder of options; name one in it, "
+                "or add a folder of your own with --config-dir"
+            )
         loaded = super()._load_single_config(default, repo)
         if not loaded.is_schema_source:
-            folder = loaded.path.removeprefix("file://")
-            _check_texts(f"{folder}/{default.config_path}.yaml", loaded.config)
+            self._file = _file_of(loaded, default.config_path)
+            _check_texts(str(self._file), loaded.config)
+            if loaded.provider == "main":
+                self._check_not_hidden(default.config_path, repo)
         return loaded
+
+    def _check_not_hidden(self, option: str, repo: Any) -> None:
+        """Refuse an option of ours where the user has a file of the same name."""
+        for source in repo.get_sources():
+            if source.provider not in OURS and source.is_config(option):
+                raise UserError(
+                    f"{_file_of(source, option)} has the name of an option that comes with the "
+                    "lab, and would not be read; rename it. To change that option, begin a file "
+                    f"with `defaults: [{Path(option).name}, _self_]`"
+                )
 
     def _process_config_searchpath(
         self, config_name: str | None, parsed_overrides: Any, repo: Any
@@ -181,6 +216,10 @@ class RedactingOmegaConf(OmegaConf):
         """Write a configuration to a file, with secrets redacted."""
         plain = redact(OmegaConf.to_container(config, resolve=resolve))
         OmegaConf.save(OmegaConf.create(plain), f)
+
+
+def _file_of(source: Any, option: str) -> Path:
+    return Path(source.path.removeprefix("file://"), f"{option}.yaml")
 
 
 def _check_texts(file: str, loaded: Any) -> None:

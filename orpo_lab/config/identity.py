@@ -15,6 +15,7 @@ from typing import Any
 from orpo_lab.config import SCHEMAS, Config, all_fields, kind, known_key
 from orpo_lab.config.dataset import Files, expand
 from orpo_lab.config.model import local_path
+from orpo_lab.config.optimizer import Lora
 from orpo_lab.config.policy import Policy
 
 # How many evenly spaced blocks of a file of weights are read, and their size. To read a model of
@@ -121,7 +122,7 @@ def contents(config: Config) -> dict[str, str]:
     found = {}
     for key, places in locations(config).items():
         contents = [_content(place, policy_of(key).files) for place in places]
-        found[key] = contents[0] if len(contents) == 1 else _hash(contents)
+        found[key] = contents[0] if len(contents) == 1 else hash_of(contents)
     return found
 
 
@@ -170,7 +171,7 @@ def _digest(file: Path, size: int, mtime_ns: int, ctime_ns: int) -> str:
 
 def identity(config: Config, *groups: str) -> str:
     """Return a hash of all that a run's result depends on, or only of the keys of some groups."""
-    return _hash([_of(settings(values(config)), groups), _of(contents(config), groups)])
+    return hash_of([_of(settings(values(config)), groups), _of(contents(config), groups)])
 
 
 def identity_without_beta(config: Config) -> str:
@@ -180,12 +181,12 @@ def identity_without_beta(config: Config) -> str:
         for key, value in settings(values(config)).items()
         if key.split(".")[0] not in ("beta", "beta_end", "beta_schedule")
     }
-    return _hash([read, contents(config)])
+    return hash_of([read, contents(config)])
 
 
 def name_of(config: Config, *groups: str) -> str:
     """Return a hash of the settings and locations of some groups; contents are not read."""
-    return _hash([_of(settings(values(config)), groups), _of(locations(config), groups)])
+    return hash_of([_of(settings(values(config)), groups), _of(locations(config), groups)])
 
 
 def _of(pairs: dict[str, Any], groups: tuple[str, ...]) -> dict[str, Any]:
@@ -194,5 +195,19 @@ def _of(pairs: dict[str, Any], groups: tuple[str, ...]) -> dict[str, Any]:
     return {key: value for key, value in pairs.items() if key.split(".")[0] in groups}
 
 
-def _hash(value: Any) -> str:
+def hash_of(value: Any) -> str:
+    """Return a short hash of a value that JSON can hold."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def start_of(config: Config) -> str:
+    """Return a name for what the model before training computes of the pairs.
+
+    Runs of one name differ in nothing that the figures of the untrained model depend on.
+    """
+    parts = identity(config, "dataset", "model", "quantization", "start_from")
+    name = f"{kind(config.optimizer)}-{kind(config.engine)}-{parts}"
+    if config.start_from and isinstance(config.optimizer, Lora):
+        # An adapter of another shape is merged, which rounds
+        name += f"-{config.optimizer.r}-{config.optimizer.alpha:g}"
+    return name

@@ -52,6 +52,8 @@ class MixedSource:
     num_train: int | None = setting(default=None)
     max_repeats: int = setting(default=1)
     num_eval: int | None = setting(default=None)
+    checker: str | None = setting(default=None)
+    checker_pattern: str | None = setting(default=None)
 
     def check(self) -> None:
         """Check the values; a message names a key of a source as a key of `dataset`.
@@ -153,6 +155,8 @@ class MixtureDataset(Dataset):
             "columns": source.columns,
             "transcripts": source.transcripts,
             "as_messages": self.as_messages,
+            "checker": source.checker,
+            "checker_pattern": source.checker_pattern,
         }
         try:
             source.check()

@@ -9,7 +9,15 @@ from orpo_lab.config.policy import free, lasting, location
 # The name of the embedded model in conf/model/tiny.yaml: its folder in the package
 EMBEDDED = "orpo_lab/tiny"
 # The files that a model is loaded from; checkpoints and a README in the folder are not read
-MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
+MODEL_FILES = (
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "additional_chat_templates/*.jinja",
+    "*.model",
+    "*.txt",
+    "*.py",
+)
 # In `final/` of a run: the model that the adapter there belongs to, if `model.path` is another one
 BASE = "base"
 # The files of a run folder that another run starts from

@@ -83,6 +83,10 @@ def location(*files: str, default: Any = MISSING) -> Any:
     return _field(Policy("location", files=files), default=default)
 
 
-def free() -> Any:
-    """Return a field that changes no weight and no held-out figure; it may change at any time."""
-    return _field(Policy("free"))
+def free(*, factory: Callable[[], Any] | None = None) -> Any:
+    """Return a field that changes no weight and no held-out figure; it may change at any time.
+
+    Args:
+        factory: makes the default value. None: a YAML file must give the value.
+    """
+    return _field(Policy("free"), factory)

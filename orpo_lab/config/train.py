@@ -18,6 +18,7 @@ class Train:
     warmup_steps: float = setting(unread_under={"train.lr_scheduler_type": "constant"})
     max_grad_norm: float = setting()
     gradient_checkpointing: str = switch()
+    sharding: str = setting()
     logging_steps: int = free()
     meter_steps: int | None = free()
     eval_steps: int | None = free()
@@ -46,6 +47,7 @@ class Train:
         )
         self.gradient_checkpointing = self.gradient_checkpointing.lower()
         one_of(SWITCH, train__gradient_checkpointing=self.gradient_checkpointing)
+        one_of(("none", "full"), train__sharding=self.sharding)
         one_of(("stop", "skip"), train__on_nonfinite=self.on_nonfinite)
         at_least(0, train__warmup_steps=self.warmup_steps, train__max_grad_norm=self.max_grad_norm)
         check(

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from orpo_lab import program
 from orpo_lab.compare.verdict import Interval
 from orpo_lab.curate.folder import VOTES, read_candidates, read_prompts
 from orpo_lab.curate.rules import Opinions, Outcome, Rule, opinions, outcomes
@@ -192,7 +193,9 @@ def read_votes(folder: Path) -> tuple[list[Comparison], list[Vote]]:
     """
     votes = Store(folder).votes() if (folder / VOTES).is_file() else []
     if not votes:
-        raise UserError(f"{folder} has no votes yet; `python -m orpo_lab curate votes` takes them")
+        raise UserError(
+            f"{folder} has no votes yet; `{program.command('curate votes')}` takes them"
+        )
     return Store(folder).comparisons(), votes
 
 
@@ -279,16 +282,23 @@ def _share(hits: Sequence[bool]) -> float | None:
     return sum(hits) / len(hits) if hits else None
 
 
-def lines(found: Agreement) -> list[str]:
-    """Return what the terminal shows of an agreement."""
+def alpha_text(found: Interval) -> str:
+    """Return an alpha with its interval in words."""
     # Its room imports transformers, which takes seconds; the voting page does without
     from orpo_lab.compare.words import interval_text
 
+    if math.isnan(found.estimate):
+        return "not enough votes: two people on one comparison, and two different choices in all"
+    return interval_text(found)
+
+
+def lines(found: Agreement) -> list[str]:
+    """Return what the terminal shows of an agreement."""
     said = [
         f"{found.num_votes} votes of people on {found.num_voted} of {found.num_comparisons} "
         f"comparisons; {found.num_shared} have two votes or more",
-        f"alpha (first, second, tie, both bad)  {interval_text(found.alpha)}",
-        f"alpha (first or second alone)         {interval_text(found.alpha_decided)}",
+        f"alpha (first, second, tie, both bad)  {alpha_text(found.alpha)}",
+        f"alpha (first or second alone)         {alpha_text(found.alpha_decided)}",
     ]
     if not math.isnan(found.alpha_decided.estimate):
         rate = implied_error_rate(found.alpha_decided.estimate)

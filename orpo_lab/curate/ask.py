@@ -3,9 +3,11 @@
 import argparse
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from orpo_lab.data.pairs import Message
+if TYPE_CHECKING:
+    # Its room imports transformers, which takes seconds
+    from orpo_lab.data.pairs import Message
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class Request:
     """
 
     id: str
-    messages: list[Message]
+    messages: "list[Message]"
     temperature: float
     top_p: float
     max_new_tokens: int

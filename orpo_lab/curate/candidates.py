@@ -15,7 +15,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
 from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest
 
 from orpo_lab.curate import ask
@@ -33,6 +32,7 @@ from orpo_lab.curate.folder import (
 from orpo_lab.curate.models import check_options, open_model
 from orpo_lab.curate.store import Comparison, Store
 from orpo_lab.errors import UserError
+from orpo_lab.progress import Work
 
 # Without --temperatures those of the answers are spread evenly between these two
 TEMPERATURES = (0.7, 0.9)
@@ -179,14 +179,12 @@ def _answer_as(model: Answerer, prompts: Sequence[Prompt], options: argparse.Nam
     _check_same_weights(model, [one for one in present if one.id in have])
     failed: Counter[str] = Counter()
     requests = [slot.request for slot in slots.values()]
-    with tqdm(
-        total=len(slots), initial=len(have), desc=model.name, unit="answer", disable=None
-    ) as progress:
+    with Work(f"{model.name}: answers", len(slots), done=len(have)) as work:
         for batch in model.answer(requests, have):
             answered = [(one, made) for one, made in batch if isinstance(made, Answer)]
             append(path, [slots[one.id].fill(made, model.found) for one, made in answered])
             failed.update(made.reason for _, made in batch if isinstance(made, Failure))
-            progress.update(len(answered))
+            work.done += len(answered)
     num_new = len(slots) - len(have) - failed.total()
     there = f", {len(have)} were there already" if have else ""
     print(f"{model.name}: {num_new} answers{there}")

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from orpo_lab.compare.words import interval_text
+from orpo_lab import program
 from orpo_lab.curate import diversity
-from orpo_lab.curate.agreement import Agreement, measure, percent
+from orpo_lab.curate.agreement import Agreement, alpha_text, measure, percent
 from orpo_lab.curate.rules import ALL, DROPPED, Rule
 from orpo_lab.records.markdown import fenced
 
@@ -58,8 +58,8 @@ def text(curation: "Curation", made: "Pairs", rule: Rule, language: str | None) 
         "## Diversity of the prompts",
         _diversity(curation, made.rows),
         "## Training on it",
-        "```bash\n"
-        "python launch.py model=smollm2_135m dataset=file dataset.train_path=pairs.jsonl\n```",
+        f"```bash\n{program.command('train')} "
+        "model=smollm2_135m dataset=file dataset.train_path=pairs.jsonl\n```",
         "A row holds `prompt`, `chosen` and `rejected` as messages. `provenance` says where the "
         "prompt comes from, how the answers were made and how many annotators chose; training "
         "does not read it. All pairs of a prompt are held out together.",
@@ -126,8 +126,8 @@ def _words(rule: Rule) -> str:
 def _agreement(found: Agreement) -> str:
     return (
         "Krippendorff's alpha of the people, nominal, with a 95 % bootstrap interval over "
-        f"comparisons: {interval_text(found.alpha)} over all four choices (first, second, tie, "
-        f"both bad), {interval_text(found.alpha_decided)} over votes for an answer. It rests on "
+        f"comparisons: {alpha_text(found.alpha)} over all four choices (first, second, tie, "
+        f"both bad), {alpha_text(found.alpha_decided)} over votes for an answer. It rests on "
         f"{found.num_shared} comparisons with two votes or more."
     )
 

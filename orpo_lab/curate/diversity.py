@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from orpo_lab import program
 from orpo_lab.curate.folder import Prompt
 from orpo_lab.data.near_duplicates import near_duplicates
 from orpo_lab.data.pairs import text_of
@@ -125,7 +126,7 @@ def clusters(texts: Sequence[str]) -> list[Cluster]:
         from sklearn.preprocessing import normalize
     except ImportError as error:
         raise UserError(
-            'clusters need scikit-learn, which is not installed: pip install -e ".[curate]"'
+            f"clusters need scikit-learn, which is not installed: {program.install('curate')}"
         ) from error
     number = min(MAX_CLUSTERS, round(math.sqrt(len(texts) / 2)))
     if number < 2:

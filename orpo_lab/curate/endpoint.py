@@ -8,6 +8,7 @@ and the next call of the step asks again.
 The key comes from an environment variable, and is replaced by *** in all that comes back.
 """
 
+import importlib
 import os
 import threading
 import time
@@ -27,6 +28,8 @@ from orpo_lab.redaction import HIDDEN, MIN_LENGTH
 # has nothing left
 MAX_FAILED_IN_A_ROW = 20
 URL_VARIABLE = "OPENAI_BASE_URL"
+# The package that sends bytes; which one it is depends on the version of openai
+HTTPX: Any = importlib.import_module(openai.DefaultHttpxClient.__mro__[1].__module__.split(".")[0])
 
 
 class Endpoint:
@@ -35,11 +38,12 @@ class Endpoint:
     Args:
         name: the model, as the endpoint calls it.
         url: the base URL; empty: that in the environment.
+        url_option: where the user gives the URL, for messages.
         key_variable: the environment variable with the key; where it is not set, no key is sent
             that means anything.
         concurrency: the number of requests at a time.
         rate: the largest number of requests a minute, tries counted one by one; None: no limit.
-        timeout: seconds that the endpoint may be silent.
+        timeout: seconds until a reply must be whole.
         retries: further tries of a request.
 
     Raises:
@@ -51,13 +55,14 @@ class Endpoint:
         name: str,
         url: str,
         *,
+        url_option: str = "--endpoint",
         key_variable: str,
         concurrency: int,
         rate: float | None,
         timeout: float,
         retries: int,
     ) -> None:
-        url = check_url(url or os.environ.get(URL_VARIABLE, ""))
+        url = check_url(url or os.environ.get(URL_VARIABLE, ""), url_option)
         self.name = name
         self.settings = {"model": name, "endpoint": url}
         self.found = {"openai": openai.__version__}
@@ -96,7 +101,7 @@ class Endpoint:
         return openai.OpenAI(
             base_url=self.settings["endpoint"],
             api_key=self._key or "none",
-            http_client=openai.DefaultHttpxClient(event_hooks={"request": [self._pace.wait]}),
+            http_client=_Timely(self._timeout, event_hooks={"request": [self._pace.wait]}),
             timeout=self._timeout,
             max_retries=self._retries,
         )
@@ -144,7 +149,7 @@ class Endpoint:
                 f"/v1): {self._said(error)}"
             ) from None
         except openai.APITimeoutError:
-            return Failure("the endpoint did not answer in time (--timeout)")
+            return Failure(f"the endpoint did not answer in time ({self._timeout:g} s)")
         except openai.APIConnectionError as error:
             why = self._said(error.__cause__ or error)
             # By its name: which package the class comes from depends on the version of openai
@@ -182,7 +187,38 @@ class Endpoint:
         return text.replace(self._key, HIDDEN) if len(self._key) >= MIN_LENGTH else text
 
 
-def check_url(url: str) -> str:
+class _Timely(openai.DefaultHttpxClient):
+    """Breaks a reply off that is not whole in time.
+
+    The timeouts of httpx are for each read: a byte now and then passes all of them.
+
+    Args:
+        seconds: the longest time from a request to the end of its reply.
+        options: those of httpx's client.
+    """
+
+    def __init__(self, seconds: float, **options: Any) -> None:
+        super().__init__(**options)
+        self._seconds = seconds
+
+    def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
+        """Return the reply, which is read already; the package asks for no streams."""
+        end = time.monotonic() + self._seconds
+        reply = super().send(request, stream=True, **options)
+        parts = []
+        try:
+            for part in reply.iter_raw():
+                parts.append(part)
+                if time.monotonic() > end:
+                    raise HTTPX.ReadTimeout("the reply came too slowly", request=request)
+        finally:
+            reply.close()
+        return type(reply)(
+            reply.status_code, headers=reply.headers, content=b"".join(parts), request=request
+        )
+
+
+def check_url(url: str, option: str = "--endpoint") -> str:
     """Return a base URL without a slash at its end.
 
     Raises:
@@ -191,13 +227,14 @@ def check_url(url: str) -> str:
     """
     parts = urlsplit(url)
     if not url:
-        raise UserError(f"--endpoint needs a URL, or {URL_VARIABLE} in the environment")
+        raise UserError(f"{option} needs a URL, or {URL_VARIABLE} in the environment")
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError("--endpoint must be a URL such as http://localhost:8000/v1")
+        raise UserError(f"{option} must be a URL such as http://localhost:8000/v1")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise UserError(
-            "--endpoint must not hold a name, a password or a query, which every answer would "
-            "record; put the key in an environment variable, and name that with --key-variable"
+            f"{option} must not hold a name, a password or a query, which every answer would "
+            "record; put the key in an environment variable, and name that with --key-variable "
+            "(judge.key_variable)"
         )
     return url.rstrip("/")
 

@@ -22,9 +22,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 from filelock import FileLock, Timeout
 from xxhash import xxh3_64_hexdigest
 
+from orpo_lab import program
 from orpo_lab.errors import UserError, one_line
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     # Its room imports transformers, which takes seconds
     from orpo_lab.data.pairs import Message
 
@@ -98,7 +101,7 @@ def read_candidates(folder: Path) -> list[Candidate]:
     return _read(folder / CANDIDATES, Candidate, "curate candidates")
 
 
-def append(path: Path, items: Sequence[Prompt] | Sequence[Candidate]) -> None:
+def append(path: Path, items: "Sequence[DataclassInstance]") -> None:
     """Append items to a file of lines, and wait until the disk has them.
 
     A last line without an end, which an interrupted step has left, is removed first.
@@ -151,9 +154,12 @@ def _cut_to_whole_lines(file: BinaryIO) -> None:
     file.truncate(end)
 
 
-def _read(path: Path, kind: type[Item], step: str) -> list[Item]:
-    if not path.is_file():
-        raise UserError(f"{path} is missing; `python -m orpo_lab {step}` makes it")
+def read_lines(path: Path, kind: type[Item]) -> list[Item]:
+    """Return the whole lines of a file as items; a last line without an end is passed over.
+
+    Raises:
+        UserError: a line is damaged.
+    """
     items = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
@@ -161,6 +167,12 @@ def _read(path: Path, kind: type[Item], step: str) -> list[Item]:
         except (TypeError, ValueError) as error:
             raise UserError(f"{path}, line {number}, cannot be read: {one_line(error)}") from error
     return items
+
+
+def _read(path: Path, kind: type[Item], step: str) -> list[Item]:
+    if not path.is_file():
+        raise UserError(f"{path} is missing; `{program.command(step)}` makes it")
+    return read_lines(path, kind)
 
 
 def _checked(line: dict[str, Any]) -> dict[str, Any]:

@@ -1,64 +1,35 @@
 """Have an LLM vote as one more annotator: `python -m orpo_lab curate judge FOLDER --model MODEL`.
 
-The judge is asked about every comparison twice, with the answers in both orders (round 0 and 1). A
-judge that prefers a place contradicts itself then (Zheng et al. 2023, arXiv:2306.05685). A reply
-must be the letter of an answer or the word for a tie, and nothing else. After any other reply the
-judge is asked once more, and a second such reply counts as a skip.
+The judge is asked about every comparison twice, with the answers in both orders (round 0 and 1);
+see `question`. Two replies in a row that name neither an answer nor a tie count as a skip.
 
 The step goes on where it was interrupted. At its end it says how far the judge prefers the first
 place and the longer answer, beside the people.
 """
 
 import argparse
-import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import NormalDist, mean
-from typing import Literal
 
-from tqdm import tqdm
 from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest
 
-from orpo_lab.curate import ask
-from orpo_lab.curate.ask import Answer, Answerer, Failure, Request
+from orpo_lab.curate import ask, question
+from orpo_lab.curate.ask import Answer, Answerer, Request
 from orpo_lab.curate.folder import Candidate, Prompt, held, read_candidates, read_prompts
 from orpo_lab.curate.models import check_options, open_model
+from orpo_lab.curate.question import VERSION, Place, Side
 from orpo_lab.curate.store import Choice, Comparison, Store, Vote, check_all_there
-from orpo_lab.data.pairs import text_of
+from orpo_lab.data.pairs import in_words
 from orpo_lab.errors import UserError
 
-# Raise it when a text below changes: votes of another version are another annotator's
-VERSION = 1
-QUESTION = """\
-You compare two answers to the same conversation. Say which answer helps the user more: it is \
-right, it does what was asked, and it is clear. Neither its place nor its length counts.
-
-<conversation>
-{prompt}
-</conversation>
-
-<answer_A>
-{first}
-</answer_A>
-
-<answer_B>
-{second}
-</answer_B>
-
-Reply with one word: A if answer A is better, B if answer B is better, or tie."""
-AGAIN = "Reply with one word and nothing else: A, B or tie."
-# An open model may write its reasoning first
-_REPLY = re.compile(r"(?:.*</think>)?[\s\"'*(\[]*(A|B|[Tt]ie|TIE)[\s\"'*)\].]*", re.DOTALL)
-# What a judge draws at: always its most likely reply
-_TEMPERATURE, _TOP_P, _SEED = 0.0, 1.0, 0
 # How many characters of a reply that says nothing are kept as a note
 _NOTE = 200
 CONFIDENCE = 0.95
 
-Side = Literal["first", "second"]
 SIDES = {"first", "second"}
 
 
@@ -144,30 +115,20 @@ class Question:
         is_swapped = (xxh3_64_intdigest(self.comparison.id.encode()) + self.round) % 2
         return "second" if is_swapped else "first"
 
-    @property
-    def text(self) -> str:
-        """What the judge is asked."""
-        shown = [self.first.text, self.second.text]
-        if self.left == "second":
-            shown.reverse()
-        said = "\n\n".join(f"{one['role']}: {text_of([one])}" for one in self.prompt.messages)
-        # In one step, since an answer may hold the name of a place
-        return QUESTION.format(prompt=said, first=shown[0], second=shown[1])
-
     def request(self, judge: str, max_new_tokens: int) -> Request:
         """Return what is asked of the judge with this name; its id is that of the vote."""
         key = xxh3_64_hexdigest(f"{judge} {self.comparison.id} {self.round}".encode())
-        messages = [{"role": "user", "content": self.text}]
-        return Request(key, messages, _TEMPERATURE, _TOP_P, max_new_tokens, _SEED)
+        first, second = self.first.text, self.second.text
+        if self.left == "second":
+            first, second = second, first
+        prompt = in_words(self.prompt.messages)
+        return question.request(key, prompt, first, second, max_new_tokens)
 
-    def choice_of(self, reply: str) -> Choice | None:
-        """Return what a reply chooses; None: the reply does not say it as it was asked to."""
-        found = _REPLY.fullmatch(reply)
-        if found is None:
-            return None
+    def choice_of(self, place: Place) -> Choice:
+        """Return what a judge that names a place chooses."""
         other: Side = "second" if self.left == "first" else "first"
-        choices: dict[str, Choice] = {"a": self.left, "b": other, "tie": "tie"}
-        return choices[found[1].lower()]
+        choices: dict[Place, Choice] = {"first": self.left, "second": other, "tie": "tie"}
+        return choices[place]
 
 
 def vote(judge: Answerer, questions: Sequence[Question], store: Store, max_new_tokens: int) -> None:
@@ -177,42 +138,22 @@ def vote(judge: Answerer, questions: Sequence[Question], store: Store, max_new_t
         UserError: no request can be answered.
     """
     name = annotator_of(judge)
-    asked = {one.id: one for one in (q.request(name, max_new_tokens) for q in questions)}
-    by_id = dict(zip(asked, questions, strict=True))
-    have = {vote.id for vote in store.votes()} & asked.keys()
-    unclear: dict[str, str] = {}
-    failed: Counter[str] = Counter()
-    with tqdm(
-        total=len(asked), initial=len(have), desc=judge.name, unit="vote", disable=None
-    ) as progress:
+    requests = [one.request(name, max_new_tokens) for one in questions]
+    by_id = {one.id: asked for one, asked in zip(requests, questions, strict=True)}
+    have = {vote.id for vote in store.votes()} & by_id.keys()
 
-        def take(requests: Iterable[Request], have: Collection[str], *, is_last: bool) -> None:
-            for batch in judge.answer(list(requests), have):
-                for request, result in batch:
-                    if isinstance(result, Failure):
-                        failed[result.reason] += 1
-                        continue
-                    choice = by_id[request.id].choice_of(result.text)
-                    if choice is None and not is_last:
-                        unclear[request.id] = result.text
-                        continue
-                    store.add_vote(_vote_of(by_id[request.id], request.id, name, choice, result))
-                    progress.update()
+    def keep(id: str, place: Place | None, reply: Answer, counts: bool) -> None:
+        if counts:
+            choice = place and by_id[id].choice_of(place)
+            store.add_vote(_vote_of(by_id[id], id, name, choice, reply))
 
-        take(asked.values(), have, is_last=False)
-        take([_again(asked[id], reply) for id, reply in unclear.items()], (), is_last=True)
-    print(f"{judge.name}: {len(asked) - len(have) - failed.total()} votes", end="")
+    tally = question.ask(judge, requests, have, keep)
+    print(f"{judge.name}: {tally.num_kept} votes", end="")
     print(f", {len(have)} were there already" if have else "")
-    if unclear:
-        print(f"{judge.name}: {len(unclear)} first replies were neither A, B nor tie")
-    for reason, num in failed.most_common(3):
+    if tally.num_unclear:
+        print(f"{judge.name}: {tally.num_unclear} first replies were neither A, B nor tie")
+    for reason, num in tally.failed.most_common(3):
         print(f"{judge.name}: {num} votes failed; the same command tries again: {reason}")
-
-
-def _again(request: Request, reply: str) -> Request:
-    """Return a request that asks once more after a reply that says nothing."""
-    more = [{"role": "assistant", "content": reply}, {"role": "user", "content": AGAIN}]
-    return replace(request, messages=[*request.messages, *more])
 
 
 def _vote_of(question: Question, id: str, name: str, choice: Choice | None, reply: Answer) -> Vote:

@@ -22,9 +22,9 @@ from orpo_lab.config import Config
 from orpo_lab.config.optimizer import Lora
 from orpo_lab.curate.ask import Answer, Failure, Request
 from orpo_lab.data import template
-from orpo_lab.dial.mixture import read_config
 from orpo_lab.errors import one_line
 from orpo_lab.evaluate import Choose, answer, turn_ends
+from orpo_lab.finished import read_config
 from orpo_lab.model.precision import resolve_device, resolve_dtype
 from orpo_lab.model.source import load_config
 from orpo_lab.model.start import origin_of

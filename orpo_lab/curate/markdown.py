@@ -3,11 +3,12 @@
 import nh3
 from markdown_it import MarkdownIt
 
-# HTML in a text is shown as text; an image becomes a link, so that nothing is fetched
+# HTML in a text is shown as text; an image becomes a link, so that nothing is fetched. A line that
+# defines a link, such as [1]: http://..., would show nowhere if it were taken as a definition
 _MARKDOWN = (
     MarkdownIt("commonmark", {"html": False, "breaks": True})
     .enable(["table", "strikethrough"])
-    .disable("image")
+    .disable(["image", "reference"])
 )
 _TAGS = {"a", "blockquote", "br", "code", "em", "hr", "li", "ol", "p", "pre", "s", "strong", "ul"}
 _TAGS |= {"h1", "h2", "h3", "h4", "h5", "h6"}

@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from orpo_lab import program
 from orpo_lab.curate import card
 from orpo_lab.curate.agreement import read_votes
 from orpo_lab.curate.folder import CARD, PAIRS, Candidate, Prompt, read_candidates, read_prompts
@@ -175,9 +176,8 @@ def _options(rule: Rule) -> str:
 
 def launch_command(file: Path) -> str:
     """Return the command that trains on the pairs."""
-    return shlex.join(
-        ["python", "launch.py", "model=smollm2_135m", "dataset=file", f"dataset.train_path={file}"]
-    )
+    overrides = ["model=smollm2_135m", "dataset=file", f"dataset.train_path={file}"]
+    return f"{program.command('train')} {shlex.join(overrides)}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

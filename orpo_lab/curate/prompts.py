@@ -9,7 +9,7 @@ diverse all prompts are; without a file it does nothing else.
 import argparse
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ from orpo_lab.data.files import Source, read_files
 from orpo_lab.data.pairs import Message, Pair, find_faults, text_of
 from orpo_lab.data.rows import normalize
 from orpo_lab.errors import UserError
+
+# The roles and normalized texts of a prompt's messages
+Key = tuple[tuple[str, str], ...]
 
 # Where a prompt is looked for without --column, the first that is there
 COLUMNS = ("prompt", "messages", "conversation", "question", "instruction")
@@ -65,19 +68,29 @@ def run(options: argparse.Namespace) -> None:
     """
     if options.num is not None and options.num < 1:
         raise UserError(f"--num {options.num} must be at least 1")
-    with held(options.folder):
-        path = options.folder / PROMPTS
-        present = read_prompts(options.folder) if path.is_file() or not options.files else []
-        for file in options.files:
-            found = read(file, options.column, options.source, options.licence)
-            drawn = draw(found, options.num, options.seed)
-            new = distinct(drawn, {_key(prompt) for prompt in present})
+    # Before the folder is made: a file may be refused
+    drawn = []
+    for file in options.files:
+        found = read(file, options.column, options.source, options.licence)
+        drawn.append((file, draw(found, options.num, options.seed)))
+    present = _add(options.folder, drawn) if drawn else read_prompts(options.folder)
+    path = options.folder / PROMPTS
+    print("\n".join([f"{path}:", *diversity.lines(diversity.measure(present))]))
+
+
+def _add(folder: Path, drawn: Sequence[tuple[str, list[Prompt]]]) -> list[Prompt]:
+    """Add the prompts of files that are not there yet, print how many, and return all prompts."""
+    with held(folder):
+        path = folder / PROMPTS
+        present = read_prompts(folder) if path.is_file() else []
+        for file, prompts in drawn:
+            new = distinct(prompts, set(map(_key, present)))
             append(path, new)
             present += new
-            there = len(drawn) - len(new)
+            there = len(prompts) - len(new)
             said = f", {there} are there already or twice" if there else ""
             print(f"{file}: {len(new)} prompts added{said}")
-    print("\n".join([f"{path}:", *diversity.lines(diversity.measure(present))]))
+    return present
 
 
 def read(file: str, column: str | None, source: str | None, licence: str | None) -> list[Prompt]:
@@ -189,18 +202,18 @@ def draw(prompts: list[Prompt], num: int | None, seed: int) -> list[Prompt]:
     return [different[place] for place in sorted(places)]
 
 
-def distinct(prompts: list[Prompt], seen: set[str]) -> list[Prompt]:
-    """Return the prompts whose texts differ in more than case and white space from earlier ones.
+def distinct(prompts: list[Prompt], seen: set[Key]) -> list[Prompt]:
+    """Return the prompts that differ in more than case and white space from earlier ones.
 
     Args:
         prompts: in their order.
-        seen: normalized texts of prompts that come earlier.
+        seen: keys of prompts that come earlier.
     """
-    by_key: dict[str, Prompt] = {}
+    by_key: dict[Key, Prompt] = {}
     for prompt in prompts:
         by_key.setdefault(_key(prompt), prompt)
     return [prompt for key, prompt in by_key.items() if key not in seen]
 
 
-def _key(prompt: Prompt) -> str:
-    return normalize(text_of(prompt.messages))
+def _key(prompt: Prompt) -> Key:
+    return tuple((message["role"], normalize(text_of([message]))) for message in prompt.messages)

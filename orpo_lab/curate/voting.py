@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from orpo_lab import program
 from orpo_lab.curate.assignment import assign, left_of, queue
 from orpo_lab.curate.folder import Candidate, Prompt, read_candidates, read_prompts, storable
 from orpo_lab.curate.store import (
@@ -85,8 +86,8 @@ class Voting:
         self.comparisons: dict[str, Comparison] = {one.id: one for one in self.store.comparisons()}
         if not self.comparisons:
             raise UserError(
-                f"{folder} has no prompt with two different answers; `python -m orpo_lab curate "
-                "candidates` makes answers"
+                f"{folder} has no prompt with two different answers; "
+                f"`{program.command('curate candidates')}` makes answers"
             )
         check_all_there(
             self.comparisons.values(), self._prompts.values(), self._candidates.values()

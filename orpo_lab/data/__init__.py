@@ -4,8 +4,9 @@ A row passes through `sources` and `files` (raw rows), `forms` or `trees` (promp
 rejected, as in `pairs`), `messages` (strings of a chat model become messages), `rows` and `splits`
 (repeated rows and held-out rows), `render` (the chat template, applied by `template`) and `encode`
 (token ids). `part` leads the rows of one source through these, and `mixture` says how much each
-source of a mixture gives. Anything wrong with a row is a `Fault`; `dataset.faults` says what
-happens to the row. `warn` logs what is not a fault of a row, but may not be what the user expects.
+source of a mixture gives. `right_answers` says which greedy answers are right, by one of the
+`checkers`. Anything wrong with a row is a `Fault`; `dataset.faults` says what happens to the row.
+`warn` logs what is not a fault of a row, but may not be what the user expects.
 """
 
 import itertools
@@ -22,31 +23,28 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from orpo_lab.config.dataset import Dataset, EmbeddedDataset
+from orpo_lab.config.dataset import Dataset
 from orpo_lab.config.mixture import MixtureDataset
-from orpo_lab.data import length_bias, mixture, template
+from orpo_lab.data import length_bias, mixture, right_answers, template
 from orpo_lab.data.encode import Encoder
+from orpo_lab.data.mixture import SOURCE
 from orpo_lab.data.part import Drawn, Part, Watch, fingerprint
 from orpo_lab.data.splits import NUM_EVAL, drop_repeats
 from orpo_lab.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# Of a mixture: the column with the name of a pair's source
-SOURCE = "source"
-
 
 @dataclass(frozen=True)
 class Data:
     """Tokenized pairs: columns `prompt_ids`, `chosen_ids`, `rejected_ids`, and texts to read.
 
-    The rows of the embedded dataset also have the columns with which answers are checked.
+    Held-out rows also have the columns with which answers are checked; see `right_answers`.
     """
 
     train: datasets.Dataset
     held_out: datasets.Dataset
     report: dict[str, Any]
-    checkable: bool
 
     @cached_property
     def length_guess(self) -> length_bias.Array | None:
@@ -60,8 +58,7 @@ class Data:
         """Write the pairs and their report to a folder."""
         self.train.save_to_disk(folder / "train")
         self.held_out.save_to_disk(folder / "held_out")
-        rest = {"report": self.report, "checkable": self.checkable}
-        (folder / "data.json").write_text(json.dumps(rest))
+        (folder / "data.json").write_text(json.dumps({"report": self.report}))
 
     @classmethod
     def restore(cls, folder: Path) -> "Data":
@@ -69,7 +66,7 @@ class Data:
         train, held_out = (
             datasets.load_from_disk(str(folder / name)) for name in ("train", "held_out")
         )
-        return cls(train, held_out, **json.loads((folder / "data.json").read_text()))
+        return cls(train, held_out, json.loads((folder / "data.json").read_text())["report"])
 
 
 def load(
@@ -79,6 +76,7 @@ def load(
     today: date | None = None,
     makes_pairs: bool = False,
     watch: Watch | None = None,
+    num_idle: int = 1,
 ) -> Data:
     """Read, check and tokenize the training pairs and the held-out pairs.
 
@@ -90,13 +88,14 @@ def load(
             needs pairs.
         watch: called for each split with what `encode_row` returned for the rows that were judged;
             of a mixture, for each split of each source.
+        num_idle: the number of cores that have nothing else to do; see `Encoder`.
 
     Raises:
         UserError: the source cannot be read, a row has a fault that `config.faults` refuses, no
             pair is left, or the model's chat template does not do what the configuration asks for.
     """
     template.check_kwargs(tokenizer, config.template_kwargs)
-    encoder = Encoder(config, tokenizer, today or date.today())
+    encoder = Encoder(config, tokenizer, today or date.today(), num_idle=num_idle)
     named: dict[str | None, Dataset] = {None: config}
     if isinstance(config, MixtureDataset):
         named = {name: config.of(name) for name in config.sources}
@@ -121,8 +120,9 @@ def load(
         held_out_pairs, held_out_report = _mix(parts, drawn)
     for part in parts:
         part.say_messages()
-    report = {"train": train_report, "held_out": held_out_report}
-    return Data(train, held_out_pairs, report, isinstance(config, EmbeddedDataset))
+    right_answers.check_answered(held_out_pairs, config.num_generations)
+    held_out_report |= right_answers.fingerprint(config, held_out_pairs)
+    return Data(train, held_out_pairs, {"train": train_report, "held_out": held_out_report})
 
 
 def _mix_train(config: MixtureDataset, parts: Sequence[Part], encoder: Encoder) -> Drawn:

@@ -98,6 +98,9 @@ _MAKERS: dict[str, Callable[[random.Random], _Task]] = {
     "halfway": _halfway,
     "count": _count,
 }
+# Columns of a row with which answers are checked
+WORDING = "wording"
+CHECKS = ("answer", "family", WORDING)
 FAMILIES: tuple[str, ...] = tuple(_MAKERS)
 # Families that also have answers in free wording
 _FREE_FAMILIES = ("sum", "difference", "halfway")

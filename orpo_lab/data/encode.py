@@ -14,10 +14,11 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase
 
+from orpo_lab import progress
 from orpo_lab.config.dataset import Dataset
 from orpo_lab.data import supervised
 from orpo_lab.data.faults import Fault
-from orpo_lab.data.pairs import Pair, num_shared
+from orpo_lab.data.pairs import Pair, in_words, num_shared
 from orpo_lab.data.render import Rendered, applier, find_unrendered, render
 from orpo_lab.data.rows import Row
 from orpo_lab.errors import UserError, one_line
@@ -28,15 +29,32 @@ Ids = list[int]
 MASKS = ("chosen_mask", "rejected_mask")
 # Columns with the numbers of tokens of a pair before any cut
 SIZES = ("num_prompt_tokens", "num_chosen_tokens", "num_rejected_tokens")
+# A process of its own takes about a second to start, in which a thousand rows are tokenized
+ROWS_PER_PROCESS = 4000
 # Columns that say how a pair was tokenized, in addition to its ids and texts
 FOUND = (*SIZES, "unused_ending")
 
 
 class Encoder:
-    """Tokenizes each row once, in `dataset.num_proc` processes; returns them on request."""
+    """Tokenizes each row once, in `dataset.num_proc` processes; returns them on request.
 
-    def __init__(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, today: date) -> None:
-        self._dataset = dataset
+    Args:
+        dataset: says how long a pair may be.
+        tokenizer: the model's tokenizer.
+        today: the date for chat templates that ask for a date.
+        num_idle: the largest number of processes where `dataset.num_proc` is null; each of them
+            gets at least ROWS_PER_PROCESS rows.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        today: date,
+        *,
+        num_idle: int = 1,
+    ) -> None:
+        self._dataset, self._num_idle = dataset, num_idle
         self._options = {"dataset": dataset, "tokenizer": tokenizer, "today": today}
         self._blocks: list[datasets.Dataset] = []
         self._size = 0
@@ -51,7 +69,7 @@ class Encoder:
         if not rows:
             return
         block = self._map(rows)
-        for at, (row, faults) in enumerate(zip(rows, block["faults"], strict=True)):
+        for at, (row, faults) in enumerate(zip(rows, block["faults"][:], strict=True)):
             row.place = self._size + at
             row.found = [Fault(*fault) for fault in json.loads(faults)]
         self._blocks.append(block)
@@ -65,15 +83,16 @@ class Encoder:
         # As JSON: a column of a dataset cannot hold strings in one row and messages in another
         given = [{"pair": to_json(row.pair), **row.checks} for row in rows]
         try:
-            return datasets.Dataset.from_list(given).map(
-                encode_row,
-                fn_kwargs=self._options,
-                num_proc=self._dataset.num_proc,
-                # A cache that outlives a change of this code would train on old ids
-                load_from_cache_file=False,
-                remove_columns=["pair"],
-                desc="tokenize",
-            )
+            with progress.Work(f"tokenize {len(rows)} rows", has_bar=True):
+                return datasets.Dataset.from_list(given).map(
+                    encode_row,
+                    fn_kwargs=self._options,
+                    num_proc=self._dataset.num_proc or self._num_processes(len(rows)),
+                    # A cache that outlives a change of this code would train on old ids
+                    load_from_cache_file=False,
+                    remove_columns=["pair"],
+                    desc="tokenize",
+                )
         except RuntimeError as error:
             if "abruptly died" not in str(error):
                 raise
@@ -82,6 +101,11 @@ class Encoder:
                 f"a process that tokenizes has died ({one_line(error)[:200]}); lower "
                 "dataset.num_proc, or set it to null"
             ) from error
+
+    def _num_processes(self, num_rows: int) -> int | None:
+        """Return how many processes tokenize where `dataset.num_proc` is null; None: this one."""
+        num = min(self._num_idle, num_rows // ROWS_PER_PROCESS)
+        return num if num > 1 else None
 
 
 def to_json(pair: Pair) -> str:
@@ -106,6 +130,7 @@ def encode_row(
         `chosen_mask`, `rejected_mask`: whether each token of a completion is supervised; only with
             a `dataset.supervised` that leaves tokens out.
         `prompt_text`, `chosen_text`: the rendered texts, for people.
+        `asked`: the prompt without the chat template, for judges.
         `unused_ending`: see `Rendered`.
         SIZES: numbers of tokens of prompt, chosen and rejected before any cut; 0 if there are no
             tokens. Of a single completion both sides count.
@@ -137,6 +162,7 @@ def encode_row(
         **(dict(zip(MASKS, masks, strict=True)) if dataset.supervised != "completion" else {}),
         "prompt_text": rendered.prompt,
         "chosen_text": rendered.chosen,
+        "asked": in_words(prompt),
         "unused_ending": rendered.unused_ending,
         **dict(zip(SIZES, sizes, strict=True)),
         "cut": cut,

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from huggingface_hub import hf_hub_download
 
 from orpo_lab.config.dataset import Files, expand
+from orpo_lab.data import json_items
 from orpo_lab.data.faults import Fault, quote
 from orpo_lab.data.forms import Names
 from orpo_lab.data.recognise import recognise
@@ -326,36 +327,46 @@ def _parse(line: bytes) -> Any:
 
 
 def _read_json(path: str) -> Rows:
-    with _open(path) as file:
-        try:
-            rows = json.loads(file.read().decode("utf-8-sig"))
-        except RecursionError as error:
-            raise UserError(f"{path} cannot be read: it is nested too deeply") from error
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} cannot be read: {one_line(error)}; {_HINT}") from error
-    yield from enumerate(rows if isinstance(rows, list) else _only_list(rows, path))
+    try:
+        key = _key_of_rows(path)
+        rows = (row for name, row in _json_items(path) if name == key)
+        yield from enumerate(rows)
+    except RecursionError as error:
+        raise UserError(f"{path} cannot be read: it is nested too deeply") from error
+    except json_items.NotJsonError as error:
+        raise UserError(f"{path} cannot be read: {error}; {_HINT}") from error
 
 
-def _only_list(value: Any, path: str) -> list[Any]:
-    """Return the list of objects that an object holds under one key, such as `{"data": [...]}`."""
-    found = {}
-    if isinstance(value, dict):
-        found = {key: rows for key, rows in value.items() if _holds_objects(rows)}
+def _json_items(path: str) -> Iterator[tuple[str | None, Any]]:
+    with _open(path) as file, io.TextIOWrapper(file, "utf-8-sig") as text:
+        yield from json_items.items(text)
+
+
+def _key_of_rows(path: str) -> str | None:
+    """Return under which key an object holds the list of rows, such as `{"data": [...]}`.
+
+    None: the file holds one list. An object is read to its end, to find out.
+
+    Raises:
+        UserError: no list of the object holds objects, or several do.
+    """
+    found: dict[str, None] = {}  # in their order
+    for name, item in _json_items(path):
+        if name is None:
+            return None
+        if isinstance(item, dict):
+            found[name] = None
     match list(found):
         case [key]:
-            return found[key]
+            return key
         case []:
-            raise UserError(f"{path} holds no array of objects; {_HINT}")
+            raise UserError(f"{path} holds no rows, since it has no array of objects; {_HINT}")
         case keys:
             names = ", ".join(map(quote, keys))
             raise UserError(
                 f"{path} holds several lists of objects ({names}), of which one must be the rows; "
                 f"leave the others out, or, {_HINT}"
             )
-
-
-def _holds_objects(value: Any) -> bool:
-    return isinstance(value, list) and any(isinstance(item, dict) for item in value)
 
 
 def _read_csv(path: str, columns: Names, separator: str) -> Rows:
@@ -372,6 +383,12 @@ def _read_csv(path: str, columns: Names, separator: str) -> Rows:
         number = reader.line_num + 1
         try:
             for cells in reader:
+                if separator == "\t" and any("\t" in cell and "\n" in cell for cell in cells):
+                    raise csv.Error(
+                        "a cell that begins with a quote takes in the cells up to the next quote, "
+                        f"in line {reader.line_num}; save the rows as .jsonl, or put every cell "
+                        'that holds a quote in quotes, with "" for each quote in it'
+                    )
                 if cells:
                     yield number, _to_row(header, cells)
                 number = reader.line_num + 1

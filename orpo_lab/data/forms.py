@@ -80,8 +80,10 @@ def names_of(columns: Columns, *, of_pairs: bool = False) -> Names:
             own = (columns.first, columns.second, columns.winner)
         case _:
             raise TypeError(f"no kind of rows: {columns!r}")
-    needed = tuple(dict.fromkeys((columns.prompt, *own)))
-    optional = (columns.system, columns.input, columns.history)
+    # Only held-out rows need the answer that greedy answers are compared with
+    right_answer = columns.right_answer if of_pairs else None
+    needed = tuple(dict.fromkeys((columns.prompt, *own, right_answer)))
+    optional = (columns.system, columns.input, columns.history, columns.right_answer)
     return Names(_given(needed), _given((*needed, *optional)))
 
 

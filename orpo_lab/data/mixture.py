@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 
 # Weights are read up to this part of a whole, so that 0.7 and 0.3 are shares of exactly 7 and 3
 PRECISION = 10**6
+# The column with the name of a pair's source
+SOURCE = "source"
 
 
 def share_out(weights: Mapping[str, float], total: int) -> dict[str, int]:
@@ -127,13 +129,14 @@ def interleave(nums: list[int]) -> npt.NDArray[np.intp]:
 
 def add_up(reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """Return the report of all sources together: the sums of what is counted, and each report."""
-    counted = [
+    counted = dict.fromkeys(
         key
-        for key, value in next(iter(reports.values())).items()
+        for report in reports.values()
+        for key, value in report.items()
         if key.startswith("num_") and isinstance(value, int)
-    ]
+    )
     summed: dict[str, Any] = {
-        key: sum(report[key] for report in reports.values()) for key in counted
+        key: sum(report.get(key, 0) for report in reports.values()) for key in counted
     }
     for key in ("dropped", "kept"):
         faults = dict.fromkeys(itertools.chain(*(report[key] for report in reports.values())))

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 from xxhash import xxh3_128_digest, xxh32_intdigest
 
+from orpo_lab import program
 from orpo_lab.data.rows import normalize
 from orpo_lab.errors import UserError
 
@@ -43,7 +44,7 @@ def near_duplicates(texts: Iterable[str]) -> list[list[int]]:
         from datasketch import MinHash, MinHashLSH
     except ImportError as error:
         raise UserError(
-            'near-duplicates need datasketch, which is not installed: pip install -e ".[curate]"'
+            f"near-duplicates need datasketch, which is not installed: {program.install('curate')}"
         ) from error
     blank = MinHash(NUM_PERMUTATIONS, seed=SEED, hashfunc=xxh32_intdigest)
     index = MinHashLSH(threshold=THRESHOLD, num_perm=NUM_PERMUTATIONS, weights=WEIGHTS)
@@ -69,9 +70,10 @@ def near_duplicates(texts: Iterable[str]) -> list[list[int]]:
 
 def shingles(normalized: str) -> set[bytes]:
     """Return the shingles of a text in the form of `normalize`; a short text is one shingle."""
-    units = normalized.split(" ") if " " in normalized else list(normalized)
-    starts = range(max(len(units) - SHINGLE + 1, 1))
-    return {_bytes(" ".join(units[start : start + SHINGLE])) for start in starts}
+    units = list(map(_bytes, normalized.split(" ") if " " in normalized else normalized))
+    if len(units) < SHINGLE:
+        return {b" ".join(units)}
+    return set(map(b" ".join, zip(*(units[start:] for start in range(SHINGLE)), strict=False)))
 
 
 def _bytes(text: str) -> bytes:
@@ -82,7 +84,6 @@ def _most_alike(sketch: np.ndarray, groups: list[int], sketches: list[np.ndarray
     """Return the group whose sketch is the most alike; None: none is alike enough."""
     if not groups:
         return None
-    groups = sorted(groups)
-    likeness = (np.stack([sketches[group] for group in groups]) == sketch).mean(1)
-    best = int(likeness.argmax())
-    return groups[best] if likeness[best] >= THRESHOLD else None
+    num_equal = {group: np.count_nonzero(sketches[group] == sketch) for group in sorted(groups)}
+    best = max(num_equal, key=num_equal.__getitem__)
+    return best if num_equal[best] >= THRESHOLD * len(sketch) else None

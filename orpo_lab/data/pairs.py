@@ -31,6 +31,8 @@ CONTEXT = ("tools", "documents")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+# Two characters of one word; scripts without spaces (from U+2E80 on) do not say where a word ends
+_INSIDE_A_WORD = re.compile("[^\\W\u2e80-\U0010ffff]{2}")
 # NeMo's data sets (HelpSteer2) write several turns as one text, with this control token before each
 _TURN_IN_TEXT = re.compile("<extra_id_1>")
 
@@ -120,9 +122,14 @@ def _split_text(prompt: str | None, chosen: str, rejected: str) -> Pair:
         if 0 < size < min(len(chosen), len(rejected)) and chosen[size - 1] == " ":
             size -= 1  # TRL's rule: a space before the first difference belongs to the answers
         return Pair(chosen[:size], chosen[size:], rejected[size:])
-    if prompt and chosen.startswith(prompt) and rejected.startswith(prompt):
+    if prompt and _is_repeated(prompt, chosen) and _is_repeated(prompt, rejected):
         return Pair(prompt, chosen[len(prompt) :], rejected[len(prompt) :], repeated=True)
     return Pair(prompt, chosen, rejected)
+
+
+def _is_repeated(prompt: str, side: str) -> bool:
+    """Return whether a side begins with the whole prompt, and the prompt does not end in a word."""
+    return side.startswith(prompt) and not _INSIDE_A_WORD.match(side, len(prompt) - 1)
 
 
 def _split_messages(prompt: Content | None, chosen: list[Message], rejected: list[Message]) -> Pair:
@@ -238,6 +245,13 @@ def text_of(content: Content) -> str:
     if isinstance(content, str):
         return content
     return "\n".join(text for message in content for text in _said(message))
+
+
+def in_words(prompt: Content) -> str:
+    """Return a conversation without a chat template: every message after the role of its author."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(f"{message['role']}: {text_of([message])}" for message in prompt)
 
 
 def _said(message: Message) -> list[str]:

@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from orpo_lab.config.dataset import Dataset, OasstDataset, TableDataset
 from orpo_lab.config.mixture import said_of
-from orpo_lab.data import messages, sources
+from orpo_lab.data import embedded, messages, right_answers, sources
 from orpo_lab.data.encode import FOUND, MASKS, Encoder, special_tokens
-from orpo_lab.data.files import Source
+from orpo_lab.data.files import ROWS_PER_BATCH, Source
 from orpo_lab.data.forms import Reader, to_pair
 from orpo_lab.data.pairs import find_faults
 from orpo_lab.data.splits import Split
@@ -29,9 +29,6 @@ from orpo_lab.data.warn import (
 from orpo_lab.errors import UserError
 
 log = logging.getLogger(__name__)
-
-# Columns with which the answers to embedded prompts are checked
-CHECKS = ("answer", "family", "wording")
 
 Name = Literal["train", "held_out"]
 # Pairs as token ids, and their report
@@ -107,12 +104,17 @@ class Part:
                     lambda raw, number: list(map(wrap, reader.pairs(raw, number))),
                     self._find,
                     columns=reader.names.read,
+                    checks=right_answers.maker(self.config),
                 )
                 warn_of_unread(split)
                 self._about[name] = reader.report()
             case _:
                 columns = sources.EMBEDDED_COLUMNS
-                split.read(lambda raw, _: [to_pair(raw, columns)], self._find, checks=CHECKS)
+                split.read(
+                    lambda raw, _: [to_pair(raw, columns)],
+                    self._find,
+                    checks=lambda raw, _: {name: raw[name] for name in embedded.CHECKS},
+                )
         return split
 
     def hold_out(self, encoder: Encoder) -> Split:
@@ -155,7 +157,7 @@ class Part:
         kept = encoder.encoded(split.rows)
         warn_of_unused_ending(split, kept)
         report = split.report() | {
-            "num_cut": sum(kept["cut"]),
+            "num_cut": sum(kept["cut"][:]),
             "num_repeated_prompts": sum(row.pair.repeated for row in split.rows),
             "num_as_messages": sum(row.pair.wrapped for row in split.rows),
             "fingerprint": fingerprint(kept),
@@ -163,6 +165,9 @@ class Part:
         labels = [row.pair.label for row in split.rows]
         if None not in labels:
             report["num_desirable"] = sum(map(bool, labels))
+        if name == "held_out" and isinstance(self.config, TableDataset) and self.config.checker:
+            with self._said():
+                report |= right_answers.report(split, kept, self.config)
         _say(split, report)
         return kept.remove_columns([*FOUND, "faults", "cut"]), report | self._about[name]
 
@@ -193,8 +198,10 @@ def fingerprint(kept: datasets.Dataset) -> str:
     """Return the SHA-256 of the token ids, and masks, of all pairs, in their order."""
     digest = hashlib.sha256()
     masks = [name for name in MASKS if name in kept.column_names]
-    for row in kept.select_columns(["prompt_ids", "chosen_ids", "rejected_ids", *masks]):
-        digest.update(json.dumps(row).encode())
+    columns = ["prompt_ids", "chosen_ids", "rejected_ids", *masks]
+    for batch in kept.select_columns(columns).iter(ROWS_PER_BATCH):
+        for values in zip(*batch.values(), strict=True):
+            digest.update(json.dumps(dict(zip(columns, values, strict=True))).encode())
     return digest.hexdigest()
 
 
@@ -205,8 +212,9 @@ def _say(split: Split, report: dict[str, Any]) -> None:
         ("num_cut", "cut to fit"),
         ("num_repeated_prompts", "repeat their prompt in both answers (removed)"),
         ("num_not_drawn", "not drawn"),
+        ("num_checkable", "whose answer can be checked"),
     ):
-        if report[key]:
+        if report.get(key):
             said.append(f"{report[key]} {what}")
     what = "pairs"
     if "num_desirable" in report:

@@ -52,7 +52,7 @@ class Row:
 
     number: int
     pair: Pair
-    # Columns of the embedded rows with which an answer is checked
+    # Columns with which an answer is checked
     checks: dict[str, Any]
     kept_despite: list[Fault] = field(default_factory=list)
     # After tokenizing: the place of the row among all tokenized rows, and the faults found then

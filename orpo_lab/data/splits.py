@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 # Places of rows among others
 Places = npt.NDArray[np.intp]
+# Makes the columns with which answers are checked
+Checks = Callable[[Any, Pair], dict[str, Any]]
 
 # Without `dataset.num_eval`: NUM_EVAL prompts are held out, but at most 1 / LARGEST_SHARE of all
 NUM_EVAL, LARGEST_SHARE = 256, 5
@@ -86,7 +88,7 @@ class Split:
         find: Callable[[Pair], Iterable[Fault]],
         *,
         columns: Iterable[str] | None = None,
-        checks: tuple[str, ...] = (),
+        checks: Checks | None = None,
     ) -> None:
         """Read the rows of the source.
 
@@ -95,7 +97,7 @@ class Split:
             find: yields the faults of a pair.
             columns: the columns that a pair is read from, without those of its context. None: no
                 column counts as unread (embedded rows, trees).
-            checks: columns of the raw row to keep together with the pair.
+            checks: makes the columns with which answers are checked from a raw row and its pair.
 
         Raises:
             UserError: the source cannot be read, or the policy of a fault is `refuse`.
@@ -108,9 +110,9 @@ class Split:
         parse: Callable[[Any, int], list[Pair]],
         find: Callable[[Pair], Iterable[Fault]],
         columns: Iterable[str] | None,
-        checks: tuple[str, ...],
+        checks: Checks | None,
     ) -> Iterator[Row]:
-        named = None if columns is None else {*columns, *checks}
+        named = None if columns is None else {*columns}
         for number, raw in self.source.rows:
             try:
                 if isinstance(raw, Fault):
@@ -127,8 +129,7 @@ class Split:
                 self.num_rows += 1
                 despite = self.judge(number, find(pair))
                 if despite is not None:
-                    extra = {name: raw[name] for name in checks}
-                    yield Row(number, pair, extra, despite)
+                    yield Row(number, pair, checks(raw, pair) if checks else {}, despite)
 
     def drop_leaks(self, held_out: "Split") -> None:
         """Keep or drop rows whose prompt leaks a held-out prompt.

@@ -74,7 +74,7 @@ def warn_of_lengths(split: Split, judged: datasets.Dataset, config: Dataset) -> 
         config: says how long a pair may be.
     """
     num_lost = sum(split.dropped.num(fault) for fault in ("prompt_too_long", "pair_too_long"))
-    prompts, chosen, rejected = (np.array(judged[name]) for name in SIZES)
+    prompts, chosen, rejected = (np.array(judged[name][:]) for name in SIZES)
     tokens = prompts + np.maximum(chosen, rejected)
     tokens, prompts = tokens[tokens > 0], prompts[tokens > 0]
     if num_lost <= LARGE_SHARE * len(tokens):
@@ -119,7 +119,7 @@ def warn_of_losses(split: Split) -> None:
 
 def warn_of_unused_ending(split: Split, kept: datasets.Dataset) -> None:
     """Warn if the template leaves out the end of the generation prompt before an answer."""
-    endings = [ending for ending in kept["unused_ending"] if ending]
+    endings = [ending for ending in kept["unused_ending"][:] if ending]
     if endings:
         log.warning(
             "WARNING: %s: the model's chat template ends a question in %r, and renders %d answers "

@@ -12,66 +12,25 @@ factors stand side by side in one adapter, whose rank is the sum of both ranks (
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
-from datetime import date
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from peft import LoraConfig, PeftModel
-from torch import Tensor
 
-from orpo_lab import config, data, engine
-from orpo_lab.config import SCHEMAS, Config
-from orpo_lab.config.dataset import columns_of
+from orpo_lab import engine
 from orpo_lab.config.optimizer import Lora
-from orpo_lab.errors import UserError, one_line
 from orpo_lab.evaluate import Evaluation, evaluate
+from orpo_lab.finished import FinishedRun
 from orpo_lab.metrics import brief
 from orpo_lab.model.adapter import load_adapter
-from orpo_lab.model.precision import resolve_device, resolve_dtype
-from orpo_lab.model.source import load_config
-from orpo_lab.model.start import Origin, origin_of
-from orpo_lab.model.tokenizer import load_tokenizer
-from orpo_lab.optimizer.write_back import stochastic_round
+from orpo_lab.optimizer.write_back import round_to
 from orpo_lab.records import results
-from orpo_lab.records.run_folder import RunFolder, put_in_place
+from orpo_lab.records.run_folder import put_in_place
 from orpo_lab.training.files import Files
 
 # peft's name for the adapter that is saved without a folder of its own
 MIXED = "default"
-
-
-def read_config(folder: Path) -> Config:
-    """Return the configuration of the run in a folder; its tracker is left out.
-
-    Raises:
-        UserError: the configuration is not one of this version of orpo_lab.
-    """
-    place = RunFolder(folder)
-    values = place.read_yaml("config.yaml") | {"tracker": {}}
-    kinds = place.segments()[-1]["kinds"] | {"tracker": "none"}
-    try:
-        sections = {
-            group: _typed(SCHEMAS[group][kind], values[group]) for group, kind in kinds.items()
-        }
-        merged = OmegaConf.merge(OmegaConf.structured(Config), values | sections)
-    except (KeyError, OmegaConfBaseException) as error:
-        raise UserError(
-            f"{folder}/config.yaml cannot be read; another version of orpo_lab may have made it "
-            f"({one_line(error)[:100]})"
-        ) from error
-    return config.load(cast(DictConfig, merged))
-
-
-def _typed(schema: type[Any], values: dict[str, Any]) -> Any:
-    """Return a recorded section with the types of its option."""
-    if "columns" in values:
-        columns = OmegaConf.structured(columns_of(values["columns"]))
-        values = values | {"columns": OmegaConf.merge(columns, values["columns"])}
-    return OmegaConf.merge(OmegaConf.structured(schema), values)
 
 
 class Mixer(Protocol):
@@ -151,14 +110,10 @@ class Weights:
         generator = torch.Generator().manual_seed(0)
         for weight, low, high in zip(self.network.parameters(), *self.ends, strict=True):
             mixed = (1 - share) * low.float() + share * high.float()
-            weight.copy_(_rounded(mixed, self.stored, generator))
+            weight.copy_(round_to(mixed, self.stored, generator))
 
     def forget_ends(self) -> None:
         """Do nothing: the weights of the ends are not in the network."""
-
-
-def _rounded(wide: Tensor, stored: torch.dtype, generator: torch.Generator) -> Tensor:
-    return stochastic_round(wide, generator) if stored == torch.bfloat16 else wide.to(stored)
 
 
 class Dial:
@@ -174,39 +129,15 @@ class Dial:
     """
 
     def __init__(self, low: Path, high: Path) -> None:
-        self.config = read_config(low)
-        origin = origin_of(replace(self.config, start_from=str(low.resolve())))
-        own = load_config(origin.base.model)
-        self.tokenizer = load_tokenizer(self.config.model, own)
-        origin.check_tokenizer(self.tokenizer)
-        self.dtype = resolve_dtype(self.config.model.dtype, resolve_device())
-        self.origin, self.stored = origin, own.dtype
-        self.network = self._load(origin)
-        engine.check(self.config, self.network, self.dtype)
+        self.low = FinishedRun(low)
+        self.network = self.low.load()
+        engine.check(self.low.config, self.network, self.low.dtype)
         self.mixer: Mixer
-        if isinstance(self.config.optimizer, Lora):
+        if isinstance(self.low.config.optimizer, Lora):
             self.mixer = Adapters(self.network, low / "final", high / "final")
         else:
-            last = origin_of(replace(read_config(high), start_from=str(high.resolve())))
-            self.mixer = Weights(self.network, self._load(last), own.dtype)
-        self.pairs = self._pairs(low)
-
-    def _load(self, origin: Origin) -> Any:
-        network, _ = origin.load(self.tokenizer, self.dtype)
-        return network
-
-    def _pairs(self, low: Path) -> data.Data:
-        """Return the pairs that the runs were made with."""
-        place = RunFolder(low)
-        today = date.fromisoformat(place.segments()[-1]["started"][:10])
-        pairs = data.load(self.config.dataset, self.tokenizer, today=today)
-        held_out = place.read_json("summary.json")["dataset_fingerprint"]["held_out"]
-        if pairs.report["held_out"]["fingerprint"] != held_out:
-            raise UserError(
-                f"the held-out pairs are not those that {low} was measured on (their files have "
-                "changed); put back the old ones"
-            )
-        return pairs
+            self.mixer = Weights(self.network, FinishedRun(high).load(), self.low.stored)
+        self.pairs = self.low.pairs
 
     def measure(self, shares: Sequence[float]) -> list[Evaluation]:
         """Return the evaluation of a mixture for each share, and print its figures."""
@@ -216,10 +147,10 @@ class Dial:
         self.mixer.turn(share)
         found = evaluate(
             self.network,
-            self.tokenizer,
+            self.low.tokenizer,
             self.pairs,
-            self.config,
-            dtype=self.dtype,
+            self.low.config,
+            dtype=self.low.dtype,
             desc=f"share {share:.3g}",
         )
         said = "  ".join(f"{name} {value}" for name, value in brief(found.metrics).items())
@@ -243,7 +174,7 @@ class Dial:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         files = Files(part)
-        results.save_model(self.network, self.tokenizer, files, dtype=self.stored)
-        self.origin.save_base(self.network, files, folder)
+        results.save_model(self.network, self.low.tokenizer, files, dtype=self.low.stored)
+        self.low.origin.save_base(self.network, files, folder)
         (part / "README.md").write_text(card, encoding="utf-8")
         put_in_place(part, folder)

@@ -11,6 +11,7 @@ from orpo_lab.config.engine import SharedPrefixEngine, TrlEngine
 from orpo_lab.engine.base import Engine
 from orpo_lab.model.causal import CausalModel
 from orpo_lab.training.devices import OneDevice
+from orpo_lab.training.sharded import devices_of
 from orpo_lab.upstream import hidden
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def scorer(
 
     match config.engine:
         case SharedPrefixEngine():
-            devices = OneDevice(model.device, dtype)
+            devices = devices_of(model, dtype).readers
             built = shared_prefix.build(config, model=model, tokenizer=tokenizer, devices=devices)
             return partial(scoring.by_rows, built)
         case TrlEngine():

@@ -21,8 +21,8 @@ from orpo_lab.engine.shared_prefix import SharedPrefix
 from orpo_lab.errors import NonFiniteError
 from orpo_lab.model.causal import CausalModel
 from orpo_lab.training import tensors
-from orpo_lab.training.devices import OneDevice
 from orpo_lab.training.files import Files
+from orpo_lab.training.sharded import devices_of
 
 FILE = "reference.pt"
 # Fields of `Data` whose pairs get a reference
@@ -53,7 +53,7 @@ def compute(
     Raises:
         NonFiniteError: a log-probability is not finite.
     """
-    devices, was_training = OneDevice(model.device, dtype), model.training
+    devices, was_training = devices_of(model, dtype).readers, model.training
     engine = shared_prefix.build(config, model=model, tokenizer=tokenizer, devices=devices)
     model.eval()
     try:

@@ -10,10 +10,9 @@ from dataclasses import replace
 import datasets
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from orpo_lab import memory
+from orpo_lab import memory, progress
 from orpo_lab.data.encode import MASKS
 from orpo_lab.engine import head
 from orpo_lab.engine.base import COLUMNS, Pair
@@ -49,7 +48,8 @@ def sums_by_rows(engine: SharedPrefix, pairs: datasets.Dataset, desc: str) -> Te
     """Return the sums of log-probabilities of chosen and rejected tokens, [N, 2], in nats.
 
     The pairs are read in packed rows. If memory runs out, all pairs are scored again in rows of
-    half the tokens. This is repeated until every row is a single pair.
+    half the tokens. This is repeated until every row is a single pair. Of several processes each
+    scores a part of the pairs, and all return the sums of all pairs.
 
     Args:
         engine: its model is in evaluation mode.
@@ -65,10 +65,13 @@ def sums_by_rows(engine: SharedPrefix, pairs: datasets.Dataset, desc: str) -> Te
     is_cpu = engine.devices.device.type == "cpu"
     most = TOKENS_PER_CPU_ROW if is_cpu else TOKENS_PER_FORWARD
     collator = replace(engine.collator, budget=most, prompt_is_scored=False)
+    mine = engine.devices.deal(list(map(sum, sizes)))
     while True:
-        rows = pack(list(map(sum, sizes)), collator.budget)
+        packed = pack([sum(sizes[i]) for i in mine], collator.budget)
+        rows = [[mine[i] for i in row] for row in packed]
         try:
-            return _sums_of_rows(engine, collator, plain, rows, desc)
+            sums = _sums_of_rows(engine, collator, plain, rows, desc)
+            break
         except (RuntimeError, MemoryError) as error:
             budget = halved(collator.budget, [[sizes[i] for i in row] for row in rows])
             if budget is None or not memory.ran_out(error):
@@ -77,6 +80,7 @@ def sums_by_rows(engine: SharedPrefix, pairs: datasets.Dataset, desc: str) -> Te
         log.warning("%s: out of memory; scored again in rows of %d tokens", desc, budget)
         collator.budget = budget
         memory.give_back()
+    return engine.devices.total(sums)
 
 
 def _sums_of_rows(
@@ -89,17 +93,17 @@ def _sums_of_rows(
     """Score the rows that `pack` returns; see `sums_by_rows`. The host waits for the device once.
 
     Returns:
-        The sums in the order of the pairs, [N, 2].
+        The sums in the order of the pairs, [N, 2]; zeros for pairs in no row.
     """
-    sums = []
+    ordered, sums = torch.zeros(len(pairs), 2), []
     with engine.reading():
-        for row in tqdm(rows, desc=f"{desc}: score", leave=False, disable=None):
+        for row in progress.counted(rows, f"{desc}: score"):
             laid_out = collator.lay_out([pairs[i] for i in row])
             counts = laid_out["counts"][:, 1:].flatten().tolist()
             micro_batch = engine.devices.place(laid_out)
             sums += [logps.sum() for logps in engine.logps(micro_batch).split(counts)]
-    ordered = torch.empty(len(pairs), 2)
-    ordered[[i for row in rows for i in row]] = torch.stack(sums).view(-1, 2).to(ordered)
+    if sums:
+        ordered[[i for row in rows for i in row]] = torch.stack(sums).view(-1, 2).to(ordered)
     return ordered
 
 
@@ -157,7 +161,7 @@ def _means_of_sequences(
     lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
     means = torch.zeros(len(prompts), dtype=torch.float32)
     batches = by_length(lengths, TOKENS_PER_FORWARD)
-    for batch in tqdm(batches, desc=desc, leave=False, disable=None):
+    for batch in progress.counted(batches, desc):
         width = lengths[batch[0]]
         ids = torch.full((len(batch), width), pad_token_id)
         mask = torch.zeros((len(batch), width), dtype=torch.long)

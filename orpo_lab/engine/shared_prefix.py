@@ -23,7 +23,7 @@ from orpo_lab.config import Config
 from orpo_lab.config.checks import AUTO
 from orpo_lab.config.engine import SharedPrefixEngine
 from orpo_lab.engine import attention, mismatched
-from orpo_lab.engine.base import MISMATCHED, REFERENCE, MicroBatch, Pair, Score, Sums
+from orpo_lab.engine.base import REFERENCE, MicroBatch, Pair, Score, Sums
 from orpo_lab.engine.compiled import CompiledLayers
 from orpo_lab.engine.head import add_scoring
 from orpo_lab.engine.packing import Collator, halved, tokens_of
@@ -31,7 +31,8 @@ from orpo_lab.errors import NonFiniteError, UserError, one_line
 from orpo_lab.methods.base import Batch, Method
 from orpo_lab.model.causal import CausalModel, without_adapters
 from orpo_lab.model.layers import fused, fusible
-from orpo_lab.training.devices import OneDevice
+from orpo_lab.training.devices import REPEATED, OneDevice
+from orpo_lab.training.parts import is_sharded
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ class SharedPrefix:
         compiled: CompiledLayers | None = None,
     ) -> None:
         self.measures, self.compiled = measures, compiled
-        self.model, self.collator, self.method = model, collator, method
+        self.collator, self.method = collator, method
         self.attention_implementation, self.devices = attention_implementation, devices
         self._token_budget: int | None = None
         # Tokens of the widest micro-batch of the last step
@@ -119,17 +120,21 @@ class SharedPrefix:
         """
         if not self.method.reads_rejected:
             pairs = [{**pair, "rejected_ids": [], "rejected_mask": []} for pair in pairs]
-        laid_out = self.collator(pairs)
-        self._widest = max(map(tokens_of, laid_out))
-        counts = torch.cat([micro_batch["counts"] for micro_batch in laid_out])
+        laid_out = self.collator(pairs) if pairs else []
+        self._widest = max(map(tokens_of, laid_out), default=0)
+        counts = torch.cat([torch.empty(0, 3, dtype=torch.int64), *(m["counts"] for m in laid_out)])
         num_supervised = self.method.num_supervised(counts).float().sum()
         totals = torch.stack([num_supervised, torch.tensor(float(len(pairs)))])
         names = ("num_supervised", "num_pairs")
         shared = dict(zip(names, self.devices.average(totals), strict=True))
-        if MISMATCHED in pairs[0]:
-            others = self.collator(mismatched.of(pairs))
+        if self.method.needs_divergence and not pairs:
+            self._divergence([])  # the other processes wait for what this one has: nothing
+        elif self.method.needs_divergence:
+            others = self.devices.even(self.collator(mismatched.of(pairs)))
             shared["divergence"] = functools.cache(functools.partial(self._divergence, others))
-        return [self.devices.place(micro_batch | shared) for micro_batch in laid_out]
+        return [
+            self.devices.place(micro_batch | shared) for micro_batch in self.devices.even(laid_out)
+        ]
 
     @torch.no_grad()
     def _divergence(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
@@ -139,12 +144,15 @@ class SharedPrefix:
         micro-batches are scored again.
         """
         device = self.devices.device
-        total, num = torch.zeros(2, device=device)
+        taken = torch.zeros(2, device=device)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             for micro_batch in map(self.devices.place, micro_batches):
                 ratios = self._sums(micro_batch)[:, 1:] - micro_batch[REFERENCE]
-                total, num = total + ratios.sum(), num + (micro_batch["counts"][:, 1:] > 0).sum()
-        return self.devices.average(total / num).clamp(min=0)
+                num = (micro_batch["counts"][:, 1:] > 0).sum()
+                sums = torch.stack([ratios.sum(), num.to(ratios.dtype)])
+                taken = taken + sums * (not micro_batch.get(REPEATED))
+        total, num = self.devices.total(taken)
+        return (total / num).clamp(min=0)
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
@@ -164,7 +172,7 @@ class SharedPrefix:
         """Return the log-probabilities of the N scored tokens, [N], in nats, in fp32 or wider."""
         with self.devices.precision():
             scored = scored_logps(
-                self.model, micro_batch, self.attention_implementation, self._base.config
+                self._base, micro_batch, self.attention_implementation, self._base.config
             )
         return scored.to(torch.promote_types(scored.dtype, torch.float32))
 
@@ -183,7 +191,8 @@ class SharedPrefix:
         sums = torch.stack(tuple(losses.terms.values())).detach().sum(1)
         ones = torch.ones_like(batch.logps[:, 0])
         nums = torch.stack([losses.nums.get(name, ones).sum() for name in losses.terms])
-        return Score(losses.loss, Sums(tuple(losses.terms), sums, nums), losses.parts)
+        names, share = tuple(losses.terms), 0.0 if micro_batch.get(REPEATED) else 1.0
+        return Score(losses.loss * share, Sums(names, sums * share, nums * share), losses.parts)
 
     def _sums(self, micro_batch: MicroBatch) -> Tensor:
         """Return the sums of log-probabilities of prompt, chosen and rejected tokens, [B, 3]."""
@@ -281,6 +290,8 @@ def _compiles(engine: SharedPrefixEngine, model: CausalModel) -> bool:
     """Return whether to compile the model's decoder layers."""
     if engine.compile != AUTO:
         return engine.compile == "true"
+    if is_sharded(model):
+        return False
     is_large = without_adapters(model).num_parameters() >= MIN_COMPILED
     return model.device.type == "cuda" and is_large
 

@@ -34,7 +34,7 @@ def attach(model: PreTrainedModel, lora: Lora) -> PeftModel:
     Raises:
         UserError: the model has no such projections, or has layers that peft cannot adapt.
     """
-    _widen(model)
+    widen(model)
     adapted = put_on(model, lora)
     trained, total = adapted.get_nb_trainable_parameters()
     names = adapted.base_model.targeted_module_names
@@ -87,7 +87,7 @@ def load_adapter(adapted: PeftModel, folder: Path) -> None:
     check_loaded(adapted, found.missing_keys, found.unexpected_keys)
 
 
-def _widen(model: PreTrainedModel) -> None:
+def widen(model: PreTrainedModel) -> None:
     """Let a model compute its norms and its sum of layers (the residual stream) in fp32.
 
     In 16 bits the residual stream alone doubles the error of the adapters' gradients

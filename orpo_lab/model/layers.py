@@ -168,7 +168,9 @@ def dense_weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
     """
     weight: Any = base.weight
     if isinstance(base, Linear4bit):
-        return dequantize_4bit(weight.detach(), weight.quant_state).to(dtype)
+        # Where processes share the weight, only the layer has kept the constants of its blocks
+        constants = getattr(weight, "quant_state", base.quant_state)
+        return dequantize_4bit(weight.detach(), constants).to(dtype)
     if isinstance(base, Linear8bitLt):
         # The first forward pass moves the codes from the weight to the layer's state
         holder = base.state if base.state.CB is not None else weight

@@ -125,8 +125,20 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """
     for name, layer in list(model.named_modules()):
         if isinstance(layer, Linear4bit | Linear8bitLt):
-            dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-            dense.weight = nn.Parameter(dense_weight(layer, dtype))
-            dense.bias = layer.bias
-            model.set_submodule(name, dense)
+            model.set_submodule(name, plain_layer(layer, dense_weight(layer, dtype)))
     model.hf_quantizer.remove_quantization_config(model)
+
+
+def plain_layer(layer: Any, weight: torch.Tensor) -> nn.Module:
+    """Return a layer with another weight: the layer itself, or a plain one if it is quantized.
+
+    Args:
+        layer: a base layer of adapters.
+        weight: as the layer stores it: [out, in], or transposed in GPT-2.
+    """
+    if isinstance(layer, Linear4bit | Linear8bitLt):
+        bias = layer.bias
+        layer = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        layer.bias = bias
+    layer.weight = nn.Parameter(weight)
+    return layer

@@ -52,6 +52,8 @@ class Origin:
     """`final/` of the earlier run; None: there is no earlier run."""
     adapter: Lora | None = None
     """The settings of the adapter in `final`; None: there is no adapter."""
+    called: str = ""
+    """What messages call the earlier run."""
 
     @property
     def goes_on(self) -> bool:
@@ -101,12 +103,17 @@ class Origin:
         asked, had = ((one.get_vocab(), one.chat_template) for one in (tokenizer, earlier))
         if asked != had:
             raise UserError(
-                f"start_from={self.config.start_from} was trained with another vocabulary or chat "
-                f"template than those of model.path={self.config.model.path}; put back the "
-                "tokenizer, and the model.chat_template, that it was trained with"
+                f"{self.called} was trained with another vocabulary or chat template than those "
+                f"of model.path={self.config.model.path}; put back the tokenizer, and the "
+                "model.chat_template, that it was trained with"
             )
 
-    def load(self, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> tuple[Any, str]:
+    def load(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        dtype: torch.dtype,
+        on: torch.device | None = None,
+    ) -> tuple[Any, str]:
         """Return the network as training begins with it, and the fingerprint of its parts.
 
         The parts are the base and the earlier adapter. A merged base has none of its own: two
@@ -115,11 +122,12 @@ class Origin:
         Args:
             tokenizer: with a pad token.
             dtype: precision of the arithmetic.
+            on: see `weights.load_model`.
 
         Raises:
             UserError: see `weights.load_model`, `attach` and `load_adapter`.
         """
-        network = self.load_as_left(tokenizer, dtype)
+        network = self.load_as_left(tokenizer, dtype, on)
         fingerprint = weights.fingerprint(network)
         if self.is_merged:
             network = network.merge_and_unload().requires_grad_(True)
@@ -127,9 +135,14 @@ class Origin:
             network = attach(network, self.config.optimizer)
         return network, fingerprint
 
-    def load_as_left(self, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Any:
-        """Return the base, with the earlier adapter if there is one."""
-        network: Any = weights.load_model(self.base, tokenizer, dtype)
+    def load_as_left(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        dtype: torch.dtype,
+        on: torch.device | None = None,
+    ) -> Any:
+        """Return the base, with the earlier adapter if there is one; see `load`."""
+        network: Any = weights.load_model(self.base, tokenizer, dtype, on)
         if self.final is None or self.adapter is None:
             return network
         if self.goes_on:
@@ -168,18 +181,23 @@ class Origin:
             }
             save_pretrained(base, files, BASE, state_dict=own)
         else:
-            (files.folder / BASE).mkdir()
-            for pattern in MODEL_FILES:
-                for file in local_path(self.base.model.path).glob(pattern):
-                    link(file, files.folder / BASE / file.name)
+            earlier = local_path(self.base.model.path)
+            for file in (found for pattern in MODEL_FILES for found in earlier.glob(pattern)):
+                copy = files.folder / BASE / file.relative_to(earlier)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                link(file, copy)
         settings = files.folder / CONFIG_NAME
         named = json.loads(settings.read_text(encoding="utf-8"))
         named["base_model_name_or_path"] = str((final / BASE).absolute())
         settings.write_text(json.dumps(named, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def origin_of(config: Config) -> Origin:
+def origin_of(config: Config, called: str | None = None) -> Origin:
     """Return what a run starts from; nothing heavy is loaded.
+
+    Args:
+        config: the run's configuration.
+        called: what messages call the earlier run. None: the key that names it, `start_from=...`.
 
     Raises:
         UserError: `start_from` names no finished run, or a run on another base model; or its
@@ -187,53 +205,59 @@ def origin_of(config: Config) -> Origin:
     """
     if config.start_from is None:
         return Origin(config, base=config)
+    called = called or f"start_from={config.start_from}"
     place = RunFolder(local_path(config.start_from))
-    _check_finished(place, config.start_from)
+    _check_finished(place, called)
     try:
         recorded = place.segments()[-1]["contents"]
         optimizer, quantization = _section(place, "optimizer"), _section(place, "quantization")
     except (KeyError, IndexError, TypeError) as error:
         raise UserError(
-            f"start_from={config.start_from}: the record of this run cannot be read "
-            f"({one_line(error)[:100]}); an earlier version of orpo_lab may have made it"
+            f"{called}: the record of this run cannot be read ({one_line(error)[:100]}); an "
+            "earlier version of orpo_lab may have made it"
         ) from error
-    _check_same_base(place, recorded, config)
+    _check_same_base(place, recorded, config, called)
     final = place.file("final")
     if isinstance(optimizer, Lora):
         model = _at(config.model, final / BASE) if (final / BASE).is_dir() else config.model
         base = replace(config, model=model, optimizer=optimizer, quantization=quantization)
-        origin = Origin(config, base, final, optimizer)
+        origin = Origin(config, base, final, optimizer, called)
     else:
-        origin = Origin(config, replace(config, model=_at(config.model, final)), final)
+        base = replace(config, model=_at(config.model, final))
+        origin = Origin(config, base, final, called=called)
     if origin.is_merged and isinstance(config.optimizer, Qlora):
         raise UserError(_not_merged(config, optimizer, quantization))
     log.info("start_from: %s", origin.words)
     return origin
 
 
-def _check_finished(place: RunFolder, given: str) -> None:
+def _check_finished(place: RunFolder, called: str) -> None:
     """Refuse what is not the folder of a run that has finished."""
     if not place.path.is_dir():
-        raise UserError(f"start_from={given}: there is no such folder")
+        raise UserError(f"{called}: there is no such folder")
     if not place.file("config.yaml").is_file():
         raise UserError(
-            f"start_from={given} is not a run folder: no config.yaml in it; give the folder that "
-            "holds final/"
+            f"{called} is not a run folder: no config.yaml in it; give the folder that holds final/"
         )
     state = place.status()["state"]
-    if state != "finished" or not place.file("final").is_dir():
+    if state != "finished":
         raise UserError(
-            f"start_from={given} holds no result: its run is {state}; finish it with resume="
+            f"{called} holds no result: its run is {state}; end it by the command that began it "
+            f"(choices.yaml) with resume={place.path}, then repeat this one"
         )
+    if not place.file("final").is_dir():
+        raise UserError(f"{called} holds no result: its final/ is missing; put it back")
 
 
-def _check_same_base(place: RunFolder, recorded: dict[str, str], config: Config) -> None:
+def _check_same_base(
+    place: RunFolder, recorded: dict[str, str], config: Config, called: str
+) -> None:
     """Refuse the result of a run on another base model; `recorded` is what its locations held."""
     now = contents(config)
     if any(recorded.get(key) != now.get(key) for key in ("model.path", "model.revision")):
         was = place.read_yaml("config.yaml")["model"]
         raise UserError(
-            f"start_from={config.start_from} was trained on model.path={was['path']} "
+            f"{called} was trained on model.path={was['path']} "
             f"model.revision={was['revision']}, and model.path={config.model.path} "
             f"model.revision={config.model.revision} is another model, or its files have changed "
             "since; give the base that it was trained on"

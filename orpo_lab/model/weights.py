@@ -37,9 +37,12 @@ NUM_SAMPLED = 256
 
 
 def load_model(
-    config: Config, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    on: torch.device | None = None,
 ) -> PreTrainedModel:
-    """Return the base model on its device, quantized as `quantization` says, ready to be trained.
+    """Return the base model on a device, quantized as `quantization` says, ready to be trained.
 
     All its weights come from its folder, and are stored in the precision of `weight_dtype`. The
     arithmetic is in `dtype`, by autocast if the two precisions differ.
@@ -48,15 +51,16 @@ def load_model(
         config: the run's configuration.
         tokenizer: with a pad token.
         dtype: precision of the arithmetic.
+        on: the device; None: the one that the run computes on.
 
     Raises:
         UserError: the weights cannot be loaded, do not fit the model's own configuration, or are
             stored in another quantization; or the base draws random numbers in training mode.
     """
-    on = resolve_device()
+    on = on or resolve_device()
     own: PretrainedConfig = fetch(AutoConfig.from_pretrained, config.model)
     quantization.check(config, own)
-    _switch_off_dropout(own)
+    switch_off_dropout(own)
     options: dict[str, Any] = {}
     asked = quantization.settings(config.quantization, dtype)
     if asked is not None and quantization.stored(own) is None:
@@ -150,14 +154,14 @@ def _check_complete(model: Model, found: dict[str, Any]) -> None:
         )
 
 
-def _switch_off_dropout(config: PretrainedConfig) -> None:
+def switch_off_dropout(config: PretrainedConfig) -> None:
     """Set every dropout probability and every jitter of a configuration to 0.
 
     Many models (OPT, Phi MoE) use these numbers in functions, without an `nn.Dropout` module.
     """
     for name, value in vars(config).items():
         if isinstance(value, PretrainedConfig):
-            _switch_off_dropout(value)
+            switch_off_dropout(value)
         elif isinstance(value, float) and any(word in name for word in ("drop", "jitter")):
             setattr(config, name, 0.0)
 

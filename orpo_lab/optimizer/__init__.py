@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, get_scheduler
+from transformers import PretrainedConfig, PreTrainedModel, get_scheduler
 
 from orpo_lab.config import Config
 from orpo_lab.config.optimizer import AdamW, Galore, Lora, Optimizer
@@ -16,6 +16,7 @@ from orpo_lab.errors import UserError
 from orpo_lab.model.projections import projections
 from orpo_lab.optimizer.galore import GaLore
 from orpo_lab.optimizer.updater import GaLoreUpdater, Updater
+from orpo_lab.training.devices import OneDevice, Processes
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,14 @@ MAX_GAP = 200
 MIN_REFRESHES = 3
 
 
-def build(config: Config, model: Any, *, num_steps: int, dtype: torch.dtype) -> Updater:
+def build(
+    config: Config,
+    model: Any,
+    *,
+    num_steps: int,
+    dtype: torch.dtype,
+    devices: OneDevice | None = None,
+) -> Updater:
     """Return the updater of the model's trainable parameters.
 
     Args:
@@ -35,17 +43,19 @@ def build(config: Config, model: Any, *, num_steps: int, dtype: torch.dtype) -> 
         num_steps: number of optimizer steps of the whole run. GaLore's default interval between
             two bases depends on this number.
         dtype: precision of the arithmetic.
+        devices: those of the run; None: one process.
 
     Raises:
-        UserError: a setting does not fit this model or this precision.
+        UserError: a setting does not fit this model, this precision or several processes.
     """
+    processes = devices if isinstance(devices, Processes) else None
     match config.optimizer:
         case Lora() as lora:
             return Updater(_paged_adamw_8bit(lora, model), model)
         case Galore(implementation="galore_torch") as galore:
             return Updater(_galore_torch(galore, model, num_steps), model)
         case Galore() as galore:
-            return GaLoreUpdater(_galore(galore, model, num_steps, dtype, config), model)
+            return GaLoreUpdater(_galore(galore, model, num_steps, dtype, config, processes), model)
         case AdamW() as adamw:
             groups = decay_groups(adamw, dict(model.named_parameters()))
             return Updater(torch.optim.AdamW(groups, **adam_arguments(adamw)), model)
@@ -100,18 +110,26 @@ def _paged_adamw_8bit(config: Lora, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _galore(
-    config: Galore, model: PreTrainedModel, num_steps: int, dtype: torch.dtype, run: Config
+    config: Galore,
+    model: PreTrainedModel,
+    num_steps: int,
+    dtype: torch.dtype,
+    run: Config,
+    processes: Processes | None,
 ) -> GaLore:
     """Return our GaLore optimizer, and log how much memory it takes.
 
     Raises:
-        UserError: layer-wise mode is combined with fp16, or no weight can be projected.
+        UserError: layer-wise mode or several processes are combined with fp16, or no weight can be
+            projected.
     """
     scaled = dtype == torch.float16
-    if config.layerwise and scaled:
+    projects_first = config.layerwise or processes is not None
+    if projects_first and scaled:
+        what = "optimizer.layerwise=true" if config.layerwise else "GaLore in several processes"
         raise UserError(
-            "optimizer.layerwise=true needs model.dtype=bf16 or fp32: fp16's loss scaling has to "
-            "see all gradients at once"
+            f"{what} needs model.dtype=bf16 or fp32: fp16's loss scaling has to see all gradients "
+            "at once"
         )
     optimizer = GaLore(
         _galore_groups(config, model, num_steps),
@@ -121,8 +139,9 @@ def _galore(
         stagger_refresh=config.stagger_refresh is not False,
         rotate_moments=config.rotate_moments,
         layerwise=config.layerwise,
-        max_grad_norm=run.train.max_grad_norm if config.layerwise else 0.0,
+        max_grad_norm=run.train.max_grad_norm if projects_first else 0.0,
         refresh_in_backward=not scaled,
+        processes=processes,
         seed=run.seed,
     )
     for name, row in optimizer.memory().items():
@@ -154,8 +173,7 @@ def _galore_groups(config: Galore, model: PreTrainedModel, num_steps: int) -> li
     Raises:
         UserError: no weight can be projected.
     """
-    rank = config.rank or default_rank(model.config.get_text_config().hidden_size)
-    gap = config.update_proj_gap or default_gap(num_steps)
+    rank, gap = rank_and_gap(config, model.config, num_steps)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     linear = {id(layer.weight): layer.weight for layer in projections(model).values()}
     trained = [p for key, p in linear.items() if key not in embeddings and p.requires_grad]
@@ -183,6 +201,18 @@ def _galore_groups(config: Galore, model: PreTrainedModel, num_steps: int) -> li
         "proj_type": config.proj_type,
     }
     return [low_rank, *decay_groups(config, others)]
+
+
+def rank_and_gap(config: Galore, own: PretrainedConfig, num_steps: int) -> tuple[int, int]:
+    """Return GaLore's rank and the steps between two bases, as configured or by default.
+
+    Args:
+        config: GaLore's configuration.
+        own: the model's own configuration.
+        num_steps: number of optimizer steps.
+    """
+    rank = config.rank or default_rank(own.get_text_config().hidden_size)
+    return rank, config.update_proj_gap or default_gap(num_steps)
 
 
 def default_rank(hidden_size: int) -> int:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from orpo_lab.optimizer.write_back import write_back
-from orpo_lab.training.devices import num_processes
+from orpo_lab.training.devices import OneDevice, num_processes
 
 Side = Literal["left", "right"]
 Group = dict[str, Any]
@@ -39,6 +39,8 @@ PROJ_TYPES = ("std", "reverse_std", "left", "right")
 BLOCK = 256
 # bitsandbytes keeps the moments of tensors with fewer numbers in fp32
 MIN_8BIT_SIZE = 4096
+# Bytes of the two code books of 8-bit moments, which all moments of an optimizer share
+CODE_BOOKS = 2 * 256 * 4
 KINDS = ("weights", "gradients", "moments", "bases", "updates")
 # Number of directions computed in addition to those that are kept, and number of passes over G to
 # compute them (Halko, Martinsson and Tropp 2011, arXiv:0909.4061, sections 4.2 and 4.5)
@@ -83,8 +85,15 @@ class GaLore(torch.optim.Optimizer):
     unit in the last place still changes the weight on average. A weight without a gradient is
     treated as if its gradient were zero.
 
-    A new basis is taken in the backward pass, from the gradient of the first micro-batch. If
-    several processes train together, it is taken in `step`, from the averaged gradient.
+    A new basis is taken in the backward pass, from the gradient of the first micro-batch.
+
+    If several processes train together, there are two ways. With `processes`, each process projects
+    its own gradients, and the processes average the projected ones (`average`): the projection is
+    linear, so the mean of the projections is the projection of the mean. A full gradient is
+    averaged only where its weight takes a new basis, one weight after another. So for a matrix
+    [m, n] with m <= n a step sends r / m of the bytes of the gradient. Without `processes` the
+    caller averages full gradients, as torch's DistributedDataParallel does; then a new basis is
+    taken in `step`.
 
     Args:
         params: parameters, or groups of them.
@@ -107,8 +116,11 @@ class GaLore(torch.optim.Optimizer):
             if directions were uncorrelated. False: the moments stay unchanged, as in the paper.
         layerwise: project each gradient as soon as autograd has computed it, add it up in rank r,
             and free it. Then no other code sees the gradients, so this optimizer clips them.
-        max_grad_norm: in layer-wise mode, clip the norm of the projected gradients; 0: never.
+        max_grad_norm: in layer-wise mode and with `processes`, clip the norm of the projected
+            gradients; 0: never.
         refresh_in_backward: False: take bases in `step`, where gradients are unscaled (fp16).
+        processes: averages projected gradients over all processes; None: there is one process, or
+            the caller averages full gradients.
         seed: of random directions and stochastic rounding; must be the same on every process.
 
     Raises:
@@ -134,22 +146,24 @@ class GaLore(torch.optim.Optimizer):
         layerwise: bool = False,
         max_grad_norm: float = 0.0,
         refresh_in_backward: bool = True,
+        processes: OneDevice | None = None,
         seed: int = 0,
     ) -> None:
         if refresh not in REFRESHES:
             raise ValueError(f"refresh={refresh!r} is not one of {', '.join(REFRESHES)}")
         if bits not in (8, 32):
             raise ValueError(f"bits={bits} is neither 8 nor 32")
-        if layerwise and num_processes() > 1:
+        is_alone = num_processes() == 1
+        if layerwise and processes is None and not is_alone:
             raise ValueError(
-                "layerwise=True frees each gradient in the backward pass, before the processes "
-                "could average it; use one process, or layerwise=False"
+                "layerwise=True frees each gradient in the backward pass, before the caller could "
+                "average it; give processes=..., or layerwise=False"
             )
         if layerwise and not refresh_in_backward:
             raise ValueError("layerwise=True needs refresh_in_backward=True")
-        if max_grad_norm and not layerwise:
+        if max_grad_norm and not (layerwise or processes):
             raise ValueError(
-                "max_grad_norm is for layerwise=True; otherwise clip with "
+                "max_grad_norm is for layerwise=True and for processes; otherwise clip with "
                 "torch.nn.utils.clip_grad_norm_ as for any optimizer"
             )
         settings = {
@@ -167,13 +181,13 @@ class GaLore(torch.optim.Optimizer):
         super().__init__(params, settings)
         self.refresh = refresh
         self.rotate_moments = rotate_moments
-        self.layerwise = layerwise
+        self.layerwise, self.processes = layerwise, processes
         self.max_grad_norm = max_grad_norm
         self.bits = bits
         self.seed = seed
         self.num_steps = 0
         self.grad_norm: Tensor | None = None
-        """In layer-wise mode, the norm of the last step's projected gradients before clipping."""
+        """Where GaLore clips, the norm of the last step's projected gradients before clipping."""
         self.inner = _adamw(self._inner_groups, bits)
         self._has_gradients = False
         """Whether a gradient has been added to a flat gradient since these were last zero."""
@@ -181,10 +195,14 @@ class GaLore(torch.optim.Optimizer):
             projected = [slot for slot in self._slots if slot.side]
             for i, slot in enumerate(projected):
                 slot.phase = i * self._setting(slot, "update_proj_gap") // len(projected)
-        if refresh_in_backward and num_processes() == 1:
-            for slot in self._slots:
-                if layerwise or slot.side:
-                    self._hook(slot)
+        for slot in self._slots:
+            if layerwise or (slot.side and refresh_in_backward and is_alone):
+                self._hook(slot)
+
+    @property
+    def clips(self) -> bool:
+        """Whether gradients are projected before they are clipped, so that `step` clips them."""
+        return self.layerwise or self.processes is not None
 
     def add_param_group(self, param_group: Group) -> None:
         """Lay out the flat parameter of a group; the constructor calls this for every group.
@@ -265,23 +283,44 @@ class GaLore(torch.optim.Optimizer):
         @torch.no_grad()
         def collect(weight: Tensor) -> None:
             galore = optimizer()
-            if galore is not None:
-                galore._take(galore._slots[index], weight)
+            if galore is None:
+                return
+            assert weight.grad is not None
+            if galore.layerwise:
+                galore._take(galore._slots[index], weight.grad)
+            else:
+                galore._refresh_if_due(galore._slots[index], weight.grad)
 
         slot.weight.register_post_accumulate_grad_hook(collect)
 
-    def _take(self, slot: _Slot, weight: Tensor) -> None:
-        assert weight.grad is not None
-        self._refresh_if_due(slot, weight.grad)
-        if self.layerwise:
-            self._project(slot, weight.grad)
-            weight.grad = None
+    def _take(self, slot: _Slot, gradient: Tensor) -> None:
+        """Project a gradient, after taking a new basis from it if that is due, and free it."""
+        self._refresh_if_due(slot, gradient)
+        self._project(slot, gradient)
+        slot.weight.grad = None
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """Average the gradients of a step over all processes; before, project what is not yet.
+
+        Without `processes` nothing is done.
+        """
+        if self.processes is None:
+            return
+        if not self.layerwise:
+            for slot in self._slots:
+                gradient = slot.weight.grad
+                if gradient is None:
+                    # Another process may have a gradient, and may wait to average it
+                    gradient = torch.zeros_like(slot.weight)
+                self._take(slot, gradient)
+        self.processes.average_gradients(self._inner_parameters())
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every weight once, and return what `closure` returned."""
         loss = None if closure is None else torch.enable_grad()(closure)()
-        if self.layerwise:
+        if self.clips:
             self._clip()
         else:
             for slot in self._slots:
@@ -360,7 +399,7 @@ class GaLore(torch.optim.Optimizer):
         the first moments that use them.
         """
         account = {name: dict.fromkeys(KINDS, 0) for name in ("projected", "others")}
-        code_books = 2 * 256 * 4
+        code_books = CODE_BOOKS
         for i, group in enumerate(self.param_groups):
             row = account["projected" if group["rank"] else "others"]
             inner = self.inner.param_groups[i]["params"]
@@ -379,8 +418,8 @@ class GaLore(torch.optim.Optimizer):
         return account
 
     def gradients(self) -> list[Tensor]:
-        """Return the gradients that the next step uses; in layer-wise mode, projected ones."""
-        if self.layerwise:
+        """Return the gradients that the next step uses; projected ones where `step` clips them."""
+        if self.clips:
             parameters = self._inner_parameters()
         else:
             parameters = [p for group in self.param_groups for p in group["params"]]
@@ -421,6 +460,9 @@ class GaLore(torch.optim.Optimizer):
             return
         gap = self._setting(slot, "update_proj_gap")
         if self.num_steps == 0 or self.num_steps % gap == slot.phase:
+            if self.processes:
+                # Projected and averaged once more, the mean stays as it is
+                self.processes.average_([gradient])
             self._refresh(slot, gradient)
             slot.refreshed = True
 

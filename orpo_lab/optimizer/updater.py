@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from orpo_lab.optimizer.galore import GaLore
+from orpo_lab.training.devices import OneDevice
+from orpo_lab.training.parts import local, whole
 
 
 class Updater:
@@ -21,19 +23,29 @@ class Updater:
         """Return the gradients that the next update uses."""
         return [p.grad for p in self.parameters if p.grad is not None]
 
+    def average(self, devices: OneDevice) -> None:
+        """Average the gradients of a step over all processes, before they are clipped."""
+        devices.average_gradients([p for p in self.parameters if p.requires_grad])
+
+    @property
+    def sends_in_backward(self) -> bool:
+        """Whether the processes exchange gradients inside a backward pass."""
+        return False
+
     def clip(self, max_norm: float) -> Tensor:
         """Scale all gradients so that their norm is at most `max_norm`; 0: do not scale.
 
         Returns:
             The norm before scaling, a scalar on the device.
         """
-        if max_norm == 0:
-            return nn.utils.get_total_norm(self.gradients())
-        return nn.utils.clip_grad_norm_(self.parameters, max_norm)
+        norm = whole(nn.utils.get_total_norm(self.gradients()))
+        if max_norm:
+            nn.utils.clip_grads_with_norm_(self.parameters, max_norm, norm)
+        return norm
 
     def gradient_bytes(self) -> int:
         """Return the bytes of all gradients of the weights at the end of a backward pass."""
-        return sum(p.nbytes for p in self.parameters if p.requires_grad)
+        return sum(local(p).nbytes for p in self.parameters if p.requires_grad)
 
     def drop_gradients(self) -> None:
         """Drop the gradients of a step that begins again."""
@@ -53,12 +65,22 @@ class GaLoreUpdater(Updater):
         """Return the gradients that the next update uses; in layer-wise mode, projected ones."""
         return self.optimizer.gradients()
 
+    def average(self, devices: OneDevice) -> None:
+        """Average the projected gradients; see `GaLore.average`."""
+        self.optimizer.average()
+
+    @property
+    def sends_in_backward(self) -> bool:
+        """Whether the processes exchange gradients inside a backward pass."""
+        return self.optimizer.layerwise and self.optimizer.processes is not None
+
     def clip(self, max_norm: float) -> Tensor:
         """Scale all gradients, and return their norm before scaling; see `Updater.clip`.
 
-        In layer-wise mode return the norm of the projected gradients. GaLore clips them itself.
+        Where GaLore projects gradients before they are clipped, return the norm of the projected
+        gradients. GaLore clips them itself.
         """
-        if self.optimizer.layerwise:
+        if self.optimizer.clips:
             return nn.utils.get_total_norm(self.gradients())
         return super().clip(max_norm)
 

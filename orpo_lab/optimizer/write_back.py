@@ -89,6 +89,16 @@ def stochastic_round(wide: Tensor, generator: torch.Generator) -> Tensor:
     return bits.add_(noise).bitwise_and_(-(2**16)).view(torch.float32)
 
 
+def round_to(wide: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Return fp32 numbers in another precision: in bf16 as `stochastic_round` does, in place.
+
+    The nearest bf16 number would undo every change that is smaller than half a step of bf16.
+    """
+    if dtype == torch.bfloat16:
+        wide = stochastic_round(wide, generator)
+    return wide.to(dtype)
+
+
 def _add_by_kernel(
     weight: Tensor, factors: tuple[Tensor, ...], keep: float, scale: float, key: int
 ) -> bool:

@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from orpo_lab import api, config, environment
+from orpo_lab import api, config, environment, program
 from orpo_lab.config.dataset import Dataset
 from orpo_lab.errors import UserError, one_line
 from orpo_lab.redaction import RedactingFormatter, redact
@@ -28,6 +29,7 @@ from orpo_lab.upstream import silence
 if TYPE_CHECKING:
     import datasets
 
+    from orpo_lab.model.start import Origin
     from orpo_lab.preview import page
 
 log = logging.getLogger(__name__)
@@ -39,7 +41,7 @@ FOLDER = Path("outputs", "preview")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command to a parser."""
     parser.add_argument(
-        "overrides", nargs="*", metavar="override", help="as for launch.py: dataset=ultrafeedback"
+        "overrides", nargs="*", metavar="override", help="as for a run: dataset=ultrafeedback"
     )
     parser.add_argument(
         "--rows",
@@ -86,6 +88,7 @@ def run(options: argparse.Namespace) -> None:
         return
     has_colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     print("\n".join([*page.text(preview, has_colour=has_colour), "", f"preview  {file}"]))
+    print(f"train    {program.command('train')} {shlex.join(options.overrides)}".rstrip())
 
 
 @contextmanager
@@ -116,17 +119,17 @@ def _preview(
     # These imports take seconds, so they wait until the configuration is checked
     from orpo_lab import data, methods
     from orpo_lab.model.source import load_config
-    from orpo_lab.model.start import origin_of
     from orpo_lab.model.tokenizer import check_context, check_ids, load_tokenizer
     from orpo_lab.preview import figures, page
     from orpo_lab.preview.rows import Reader
-    from orpo_lab.training.trainer import count_steps
+    from orpo_lab.training.steps import count_steps
 
-    origin = origin_of(loaded)
-    model_config = load_config(origin.base.model)
+    origin = _origin_of(loaded)
+    model_config = load_config(origin.base.model if origin else loaded.model)
     check_context(model_config, loaded.dataset)
     tokenizer = load_tokenizer(loaded.model, model_config)
-    origin.check_tokenizer(tokenizer)
+    if origin:
+        origin.check_tokenizer(tokenizer)
     lengths: dict[str, figures.Lengths] = {}
 
     def watch(split: str, judged: "datasets.Dataset") -> None:
@@ -145,7 +148,12 @@ def _preview(
         return dataset
 
     makes_pairs = not loaded.method.reads_unpaired
-    pairs = data.load(loaded.dataset, tokenizer, makes_pairs=makes_pairs, watch=watch)
+    # Somebody waits for a preview. A run may stand beside other jobs, so a run uses what
+    # `dataset.num_proc` says
+    num_cores = environment.num_cores()
+    pairs = data.load(
+        loaded.dataset, tokenizer, makes_pairs=makes_pairs, watch=watch, num_idle=num_cores
+    )
     check_ids(tokenizer, model_config, pairs)
     method = methods.build(loaded)
     if not method.reads_rejected:
@@ -169,3 +177,13 @@ def _preview(
     reader = Reader(tokenizer, method.scores_prompt, method.reads_rejected)
     first = pairs.train.select(range(min(options.rows, len(pairs.train))))
     return page.Preview(found, [reader.read(row) for row in first])
+
+
+def _origin_of(loaded: config.Config) -> "Origin | None":
+    """Return what an earlier run's result leaves to start from; None: the model alone."""
+    if loaded.start_from is None:
+        return None
+    # It imports what puts adapters on weights, which takes a second
+    from orpo_lab.model.start import origin_of
+
+    return origin_of(loaded)

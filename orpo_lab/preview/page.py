@@ -6,6 +6,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from orpo_lab import program
 from orpo_lab.compare.verdict import CONFIDENCE
 from orpo_lab.preview.rows import Part, Piece
 from orpo_lab.records.run_folder import RunFolder
@@ -94,7 +95,7 @@ def boundary(part: Part) -> str:
 
 
 def _command(figures: dict[str, Any]) -> str:
-    return " ".join(["python -m orpo_lab preview", *figures["overrides"]])
+    return " ".join([program.command("preview"), *figures["overrides"]])
 
 
 def tables(figures: dict[str, Any]) -> dict[str, Table]:

@@ -85,6 +85,7 @@ def _draw_panel(axes: Any, lines: list[dict[str, float]], panel: str) -> None:
             drawn += 1
     axes.set_title(panel, fontsize=9, loc="left")
     axes.set_xlabel("optimizer step", fontsize=8)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -19,28 +19,29 @@ import pyarrow.parquet as pq
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from orpo_lab.config import Config, kind
-from orpo_lab.config.beta_schedule import Constant
-from orpo_lab.config.model import BASE, EMBEDDED, local_path
-from orpo_lab.config.optimizer import Lora
+from orpo_lab.config import Config
+from orpo_lab.config.model import BASE
 from orpo_lab.data import Data
 from orpo_lab.errors import NonFiniteError, UserError, one_line
 from orpo_lab.evaluate import Evaluation
-from orpo_lab.metrics import HELD_OUT, PREFERENCE_SHARE
+from orpo_lab.metrics import PREFERENCE_SHARE
+from orpo_lab.optimizer.write_back import round_to
+from orpo_lab.records.card import model_card, table
 from orpo_lab.records.markdown import fenced
 from orpo_lab.records.plot import draw_training
 from orpo_lab.records.run_folder import RunFolder, git_commit, put_in_place, versions
-from orpo_lab.redaction import redact
 from orpo_lab.tracker.base import Run
 from orpo_lab.training.checkpoint import MANIFEST, METRICS
 from orpo_lab.training.files import Files, link
+from orpo_lab.training.parts import local
 from orpo_lab.training.tensors import save_pretrained
 from orpo_lab.training.trainer import TrainStats
 
 log = logging.getLogger(__name__)
 
-# How many answers are shown before and after; the metrics are over all answers
+# How many answers are shown before and after, and what of each; `samples.json` has all of them
 NUM_SAMPLES = 8
+SHOWN = ("prompt", "chosen", "before", "before_is", "after", "after_is")
 
 # A row for every held-out pair, before and after training; docs/configuration.md explains each
 # column
@@ -101,7 +102,7 @@ class Missing(dict[str, str]):
         """Note and log that a result is missing; delete an earlier file of that name."""
         self[name] = why
         if name in FILES:
-            self.place.file(name).unlink(missing_ok=True)
+            self.place.remove(name)
         log.warning("warning: %s is missing (%s); the model is not touched by it", name, why)
 
     def __str__(self) -> str:
@@ -119,7 +120,9 @@ def leave(
     stats: TrainStats,
     data: Data,
     missing: Missing,
+    judge: Callable[[list[dict[str, str]]], dict[str, Any]] = lambda samples: {},
     start: str = "",
+    planned: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Put the model into `final/`, write the other results, and log a table of the figures.
 
@@ -133,7 +136,9 @@ def leave(
         stats: the cost of training.
         data: the tokenized pairs.
         missing: notes the results that cannot be made.
+        judge: returns figures about the answers of `samples.json`, or none.
         start: what the run started from, in words; empty: from `model.path` alone.
+        planned: what the run was planned to take; None: there is no plan.
 
     Returns:
         The content of `summary.json`.
@@ -142,6 +147,8 @@ def leave(
     config_hash = place.segments()[-1]["config_hash"]
     place.set_status("running", results=config_hash)
     summary = summarize(config_hash, before, after, stats, data, place)
+    if planned:
+        summary["plan"] = beside_measured(planned, stats)
     with missing.noted("versions"):
         summary |= {"versions": versions(), "git_commit": git_commit()}
     card = ""
@@ -150,14 +157,16 @@ def leave(
         card = model_card(place, config, summary, start=start, has_base=has_base)
     save_final(place, trained, card)
     plot, samples = place.file("plots/training.png"), _samples(before, after)
+    shown = [
+        {key: sample[key] for key in SHOWN if key in sample} for sample in samples[:NUM_SAMPLES]
+    ]
     title = place.path.resolve().name
     make: dict[str, Callable[[], None]] = {
         "summary.json": lambda: place.write_json("summary.json", summary),
         "scores.parquet": lambda: save_scores(place, before, after),  # type: ignore[arg-type]
         "plots/training.png": lambda: draw_training(place.metrics(), title, plot),
-        "samples.md": lambda: place.write("samples.md", samples_text(samples)),
+        "samples.md": lambda: place.write("samples.md", samples_text(shown)),
         "samples.json": lambda: place.write("samples.json", json.dumps(samples, indent=2) + "\n"),
-        "tracker": lambda: run.log_results(summary, [plot] if plot.exists() else [], samples),
     }
     if after is None:
         for name in ("scores.parquet", "samples.md", "samples.json"):
@@ -166,7 +175,14 @@ def leave(
     for name, make_result in make.items():
         with missing.noted(name):
             make_result()
-    log.info("\n%s\n", _table(summary))
+    # Last, since a judge may be slow, and a tracker too
+    if judged := judge(samples):
+        summary |= judged
+        with missing.noted("summary.json"):
+            place.write_json("summary.json", summary)
+    with missing.noted("tracker"):
+        run.log_results(summary, [plot] if plot.exists() else [], shown)
+    log.info("\n%s\n", table(summary))
     if said := preference_said(place.metrics()):
         log.info("%s\n", said)
     for name, file in {"run folder": "", "model": "final", "plot": "plots/training.png"}.items():
@@ -186,6 +202,7 @@ def summarize(
     """Return the content of `summary.json`, without the versions and the commit."""
     shares = [share for _, share in preference_shares(place.metrics())]
     measured = {"preference_share": sum(shares) / len(shares)} if shares else {}
+    checked = data.report["held_out"].get("right_answers")
     return {
         "config_hash": config_hash,
         "before": before.metrics,
@@ -199,8 +216,26 @@ def summarize(
             "train": data.report["train"]["fingerprint"],
             "held_out": data.report["held_out"]["fingerprint"],
         },
+        # How answers were checked; see `data.right_answers.fingerprint`
+        **({"right_answers": checked} if checked else {}),
         # What was changed at each start of this run, in order; {} for an unchanged start
         "changes": [segment["changes"] for segment in place.segments()],
+    }
+
+
+def beside_measured(planned: dict[str, Any], stats: TrainStats) -> dict[str, Any]:
+    """Return a plan with what was measured beside it.
+
+    Args:
+        planned: what `plan.check.record` returns.
+        stats: the cost of training. On a CPU its peak is that of the process, libraries included.
+    """
+    return {
+        "planned": planned,
+        "measured": {
+            "peak_bytes": stats.peak_memory_bytes,
+            "seconds_of_steps": stats.wall_seconds,
+        },
     }
 
 
@@ -261,8 +296,8 @@ def save_model(
         tokenizer: saved in the same folder.
         files: the files to write, of a checkpoint.
         dtype: precision of the weights in the base's folder. If a whole model was trained in a
-            wider precision, its weights are rounded to `dtype` in place. So the model that is
-            measured after this is the model that is saved.
+            wider precision, its weights are rounded to `dtype` in place, as `round_to` does. So the
+            model that is measured after this is the model that is saved.
     """
     model.config.get_text_config().use_cache = True
     for adapter in getattr(model, "peft_config", {}).values():
@@ -273,6 +308,21 @@ def save_model(
     with contextlib.nullcontext() if is_adapter else _rounded(model, dtype):
         save_pretrained(model, files)
     tokenizer.save_pretrained(files.folder)
+
+
+@torch.no_grad()
+def round_weights(model: Any, dtype: torch.dtype | None) -> None:
+    """Round the weights of a model that was trained whole to a dtype, if that is narrower.
+
+    The weights keep their own dtype, and saving rounds them no further. So the model that is
+    measured is the model that is saved.
+    """
+    if dtype is None or hasattr(model, "peft_config"):
+        return
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(0)
+    for weight in map(local, model.parameters()):
+        if dtype.itemsize < weight.dtype.itemsize:
+            weight.copy_(round_to(weight, dtype, generator))
 
 
 @contextmanager
@@ -286,6 +336,7 @@ def _rounded(model: Any, dtype: torch.dtype | None) -> Iterator[None]:
         yield
         return
     log.info("the model is saved in %s, as its base is; checkpoints keep %s", dtype, wide)
+    round_weights(model, dtype)
     # Not `model.to`: it would also round the buffers, some of which are not saved in the folder
     for weight in model.parameters():
         weight.data = weight.data.to(dtype)
@@ -312,95 +363,18 @@ def save_final(place: RunFolder, trained: Path, card: str) -> None:
     put_in_place(part, place.file("final"))
 
 
-def model_card(
-    place: RunFolder,
-    config: Config,
-    summary: dict[str, Any],
-    *,
-    start: str = "",
-    has_base: bool = False,
-) -> str:
-    """Return a model card in the hub's format: the base, the training, and the held-out figures.
-
-    Args:
-        place: the run folder.
-        config: the run's configuration.
-        summary: the content of `summary.json`.
-        start: what the run started from, in words; empty: from `model.path` alone.
-        has_base: whether the base of the adapter is saved beside it.
-    """
-    is_adapter = isinstance(config.optimizer, Lora)
-    is_local = config.model.path != EMBEDDED and local_path(config.model.path).is_dir()
-    library = "peft" if is_adapter else "transformers"
-    loader = "AutoPeftModelForCausalLM" if is_adapter else "AutoModelForCausalLM"
-    # Cards are published, so a card names no path of this machine
-    base = local_path(config.model.path).resolve().name if is_local else config.model.path
-    base, name = redact([base, config.name or place.path.resolve().name])
-    from_where = f"base_model: {base}\n" if not is_local else ""
-    moved = (
-        f" `adapter_config.json` names the folder of {base}; put its name on the hub there before "
-        "you publish this."
-        if is_local and is_adapter
-        else ""
-    )
-    if has_base:
-        moved = (
-            f" The adapter belongs to the model in `{BASE}/`, whose place `adapter_config.json` "
-            "names; put its name on the hub there before you publish this."
-        )
-    code = " Code that comes with it was run." if config.model.trust_remote_code else ""
-    beta = f"beta {config.beta:g}, " if config.method.reads_beta else ""
-    if beta and not isinstance(config.beta_schedule, Constant):
-        schedule = kind(config.beta_schedule).replace("_", " ")
-        end = f" to {config.beta_end:g}" if config.beta_schedule.reads_beta_end else ""
-        beta = f"beta {config.beta:g}{end} ({schedule}), "
-    began = f" It began with another run's result: {redact(start)}." if start else ""
-    notes = f"{began}{code}{_template_said(config)}{moved}"
-    figures = (
-        f"Measured on {summary['after']['num_pairs']} held-out pairs:\n\n{_table(summary)}"
-        if summary["after"]
-        else "It was not measured after training."
-    )
-    return f"""---
-{from_where}library_name: {library}
-tags: [{kind(config.method)}, orpo_lab]
----
-# {name}
-
-{base}, trained with {config.method.title} by orpo_lab:
-{beta}{summary["train"]["steps"]} steps of {config.train.batch_size} {config.unit}, seed
-{config.seed}. The whole configuration stands in `config.yaml` of the run folder.{notes}
-
-{figures}
-
-```python
-from {library} import {loader}
-from transformers import AutoTokenizer
-
-model = {loader}.from_pretrained("final")
-tokenizer = AutoTokenizer.from_pretrained("final")
-```
-"""
-
-
-def _template_said(config: Config) -> str:
-    """Return what a card says of the chat template; empty: it is the tokenizer's own, alone."""
-    own = " The chat template is the run's own." if config.model.chat_template else ""
-    kwargs = config.dataset.template_kwargs
-    if not kwargs:
-        return own
-    given = ", ".join(f"{name}={value!r}" for name, value in kwargs.items())
-    return f"{own} The chat template was given `{given}`; give it to `apply_chat_template` too."
-
-
 def _samples(before: Evaluation, after: Evaluation | None) -> list[dict[str, str]]:
-    """Return, for the first prompts, the answers before and after training."""
+    """Return the answers before and after training to every prompt that was answered."""
     if after is None:
         return []
-    return [
-        {"prompt": old.prompt, "chosen": old.chosen, "before": old.answer, "after": new.answer}
-        for old, new in zip(before.generations, after.generations, strict=True)
-    ][:NUM_SAMPLES]
+    samples = []
+    is_checked = "num_checked" in before.metrics
+    for old, new in zip(before.generations, after.generations, strict=True):
+        sample = {"prompt": old.prompt, "asked": old.asked, "chosen": old.chosen}
+        for when, one in (("before", old), ("after", new)):
+            sample |= {when: one.answer} | ({f"{when}_is": one.judged} if is_checked else {})
+        samples.append(sample)
+    return samples
 
 
 def samples_text(samples: list[dict[str, str]]) -> str:
@@ -408,16 +382,7 @@ def samples_text(samples: list[dict[str, str]]) -> str:
     parts = ["# Samples\n\nGreedy answers to held-out prompts, before and after training.\n"]
     for number, sample in enumerate(samples, start=1):
         parts.append(f"\n## {number}\n")
-        parts += [f"\n{key}:\n{fenced(text)}" for key, text in sample.items()]
+        for key in ("prompt", "chosen", "before", "after"):
+            said = f" ({sample[f'{key}_is']})" if f"{key}_is" in sample else ""
+            parts.append(f"\n{key}{said}:\n{fenced(sample[key])}")
     return "".join(parts)
-
-
-def _table(summary: dict[str, Any]) -> str:
-    rows = [("held out", "before", "after", "")]
-    for metric in HELD_OUT:
-        found = [summary[when].get(metric.name) for when in ("before", "after")]
-        if metric.is_tabled and None not in found:
-            before, after = (f"{value:.3f}" for value in found)
-            rows.append((metric.name, before, after, metric.said))
-    lines = [f"| {name:21} | {old:>8} | {new:>8} | {about} |" for name, old, new, about in rows]
-    return "\n".join([lines[0], f"|{'-' * 23}|{'-' * 9}:|{'-' * 9}:|---|", *lines[1:]])

@@ -17,7 +17,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 
@@ -262,7 +262,11 @@ class RunFolder:
         if metrics:
             self.write("metrics.jsonl", metrics.read_text(encoding="utf-8"))
         else:
-            self.file("metrics.jsonl").unlink(missing_ok=True)
+            self.remove("metrics.jsonl")
+
+    def remove(self, name: str) -> None:
+        """Delete one of the run's files, if there is such a file."""
+        self.file(name).unlink(missing_ok=True)
 
     def started(self) -> str | None:
         """Return the time of the run's first start; None: no start has come to a step."""
@@ -442,6 +446,19 @@ class RunFolder:
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
+class ReadOnlyRunFolder(RunFolder):
+    """A run's folder in a process that only reads it: the first process of the run writes."""
+
+    def write(self, name: str, text: str) -> None:
+        """Write nothing."""
+
+    def append_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Write nothing."""
+
+    def remove(self, name: str) -> None:
+        """Delete nothing."""
+
+
 def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -527,7 +544,8 @@ def git_commit() -> str | None:
 
     None: no commit holds the code. The package may be inside another repository without being
     tracked there (in an ignored folder or a virtual environment); that repository does not count. A
-    repository that the environment names (GIT_DIR) does not count either.
+    repository that the environment names (GIT_DIR) does not count either. For a package that pip
+    has installed from a repository, it is the commit that pip has noted.
     """
     file = Path(__file__)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
@@ -542,4 +560,22 @@ def git_commit() -> str | None:
         is_modified = git("status", "--porcelain", "--", str(file.parents[2]))
         return git("rev-parse", "HEAD") + (" (modified)" if is_modified else "")
     except (OSError, subprocess.CalledProcessError):
+        return _installed_commit(file.parents[1])
+
+
+def _installed_commit(package: Path) -> str | None:
+    """Return the commit that pip has installed a package from (PEP 610); None: it has noted none.
+
+    Args:
+        package: the folder of this package. Where another copy is installed, the copy's commit does
+            not count.
+    """
+    try:
+        installed = distribution(package.name)
+    except PackageNotFoundError:
         return None
+    if Path(str(installed.locate_file(package.name))) != package:
+        return None
+    origin = json.loads(installed.read_text("direct_url.json") or "{}")
+    commit: str | None = origin.get("vcs_info", {}).get("commit_id")
+    return commit

@@ -147,6 +147,8 @@ class Sweep:
         status = place.status()
         if status["state"] in ("missing", "running"):
             return True  # the lock of the folder says whether the run is still running
+        if status["state"] == "stopped" and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
+            return True  # Slurm has stopped this job and put it back into its queue
         return not place.is_complete() and status["sweep_start"] != self._starts()
 
     def _starts(self) -> int:

@@ -1,11 +1,16 @@
 """The jobs of this process and their outcomes: the only such state of a process."""
 
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 
 from omegaconf import DictConfig
 
+from orpo_lab import program
 from orpo_lab.config.tracker import Tracker
+from orpo_lab.records.run_folder import RunFolder
 from orpo_lab.redaction import redact
 from orpo_lab.sweep import forks
 from orpo_lab.sweep.folder import Sweep
@@ -24,6 +29,8 @@ class Jobs:
     another process's sweep."""
     tracker: Tracker | None = None
     """The tracker to which the sweep's comparison is logged."""
+    place: RunFolder | None = None
+    """The run folder of a single run."""
     num: int | None = None
     """Number of jobs of the sweep; None: there is no sweep, or another process started it."""
     round: int | None = None
@@ -62,12 +69,42 @@ class Jobs:
         """Remember why a job has failed."""
         self.failures.append(redact(failure))
 
+    def next_step(self, arguments: Sequence[str], exit_code: int) -> str:
+        """Return a line that says what to do next; empty: there is nothing to go on with.
+
+        Args:
+            arguments: the command line as the user typed it.
+            exit_code: of this process.
+        """
+        if self.sweep is not None:
+            folder, key = self.sweep.folder, "hydra.sweep.dir"
+            has_begun = folder.is_dir()
+        elif self.place is not None:
+            folder, key = self.place.path, "hydra.run.dir"
+            has_begun = self.place.status()["state"] in ("failed", "stopped")
+        else:
+            return ""
+        if exit_code:
+            how = "put that right, then" if exit_code == 1 else "to go on"
+            return f"{how}  {_again(arguments, key, folder)}" if has_begun else ""
+        # A sweep that has ended well has named its report and what to ship
+        report = f"report      {program.command('compare')} {shlex.quote(str(folder))}"
+        return report if self.sweep is None else ""
+
     def close(self) -> int:
         """Close the sweep, if there is one, and return the process's exit code: 0 or 1."""
-        failed = self.failures
+        failed = [*self.failures]
         if self.sweep is not None and self.tracker is not None:
-            failed = self.sweep.close(self.tracker)
+            failed += self.sweep.close(self.tracker)
         return int(bool(failed or self.left_out))
+
+
+def _again(arguments: Sequence[str], key: str, folder: Path) -> str:
+    """Return the command line with which a run or a sweep goes on in its folder."""
+    left_out = (f"{key}=", "resume=")
+    kept = [given for given in arguments if not given.startswith(left_out)]
+    added = [f"{key}={folder}", *(["resume=auto"] if key == "hydra.run.dir" else [])]
+    return redact(f"{program.command('train')} {shlex.join([*kept, *added])}")
 
 
 JOBS = Jobs()

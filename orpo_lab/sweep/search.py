@@ -1,17 +1,18 @@
 """Search with Optuna: `python -m orpo_lab search FOLDER [--num-trials N] [override ...]`.
 
-Overrides are those of launch.py. An override with a range or a list, in Hydra's own syntax, is
+Overrides are those of a run. An override with a range or a list, in Hydra's own syntax, is
 searched: `beta=tag(log,interval(0.02,1))`, `optimizer.r=int(interval(4,64))`,
-`beta_schedule=step,cosine`. Every trial is a run of launch.py in its own folder in FOLDER, so that
+`beta_schedule=step,cosine`. Every trial is a run in its own folder in FOLDER, so that
 `python -m orpo_lab compare FOLDER` can read the trials. The search maximises held-out preference
 accuracy, among runs whose quality is not worse than the untrained model's. With `train.eval_steps`
 a trial is stopped if it falls behind the median of earlier trials.
 
 FOLDER keeps the study. The same command goes on with the study, and several processes may work on
-it at the same time. Needs `pip install -e ".[search]"`.
+it at the same time. Needs the extra `search`.
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 
+from orpo_lab import program
 from orpo_lab.config.command_line import as_typed
 from orpo_lab.errors import UserError, one_line
 from orpo_lab.metrics import HELD_OUT_PREFIX, MARGINS, PREFERENCE, qualities_among
@@ -35,7 +37,9 @@ from orpo_lab.stop import EXIT_CODE
 if TYPE_CHECKING:
     import optuna
 
-LAUNCH = Path(__file__).parents[2] / "launch.py"
+# A run by this very package, also where the working directory holds another one
+TRAIN = (sys.executable, "-P", "-m", "orpo_lab", "train")
+PACKAGE = Path(__file__).parents[1]
 # Seconds between two looks at the metrics of a running trial
 POLL_SECONDS = 0.2
 
@@ -90,7 +94,7 @@ def suggest(trial: "optuna.Trial", searched: dict[str, Override]) -> list[str]:
 
 
 def run_trial(trial: "optuna.Trial", folder: Path, overrides: list[str]) -> float:
-    """Run launch.py and return the run's held-out preference accuracy.
+    """Run a trial and return the run's held-out preference accuracy.
 
     Raises:
         optuna.TrialPruned: the run fell behind the median and was stopped.
@@ -98,11 +102,14 @@ def run_trial(trial: "optuna.Trial", folder: Path, overrides: list[str]) -> floa
     """
     import optuna
 
-    command = [sys.executable, str(LAUNCH), *overrides, f"hydra.run.dir={folder}"]
+    command = [*TRAIN, *overrides, f"hydra.run.dir={folder}"]
+    path = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH"))))
     place = RunFolder(folder)
     pruned, reported = False, 0
     with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=said, env={**os.environ, "PYTHONPATH": path}
+        )
         try:
             while process.poll() is None:
                 time.sleep(POLL_SECONDS)
@@ -208,7 +215,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-trials", type=int, default=20, help="in FOLDER, earlier ones included"
     )
-    parser.add_argument("overrides", nargs="*", metavar="override", help="as launch.py's")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="override", help="as for a run: beta=0.1,0.2"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -220,7 +229,7 @@ def run(options: argparse.Namespace) -> None:
     try:
         study = search(options.folder, options.num_trials, options.overrides)
     except ImportError as error:
-        raise UserError('Optuna is not installed: pip install -e ".[search]"') from error
+        raise UserError(f"Optuna is not installed: {program.install('search')}") from error
     except OSError as error:
         raise UserError(f"{options.folder} cannot be used: {one_line(error)}") from error
     print(_closing(study, options.folder))

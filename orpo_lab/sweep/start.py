@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from orpo_lab import environment, program
 from orpo_lab.config.tracker import Tracker
 from orpo_lab.errors import UserError
 from orpo_lab.stop import PROCESS
@@ -29,10 +31,12 @@ class Start(Callback):
         The folder is new, unless the user has named one. Errors end the process.
         """
         launcher = config.hydra.runtime.choices["hydra/launcher"]
-        if launcher == "submitit_slurm" and shutil.which("srun") is None:
+        if missing := _missing(launcher):
+            sys.exit(f"error: hydra/launcher={launcher} needs {missing}")
+        if environment.process().num > 1:
             sys.exit(
-                "error: hydra/launcher=submitit_slurm needs Slurm's srun, which is not in PATH; "
-                "start the sweep on the cluster, or use hydra/launcher=submitit_local"
+                "error: a sweep starts its jobs itself, each in one process; start it with "
+                f"{program.command('train')} -m, not with torchrun"
             )
         if not config.hydra.sweep.dir.strip():
             sys.exit("error: hydra.sweep.dir is empty (is a variable unset?); give a folder")
@@ -69,3 +73,15 @@ class Start(Callback):
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Drop a job's configurations: Hydra would keep those of all jobs until the sweep ends."""
         job_return.cfg = job_return.hydra_cfg = None
+
+
+def _missing(launcher: str) -> str:
+    """Return what a launcher needs that is not here, and what to do; empty: nothing."""
+    if launcher == "submitit_slurm" and shutil.which("srun") is None:
+        return (
+            "Slurm's srun, which is not in PATH; start the sweep on the cluster, or use "
+            "hydra/launcher=submitit_local"
+        )
+    if launcher == "ray" and find_spec("ray") is None:
+        return f"ray, which is not installed: {program.install('ray')}"
+    return ""

@@ -18,15 +18,13 @@ from orpo_lab.errors import UserError, one_line
 from orpo_lab.records.run_folder import RunFolder
 from orpo_lab.redaction import redact
 from orpo_lab.tracker import leet
-from orpo_lab.tracker.base import Run, Untracked
+from orpo_lab.tracker.base import PROJECT, Run, Untracked
 
 log = logging.getLogger(__name__)
 # Seconds that the server may take to answer. After that a run with tracker.mode=auto goes offline
 PROBE_SECONDS = 3.0
 # Seconds that a run waits at its end for uploads; what is not uploaded by then stays on the disk
 FINISH_SECONDS = 30.0
-# The project, if neither tracker.project nor W&B's own settings name a project
-PROJECT = "orpo_lab"
 # The largest number of characters of a tag in W&B
 MAX_TAG = 64
 # Keys of the tracker, and the settings of W&B's client that check them

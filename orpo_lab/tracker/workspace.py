@@ -4,14 +4,15 @@ The command saves a view of the project, with runs grouped by method, beta and b
 charts show figures that do not depend on beta: preference accuracy against quality, the same
 figures by method, and curves that can be compared along an annealed run. Curves that cannot be
 compared across methods, and settings such as beta, have sections of their own. Needs a key
-(`wandb login`) and `pip install -e ".[workspace]"`.
+(`wandb login`) and the extra `workspace`.
 """
 
 import argparse
 
+from orpo_lab import program
 from orpo_lab.errors import UserError, one_line
 from orpo_lab.metrics import HELD_OUT_PREFIX, MARGINS, PREFERENCE, TRAINING
-from orpo_lab.tracker.wandb import PROJECT
+from orpo_lab.tracker.base import PROJECT
 
 # Training metrics that say how well a run trains, and that can be compared between runs
 FREE_OF_BETA = [
@@ -96,7 +97,7 @@ def run(options: argparse.Namespace) -> None:
         print(save(project, entity, options.name))
     except ImportError as error:
         raise UserError(
-            'wandb-workspaces is not installed: pip install -e ".[workspace]"'
+            f"wandb-workspaces is not installed: {program.install('workspace')}"
         ) from error
     except Exception as error:
         raise UserError(f"W&B does not take the workspace: {one_line(error)[:300]}") from error

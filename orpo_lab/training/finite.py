@@ -9,6 +9,7 @@ from torch import Tensor
 from orpo_lab.config.train import Train
 from orpo_lab.errors import LIKELY_CAUSES, NonFiniteError
 from orpo_lab.training.meter import Meter
+from orpo_lab.training.parts import local
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class FiniteCheck:
         if self.is_scaled:
             return
         for gradient in gradients:
-            gradient.masked_fill_((self.seen[0] > 0).to(gradient.device), 0)
+            local(gradient).masked_fill_((self.seen[0] > 0).to(gradient.device), 0)
 
     def skips(self) -> bool:
         """Return whether to skip the step that `look` checked; count a step that is skipped.
@@ -111,7 +112,7 @@ def check_weights(model: torch.nn.Module, step: int) -> None:
     Raises:
         NonFiniteError: a weight is not finite.
     """
-    finite = [p.isfinite().all() for p in model.parameters() if p.requires_grad]
+    finite = [local(p).isfinite().all() for p in model.parameters() if p.requires_grad]
     if not torch.stack(finite).all():  # device-to-host sync
         raise NonFiniteError(
             f"step {step}: its update left weights that are not finite; the run stops, and nothing "

@@ -2,10 +2,8 @@
 
 import logging
 import math
-from typing import Any
 
-from tqdm import tqdm
-
+from orpo_lab import progress
 from orpo_lab.metrics import TRAINING
 from orpo_lab.records.run_folder import RunFolder
 from orpo_lab.tracker.base import Run
@@ -25,25 +23,34 @@ class Lines:
         log_to: the tracked run, which gets the same lines.
         step: number of steps that have been taken.
         num_steps: number of steps of the whole run.
+        untrained: figures of the untrained model. A run that begins with its first step writes
+            them as the line of step 0, in front of its first line: no line stands in the folder of
+            a run that has come to no step.
     """
 
-    def __init__(self, place: RunFolder, log_to: Run, step: int, num_steps: int) -> None:
+    def __init__(
+        self,
+        place: RunFolder,
+        log_to: Run,
+        step: int,
+        num_steps: int,
+        *,
+        untrained: dict[str, float] | None = None,
+    ) -> None:
         self.place, self.log_to, self.num_steps = place, log_to, num_steps
-        # With disable=None the bar is hidden where there is no terminal
-        self.bar: Any = tqdm(
-            total=num_steps,
-            initial=step,
-            desc="train",
-            disable=None,
-            bar_format="{n_fmt}/{total_fmt} {bar} {elapsed}<{remaining}{postfix}",
-        )
+        self.untrained = untrained if step == 0 else None
+        self.work = progress.Work("train", num_steps, done=step)
+        self.work.begin()
 
     def move(self) -> None:
         """Show that a step was taken."""
-        self.bar.update(1)
+        self.work.done += 1
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Write the finite metrics of a step, and show some of them on the terminal."""
+        if self.untrained:
+            untrained, self.untrained = self.untrained, None
+            self.write(0, untrained)
         metrics = _finite(step, metrics)
         self.place.append_metrics(step, metrics)
         self.log_to.log(step, metrics)
@@ -51,14 +58,16 @@ class Lines:
         if not shown:
             return
         in_bar = {name: f"{metrics[key]:.2f}" for key, name in IN_BAR.items() if key in shown}
-        self.bar.set_postfix(in_bar)
-        if self.bar.disable:
+        self.work.note = ", ".join(f"{name}={value}" for name, value in in_bar.items())
+        if not progress.on_terminal():
             text = "  ".join(f"{key} {value}" for key, value in shown.items())
-            log.info("step %d/%d  %s", step, self.num_steps, text)
+            at = f"{progress.title()}step {step}/{self.num_steps}"
+            log.info("%s  %s  %s", at, text, self.work.times())
+            self.work.say_later()
 
     def close(self) -> None:
-        """Close the progress bar; its last state stays on the terminal."""
-        self.bar.close()
+        """Show no progress any more."""
+        self.work.end()
 
 
 def _finite(step: int, metrics: dict[str, float]) -> dict[str, float]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from orpo_lab import memory
+from orpo_lab import progress as shown
 from orpo_lab.beta_schedule import adapted, beta_at, progress
 from orpo_lab.config import Config
 from orpo_lab.data.encode import MASKS
@@ -26,8 +27,10 @@ from orpo_lab.engine.base import (
     Score,
     Sums,
 )
+from orpo_lab.engine.packing import sizes_of
 from orpo_lab.stop import Stop
 from orpo_lab.training.checkpoint import CHECKPOINT, FORK
+from orpo_lab.training.devices import OneDevice, gathered, num_processes
 from orpo_lab.training.finite import FiniteCheck, check_weights
 from orpo_lab.training.lines import Lines
 from orpo_lab.training.meter import Since
@@ -79,12 +82,12 @@ class Loop:
         state.model.zero_grad()
         for pairs in batches(self.train, settings.batch_size, self.config.seed, state.step):
             before = memory.allocated_bytes()
-            norm, rate = self.take_step(pairs)
+            norm, rate = self.take_step(dealt(pairs, state.devices))
             if state.step == 1:
                 self.fit_budget(before)
             self.lines.move()
 
-            reason, is_last = self.stop.reason(), state.step == self.num_steps
+            reason, is_last = self.reason_to_stop(), state.step == self.num_steps
             evaluates = is_due(state.step, settings.eval_steps, is_last)
             is_kept = is_due(state.step, settings.save_steps, is_last) or bool(reason)
             saves = [CHECKPOINT] * is_kept + [FORK] * (state.step in self.forks)
@@ -93,6 +96,8 @@ class Loop:
                 self.finite.check()
             if saves:
                 check_weights(state.model, state.step)
+            if saves or state.step == 1:
+                state.devices.check_equal(state.trained_weights(), state.step)
             if logs:
                 self.write_line(norm, rate)
             if self.measured:
@@ -105,8 +110,15 @@ class Loop:
                 return reason
         raise AssertionError("batches never end")
 
+    def reason_to_stop(self) -> str:
+        """Return the reason why some process was asked to end the run early; empty: none was."""
+        reason = self.stop.reason()
+        if not self.state.devices.any(bool(reason)):
+            return ""
+        return next(filter(None, gathered(reason)))
+
     def take_step(self, pairs: Sequence[Pair]) -> tuple[Tensor, float]:
-        """Take one optimizer step on the pairs.
+        """Take one optimizer step on the pairs, and on those of the other processes.
 
         Returns:
             The gradient norm before clipping, a scalar on the device, and the learning rate.
@@ -114,11 +126,14 @@ class Loop:
         state = self.state
         self.beta = beta = self.next_beta(pairs)
         state.model.train()
+        state.devices.vary(self.config.seed, state.step)
         random = RandomState.now()
         loss, sums = add_gradients(self.engine, state, pairs, beta)
         self.measured = {}
         if self.preference.is_due(state.step + 1):
             self.measured = self.preference.measure(self.engine, state, pairs, beta, random)
+        loss = state.devices.average(loss)
+        state.updater.average(state.devices)
         state.devices.unscale(state.updater.optimizer)
         norm = state.updater.clip(self.config.train.max_grad_norm)
         self.finite.look(state.step + 1, loss, norm, state.updater.gradients())
@@ -210,17 +225,18 @@ class Loop:
     def evaluate(self) -> None:
         """Write a line with the metrics of the held-out pairs; later steps are not affected."""
         begin, size, state = time.perf_counter(), self.config.train.batch_size, self.state
-        num_pairs, sums = len(self.held_out), Since()
+        num_pairs, sums, readers = len(self.held_out), Since(), state.devices.readers
         loss = torch.zeros((), device=state.devices.device)
-        for start in range(0, num_pairs, size):
+        for start in shown.counted(range(0, num_pairs, size), "evaluate"):
             part = range(start, min(start + size, num_pairs))
-            micro_batches = self.engine.micro_batches(rows(self.held_out, part))
+            mine = dealt(rows(self.held_out, part), readers)
+            micro_batches = self.engine.micro_batches(mine)
             for score in self.read(micro_batches, self.beta):
                 sums.add(score.sums)
                 loss = loss + score.loss * len(part) / num_pairs
         assert sums.sums is not None
         figures = torch.cat([loss[None], sums.sums])
-        eval_loss, *taken = state.devices.average(figures).tolist()  # device-to-host sync
+        eval_loss, *taken = readers.average(figures).tolist()  # device-to-host sync
         seconds = time.perf_counter() - begin
         line = {
             "loss": eval_loss,
@@ -237,6 +253,12 @@ class Loop:
         per_epoch = len(self.train) // self.config.train.batch_size
         whole, part = divmod(self.state.step, per_epoch)
         return whole + part / per_epoch
+
+
+def dealt(pairs: Sequence[Pair], devices: OneDevice) -> list[Pair]:
+    """Return the pairs of a step, or of an evaluation batch, that this process takes."""
+    mine = devices.deal([sum(sizes_of(pair)) for pair in pairs])
+    return [pairs[i] for i in mine]
 
 
 def add_gradients(
@@ -269,7 +291,8 @@ def with_room(
 
     If memory runs out, `compute` begins again with gradient checkpointing, or with half the token
     budget. This is repeated until the micro-batches cannot be made smaller. `compute` also begins
-    again if the engine can mend the cause of another error.
+    again if the engine can mend the cause of another error. If `compute` fails in one process, it
+    begins again in all.
 
     Args:
         engine: lays out the pairs.
@@ -282,14 +305,22 @@ def with_room(
     """
     random = RandomState.now()
     while True:
-        micro_batches = engine.micro_batches(pairs)
+        micro_batches, has_failed = engine.micro_batches(pairs), False
         try:
-            return compute(micro_batches)
+            result = compute(micro_batches)
         except Exception as error:
+            if state.devices.takes_turns:  # the other processes wait for this one
+                raise
             step = state.step + 1
             checkpoints = memory.ran_out(error) and state.checkpoint_activations(step)
             if not checkpoints and not engine.recover(error, micro_batches, step):
                 raise
+            if num_processes() > 1 and (state.updater.sends_in_backward or MISMATCHED in pairs[0]):
+                # The other processes wait for this one in the middle of `compute`
+                raise
+            has_failed = True
+        if not state.devices.any(has_failed):
+            return result
         # Only after the except block, since the error's traceback keeps all activations
         state.updater.drop_gradients()
         memory.give_back()

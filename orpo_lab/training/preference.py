@@ -103,12 +103,21 @@ class PreferenceMeter:
         weights = [p for p in state.model.parameters() if p.requires_grad]
         micro_batches, found = engine.micro_batches(pairs), Products()
         for part in split(weights, self.num_parts):
-            gradients = {}
-            for term in (LIKELIHOOD, PREFERENCE):
-                random.restore()
-                gradient = _gradient(engine, state, micro_batches, beta, term, part)
-                if gradient is not None:
-                    gradients[term] = gradient
+            gradients, has_room = {}, True
+            try:
+                for term in (LIKELIHOOD, PREFERENCE):
+                    random.restore()
+                    gradient = _gradient(engine, state, micro_batches, beta, term, part)
+                    if gradient is not None:
+                        gradients[term] = gradient
+            except Exception as error:
+                if not memory.ran_out(error):
+                    raise
+                has_room = False
+            if state.devices.any(not has_room):
+                raise torch.OutOfMemoryError("in this process or in another")
+            for gradient in gradients.values():
+                state.devices.average_(gradient)
             for both in combinations_with_replacement(gradients, 2):
                 product = dot(*(gradients[term] for term in both))
                 found[both] = found[both] + product if both in found else product

@@ -15,11 +15,12 @@ from orpo_lab.errors import UserError, one_line
 from orpo_lab.model.adapter import load_adapter
 from orpo_lab.model.weights import check_loaded
 from orpo_lab.optimizer.updater import Updater
-from orpo_lab.training import tensors
+from orpo_lab.training import sharded, tensors
 from orpo_lab.training.checkpoint import STATE
 from orpo_lab.training.devices import OneDevice
 from orpo_lab.training.files import Files
 from orpo_lab.training.meter import Since
+from orpo_lab.training.sharded import PARTS, has_parts, part_like
 
 log = logging.getLogger(__name__)
 
@@ -135,29 +136,56 @@ class State:
         self.model.zero_grad()
         self.step += 1
 
-    def save(self, files: Files) -> None:
-        """Write the state: weights by `save_pretrained`, the rest to the file STATE."""
-        tensors.save_pretrained(self.model, files)
-        random = RandomState.now()
-        rest = {
+    def trained_weights(self) -> list[Tensor]:
+        """Return the weights that the optimizer changes."""
+        return [weight for weight in self.model.parameters() if weight.requires_grad]
+
+    def rest(self) -> dict[str, Any]:
+        """Return the state without weights; what the processes have summed is averaged.
+
+        All processes must call this method. Random numbers are those of this process.
+        """
+        random, since = RandomState.now(), dict(vars(self.since))
+        for name in ("sums", "total_loss"):
+            if isinstance(since[name], Tensor):
+                since[name] = self.devices.average(since[name])
+        return {
             "step": self.step,
             "num_updates": self.num_updates,
-            "optimizer": self.updater.optimizer.state_dict(),
+            "optimizer": {} if has_parts(self.model) else self.updater.optimizer.state_dict(),
             "devices": self.devices.state_dict(),
             "random": {"cpu": random.cpu, "gpu": random.gpu},
-            "since": vars(self.since),
+            "since": since,
             "margin": self.margin,
         }
+
+    def save(self, files: Files, rest: dict[str, Any]) -> None:
+        """Write weights by `save_pretrained`, and what `rest` returned to the file STATE.
+
+        The first process alone calls this method; all others call `save_parts`.
+        """
+        if has_parts(self.model):
+            self.save_parts(files.folder)
+        else:
+            tensors.save_pretrained(self.model, files)
         tensors.save(rest, files, STATE)
 
+    def save_parts(self, folder: Path) -> None:
+        """Write this process's parts of weights and moments; nothing where they are not shared.
+
+        Raises:
+            UserError: a process cannot write its parts.
+        """
+        if has_parts(self.model):
+            sharded.save(self.model, self.updater.optimizer, folder / PARTS)
+
     def load(self, folder: Path) -> None:
-        """Restore the state that `save` wrote.
+        """Restore the state that `save` wrote, with any number of processes, sharded or not.
 
         Raises:
             UserError: the folder holds weights of another model, or the file STATE holds more than
                 tensors and plain values.
         """
-        self.load_weights(folder)
         try:
             rest = torch.load(folder / STATE, map_location="cpu", weights_only=True)
         except UnpicklingError as error:  # torch reads nothing but tensors and plain values
@@ -166,7 +194,11 @@ class State:
                 f"({one_line(error)[:100]}); do not trust this folder"
             ) from error
         optimizer = self.updater.optimizer
-        optimizer.load_state_dict(rest["optimizer"])
+        if (folder / PARTS).is_dir():
+            sharded.load(self.model, folder / PARTS, optimizer)
+        else:
+            self.load_weights(folder)
+            optimizer.load_state_dict(self._parts_of(rest["optimizer"]))
         for group, settings in zip(optimizer.param_groups, self._settings, strict=True):
             group |= settings
         self.devices.load_state_dict(rest["devices"])
@@ -185,10 +217,26 @@ class State:
         if isinstance(self.model, PeftModel):
             load_adapter(self.model, folder)
             return
+        if (folder / PARTS).is_dir():
+            sharded.load(self.model, folder / PARTS)
+            return
         # The names in the file may differ from the model's: the experts of a mixture, for example,
         # are saved one by one. `from_pretrained` puts them together
         loaded, told = type(self.model).from_pretrained(  # type: ignore[attr-defined]
             folder, dtype=self.model.dtype, output_loading_info=True
         )
         check_loaded(self.model, told["missing_keys"], told["unexpected_keys"])
-        self.model.load_state_dict(loaded.state_dict())
+        own = self.model.state_dict()
+        found = {name: part_like(value, own[name]) for name, value in loaded.state_dict().items()}
+        self.model.load_state_dict(found)
+
+    def _parts_of(self, optimizer: dict[str, Any]) -> dict[str, Any]:
+        """Return an optimizer's state with this process's parts of the moments."""
+        groups = self.updater.optimizer.param_groups
+        weights = [weight for group in groups for weight in group["params"]]
+        return optimizer | {
+            "state": {
+                index: {key: part_like(value, weights[index]) for key, value in moments.items()}
+                for index, moments in optimizer["state"].items()
+            }
+        }

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 from dataclasses import dataclass
 
 import datasets
@@ -16,24 +15,22 @@ from orpo_lab.config.checks import AUTO
 from orpo_lab.data import Data
 from orpo_lab.engine import reference
 from orpo_lab.engine.base import COLUMNS
-from orpo_lab.errors import UserError
 from orpo_lab.records.run_folder import RunFolder
 from orpo_lab.stop import Stop, Stopped
 from orpo_lab.tracker.base import Run
 from orpo_lab.training import checkpoint
 from orpo_lab.training.checkpoint import Checkpoint, Made, Spent
-from orpo_lab.training.devices import OneDevice
+from orpo_lab.training.devices import gathered, is_first, num_processes
 from orpo_lab.training.finite import FiniteCheck
 from orpo_lab.training.lines import Lines
 from orpo_lab.training.loop import Loop
 from orpo_lab.training.meter import Meter
 from orpo_lab.training.preference import PreferenceMeter
+from orpo_lab.training.sharded import devices_of
 from orpo_lab.training.state import State
+from orpo_lab.training.steps import count_steps
 
 log = logging.getLogger(__name__)
-
-# The largest number of epochs in the published recipes of conf/experiment/
-MAX_EPOCHS = 10
 
 
 @dataclass(frozen=True)
@@ -55,6 +52,8 @@ class TrainStats:
     shared_steps: int = 0
     """Number of the first steps that another run of the sweep has taken for this run, too. Seconds,
     tokens and memory are those of the other steps."""
+    num_processes: int = 1
+    """Number of processes in the run's last start; memory is that of the process that took most."""
 
 
 def fit(
@@ -70,6 +69,7 @@ def fit(
     start: Checkpoint | None,
     stop: Stop,
     forks: frozenset[int] = frozenset(),
+    untrained: dict[str, float] | None = None,
 ) -> TrainStats:
     """Train the model in place.
 
@@ -86,6 +86,7 @@ def fit(
         stop: says whether the run should end early. When `fit` returns, `stop` still makes signals
             wait, so that the caller can save the trained model first.
         forks: the steps after which the state is left for other jobs of a sweep.
+        untrained: figures of the untrained model, for the line of metrics of step 0.
 
     Raises:
         NonFiniteError: a loss, a gradient or a weight is not finite; no checkpoint holds that step.
@@ -95,8 +96,8 @@ def fit(
     """
     num_steps = count_steps(config, len(data.train))
     train = _whole_batches(config, data.train)
-    devices = OneDevice(next(model.parameters()).device, dtype)
-    updater = optimizers.build(config, model, num_steps=num_steps, dtype=dtype)
+    devices = devices_of(model, dtype)
+    updater = optimizers.build(config, model, num_steps=num_steps, dtype=dtype, devices=devices)
     state = State(
         model,
         updater,
@@ -109,9 +110,13 @@ def fit(
     computing.token_budget = meter.before.token_budget
 
     def save(kinds: list[str]) -> None:
+        rest = state.rest()
         path, *others = (checkpoint.folder(place, kind, state.step) for kind in kinds)
+        if not is_first():
+            state.save_parts(path)
+            return
         with checkpoint.written(path) as files:
-            state.save(files)
+            state.save(files, rest)
             reference.save(data, files)
             tokenizer.save_pretrained(path)
             checkpoint.seal(files, place, made, meter.spent(computing.token_budget))
@@ -131,7 +136,7 @@ def fit(
     meter.start()
     reason = ""
     if state.step < num_steps:
-        lines = Lines(place, log_to, state.step, num_steps)
+        lines = Lines(place, log_to, state.step, num_steps, untrained=untrained)
         loop = Loop(
             config=config,
             state=state,
@@ -157,11 +162,12 @@ def fit(
         wall_seconds=spent.wall_seconds,
         tokens_per_second=pairs * _mean_tokens(config, train) / spent.wall_seconds,
         pairs_per_second=pairs / spent.wall_seconds,
-        peak_memory_bytes=spent.peak_memory_bytes,
+        peak_memory_bytes=max(gathered(spent.peak_memory_bytes)),
         skipped_steps=spent.num_skipped,
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         galore_memory_bytes=updater.memory(),
         shared_steps=spent.num_shared,
+        num_processes=num_processes(),
     )
 
 
@@ -176,51 +182,6 @@ def _whole_batches(config: Config, pairs: datasets.Dataset) -> datasets.Dataset:
     if left_over:
         log.info("%d training %s are left over from whole batches and not used", left_over, unit)
     return pairs.select(range(len(pairs) - left_over))
-
-
-def count_steps(config: Config, num_pairs: int) -> int:
-    """Return the number of the run's optimizer steps; an epoch has whole batches only.
-
-    Raises:
-        UserError: `train.batch_size` is above the number of training pairs.
-    """
-    per_epoch = num_pairs // config.train.batch_size
-    if per_epoch == 0:
-        raise UserError(
-            f"train.batch_size={config.train.batch_size} is above the {num_pairs} training "
-            f"{config.unit}; lower it"
-        )
-    if config.train.max_steps is not None:
-        return config.train.max_steps
-    assert config.train.num_epochs is not None
-    return math.ceil(per_epoch * config.train.num_epochs)
-
-
-def say_length(config: Config, num_pairs: int) -> None:
-    """Log the number of epochs; warn of many epochs, and of a warm-up longer than the run."""
-    num_steps, train = count_steps(config, num_pairs), config.train
-    num_epochs = num_steps / (num_pairs // train.batch_size)
-    is_often = num_epochs > MAX_EPOCHS
-    log.log(
-        logging.WARNING if is_often else logging.INFO,
-        "%d steps are %.3g epochs of %d %s%s",
-        num_steps,
-        num_epochs,
-        num_pairs,
-        config.unit,
-        f", more than the {MAX_EPOCHS} of any published recipe here: see train.max_steps"
-        if is_often
-        else "",
-    )
-    warms_up = train.lr_scheduler_type != "constant"
-    if warms_up and num_steps < train.warmup_steps:
-        log.warning(
-            "train.warmup_steps=%d is above the %d steps of this run: the learning rate ends at "
-            "%.3g of its peak; lower it, or give a fraction of the run (0.1)",
-            train.warmup_steps,
-            num_steps,
-            (num_steps - 1) / train.warmup_steps,
-        )
 
 
 def _mean_tokens(config: Config, pairs: datasets.Dataset) -> float:

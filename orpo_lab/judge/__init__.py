@@ -1,0 +1,1 @@
+"""Pairwise comparison of answers by a judge, and how far the judge can be believed."""
