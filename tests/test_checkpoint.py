@@ -266,7 +266,7 @@ def begun(folder: Path, *config_hashes: str) -> RunFolder:
 def sealed(place: RunFolder, name: str, config_hash: str, **spent: int) -> Path:
     """Write a checkpoint, sealed."""
     path = place.file("checkpoints") / name
-    path.mkdir(parents=True)
+    path.mkdir(parents=True, exist_ok=True)
     (path / "weights").write_text("w")
     (path / checkpoint.STATE).write_text("s")
     checkpoint.seal(Files(path), place, Made(config_hash, "", ""), Spent(**spent))

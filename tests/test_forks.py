@@ -267,6 +267,7 @@ def test_a_job_waits_for_one_that_trains_what_both_share(
     source, place = run_of(sweep, trunk, "0", "running"), run_of(sweep, anneals, "1", "running")
     with source.held():
         assert begin(sweep, trunk, source) is None
+        (source.path / "checkpoints" / "fork-7").mkdir(parents=True)  # its files are being written
         with pytest.raises(Stopped):
             begin(sweep, anneals, place)
         sealed(source, "fork-7", identity(trunk))

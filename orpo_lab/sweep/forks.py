@@ -236,8 +236,12 @@ class Tree:
                 yield from (Fork(path, place, job) for path in checkpoint.forks(place))
 
     def forks_for(self, job: Job) -> list[Fork]:
-        """Return the forks from which a job may begin, the latest step first."""
-        found = [fork for fork in self.forks() if fork.step <= self.shared(job, fork.job)]
+        """Return the forks from which a job may begin, the latest step first.
+
+        A fork that is still being written is none of them: the job waits until it is sealed.
+        """
+        sealed = (fork for fork in self.forks() if checkpoint.is_sealed(fork.path))
+        found = [fork for fork in sealed if fork.step <= self.shared(job, fork.job)]
         return sorted(found, key=lambda fork: fork.step, reverse=True)
 
     def ahead(self, job: Job, at: int) -> RunFolder | None:

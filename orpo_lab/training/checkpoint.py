@@ -122,7 +122,12 @@ def _folders(place: RunFolder, kind: str) -> list[Path]:
 def last_step(place: RunFolder) -> int:
     """Return the last step of which a run has a sealed checkpoint, valid or not; 0: it has none."""
     found = [*folders(place), *forks(place), *trained(place)]
-    return max((step_of(path) for path in found if (path / MANIFEST).exists()), default=0)
+    return max((step_of(path) for path in found if is_sealed(path)), default=0)
+
+
+def is_sealed(path: Path) -> bool:
+    """Return whether a checkpoint is finished; its run may still be writing it where it is not."""
+    return (path / MANIFEST).exists()
 
 
 def seal(files: Files, place: RunFolder, made: Made, spent: Spent) -> None:
@@ -290,7 +295,7 @@ def rotate(place: RunFolder, num_checkpoints: int) -> None:
 
     Files are not verified here. `newest_valid` finds out whether a sealed checkpoint is damaged.
     """
-    sealed = [path for path in folders(place) if (path / MANIFEST).exists()]
+    sealed = [path for path in folders(place) if is_sealed(path)]
     for path in sealed[:-num_checkpoints]:
         remove(path)
 
@@ -333,7 +338,7 @@ def _verify(path: Path, place: RunFolder) -> Checkpoint:
         UserError: the checkpoint is unfinished, damaged, of another run, or of an earlier version
             of orpo_lab; the text says which.
     """
-    if not (path / MANIFEST).exists():
+    if not is_sealed(path):
         raise UserError("it was never finished")
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
