@@ -26,7 +26,7 @@ from orpo_lab.sweep.folder import CACHE, Sweep
 from orpo_lab.sweep.forks import Forks
 from orpo_lab.tracker.base import Run, Several
 from orpo_lab.training import checkpoint
-from orpo_lab.upstream import silence
+from orpo_lab.upstream import import_libraries, silence
 
 if TYPE_CHECKING:
     from orpo_lab.data import Data
@@ -93,11 +93,9 @@ def train(
             for line in unread:
                 log.warning("%s", line)
             with progress.Work("import torch"):
-                from orpo_lab import memory
-                from orpo_lab.training import (
-                    devices,
-                    trainer,  # noqa: F401  (and most of what it takes)
-                )
+                import_libraries()
+            from orpo_lab import memory
+            from orpo_lab.training import devices
 
             with memory.given_back(), memory.trouble_said(config), devices.joined():
                 devices.from_first((place.path.absolute(), segment, chosen))
@@ -136,6 +134,7 @@ def follow(config: Config) -> RunResult:
         open(os.devnull, "w") as nowhere,
         redirect_stdout(nowhere),
     ):
+        import_libraries()
         from orpo_lab import memory
         from orpo_lab.training import devices
 

@@ -5,6 +5,7 @@ reviewed when its library is updated. A patch imports only its own library, or w
 imports; what it puts in place may ask a room of the lab once it is called.
 """
 
+import gc
 import importlib
 import inspect
 import logging
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, datetime, time
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from math import prod
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -274,6 +275,55 @@ def dequantize_by_block(kernel: "Dequantize") -> "Dequantize":
         return kernel(codes, constants, block_size, kind, rows, dtype).view(*shape)
 
     return dequantize
+
+
+def import_libraries() -> None:
+    """Import the libraries that a model needs, in less time than import statements take.
+
+    Called before the first of these imports. What an import makes stays until the process ends. But
+    Python looks through all of it for garbage again and again, and once more when the process ends,
+    and finds none. Here Python is told to leave it alone. A process that has imported torch itself
+    may have models that become garbage later: there Python goes on to look through everything.
+    """
+    if is_first := "torch" not in sys.modules:
+        gc.disable()
+    try:
+        import_bitsandbytes()
+        for library in ("datasets", "peft", "transformers.modeling_utils"):
+            importlib.import_module(library)
+    finally:
+        if is_first:
+            gc.freeze()
+            gc.enable()
+
+
+@patch("bitsandbytes", "0.50.2", until="its import imports no torch._inductor without this")
+def import_bitsandbytes() -> None:
+    """Import bitsandbytes, and let its functions be compiled when they are called first.
+
+    bitsandbytes compiles some functions when it is imported. That imports torch's compiler, which
+    takes about a second, and most runs call none of these functions.
+    """
+    import torch
+
+    compiler = torch.compile
+
+    def at_first_call(function: Any = None, **settings: Any) -> Any:
+        if function is None:
+            return partial(at_first_call, **settings)
+        compiled = cache(partial(compiler, function, **settings))
+
+        @wraps(function)
+        def call(*arguments: Any, **named: Any) -> Any:
+            return compiled()(*arguments, **named)
+
+        return call
+
+    setattr(torch, "compile", at_first_call)  # noqa: B010  (not its type)
+    try:
+        import bitsandbytes  # noqa: F401
+    finally:
+        setattr(torch, "compile", compiler)  # noqa: B010
 
 
 @cache

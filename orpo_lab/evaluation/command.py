@@ -16,7 +16,7 @@ from orpo_lab.errors import UserError
 from orpo_lab.evaluation import reached
 from orpo_lab.evaluation.reached import figures_of, keep, kept
 from orpo_lab.records.run_folder import RunFolder
-from orpo_lab.upstream import silence
+from orpo_lab.upstream import import_libraries, silence
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,6 +92,7 @@ def _judge(place: RunFolder, asked: Harness) -> None:
     environment.settle()
     environment.use_one_device(None)
     silence()
+    import_libraries()
     from orpo_lab import memory
     from orpo_lab.evaluation.harness import judge_all
     from orpo_lab.finished import FinishedRun

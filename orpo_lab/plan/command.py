@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from orpo_lab import api, config, environment
 from orpo_lab.config import Config
 from orpo_lab.errors import UserError
-from orpo_lab.upstream import silence
+from orpo_lab.upstream import import_libraries, silence
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -73,6 +73,7 @@ def run(options: argparse.Namespace) -> None:
     experiments = [api.compose(*overrides).config for overrides in jobs]
     environment.settle()
     silence()
+    import_libraries()
     from orpo_lab.plan import cards
 
     if options.calibrate:
