@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,6 +72,33 @@ def test_a_faster_card_takes_less_time_and_more_steps_take_more(load: Load) -> N
     assert longer.steps == pytest.approx(2 * plans[0].steps)
 
 
+def test_a_step_of_all_weights_has_a_share_of_its_own_where_one_is_measured(load: Load) -> None:
+    numbers = "memory_gb=24,tflops=0.01,bandwidth_gbps=1000,host_ms_per_layer=0.0001,share=0.4"
+    both, full = (cards.named(f"{numbers}{more}") for more in ("", ",share_full=0.8"))
+    for optimizer, times in (("lora", 1), ("adamw", 2)):
+        slow, fast = (
+            of(load(f"optimizer={optimizer}"), card).seconds.steps for card in (both, full)
+        )
+        assert slow == pytest.approx(times * fast, rel=0.01)
+
+
+@pytest.mark.slow
+def test_a_calibration_measures_this_machine_and_plans_take_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "card.yaml"
+    main(["plan", "--calibrate", "--calibration", str(file)])
+    card = cards.this_machine(file)
+    assert card.calibrated
+    assert card.share_full is not None
+    # Beside its matrix products a step of adapters has more to compute than a step of all weights
+    assert 0 < card.share < card.share_full
+    assert card.host_ms_per_layer > 0
+    capsys.readouterr()
+    main(["plan", "--calibration", str(file)])
+    assert f"calibrated {card.calibrated}" in capsys.readouterr().out
+
+
 def test_checkpointing_costs_a_forward_pass(load: Load) -> None:
     card = cards.named("memory_gb=24,tflops=0.01,bandwidth_gbps=1000,host_ms_per_layer=0.0001")
     without, with_ = (
@@ -98,7 +126,10 @@ def test_every_card_has_its_numbers_and_a_calibration_has_a_day() -> None:
     for name in cards.names():
         card = cards.named(name)
         assert card.memory > 10e9
-        assert card.rate(torch.bfloat16) > card.rate(torch.float32)
+        narrow, wide = (
+            card.rate(dtype, trains_all=False) for dtype in (torch.bfloat16, torch.float32)
+        )
+        assert narrow > wide
     assert cards.named("h200").calibrated == "2026-11-26"
     assert cards.named("t4").dtype("bf16") == torch.float16
     assert not cards.named("h100").calibrated

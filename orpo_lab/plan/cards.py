@@ -23,7 +23,7 @@ USABLE = 0.97
 HERE = "here"
 NUMBERS = (
     *("memory_gb", "tflops", "bandwidth_gbps"),
-    *("fp32_tflops", "share", "host_ms_per_layer", "link_gbps"),
+    *("fp32_tflops", "share", "share_full", "host_ms_per_layer", "link_gbps"),
 )
 
 
@@ -44,6 +44,8 @@ class Card:
     link_gbps: float
     has_bf16: bool = True
     is_gpu: bool = True
+    share_full: float | None = None
+    """As `share`, of a step that trains all weights; None: as `share`."""
     calibrated: str = ""
     """The day on which share and host time were measured; empty: they are assumed."""
 
@@ -52,9 +54,15 @@ class Card:
         """Bytes that tensors can take."""
         return int(self.memory_gb * GIB * (USABLE if self.is_gpu else 1))
 
-    def rate(self, dtype: torch.dtype) -> float:
-        """Return how many FLOP/s a step reaches in a precision."""
-        return (self.fp32_tflops if dtype == torch.float32 else self.tflops) * 1e12 * self.share
+    def rate(self, dtype: torch.dtype, *, trains_all: bool) -> float:
+        """Return how many FLOP/s a step reaches in a precision.
+
+        Args:
+            dtype: the precision.
+            trains_all: whether all weights are trained, or adapters.
+        """
+        peak = (self.fp32_tflops if dtype == torch.float32 else self.tflops) * 1e12
+        return peak * ((trains_all and self.share_full) or self.share)
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the precision of the arithmetic for `model.dtype`, as `model.precision` would."""

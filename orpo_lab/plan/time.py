@@ -119,7 +119,8 @@ def of_run(
     dtype, work = card.dtype(config.model.dtype), Work.of(model, own)
 
     def seconds(flops: float, num_layers: float) -> float:
-        return max(flops / card.rate(dtype), num_layers * card.host_ms_per_layer / 1e3)
+        rate = card.rate(dtype, trains_all=work.trains_all)
+        return max(flops / rate, num_layers * card.host_ms_per_layer / 1e3)
 
     rows = [Step(tuple(pairs[i] for i in row), scores_prompt) for row in _rows(pairs, budget)]
     of_step = sum(
@@ -164,7 +165,7 @@ def _update(config: Config, model: Any, memory: Memory, card: Card, num_steps: i
         rank, gap = rank_and_gap(config.optimizer, model.config, num_steps)
         weights = sum(map(num_weights, projections(model).values()))
         products = NUM_PASSES * 4 * weights * (rank + OVERSAMPLING)
-        taken += products / gap / card.rate(torch.float32)
+        taken += products / gap / card.rate(torch.float32, trains_all=True)
     return taken
 
 
