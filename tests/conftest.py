@@ -156,12 +156,14 @@ def assets() -> Path:
 @pytest.fixture
 def server() -> Iterator[endpoint_server.Endpoint]:
     """A loopback endpoint, at whose end no request is on its way."""
+    from orpo_lab.curate.endpoint import THREADS
+
     with endpoint_server.serving() as server:
         yield server
     # A step that ends early breaks off requests on their way. A connection that is being opened at
     # that moment is left to the end of the process, which in a test is not near
     end = time.monotonic() + 5
-    while any("ThreadPool" in thread.name for thread in threading.enumerate()):
+    while any(thread.name.startswith(THREADS) for thread in threading.enumerate()):
         assert time.monotonic() < end, "requests go on"
         time.sleep(0.01)
     with warnings.catch_warnings():

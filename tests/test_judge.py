@@ -17,6 +17,7 @@ import pytest
 from benchmarks.judge import JUDGES, replying
 from orpo_lab.__main__ import main
 from orpo_lab.config.judge import EndpointJudge
+from orpo_lab.curate.endpoint import THREADS
 from orpo_lab.curate.question import AGAIN
 from orpo_lab.errors import UserError
 from orpo_lab.judge import at_end
@@ -119,7 +120,7 @@ def test_what_is_answered_is_on_the_disk_and_is_not_asked_again(
         compare(asked, pairs(8), tmp_path, 4)
     # A request that was under way then is refused too; what follows must not answer it
     for thread in threading.enumerate():
-        if thread.name.startswith("ThreadPoolExecutor"):
+        if thread.name.startswith(THREADS):
             thread.join(10)
     lines = (tmp_path / FILE).read_text().splitlines()
     assert len(lines) == len(answered) == 5

@@ -28,6 +28,8 @@ from orpo_lab.redaction import HIDDEN, MIN_LENGTH
 # has nothing left
 MAX_FAILED_IN_A_ROW = 20
 URL_VARIABLE = "OPENAI_BASE_URL"
+# The beginning of the names of the threads that send requests
+THREADS = "endpoint"
 # The package that sends bytes; which one it is depends on the version of openai
 HTTPX: Any = importlib.import_module(openai.DefaultHttpxClient.__mro__[1].__module__.split(".")[0])
 
@@ -90,7 +92,7 @@ class Endpoint:
             first = self._ask(client.with_options(max_retries=0), asked[0], is_first=True)
             if isinstance(first, Answer):
                 yield [(asked.pop(0), first)]
-            pool = ThreadPoolExecutor(self._concurrency)
+            pool = ThreadPoolExecutor(self._concurrency, THREADS)
             futures = {pool.submit(self._ask, client, one): one for one in asked}
             try:
                 yield from self._collect(futures)
