@@ -43,7 +43,7 @@ def measure() -> Card:
         bandwidth_gbps=_bandwidth(on),
     )
     host, share = _step("lora", on, narrow, peaks[narrow])
-    # Steps of both kinds compute their small micro-batches in the host's time
+    # A card has one time of the host: that of adapters, which is the longer one
     _, share_full = _step("adamw", on, narrow, peaks[narrow])
     return replace(
         card,
