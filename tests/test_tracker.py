@@ -73,13 +73,25 @@ def start(
 
 
 def inspect(folder: Path, *options: str) -> str:
-    """Read an offline run back as `wandb leet inspect` does, without its seconds of imports."""
+    """Read an offline run back as `wandb leet inspect` does, without its seconds of imports.
+
+    W&B's process may write the end of a run a moment after it has said that the run is finished.
+    """
     from wandb.util import get_core_path
 
     (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    command = [get_core_path(), "leet", "inspect", "--no-observability", *options]
-    command += ["--run-file", str(file), str(file.parents[1])]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    command = [get_core_path(), "leet", "inspect", "--no-observability"]
+
+    def read(*options: str) -> str:
+        where = ["--run-file", str(file), str(file.parents[1])]
+        done = subprocess.run([*command, *options, *where], capture_output=True, text=True)
+        return done.stdout
+
+    end = time.monotonic() + 10
+    while "exit code" not in read("--summary"):
+        assert time.monotonic() < end, "the run has no end"
+        time.sleep(0.05)
+    return read(*options)
 
 
 @pytest.fixture(autouse=True)
