@@ -898,6 +898,22 @@ def test_a_page_of_one_person_does_not_vote_for_another(tmp_path: Path, browser:
 
 
 @in_chromium
+def test_a_page_whose_script_did_not_arrive_says_what_to_do(
+    tmp_path: Path, playwright: Playwright
+) -> None:
+    with served(make_folder(tmp_path / "folder", 1), "--annotators=ann") as server:
+        page = open_browser(playwright, tmp_path / "ann").new_page()
+        page.route("**/vote.js", lambda route: route.abort())
+        page.goto(server.links["ann"])
+        assert "load it again" in page.inner_text("#status")
+        page.unroute("**/vote.js")
+        page.reload()
+        page.wait_for_selector(READY)
+        assert page.inner_text("#status") == ""
+        page.context.close()
+
+
+@in_chromium
 def test_no_vote_is_lost_or_doubled_when_server_and_browser_are_killed(
     tmp_path: Path, playwright: Playwright
 ) -> None:
@@ -958,12 +974,17 @@ def vote_in_a_browser(
             context.close()
 
 
+HAS_SCRIPT = "!document.getElementById('status').textContent.includes('load it again')"
+
+
 def knock(page: Page, link: str) -> None:
     """Open a link; where the server is away, try again."""
     for _ in range(200):
         try:
             page.goto(link)
             page.wait_for_url("**/", timeout=5000)
+            # Where the server went away before it had sent the script, the page asks for this
+            page.wait_for_function(HAS_SCRIPT, timeout=5000)
             return
         except Error:
             time.sleep(0.1)

@@ -191,6 +191,7 @@ for (const button of document.querySelectorAll("[data-choice]")) {
 }
 
 (async () => {
+  say(""); // The page says that it is loading, in case that this script does not arrive
   const hadVotes = Object.keys(localStorage).some((key) => key.startsWith(voteShelf));
   if (!hadVotes) await begin();
   else if (await deliver()) await show();
