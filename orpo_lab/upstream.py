@@ -277,6 +277,7 @@ def dequantize_by_block(kernel: "Dequantize") -> "Dequantize":
     return dequantize
 
 
+@cache
 def import_libraries() -> None:
     """Import the libraries that a model needs, in less time than import statements take.
 
