@@ -26,7 +26,7 @@ from orpo_lab.sweep.folder import CACHE, Sweep
 from orpo_lab.sweep.forks import Forks
 from orpo_lab.tracker.base import Run, Several
 from orpo_lab.training import checkpoint
-from orpo_lab.upstream import import_libraries, silence
+from orpo_lab.upstream import import_libraries
 
 if TYPE_CHECKING:
     from orpo_lab.data import Data
@@ -76,7 +76,6 @@ def train(
     """
     unread = environment.settle()
     environment.use_one_device(sweep.folder / CACHE if sweep else None)
-    silence()
     place, stop = RunFolder(folder), Stop(config.train.max_hours)
     with _said_in(place), _disk_trouble_said(place), stop.listening():
         with _status_kept(place):
@@ -122,7 +121,6 @@ def follow(config: Config) -> RunResult:
     """
     environment.settle()
     environment.use_one_device(None)
-    silence()
     untracked = Tracker(tensorboard=None, mlflow=None, trackio=None)
     config = replace(config, tracker=untracked, evaluation=NoEvaluation(), judge=NoJudge())
     log.addHandler(logging.NullHandler())

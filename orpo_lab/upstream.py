@@ -277,15 +277,15 @@ def dequantize_by_block(kernel: "Dequantize") -> "Dequantize":
     return dequantize
 
 
-@cache
 def import_libraries() -> None:
-    """Import the libraries that a model needs, in less time than import statements take.
+    """Import the libraries that a model needs: silently, and in less time than imports take.
 
     Called before the first of these imports. What an import makes stays until the process ends. But
     Python looks through all of it for garbage again and again, and once more when the process ends,
     and finds none. Here Python is told to leave it alone. A process that has imported torch itself
     may have models that become garbage later: there Python goes on to look through everything.
     """
+    silence()
     if is_first := "torch" not in sys.modules:
         gc.disable()
     try:

@@ -27,8 +27,7 @@ def in_new_process(code: str) -> None:
 def test_libraries_are_imported_without_the_compiler_and_without_a_search_for_garbage() -> None:
     in_new_process("""
 import gc, sys
-from orpo_lab.upstream import import_libraries, silence
-silence()
+from orpo_lab.upstream import import_libraries
 import_libraries()
 assert "torch._inductor.compile_fx" not in sys.modules
 assert gc.get_freeze_count() > 100_000
@@ -39,8 +38,7 @@ assert gc.isenabled()
 def test_a_process_that_has_models_already_goes_on_to_look_for_garbage() -> None:
     in_new_process("""
 import gc, torch
-from orpo_lab.upstream import import_libraries, silence
-silence()
+from orpo_lab.upstream import import_libraries
 import_libraries()
 assert gc.get_freeze_count() == 0
 """)

@@ -6,7 +6,7 @@ from orpo_lab import environment
 from orpo_lab.config.checks import check
 from orpo_lab.curate.ask import Answerer
 from orpo_lab.errors import UserError
-from orpo_lab.upstream import import_libraries, silence
+from orpo_lab.upstream import import_libraries
 
 # Seconds
 MAX_TIMEOUT = 86_400.0
@@ -33,7 +33,6 @@ def open_model(name: str, options: argparse.Namespace) -> Answerer:
         )
     environment.settle()
     environment.use_one_device(None)
-    silence()
     import_libraries()
     from orpo_lab.curate.local import Local  # imports torch, after the environment is settled
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from orpo_lab import environment
 from orpo_lab.dial.ends import Ends, find_ends
 from orpo_lab.errors import UserError
-from orpo_lab.upstream import import_libraries, silence
+from orpo_lab.upstream import import_libraries
 
 # Mixtures on the front, both ends included
 NUM_POINTS = 11
@@ -66,7 +66,6 @@ def run(options: argparse.Namespace) -> None:
         print(line)
     environment.settle()
     environment.use_one_device(None)
-    silence()
     import_libraries()
     from orpo_lab.dial import page
     from orpo_lab.dial.front import Front

@@ -16,7 +16,7 @@ from orpo_lab.errors import UserError
 from orpo_lab.evaluation import reached
 from orpo_lab.evaluation.reached import figures_of, keep, kept
 from orpo_lab.records.run_folder import RunFolder
-from orpo_lab.upstream import import_libraries, silence
+from orpo_lab.upstream import import_libraries
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +91,6 @@ def run(options: argparse.Namespace) -> None:
 def _judge(place: RunFolder, asked: Harness) -> None:
     environment.settle()
     environment.use_one_device(None)
-    silence()
     import_libraries()
     from orpo_lab import memory
     from orpo_lab.evaluation.harness import judge_all

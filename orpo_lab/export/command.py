@@ -14,7 +14,7 @@ from orpo_lab import environment
 from orpo_lab.errors import UserError
 from orpo_lab.export.place import check_free
 from orpo_lab.stop import Stop
-from orpo_lab.upstream import import_libraries, silence
+from orpo_lab.upstream import import_libraries
 
 # The folder in the run folder that is written if --to names none
 FOLDER = "export"
@@ -64,7 +64,6 @@ def run(options: argparse.Namespace) -> None:
         raise UserError("--private is for --push; leave it out")
     environment.settle()
     environment.use_one_device(None)
-    silence()
     import_libraries()
     from orpo_lab.export import hub
     from orpo_lab.export.write import Order, write

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from orpo_lab import api, config, environment
 from orpo_lab.config import Config
 from orpo_lab.errors import UserError
-from orpo_lab.upstream import import_libraries, silence
+from orpo_lab.upstream import import_libraries
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -72,7 +72,6 @@ def run(options: argparse.Namespace) -> None:
     jobs = _jobs(options.overrides) if options.multirun else [options.overrides]
     experiments = [api.compose(*overrides).config for overrides in jobs]
     environment.settle()
-    silence()
     import_libraries()
     from orpo_lab.plan import cards
 

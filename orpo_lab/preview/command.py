@@ -24,7 +24,7 @@ from orpo_lab import api, config, environment, program
 from orpo_lab.config.dataset import Dataset
 from orpo_lab.errors import UserError, one_line
 from orpo_lab.redaction import RedactingFormatter, redact
-from orpo_lab.upstream import import_libraries, silence
+from orpo_lab.upstream import import_libraries
 
 if TYPE_CHECKING:
     import datasets
@@ -71,7 +71,6 @@ def run(options: argparse.Namespace) -> None:
     composed = config.without_hydra(api.compose_unchecked(*options.overrides))
     loaded = config.load(composed)
     environment.settle()
-    silence()
     import_libraries()
     from orpo_lab.preview import page
 

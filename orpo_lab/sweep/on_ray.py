@@ -148,9 +148,8 @@ class RayLauncher(Launcher):
         if self.accelerator_type != BY_PLAN:
             kind = self.accelerator_type
             return [{"accelerator_type": kind} if kind else {} for _ in job_overrides]
-        from orpo_lab.upstream import import_libraries, silence
+        from orpo_lab.upstream import import_libraries
 
-        silence()
         import_libraries()
         from orpo_lab.plan import placing
 
