@@ -1,4 +1,4 @@
-"""How often the interval holds the true win rate: `python -m benchmarks.judge [part]`.
+"""How often the interval holds the true win rate: `python benchmarks/judge.py [part]`.
 
 Parts:
 

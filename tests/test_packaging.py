@@ -26,6 +26,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # Brought by torch's builds for GPUs, which alone need it; known to type checkers alone
 UNDECLARED = {"triton", "_typeshed"}
+# What benchmarks/galore.py compares with, where it is installed
+COMPARED = {"apollo_torch"}
 # Declared, and imported by others: TRL and transformers, MLflow's SQLite store, Hydra
 FOR_OTHERS = {"accelerate", "alembic", "hydra-joblib-launcher", "hydra-submitit-launcher"}
 
@@ -42,22 +44,22 @@ def requirements(*groups: list[str]) -> dict[str, Requirement]:
     return {name: one for name, one in found.items() if name != PROJECT["name"]}
 
 
-def modules() -> Iterator[str]:
-    """Yield the top-level modules that the package imports anywhere, and that are not ours."""
-    ours = {*sys.stdlib_module_names, "orpo_lab"}
-    for file in (ROOT / "orpo_lab").rglob("*.py"):
+def modules(folder: Path) -> Iterator[str]:
+    """Yield the top-level modules that a folder's files import anywhere, but Python's own."""
+    for file in folder.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom):
                 names = [str(node.module)]
-            yield from {name.partition(".")[0] for name in names} - ours
+            yield from {name.partition(".")[0] for name in names} - sys.stdlib_module_names
 
 
 @cache
 def imported() -> frozenset[str]:
     """Return the packages that our imports come from."""
     homes = packages_distributions()
-    found = {home for module in {*modules()} - UNDECLARED for home in homes.get(module, [module])}
+    others = {*modules(ROOT / "orpo_lab")} - UNDECLARED - {"orpo_lab"}
+    found = {home for module in others for home in homes.get(module, [module])}
     return frozenset(canonicalize_name(home) for home in found)
 
 
@@ -72,6 +74,27 @@ def test_what_is_imported_is_declared() -> None:
 def test_who_develops_has_every_extra() -> None:
     (ours,) = (one for one in map(Requirement, EXTRAS["dev"]) if one.name == PROJECT["name"])
     assert ours.extras == EXTRAS.keys() - {"dev"}
+
+
+def test_a_benchmark_finds_what_it_imports_from_any_folder(tmp_path: Path) -> None:
+    found = {*modules(ROOT / "benchmarks")} - UNDECLARED - COMPARED
+    assert {"methods", "orpo_lab", "tests"} <= found
+    look = "print(*(name for name in sys.argv[1:] if importlib.util.find_spec(name) is None))"
+    # As for a script, Python's path begins with the script's folder
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import importlib.util, sys\nsys.path[0] = {str(ROOT / 'benchmarks')!r}\n{look}\n"
+    )
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, script, *found],
+        cwd=tmp_path,
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "\n"
 
 
 def test_what_is_pinned_is_within_what_is_declared() -> None:
