@@ -442,6 +442,20 @@ def test_too_few_prompts_with_a_pair_that_fits_are_refused(
         data.load(settings, tokenizer)
 
 
+def test_prompts_that_held_out_pairs_use_up_are_said(
+    load: Load, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", [*LONG_ROWS[:36], *GOOD[36:40]])
+    lengths = ("dataset.max_length=96", "dataset.max_prompt_length=64")
+    given = ("dataset=file", f"dataset.train_path={file}", "dataset.num_eval=3", *lengths)
+    found = data.load(load(*given).dataset, tokenizer)
+    (said,) = (record.message for record in caplog.records if "are taken" in record.message)
+    match = re.search(r"train: (\d+) of 40 distinct prompts are taken to hold out 3, since", said)
+    assert match
+    assert int(match[1]) + found.report["train"]["num_rows"] == 40
+    assert len(found.held_out) == 3
+
+
 def test_many_rows_lost_to_their_lengths_are_a_warning_with_the_lengths_that_keep_them(
     load: Load, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -196,6 +196,15 @@ class Split:
             num,
             f" of {len(ranked)} whose pairs fit (dataset.max_length, dataset.max_prompt_length)",
         )
+        if num_moved - num_good > num_good:
+            log.warning(
+                "WARNING: %s: %d of %d distinct prompts are taken to hold out %d, since the pairs "
+                "of the others do not fit (dataset.max_length, dataset.max_prompt_length)",
+                self.name,
+                num_moved,
+                len(ranked),
+                num_good,
+            )
         is_moved = ranks < num_moved
         held_out = paired(self.pool.select(is_moved))
         self.pool = self.pool.select(~is_moved)
