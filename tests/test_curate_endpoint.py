@@ -231,6 +231,9 @@ def test_tries_too_are_spaced_by_the_rate(
     [
         ("", "needs a URL, or OPENAI_BASE_URL"),
         ("localhost:8000", "must be a URL such as"),
+        ("http://localhost:abc/v1", "must be a URL such as"),
+        ("http://localhost:99999/v1", "must be a URL such as"),
+        ("http://[::1/v1", "must be a URL such as"),
         ("http://me:secret@localhost/v1", "must not hold a name, a password"),
         ("http://localhost/v1?key=secret", "must not hold a name, a password"),
     ],

@@ -59,6 +59,13 @@ def test_a_prompt_column_that_contradicts_the_messages_is_counted() -> None:
     assert split("what is 3 plus 3?", [ASKED, RIGHT], [ASKED, WRONG]).contradicted
 
 
+def test_answers_that_begin_with_the_last_question_keep_the_turns_before_it() -> None:
+    prompt = [{"role": "user", "content": "hello"}, RIGHT, ASKED]
+    assert split(prompt, [ASKED, RIGHT], [ASKED, WRONG]) == Pair(
+        prompt, [RIGHT], [WRONG], repeated=True
+    )
+
+
 def test_whole_conversations_outrank_an_explicit_prompt_that_contradicts_them() -> None:
     other = [{"role": "user", "content": "what is 3 plus 3?"}]
     pair = split(other, [ASKED, RIGHT], [ASKED, WRONG])
@@ -306,7 +313,9 @@ def test_where_too_few_pairs_fit_the_refusal_names_the_lengths(
     rows.append({"prompt": "say b.", "chosen": "b", "rejected": "c"})
     file = write_rows(tmp_path / "rows.jsonl", rows)
     given = (f"dataset.train_path={file}", "dataset.max_length=64")
-    with pytest.raises(UserError, match=r"1 distinct prompts of 11 whose pairs fit \(dataset\.max"):
+    with pytest.raises(
+        UserError, match=r"1 distinct prompts of 11 .* 10 prompt_too_long; .*, dataset\.max_p"
+    ):
         data.load(load("dataset=jsonl", *given).dataset, tokenizer)
 
 
@@ -438,7 +447,9 @@ def test_too_few_prompts_with_a_pair_that_fits_are_refused(
     settings = load(
         *("dataset=file", f"dataset.train_path={file}", "dataset.num_eval=5", *lengths)
     ).dataset
-    with pytest.raises(UserError, match=r"3 distinct prompts of \d+ whose pairs fit .* are too"):
+    with pytest.raises(
+        UserError, match=r"3 distinct prompts of \d+ whose pairs can be used .* are too"
+    ):
         data.load(settings, tokenizer)
 
 
@@ -454,6 +465,20 @@ def test_prompts_that_held_out_pairs_use_up_are_said(
     assert match
     assert int(match[1]) + found.report["train"]["num_rows"] == 40
     assert len(found.held_out) == 3
+
+
+def test_where_the_template_leaves_something_out_the_refusal_says_so(
+    load: Load, tokenizer: Any, tmp_path: Path
+) -> None:
+    # As axolotl marks turns that are not learnt
+    rows = [
+        {**row, "prompt": [{"role": "user", "content": row["prompt"], "weight": 0}]}
+        for row in GOOD[:8]
+    ]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    settings = load("dataset=file", f"dataset.train_path={file}", "dataset.num_eval=1").dataset
+    with pytest.raises(UserError, match=r"whose pairs can be used \(not .*unrendered_text.*weight"):
+        data.load(settings, tokenizer)
 
 
 def test_many_rows_lost_to_their_lengths_are_a_warning_with_the_lengths_that_keep_them(

@@ -2,6 +2,7 @@
 
 import copy
 import gzip
+import io
 import json
 import os
 import tracemalloc
@@ -32,6 +33,18 @@ TALK = {"prompt": [ASKED], "chosen": [RIGHT], "rejected": [WRONG]}
 CALLS = [{"type": "function", "function": {"name": "add", "arguments": {"left": 7}}}]
 TOOLS = [{"type": "function", "function": {"name": "add", "description": "adds numbers"}}]
 HUMAN = "\n\nHuman: add 7 and 2."
+
+
+def with_a_column_twice(kind: str) -> bytes:
+    names = ["prompt", "chosen", "rejected", "rejected"]
+    table = pa.table([["add 7 and 2."], ["9"], ["8"], ["7"]], names=names)
+    file = io.BytesIO()
+    if kind == "parquet":
+        pq.write_table(table, file)
+    else:
+        with pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+    return file.getvalue()
 
 
 def pairs(question: str) -> dict[str, str]:
@@ -347,6 +360,8 @@ def test_nothing_left_is_refused_with_what_was_dropped(
         ("a.csv", b'prompt,chosen,rejected\n"a\nb",c,d\n' + b"x" * 2**23, "line 4, cannot be read"),
         ("a.csv", b"prompt,chosen,rejected\n", "holds no rows"),
         ("a.parquet", b"PAR1 and no more", "cannot be read"),
+        ("a.parquet", with_a_column_twice("parquet"), "two columns of one name"),
+        ("a.arrow", with_a_column_twice("arrow"), "two columns of one name"),
         ("a.txt", b"", "the name must end in .jsonl"),
         ("a.parquet.gz", b"", "the name must end in .jsonl"),
     ],

@@ -156,6 +156,20 @@ FORMS: dict[str, tuple[tuple[str, ...], Row, str]] = {
         },
         PROMPT,
     ),
+    "messages as JSON in a string": (
+        ("dataset=file",),
+        {
+            "prompt": json.dumps([user(ASKED)]),
+            "chosen": json.dumps([user(ASKED), assistant(GOOD)], indent=1),
+            "rejected": json.dumps([user(ASKED), assistant(BAD)]),
+        },
+        PROMPT,
+    ),
+    "ShareGPT as JSON in a string": (
+        SHAREGPT,
+        {key: json.dumps(value) for key, value in TALK.items()},
+        PROMPT,
+    ),
     "alpaca": (ALPACA, TEXTS, ASKED),
     "alpaca, input": (ALPACA, {**TEXTS, "instruction": "Add.", "input": ASKED}, f"Add.\n{ASKED}"),
     "alpaca, nothing else": (
@@ -274,9 +288,38 @@ def test_answers_that_begin_with_the_same_turns_keep_their_prompt(load: Load, as
     assert pair == Pair([user(ASKED)], chosen, rejected)
 
 
+# What may look like turns, and is an answer
+@pytest.mark.parametrize(
+    "said",
+    [
+        json.dumps(CALL),
+        '{"role": "admin", "content": "the whole site"}',
+        '[{"role": "user"}]',
+        '[{"role": "user", "content": "unfinished',
+        "{'role': 'user', 'content': 'hi'} is a message.",
+        "[]",
+    ],
+)
+def test_an_answer_in_json_stays_a_text(load: Load, said: str) -> None:
+    (pair,) = reader(load, "dataset=file").pairs({**PAIR, "chosen": said}, 1)
+    assert pair == Pair(ASKED, said, BAD)
+
+
 @pytest.mark.parametrize(
     ("overrides", "row", "fault", "said"),
     [
+        (
+            ("dataset=file",),
+            {**PAIR, "chosen": str([user(ASKED), assistant(GOOD)])},
+            "wrong_type",
+            "chosen holds messages as Python prints them; write the column as JSON",
+        ),
+        (
+            SHAREGPT,
+            {**TALK, "conversations": str([human(ASKED)])},
+            "wrong_type",
+            "conversations holds messages as Python prints them",
+        ),
         (SHAREGPT, {**TALK, "chosen": {"from": "gpt"}}, "wrong_type", "without a content"),
         (
             SHAREGPT,

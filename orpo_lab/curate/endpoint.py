@@ -227,10 +227,17 @@ def check_url(url: str, option: str = "--endpoint") -> str:
         UserError: there is none, or it holds a name, a password or a query, which would be recorded
             with every answer.
     """
-    parts = urlsplit(url)
     if not url:
         raise UserError(f"{option} needs a URL, or {URL_VARIABLE} in the environment")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        # The client's own reader: that of Python takes addresses which the client refuses
+        HTTPX.URL(url)
+        parts = urlsplit(url)
+        has_host = bool(parts.hostname) and parts.port != 0
+        is_url = parts.scheme in ("http", "https") and has_host
+    except (HTTPX.InvalidURL, ValueError):
+        is_url = False
+    if not is_url:
         raise UserError(f"{option} must be a URL such as http://localhost:8000/v1")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise UserError(

@@ -290,9 +290,11 @@ def fit(
     if dataset.overlong == "cut_prompt" and room >= 2:
         return (prompt[:1] + prompt[1 - room :], chosen, rejected), True
     if len(prompt) > dataset.max_prompt_length:
-        raise Fault("prompt_too_long", f"the prompt has {len(prompt)} tokens")
+        allowed = f"dataset.max_prompt_length={dataset.max_prompt_length}"
+        raise Fault("prompt_too_long", f"the prompt has {len(prompt)} tokens, {allowed}")
     if dataset.overlong != "cut_completion":
-        raise Fault("pair_too_long", f"prompt and completion have {len(prompt) + longest} tokens")
+        size, allowed = len(prompt) + longest, f"dataset.max_length={dataset.max_length}"
+        raise Fault("pair_too_long", f"prompt and completion have {size} tokens, {allowed}")
     left = dataset.max_length - len(prompt)
     if chosen[:left] == rejected[:left] and chosen != rejected:
         raise Fault("chosen_equals_rejected_after_cut", "chosen and rejected are cut to the same")

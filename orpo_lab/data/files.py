@@ -233,7 +233,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def check_columns(present: list[str], columns: Names, name: str) -> None:
-    """Refuse a table that lacks a column that is needed.
+    """Refuse a table that lacks a column that is needed, or has two columns of one name.
 
     Args:
         present: the columns of the table.
@@ -241,8 +241,10 @@ def check_columns(present: list[str], columns: Names, name: str) -> None:
         name: the name of the table, for the message.
 
     Raises:
-        UserError: the table lacks such a column.
+        UserError: it does.
     """
+    if len(set(present)) < len(present):
+        raise UserError(f"{name} has two columns of one name: {', '.join(present)[:200]}")
     if missing := [column for column in columns.needed if column not in present]:
         raise UserError(
             f"{name} lacks column '{missing[0]}' (it has {', '.join(sorted(present)[:20])}); "
@@ -256,7 +258,7 @@ def choose_columns(present: list[str], columns: Names, name: str, unread: set[st
     """Return the columns of a table that are looked at; add all other columns to `unread`.
 
     Raises:
-        UserError: the table lacks a column that is needed.
+        UserError: see `check_columns`.
     """
     check_columns(present, columns, name)
     seen = columns.seen(present)
@@ -377,8 +379,6 @@ def _read_csv(path: str, columns: Names, separator: str) -> Rows:
         text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
         reader = csv.reader(text, strict=True, delimiter=separator)
         header = next(reader, [])
-        if len(set(header)) < len(header):
-            raise UserError(f"{path} has two columns of one name: {', '.join(header)[:200]}")
         check_columns(header, columns, path)
         number = reader.line_num + 1
         try:

@@ -16,7 +16,7 @@ from typing import Any
 
 from orpo_lab.data.faults import Fault, quote
 from orpo_lab.data.recognise import SYSTEM
-from orpo_lab.data.turns import to_message
+from orpo_lab.data.turns import to_message, written_out
 
 # Has a `role`, mostly a `content`, and other keys that a chat template may read (tool_calls, ...)
 Message = dict[str, Any]
@@ -75,13 +75,17 @@ def check_size(contents: list[Any]) -> None:
 def to_content(value: Any, name: str) -> Content:
     """Return a row's value as a string or as messages; a single message is a list of one.
 
+    A table of strings, such as a `.csv`, holds messages as JSON; see `turns.written_out`.
+
     Args:
         value: the value of the row in one column.
         name: the column's name, for the message of a fault.
 
     Raises:
-        Fault: the value is neither a string nor a list of messages.
+        Fault: the value is neither a string nor a list of messages, or `turns.written_out` raises.
     """
+    if isinstance(value, str):
+        value = written_out(value, name) or value
     if isinstance(value, str):
         return value
     if isinstance(value, Mapping):
@@ -134,9 +138,10 @@ def _is_repeated(prompt: str, side: str) -> bool:
 
 def _split_messages(prompt: Content | None, chosen: list[Message], rejected: list[Message]) -> Pair:
     if isinstance(prompt, list):
-        size = len(prompt)
-        if size and chosen[:size] == prompt and rejected[:size] == prompt:
-            return Pair(prompt, chosen[size:], rejected[size:], repeated=True)
+        for start in range(len(prompt)):
+            ending, size = prompt[start:], len(prompt) - start
+            if chosen[:size] == ending and rejected[:size] == ending:
+                return Pair(prompt, chosen[size:], rejected[size:], repeated=True)
         if not _begin_alike_with_a_question(chosen, rejected):
             return Pair(prompt, chosen, rejected)
         return replace(_split_messages(None, chosen, rejected), contradicted=True)

@@ -181,6 +181,7 @@ class Split:
         # The rank of each row's root, [N]; a root of which no pair can be made has none
         ranks = np.where(are_in(roots, ranked), np.searchsorted(ranked, roots), len(ranked))
         num_moved = num_good = 0
+        unfit = Tally()
         while num_good < num and num_moved < len(ranked):
             upto = min(num_moved + num - num_good, len(ranked))
             (block,) = np.nonzero((num_moved <= ranks) & (ranks < upto))
@@ -188,22 +189,28 @@ class Split:
             rows = list(pairs)
             encode(rows)
             pairs.keep(rows)
-            good = pairs.column("prompt")[[self._is_good(row) for row in rows]]
+            spoilt = [self._spoils(row) for row in rows]
+            for row, fault in zip(rows, spoilt, strict=True):
+                if fault:
+                    unfit.add(fault.name, row.number, fault.detail)
+            good = pairs.column("prompt")[[fault is None for fault in spoilt]]
             num_good += len(np.unique(ranks[are_in(self.pool.column("prompt"), good)]))
             num_moved = upto
         self._check_enough(
             num_good + len(ranked) - num_moved,
             num,
-            f" of {len(ranked)} whose pairs fit (dataset.max_length, dataset.max_prompt_length)",
+            f" of {len(ranked)} whose pairs can be used (not {unfit}; {unfit.examples()})",
         )
         if num_moved - num_good > num_good:
             log.warning(
                 "WARNING: %s: %d of %d distinct prompts are taken to hold out %d, since the pairs "
-                "of the others do not fit (dataset.max_length, dataset.max_prompt_length)",
+                "of the others cannot be used (%s; %s)",
                 self.name,
                 num_moved,
                 len(ranked),
                 num_good,
+                unfit,
+                unfit.examples(),
             )
         is_moved = ranks < num_moved
         held_out = paired(self.pool.select(is_moved))
@@ -263,8 +270,10 @@ class Split:
             f"train on others; {lower}give dataset.eval_split or dataset.eval_path"
         )
 
-    def _is_good(self, row: Row) -> bool:
-        return all(getattr(self.policies, fault.name, "drop") == "keep" for fault in row.found)
+    def _spoils(self, row: Row) -> Fault | None:
+        """Return the fault for which a tokenized row is dropped or refused; None: there is none."""
+        policies = ((getattr(self.policies, fault.name, "drop"), fault) for fault in row.found)
+        return next((fault for policy, fault in policies if policy != "keep"), None)
 
     def draw(
         self,

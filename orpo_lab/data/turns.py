@@ -4,6 +4,7 @@ A turn becomes a message with `role`, `content` (a string) and the keys that a c
 """
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,14 @@ from orpo_lab.data.faults import Fault, quote
 SPEAKERS = {"human": "user", "gpt": "assistant", "observation": "tool"}
 # ShareGPT's speaker of a turn that holds the calls of tools, as JSON
 CALLER = "function_call"
+# Those who speak in published turns
+_KNOWN = {*SPEAKERS, *SPEAKERS.values(), "system", "developer", CALLER}
+# How turns look that are written into a text: as JSON, or as Python prints them
+_BEGINNING = r"\s*\[?\s*\{\s*"
+_AS_JSON = re.compile(_BEGINNING + '"(?:role|content|from|value)"')
+_AS_PYTHON = re.compile(
+    _BEGINNING + r"(?=.*'(?:role|from)':)'(?:role|content|from|value)':.*\}\s*\]?\s*", re.DOTALL
+)
 # How keys and columns begin that hold what is no text
 MEDIA = ("image", "audio", "video")
 
@@ -49,6 +58,37 @@ def to_message(value: Any, name: str) -> dict[str, Any]:
     if message.keys() <= {"role"}:
         raise Fault("wrong_type", f"{name} holds a message without a content that is a string")
     return _calling(message, name) if role == CALLER else message
+
+
+def written_out(text: str, name: str) -> Any:
+    """Return the turns that a text holds as JSON, or None where the text is a text.
+
+    Args:
+        text: a cell of a table.
+        name: the column's name, for the message of a fault.
+
+    Raises:
+        Fault: the text is turns as Python prints them, with single quotes: pandas writes a list
+            into a `.csv` in this way.
+    """
+    if _AS_PYTHON.fullmatch(text):
+        detail = f"{name} holds messages as Python prints them; write the column as JSON"
+        raise Fault("wrong_type", f"{detail}, or the file as .jsonl or .parquet")
+    if not _AS_JSON.match(text):
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    turns = value if isinstance(value, list) else [value]
+    return value if all(map(_is_turn, turns)) else None
+
+
+def _is_turn(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    keys = ("role", "content") if "role" in value else ("from", "value")
+    return all(isinstance(value.get(key), str) for key in keys) and value[keys[0]] in _KNOWN
 
 
 def _joined(parts: list[Any], name: str) -> str:
