@@ -14,7 +14,6 @@ to show what that costs, in bf16. The last line of the output is one JSON object
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from methods import FILES
+from methods import FILES, machine
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -195,7 +194,7 @@ def main() -> None:
                 rows[what] = measure(run, job)
                 print(what, rows[what], flush=True)
     print(table(rows))
-    about = {"date": str(date.today()), "machine": platform.processor(), "versions": versions()}
+    about = {"date": str(date.today()), "machine": machine(), "versions": versions()}
     print(json.dumps(about | {"rows": rows, "refused": refused}))
 
 

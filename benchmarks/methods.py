@@ -411,7 +411,7 @@ def measure(
     summary = whole.runs[0].summary or {}
     return {
         "date": str(date.today()),
-        "machine": _machine(),
+        "machine": machine(),
         "versions": summary.get("versions"),
         "common": [text for text in bench.common if "path=" not in text],
         "seeds": list(seeds),
@@ -426,7 +426,8 @@ def measure(
     }
 
 
-def _machine() -> str:
+def machine() -> str:
+    """Return how many cores there are, and which."""
     names = [
         line.partition(":")[2].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()
