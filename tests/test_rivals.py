@@ -45,6 +45,22 @@ def test_where_no_setting_is_good_in_all_qualities_the_first_decides() -> None:
     assert methods._best(grid)["overrides"] == ("likely",)
 
 
+def test_a_higher_beta_does_to_each_method_what_its_class_says() -> None:
+    grid = json.loads((ROOT / "docs" / "results" / "rivals_embedded.json").read_text())["grid"]
+    said = {}
+    for stages, found in grid.items():
+        by_rate: dict[float, list[float]] = {}
+        # In the order of the grid, the second beta is the higher one
+        for each in found["tried"]:
+            by_rate.setdefault(each["rate"], []).append(each["after"]["preference_accuracy"])
+        method = stages.split()[-1]
+        for low, high in (accuracies for accuracies in by_rate.values() if len(accuracies) == 2):
+            if method in METHODS and abs(high - low) > 0.005:
+                said[stages] = (high > low) == METHODS[method].more_beta_is_more_preference
+    assert {"orpo", "cpo", "dpo", "simpo"} <= said.keys()
+    assert all(said.values()), said
+
+
 def test_a_stage_that_two_roads_share_is_one_folder_and_other_settings_are_another() -> None:
     bench = methods.Bench(ROOT, (), {"sft": ("optimizer.learning_rate=0.001",)})
     dpo = bench.stage(("sft", "dpo"), seed=1)

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from orpo_lab import config, data, memory, optimizer
 from orpo_lab.beta_schedule import adapted
 from orpo_lab.config.beta_schedule import Adaptive
+from orpo_lab.config.method import METHODS
 from orpo_lab.engine.shared_prefix import default_budget
 from orpo_lab.errors import NonFiniteError, UserError
 from orpo_lab.model.weights import check_loaded
@@ -395,6 +396,25 @@ def test_steps_are_counted_from_epochs(load: Load) -> None:
     rows = ("method=kto", "dataset=unpaired", "dataset.train_path=rows.jsonl")
     with pytest.raises(UserError, match=r"is above the 7 training completions"):
         steps.count_steps(load(*rows, "train.batch_size=8"), 7)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_warned"),
+    [
+        (("method=dpo", "beta_schedule=linear"), True),
+        (("method=kto", "beta_schedule=cosine"), True),
+        (("method=dpo", "beta_schedule=linear", "beta_end=0.05"), False),
+        (("method=dpo",), False),
+        (("method=cpo", "beta_schedule=linear"), False),
+        (("method=sft", "beta_schedule=linear"), False),
+        (("beta_schedule=linear",), False),
+    ],
+)
+def test_a_beta_that_ends_where_the_method_learns_nothing_is_warned_of(
+    load: Load, caplog: pytest.LogCaptureFixture, overrides: tuple[str, ...], is_warned: bool
+) -> None:
+    said = [record.message for record in said_of_length(caplog, load(*SMALL, *overrides))]
+    assert any("beta_end=0: method=" in line for line in said) == is_warned
 
 
 def said_of_length(caplog: pytest.LogCaptureFixture, loaded: config.Config) -> list[Any]:
@@ -1028,7 +1048,7 @@ def test_a_fork_is_the_whole_run_bit_for_bit(
     assert lines == [(1, 0.4), (2, 0.4), (4, 0.2), (5, 0.0)]
 
 
-@pytest.mark.parametrize("method", ["orpo", "cpo"])
+@pytest.mark.parametrize(("method", "is_more"), [("orpo", True), ("cpo", True), ("cpo", False)])
 def test_an_adaptive_beta_is_that_of_the_batchs_margin_and_nothing_else_changes(
     load: Load,
     build_model: Any,
@@ -1036,7 +1056,9 @@ def test_an_adaptive_beta_is_that_of_the_batchs_margin_and_nothing_else_changes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     method: str,
+    is_more: bool,
 ) -> None:
+    monkeypatch.setattr(METHODS[method], "more_beta_is_more_preference", is_more)
     model = (f"method={method}", "optimizer=lora", "optimizer.dropout=0", "beta=0.4")
     common = (*model, *SMALL, "train.max_steps=5", "train.logging_steps=1")
     loaded = load(
@@ -1049,7 +1071,7 @@ def test_an_adaptive_beta_is_that_of_the_batchs_margin_and_nothing_else_changes(
     for line in lines:
         # The step's own metric, without its own beta
         margin = line[loaded.method.margin] / (1 if method == "orpo" else line["beta"])
-        schedule, direction = loaded.beta_schedule, -1 if method == "orpo" else 1
+        schedule, direction = loaded.beta_schedule, -1 if is_more else 1
         assert isinstance(schedule, Adaptive)
         beta, average = adapted(schedule, margin, average, beta=0.4, direction=direction)
         expected.append(beta)

@@ -117,7 +117,8 @@ class Config:
             check(
                 value >= least,
                 f"{key}={value} must be at least {least:g} with method={kind(self.method)}, which "
-                "divides by beta",
+                f"divides by beta; give {key}={self.beta / 2 or self.method.default_beta:g} for "
+                "instance",
             )
         check(
             self.method.learns_at_beta_zero or any(getattr(self, key) > 0 for key in keys),

@@ -138,11 +138,11 @@ class SimpoMethod(Method):
 class CpoMethod(Method):
     """CPO: DPO with a uniform reference, and L_SFT beside it.
 
-    With a higher beta the log-sigmoid is satisfied at a smaller margin, as in DPO.
+    Nothing holds the model near its start but L_SFT. The preference term's gradient by the margin
+    m is beta sigmoid(-beta m), which rises with beta while beta m is below 1.28.
     """
 
     title: ClassVar[str] = "CPO (Xu et al. 2024, arXiv:2401.08417)"
-    more_beta_is_more_preference: ClassVar[bool] = False
 
     sft_weight: float = setting()
     label_smoothing: float = setting()

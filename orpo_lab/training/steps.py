@@ -3,7 +3,7 @@
 import logging
 import math
 
-from orpo_lab.config import Config
+from orpo_lab.config import Config, kind
 from orpo_lab.config.engine import TrlEngine
 from orpo_lab.errors import UserError
 
@@ -53,7 +53,7 @@ def check_dealt(config: Config, num_held_out: int, num_processes: int) -> None:
 
 
 def say_length(config: Config, num_pairs: int) -> None:
-    """Log the number of epochs; warn of many epochs, and of a warm-up longer than the run."""
+    """Log the number of epochs; warn of many epochs, and of rates and betas that stop a run."""
     num_steps, train = count_steps(config, num_pairs), config.train
     num_epochs = num_steps / (num_pairs // train.batch_size)
     is_often = num_epochs > MAX_EPOCHS
@@ -76,4 +76,12 @@ def say_length(config: Config, num_pairs: int) -> None:
             train.warmup_steps,
             num_steps,
             (num_steps - 1) / train.warmup_steps,
+        )
+    ends_at_zero = config.beta_schedule.reads_beta_end and config.beta_end == 0
+    if ends_at_zero and config.method.reads_beta and not config.method.learns_at_beta_zero:
+        log.warning(
+            "beta_end=0: method=%s learns nothing at a beta of 0, so the last steps of this run "
+            "change little; give beta_end=%g for instance",
+            kind(config.method),
+            config.beta / 2,
         )
