@@ -44,7 +44,7 @@ from typing import Any
 from orpo_lab import compose
 from orpo_lab.compare.evidence import Comparison, Setting, weigh
 from orpo_lab.compare.read import read_run
-from orpo_lab.compare.verdict import Interval
+from orpo_lab.compare.verdict import Interval, share_interval
 from orpo_lab.compare.words import interval_text, verdict_text
 from orpo_lab.metrics import HELD_OUT, MARGINS, PREFERENCE, qualities_among
 
@@ -453,12 +453,16 @@ def tables(report: dict[str, Any]) -> str:
         _table(
             ["road", "settings of the last stage", *names],
             [
-                ["untrained", "", *(_text([report["before"].get(name)]) for name in names)],
+                [
+                    "untrained",
+                    "",
+                    *(_figure(name, [report["before"].get(name)], report) for name in names),
+                ],
                 *(
                     [
                         road,
                         _settings_text(report["chosen"].get(" ".join(ROADS[road]))),
-                        *(_text(row.get(name)) for name in names),
+                        *(_figure(name, row.get(name), report) for name in names),
                     ]
                     for road, row in report["figures"].items()
                 ),
@@ -515,6 +519,15 @@ def _settings_text(given: Sequence[str] | None) -> str:
 
 def _mark(one: dict[str, Any], entry: dict[str, Any]) -> str:
     return " (chosen)" if one["overrides"] == entry["chosen"] else ""
+
+
+def _figure(name: str, numbers: Sequence[float | None] | None, report: dict[str, Any]) -> str:
+    """Return a figure of the table of roads; of one seed, accuracy has an interval over pairs."""
+    estimate, low = [*(numbers or [None]), None][:2]
+    if name != PREFERENCE or estimate is None or low is not None:
+        return _text(numbers)
+    num_pairs = report["num_pairs"]
+    return interval_text(share_interval(round(estimate * num_pairs), num_pairs))
 
 
 def _text(numbers: Sequence[float | None] | None) -> str:
