@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -237,6 +238,18 @@ def test_what_cannot_be_started_from_is_refused_in_one_line(
     with pytest.raises(UserError, match=said) as refusal:
         origin_of(given)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_base_that_is_named_from_another_folder_is_said_to_be_missing(
+    load: Load, earlier: dict[str, Tensor], tmp_path: Path
+) -> None:
+    shutil.copytree(named(earlier, "lora")[0], tmp_path / "run")
+    recorded = OmegaConf.load(tmp_path / "run" / "config.yaml")
+    recorded.model.path = "models/mine"
+    OmegaConf.save(recorded, tmp_path / "run" / "config.yaml")
+    given = load("model=local", "model.path=models/mine", f"start_from={tmp_path / 'run'}")
+    with pytest.raises(UserError, match=r"model.path=models/mine, which is not here; give the"):
+        origin_of(given)
 
 
 @pytest.mark.parametrize("changed", ["chat_template", "vocabulary"])

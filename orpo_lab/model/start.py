@@ -256,6 +256,11 @@ def _check_same_base(
     now = contents(config)
     if any(recorded.get(key) != now.get(key) for key in ("model.path", "model.revision")):
         was = place.read_yaml("config.yaml")["model"]
+        if was["path"] == config.model.path and not local_path(config.model.path).exists():
+            raise UserError(
+                f"{called} was trained on model.path={was['path']}, which is not here; give the "
+                "command in the folder in which the run was started, or put that model here"
+            )
         raise UserError(
             f"{called} was trained on model.path={was['path']} "
             f"model.revision={was['revision']}, and model.path={config.model.path} "
