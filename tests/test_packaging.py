@@ -232,8 +232,10 @@ def test_the_installed_lab_needs_no_clone(tmp_path: Path, wheel: Path) -> None:
     lab("train", "hydra.run.dir=outputs/one", *SHORT)
     lab("sweep", "beta=0.1,0.5", "hydra.sweep.dir=multirun/two", *SHORT)
     lab("compare", "multirun/two", "--out", "compared")
+    lab("export", "outputs/one", "--merge", "--to", "exported")
     assert (work / "outputs" / "one" / "final").is_dir()
     assert len(list((work / "multirun" / "two").glob("*/summary.json"))) == 2
+    assert (work / "exported" / "model.safetensors").is_file()
     assert "orpo-lab train beta=" in (work / "compared" / "report.html").read_text()
     python = [str(programs / "python"), "-c", FROM_PYTHON, *SHORT]
     done = subprocess.run(python, cwd=work, env=variables, capture_output=True, text=True)
