@@ -15,7 +15,7 @@ from orpo_lab import environment, progress
 from orpo_lab.config import Config
 from orpo_lab.config.checks import AUTO
 from orpo_lab.config.evaluation import Harness, NoEvaluation
-from orpo_lab.config.identity import hash_of, identity, name_of, start_of
+from orpo_lab.config.identity import hash_of, identity, name_of, road, start_of
 from orpo_lab.config.judge import NoJudge
 from orpo_lab.config.tracker import Tracker, chosen
 from orpo_lab.errors import NonFiniteError, UserError, one_line
@@ -237,7 +237,8 @@ def _train(
         stop.check()
     metrics = start.path / checkpoint.METRICS if start else None
     missing = results.Missing(place)
-    with _tracked(config, place, choices, metrics, sweep_name, missing) as run:
+    stages = road(choices.get("method", ""), segment["start"])
+    with _tracked(config, place, choices, metrics, sweep_name, missing, stages) as run:
         if not place.has_begun:
             place.begin(config, choices, segment, metrics=metrics)
         place.write_json("data_report.json", pairs.report)
@@ -312,6 +313,7 @@ def _tracked(
     metrics: Path | None,
     sweep: str | None,
     missing: "Missing",
+    stages: str = "",
 ) -> Iterator[Run]:
     """Track the run inside this context by every chosen tracker; none that fails ends the run.
 
@@ -322,6 +324,7 @@ def _tracked(
         metrics: the metrics file of the checkpoint to go on from, if any.
         sweep: the name of the sweep that the run belongs to, if any.
         missing: notes what the tracker failed to take.
+        stages: the run's `identity.road`; a tracker groups runs by it.
 
     Raises:
         UserError: the tracker's settings are wrong; nothing has been written then.
@@ -335,7 +338,7 @@ def _tracked(
                 one,
                 folder=place.path,
                 name=config.name,
-                config={**redact(asdict(config)), "choices": choices},
+                config={**redact(asdict(config)), "choices": choices, "road": stages},
                 sweep=sweep,
                 history=RunFolder(metrics.parent).metrics() if metrics else [],
             )

@@ -62,6 +62,7 @@ def write(tmp_path: Path) -> Write:
         num_checked: int = 200,
         right_answers: str = "",
         guess: float | None = None,
+        start: dict[str, Any] | None = None,
     ) -> Path:
         place = RunFolder(tmp_path / "sweep" / name)
         values = {"beta": beta, "beta_end": beta_end, "seed": seed, "train": {"max_steps": 10}}
@@ -70,7 +71,8 @@ def write(tmp_path: Path) -> Write:
         overrides = [f"beta={beta:g}", f"beta_schedule={schedule}", f"seed={seed}"]
         place.write("choices.yaml", yaml.safe_dump({"choices": chosen, "overrides": overrides}))
         kinds = {"beta_schedule": schedule, "model": "model", "dataset": "file", "method": method}
-        place.write_json("segments.json", [{"kinds": kinds, "contents": contents or {}}])
+        record = {"kinds": kinds, "contents": contents or {}, "start": start}
+        place.write_json("segments.json", [record])
         reason = "" if state == "finished" else "diverged <at> step 3"
         place.set_status(state, reason, exit_code=0, config_hash=name)
         for step in (1, 5, 10):
@@ -208,6 +210,55 @@ def test_other_starts_are_other_settings(write: Write) -> None:
     settings = {setting.name: len(setting.runs) for setting in compare_sweep(folder).settings}
     assert sorted(settings.values()) == [1, 1, 2]
     assert all(re.fullmatch(r"start_from=(null|[ab]/sft) \(\w{6}\)", name) for name in settings)
+
+
+def start(write: Write, name: str, **rest: Any) -> dict[str, Any]:
+    """Return the keys with which a run starts from a finished run that is written elsewhere."""
+    place = RunFolder(write(f"../{name}", **rest))
+    return {
+        "config": {"start_from": str(place.path)},
+        "contents": {"model.path": "same", "start_from": f"content of {name}"},
+        "start": place.as_start(),
+    }
+
+
+def test_seeds_of_a_start_are_replicates_of_one_setting(write: Write) -> None:
+    for seed in (1, 2, 3):
+        begun = start(write, f"sft{seed}", seed=seed, method="sft")
+        assert begun["start"]["seeds"] == [seed]
+        write(f"dpo{seed}", seed=seed, method="dpo", **begun)
+        if seed == 2:
+            write("dpo1-2", seed=1, method="dpo", **begun)
+            write("again", seed=1, method="dpo", **begun)
+        folder = write(f"orpo{seed}", seed=seed, contents={"model.path": "same"}).parent
+    dpo, orpo = compare_sweep(folder).settings
+    assert (dpo.name, orpo.name) == (
+        "method=dpo start_from=sft",
+        "method=orpo start_from=null",
+    )
+    # Once for the same seeds, but not for one seed from two starts
+    assert sorted(run.seeds for run in dpo.runs) == [[1, 1], [1, 2], [2, 2], [3, 3]]
+    assert orpo.seeds == [1, 2, 3]
+    rows = _run_rows(sorted(dpo.runs, key=lambda run: run.seeds))
+    assert [row["seed"] for row in rows] == ["1", "1 (start 2)", "2", "3"]
+
+
+def test_starts_are_named_by_what_tells_them_apart(write: Write) -> None:
+    for steps in (10, 20):
+        for seed in (1, 2):
+            config = {"train": {"max_steps": steps}}
+            name = f"{steps}-{seed}"
+            begun = start(write, f"sft{name}", seed=seed, method="sft", config=config)
+            write(f"dpo{name}", seed=seed, **begun)
+            last = start(write, f"kto{name}", seed=seed, method="kto", **begun)
+            folder = write(f"last{name}", seed=seed, **last).parent
+    compared = compare_sweep(folder)
+    assert {setting.name: len(setting.runs) for setting in compared.settings} == {
+        "start_from=sft(train.max_steps=10)": 2,
+        "start_from=sft(train.max_steps=20)": 2,
+        "start_from=kto(start_from=sft(train.max_steps=10) train.max_steps=10)": 2,
+        "start_from=kto(start_from=sft(train.max_steps=20) train.max_steps=10)": 2,
+    }
 
 
 def test_named_models_are_called_by_their_names(write: Write) -> None:

@@ -261,6 +261,20 @@ def test_each_model_before_training_is_named_once_with_its_settings() -> None:
     assert choose(found).samples()[0]["answers"][0]["of"] == "before training"
 
 
+def test_each_run_is_compared_with_its_own_start() -> None:
+    starts = ((1, 0.7), (2, 0.8), (3, 0.6))
+    runs = [run(0.1, seed, share, before=(share, 0.5, 2.0)) for seed, share in starts]
+    found = compare(runs, MARGINS)
+    gain, _ = gains(found, 0)
+    assert gain.interval.estimate == pytest.approx(0)
+    (model,) = untrained(found)
+    assert model.intervals[0].estimate == pytest.approx(0.7)
+    # Over pairs and seeds, which differ: wider than over the pairs of one model
+    (alone,) = untrained(compare(runs[:1], MARGINS))
+    widths = [one.intervals[0].high - one.intervals[0].low for one in (model, alone)]
+    assert widths[0] > widths[1]
+
+
 def test_older_run_folders_without_scores_before_training_are_compared_all_the_same() -> None:
     found = compare([run(0.1, seed, scores_before=None) for seed in (1, 2)], MARGINS)
     assert untrained(found) == []

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from orpo_lab import config, run
-from orpo_lab.config.identity import identity
+from orpo_lab.config.identity import identity, road
 from orpo_lab.errors import UserError
 from orpo_lab.evaluate import Evaluation, Scores
 from orpo_lab.model.layers import fused, fusible
@@ -370,6 +371,32 @@ def test_a_run_says_what_it_started_from_and_its_card_names_no_place(two_stages:
     assert "The adapter belongs to the model in `base/`" in card
     assert str(two_stages) not in card
     assert "another run" not in (two_stages / "sft" / "final" / "README.md").read_text()
+
+
+def test_a_run_records_what_tells_its_start_apart(
+    two_stages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began = RunFolder(two_stages / "sft").as_start()
+    assert began is not None
+    assert began["seeds"] == [42]
+    assert began["settings"]["method"] == "orpo"
+    place = RunFolder(two_stages / "orpo")
+    (segment,) = place.segments()
+    assert segment["start"] == began
+    assert road("dpo", None) == "dpo"
+    assert re.fullmatch(r"orpo \w{6} > dpo", road("dpo", began))
+    # A run of an earlier version recorded the content alone: the start's record is read where it is
+    for name in ("sft", "orpo"):
+        shutil.copytree(two_stages / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    place = RunFolder(tmp_path / "orpo")
+    assert segment.pop("start") == place.start()
+    place.write_json("segments.json", [segment])
+    assert place.start() == began
+    flip(Path("sft/final/adapter_model.safetensors"))
+    assert place.start() is None
+    shutil.rmtree("sft")
+    assert place.start() is None
 
 
 def test_a_run_does_not_go_on_from_another_start(

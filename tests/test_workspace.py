@@ -41,12 +41,12 @@ def test_the_saved_view_groups_by_beta_and_shows_only_metrics_that_compare(tmp_p
     assert "rewards/" not in spec
     grouping = re.search(r'"grouping": (\[.*?\])', spec)
     assert grouping is not None
-    for key in ("method", "beta", "beta_schedule"):
+    for key in ("road", "beta", "beta_schedule"):
         assert key in grouping.group(1)
     bars = re.findall(
         r'"summary_metrics\.(after\.\w+)"\], "vertical": \w+, "groupBy": "(.*?)"', spec
     )
-    assert bars == [(f"after.{name}", "choices.value.method") for name in (PREFERENCE, *MARGINS)]
+    assert bars == [(f"after.{name}", "road.value") for name in (PREFERENCE, *MARGINS)]
 
 
 @pytest.mark.slow

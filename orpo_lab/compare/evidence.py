@@ -41,7 +41,7 @@ MAX_LENGTH_RATIO = 1.25
 
 @dataclass(frozen=True)
 class Setting:
-    """Runs that differ in their seed alone."""
+    """Runs that differ in their seeds alone: their own, and those of the runs they started from."""
 
     name: str
     values: dict[str, Any]
@@ -49,7 +49,7 @@ class Setting:
 
     @property
     def seeds(self) -> list[int]:
-        """The seeds of the setting's runs."""
+        """The own seeds of the setting's runs; of different starts they may have the same."""
         return [run.values["seed"] for run in self.runs]
 
 
@@ -66,11 +66,12 @@ class Comparison:
 
 
 def group(runs: Sequence[Run]) -> list[Setting]:
-    """Group runs into settings: runs that are equal in everything but the seed.
+    """Group runs into settings: runs that are equal in everything but the seeds.
 
     A setting is named by the values that differ between settings, without values that the method's
     name implies. Settings are sorted by their method, then by their beta schedule, then by beta. If
-    two runs have the same seed and values (two sweeps that overlap), only the first run counts.
+    two runs have the same values and the same seeds, their starts' seeds too (two sweeps that
+    overlap), only the first run counts.
     """
     read = [told_apart_by(run) for run in runs]
     keys = sorted({key for values in read for key in values})
@@ -90,7 +91,7 @@ def group(runs: Sequence[Run]) -> list[Setting]:
         setting = found.setdefault(exact, Setting(name, run.values, []))
         method = run.values.get("method", "")
         ranks[exact] = (method, run.values["beta_schedule"], run.values["beta"], _rank(mine))
-        if run.values["seed"] not in setting.seeds:
+        if run.seeds not in [other.seeds for other in setting.runs]:
             setting.runs.append(run)
     return [found[exact] for exact in sorted(found, key=ranks.__getitem__)]
 
@@ -122,32 +123,68 @@ def _rank(values: dict[str, Any]) -> list[tuple[str, bool, float, str]]:
 
 
 def told_apart_by(run: Run) -> dict[str, Any]:
-    """Return the values by which settings differ: all that identifies a run, without its seed.
+    """Return the values by which settings differ: all that identifies a run, without seeds.
 
-    Models and starts are compared by the content of their files, data by the fingerprints of their
-    pairs.
+    See `identity.told_apart_by`.
     """
-    told = identity.settings(run.values)
-    told.pop("seed")
     data = run.summary["dataset_fingerprint"] if run.summary else None
-    model = [content for key, content in sorted(run.contents.items()) if key.startswith("model.")]
-    start = run.contents.get("start_from")
-    return told | {"model": model, "dataset": data, "start_from": start}
+    return identity.told_apart_by(run.values, run.contents, data, run.start)
 
 
 def _names(runs: Sequence[Run], read: Sequence[dict[str, Any]], group: str) -> list[str]:
     """Return a name for every run's model, data or start: for a key of PLACES.
 
-    The name is the option, or the path, or path and hash: the first that separates exactly the runs
-    that differ.
+    The name is the option, or the path, or for starts what tells them apart, or path and hash: the
+    first that separates exactly the runs that differ.
     """
-    hashes = [hashlib.sha256(json.dumps(values[group]).encode()).hexdigest()[:6] for values in read]
+    hashes = [_digest(values[group]) for values in read]
     choices = [run.choices.get(group, "") for run in runs]
     places = [_place(run, group) for run in runs]
-    for names in (choices, places):
+    found = [choices, places]
+    if any(isinstance(values[group], dict) for values in read) and group == "start_from":
+        found.append(_described([values[group] for values in read], places))
+    for names in found:
         if len(set(zip(names, hashes, strict=True))) == len(set(names)) == len(set(hashes)):
             return names
     return [f"{place} ({digest})" for place, digest in zip(places, hashes, strict=True)]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:6]
+
+
+def _described(starts: Sequence[Any], places: Sequence[str]) -> list[str]:
+    """Return a name such as `sft(beta=0.2)` for every start: its method, and what tells it apart.
+
+    Args:
+        starts: for each run the settings of its start; or the start's content if there is no record
+            of it; None: there is no start.
+        places: for each run what a start is called that has no settings.
+    """
+    known = [start for start in starts if isinstance(start, dict)]
+    keys = sorted({key for start in known for key in start} - _implied(known) - {"method"})
+    earlier = [start["start_from"] for start in known]
+    if "start_from" in keys:
+        earlier = _described(earlier, ["run"] * len(earlier))
+    names = iter([_named(*both, keys) for both in zip(known, earlier, strict=True)])
+    found = []
+    for start, place in zip(starts, places, strict=True):
+        if isinstance(start, dict):
+            found.append(next(names))
+        else:
+            found.append(place if start is None else f"{place} ({_digest(start)})")
+    return found
+
+
+def _named(start: dict[str, Any], earlier: str, keys: Sequence[str]) -> str:
+    """Return a start's method and its values of some keys; `earlier` names what it started from."""
+    shown = {key: start[key] for key in keys if key in start}
+    # What files held cannot be read
+    shown |= {key: _digest(shown[key]) for key in ("dataset", "model") if key in shown}
+    if shown.pop("start_from", None) is not None:
+        shown = {"start_from": earlier} | shown
+    told = " ".join(_label(key, value) for key, value in shown.items())
+    return start.get("method", "run") + (f"({told})" if told else "")
 
 
 def _place(run: Run, group: str) -> str:

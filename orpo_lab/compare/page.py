@@ -73,7 +73,7 @@ def _of_run(run: Run) -> str:
     """Return a run folder with its figures."""
     assert run.summary is not None
     figures = ", ".join(f"{name} {value}" for name, value in brief(run.summary["after"]).items())
-    return f"{run.folder} (seed {run.values['seed']}: {figures})"
+    return f"{run.folder} (seed {run.seeds_text}: {figures})"
 
 
 def table_of_settings(comparison: Comparison, ship: Ship) -> list[dict[str, str]]:
@@ -146,12 +146,12 @@ def _mean_text(values: list[float]) -> str:
 def source_rows(comparison: Comparison) -> list[dict[str, str]]:
     """Return a row for each setting and source of a mixture: means over runs; empty: no mixture.
 
-    The model before training comes first, by its run of the first setting.
+    The model before training comes first, by the runs of the first setting.
     """
     rows = []
-    first = comparison.settings[0].runs[0]
+    first = comparison.settings[0].runs
     for name, runs, when in (
-        (name_before(first), [first], "before"),
+        (name_before(first[0]), first, "before"),
         *((setting.name, setting.runs, "after") for setting in comparison.settings),
     ):
         figures = [run.summary[when].get("by_source", {}) for run in runs if run.summary]
@@ -183,7 +183,7 @@ def _run_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
     """Return the table of runs: figures and cost."""
     rows = []
     for run in runs:
-        row = {"run": run.folder.name, "seed": str(run.values["seed"]), "state": run.state}
+        row = {"run": run.folder.name, "seed": run.seeds_text, "state": run.state}
         if run.summary:
             after, train = run.summary["after"], run.summary["train"]
             row |= brief(after)

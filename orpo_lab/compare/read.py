@@ -47,10 +47,25 @@ class Run:
     reached_after: dict[str, Reached] = field(default_factory=dict)
     """The same of the trained model."""
 
+    start: dict[str, Any] | None = None
+    """What the run has recorded of its start; see `RunFolder.start`."""
+
     @property
     def is_complete(self) -> bool:
         """Whether the run has finished, and its folder holds what a comparison needs."""
         return self.state == "finished" and self.summary is not None and self.scores is not None
+
+    @property
+    def seeds(self) -> list[int]:
+        """The run's seed, then those of the runs that it started from, as far as it knows them."""
+        return [self.values["seed"], *(self.start["seeds"] if self.start else [])]
+
+    @property
+    def seeds_text(self) -> str:
+        """The run's seed, with the seeds of its start if these are others."""
+        own, *earlier = self.seeds
+        others = ", ".join(map(str, earlier))
+        return f"{own} (start {others})" if {own, *earlier} != {own} else f"{own}"
 
     @property
     def seconds(self) -> float:
@@ -120,6 +135,7 @@ def read_run(folder: Path) -> Run:
             reached_before=kept(place, "before"),
             reached_after=kept(place, "after"),
             max_seeds=_max_seeds(RunFolder(folder.parent)),
+            start=place.start(),
         )
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise UserError(

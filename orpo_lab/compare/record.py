@@ -114,6 +114,7 @@ def _run(run: Run) -> dict[str, Any]:
     return {
         "folder": str(run.folder),
         "seed": run.values["seed"],
+        "start_seeds": run.seeds[1:],
         "state": run.state,
         "reason": run.reason,
         "figures": run.summary["after"] if run.summary else {},

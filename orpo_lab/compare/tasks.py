@@ -10,14 +10,15 @@ have none.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from statistics import mean
 
 import numpy as np
 from scipy import stats
 
 from orpo_lab.compare.evidence import Comparison, Setting
 from orpo_lab.compare.read import Run
-from orpo_lab.compare.untrained import Gain, over_pairs
-from orpo_lab.compare.verdict import CONFIDENCE, Array, Interval, Measure
+from orpo_lab.compare.untrained import Gain, over_seeds
+from orpo_lab.compare.verdict import CONFIDENCE, Array, Interval
 from orpo_lab.compare.words import interval_text
 from orpo_lab.evaluation.reached import better_of, figures_of, scores_of
 from orpo_lab.metrics import HARNESS, STDERR, Better, harness_figures, num_documents
@@ -88,10 +89,12 @@ def _of_setting(setting: Setting) -> Iterator[TaskFigure]:
     for name in dict.fromkeys(name for one in judged for name in harness_figures(one.after)):
         runs = [one for one in judged if name in one.after]
         first, scores = runs[0], _scores(runs, name)
+        # Runs of one setting may have started from several seeds of one run
+        before = [one.before[name] for one in runs if name in one.before]
         if scores is None:
             after = _of_figures(runs, name)
         else:
-            after = over_documents(scores, is_share=bool(np.isin(scores, (0, 1)).all()))
+            after = over_seeds(scores, is_share=bool(np.isin(scores, (0, 1)).all()))
         change = None if scores is None else _change(runs, name)
         yield TaskFigure(
             name=name,
@@ -99,9 +102,9 @@ def _of_setting(setting: Setting) -> Iterator[TaskFigure]:
             num_seeds=len(runs),
             num_documents=num_documents(name, first.after),
             better=first.better.get(name, ""),
-            before=first.before.get(name),
+            before=mean(before) if before else None,
             after=after,
-            change=None if change is None else over_documents(change, is_share=False),
+            change=None if change is None else over_seeds(change, is_share=False),
         )
 
 
@@ -130,21 +133,9 @@ def _change(runs: Sequence[_Judged], name: str) -> Array | None:
     return np.array(rows)
 
 
-def over_documents(scores: Array, *, is_share: bool) -> Interval:
-    """Return the mean of scores with its interval over documents, and over seeds if K > 1.
-
-    Args:
-        scores: of N documents in each of K runs, [K, N].
-        is_share: whether every score is 0 or 1.
-    """
-    if len(scores) == 1:
-        return over_pairs(scores[0], is_share=is_share)
-    return Measure([scores], is_share=is_share).interval(0)
-
-
 def _of_figures(runs: Sequence[_Judged], name: str) -> Interval:
     """Return the mean of a figure over runs; for one run with the harness's standard error."""
-    mean = float(np.mean([one.after[name] for one in runs]))
+    middle = float(np.mean([one.after[name] for one in runs]))
     error = runs[0].after.get(name + STDERR, math.nan) if len(runs) == 1 else math.nan
     reach = float(stats.norm.isf((1 - CONFIDENCE) / 2)) * error
-    return Interval(mean, mean - reach, mean + reach)
+    return Interval(middle, middle - reach, middle + reach)

@@ -2,17 +2,20 @@
 
 The untrained model is one model: it has no seeds, and answers the same held-out pairs as every run.
 So its score is subtracted pair by pair, and the differences have the interval of `verdict` over
-pairs and seeds. Runs that began with another run's result (`start_from`) are compared with that.
+pairs and seeds. Runs that began with another run's result (`start_from`) are compared with that:
+each run of a setting with its own start, which may have a seed of its own.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
+import numpy as np
 from scipy import stats
 
-from orpo_lab.compare.evidence import Comparison, of_pairs, prefers
+from orpo_lab.compare.evidence import Comparison, Setting, of_pairs, prefers
 from orpo_lab.compare.read import Run
 from orpo_lab.compare.verdict import (
     CONFIDENCE,
@@ -27,16 +30,16 @@ from orpo_lab.metrics import HELD_OUT, PREFERENCE
 
 @dataclass(frozen=True)
 class Untrained:
-    """A model that settings were trained from, and its figures."""
+    """A model that settings were trained from, possibly with several seeds, and its figures."""
 
     name: str
     settings: list[int]
     """The numbers of the settings that began with this model."""
     intervals: list[Interval]
     """Preference accuracy, then every quality of the comparison; higher is better. The intervals
-    are over pairs."""
+    are over pairs, of a start with several seeds over pairs and seeds."""
     figures: dict[str, Any]
-    """What `summary.json` says of the model before training."""
+    """What `summary.json` says of the model before training; means over the seeds of a start."""
 
 
 @dataclass(frozen=True)
@@ -65,27 +68,52 @@ def untrained(comparison: Comparison) -> list[Untrained]:
     Settings have several such models if they differ in the model, its quantization, the start or
     the engine. Settings whose folders hold no scores before training have none.
     """
-    members: dict[tuple[str, ...], list[int]] = {}
+    members: dict[tuple[tuple[str, ...], ...], list[int]] = {}
+    models: list[dict[tuple[str, ...], Run]] = []
     for number, setting in enumerate(comparison.settings):
-        before = _before(comparison, setting.runs[0])
-        if before:
-            # As shown: processes may differ by rounding in what they measure of one model
-            shown = tuple(f"{scores.mean():.3f}" for scores in before)
-            members.setdefault(shown, []).append(number)
+        models.append(_models(comparison, setting))
+        if models[number]:
+            members.setdefault(tuple(sorted(models[number])), []).append(number)
     found = []
     for numbers in members.values():
-        run = comparison.settings[numbers[0]].runs[0]
-        name = name_before(run)
+        runs = list(models[numbers[0]].values())
+        name = name_before(runs[0])
         if len(members) > 1:
             names = [comparison.settings[number].name for number in numbers]
             name += f" ({listed(names)})"
         intervals = [
-            over_pairs(scores, is_share=figure.measure.is_share)
-            for figure, scores in zip(_figures(comparison), _before(comparison, run), strict=True)
+            over_seeds(scores, is_share=figure.measure.is_share)
+            for figure, scores in zip(_figures(comparison), _befores(comparison, runs), strict=True)
         ]
-        assert run.summary is not None
-        found.append(Untrained(name, numbers, intervals, run.summary.get("before", {})))
+        found.append(Untrained(name, numbers, intervals, _mean_figures(runs)))
     return found
+
+
+def _models(comparison: Comparison, setting: Setting) -> dict[tuple[str, ...], Run]:
+    """Return a run for each model that a setting's runs began with; empty: there are no scores.
+
+    The keys are the model's figures as shown: processes may differ by rounding in what they measure
+    of one model.
+    """
+    found: dict[tuple[str, ...], Run] = {}
+    for run in setting.runs:
+        before = _before(comparison, run)
+        if not before:
+            return {}
+        found.setdefault(tuple(f"{scores.mean():.3f}" for scores in before), run)
+    return found
+
+
+def _mean_figures(runs: Sequence[Run]) -> dict[str, Any]:
+    """Return what `summary.json` says of the models before training, in the mean over the runs."""
+    befores = [(run.summary or {}).get("before", {}) for run in runs]
+    if len(befores) == 1:
+        return dict(befores[0])
+    return {
+        key: mean(before[key] for before in befores)
+        for key, value in befores[0].items()
+        if isinstance(value, int | float) and all(key in before for before in befores)
+    }
 
 
 def name_before(run: Run) -> str:
@@ -106,7 +134,7 @@ def gains(comparison: Comparison, number: int) -> list[Gain]:
     Empty: a run of the comparison has no scores before training. The variances are pooled over all
     settings, as in the verdict. With one seed the ends of the intervals are NaN.
     """
-    befores = [_before(comparison, setting.runs[0]) for setting in comparison.settings]
+    befores = [_befores(comparison, setting.runs) for setting in comparison.settings]
     if not all(befores):
         return []
     found = []
@@ -126,6 +154,15 @@ def _figures(comparison: Comparison) -> list[Quality]:
     return [Quality(PREFERENCE, "", comparison.accuracy, 0.0), *comparison.qualities]
 
 
+def _befores(comparison: Comparison, runs: Sequence[Run]) -> list[Array]:
+    """Return what `_before` does of the models that K runs began with, [K, N] for each figure.
+
+    Empty: one of them has no scores.
+    """
+    befores = [_before(comparison, run) for run in runs]
+    return [np.stack(figure) for figure in zip(*befores, strict=True)] if all(befores) else []
+
+
 def _before(comparison: Comparison, run: Run) -> list[Array]:
     """Return preference, then every quality, of the model before training; higher is better.
 
@@ -139,6 +176,18 @@ def _before(comparison: Comparison, run: Run) -> list[Array]:
         quality.sign * of_pairs(metrics[quality.name], scores) for quality in comparison.qualities
     ]
     return [prefers(scores), *of_qualities]
+
+
+def over_seeds(scores: Array, *, is_share: bool) -> Interval:
+    """Return the mean of scores with its interval over pairs, and over seeds if K > 1.
+
+    Args:
+        scores: of N pairs, or documents, in each of K runs, [K, N].
+        is_share: whether every score is 0 or 1.
+    """
+    if len(scores) == 1:
+        return over_pairs(scores[0], is_share=is_share)
+    return Measure([scores], is_share=is_share).interval(0)
 
 
 def over_pairs(scores: Array, *, is_share: bool) -> Interval:

@@ -75,6 +75,49 @@ def settings(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if _is_setting(key, values)}
 
 
+def told_apart_by(
+    values: dict[str, Any],
+    contents: dict[str, str],
+    fingerprints: dict[str, str] | None,
+    start: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Return what tells a run from runs that differ in more than their seeds.
+
+    Models are told by the content of their files, data by their pairs. A start counts as the
+    settings of the run that it is, so that its seed is left out, too.
+
+    Args:
+        values: what `values` returns, possibly of an earlier version.
+        contents: what `contents` returns.
+        fingerprints: those of the run's pairs, by split; None: not known.
+        start: what `RunFolder.as_start` returns of the start; None: there is no start, or no record
+            of it. Then the start is told by its content.
+    """
+    told = settings(values)
+    told.pop("seed")
+    model = [content for key, content in sorted(contents.items()) if key.startswith("model.")]
+    begun = start["settings"] if start else contents.get("start_from")
+    return told | {"model": model, "dataset": fingerprints, "start_from": begun}
+
+
+def road(method: str, start: dict[str, Any] | None) -> str:
+    """Return the stages by which a run's model is made, such as `sft 3fa1b2 > dpo`.
+
+    The digits stand for all settings of a start without its seed: runs from several seeds of one
+    start have one road.
+
+    Args:
+        method: the run's own.
+        start: see `told_apart_by`.
+    """
+    stages = [method]
+    begun = start and start["settings"]
+    while isinstance(begun, dict):
+        stages.insert(0, f"{begun.get('method', 'run')} {hash_of(begun)[:6]}")
+        begun = begun["start_from"]
+    return " > ".join(stages)
+
+
 def _is_setting(key: str, values: dict[str, Any]) -> bool:
     policy = policy_of(key)
     of_group = policies().get(key.partition(".")[0], policy)
@@ -124,6 +167,12 @@ def contents(config: Config) -> dict[str, str]:
         contents = [_content(place, policy_of(key).files) for place in places]
         found[key] = contents[0] if len(contents) == 1 else hash_of(contents)
     return found
+
+
+def content_at(key: str, place: str) -> str:
+    """Return what is now at the place that a run's record names for a key; see `contents`."""
+    policy = policy_of(key)
+    return _content(_absolute(place, policy), policy.files)
 
 
 def _content(place: str, patterns: tuple[str, ...]) -> str:

@@ -120,7 +120,12 @@ def _unfinished(run: Run) -> str | None:
 
 def _differing(one: Run, other: Run, but: Collection[str]) -> list[str]:
     """Return the keys in which two runs differ, without some keys and the keys of some groups."""
-    values, others = (told_apart_by(run) | {"seed": run.values["seed"]} for run in (one, other))
+    # Two starts that differ in their seeds are other weights, and adapters on them cannot be mixed
+    values, others = (
+        told_apart_by(run)
+        | {"seed": run.values["seed"], "start_from": run.contents.get("start_from")}
+        for run in (one, other)
+    )
     return [
         key
         for key in sorted(values.keys() | others.keys())

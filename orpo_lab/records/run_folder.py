@@ -26,7 +26,17 @@ from filelock import FileLock, Timeout
 
 from orpo_lab.config import Config
 from orpo_lab.config.checks import AUTO
-from orpo_lab.config.identity import contents, flat, identity, kinds, policy_of, settings
+from orpo_lab.config.identity import (
+    content_at,
+    contents,
+    flat,
+    identity,
+    kinds,
+    policy_of,
+    settings,
+    told_apart_by,
+)
+from orpo_lab.config.model import local_path
 from orpo_lab.errors import UserError, one_line
 from orpo_lab.redaction import redact
 
@@ -132,6 +142,8 @@ class RunFolder:
             "code": code_hash(),
             "kinds": kinds(config),
             "contents": contents(config),
+            # A comparison needs this when the start may be gone
+            "start": _record_of(config.start_from),
             "changes": self._changes(config, resume),
             "overrides": redact(overrides),
         }
@@ -278,6 +290,38 @@ class RunFolder:
         """Return the records in `segments.json` of all starts of this run, the first one first."""
         starts = self.read_json("segments.json")
         return starts if isinstance(starts, list) else []
+
+    def start(self) -> dict[str, Any] | None:
+        """Return what `as_start` said of the run that this run started from.
+
+        None: there is no such run, or no record of it.
+        """
+        last = (self.segments() or [{}])[-1]
+        if "start" in last:
+            found: dict[str, Any] | None = last["start"]
+            return found
+        # An earlier version of orpo_lab recorded the start's content alone
+        place, held = self.read_yaml("config.yaml").get("start_from"), last.get("contents", {})
+        if place is None or content_at("start_from", place) != held.get("start_from"):
+            return None
+        return _record_of(place)
+
+    def as_start(self) -> dict[str, Any] | None:
+        """Return what a run that starts from this one records of it.
+
+        `settings`: what tells this run from others, without its seed. `seeds`: its seed, then those
+        of the runs that it started from. None: the record of this run cannot be read.
+        """
+        try:
+            last, summary = self.segments()[-1], self.read_json("summary.json")
+            values = flat(self.read_yaml("config.yaml")) | last["kinds"]
+            start = self.start()
+            fingerprints = summary["dataset_fingerprint"]
+            told = told_apart_by(values, last["contents"], fingerprints, start)
+            seeds = [values["seed"], *(start["seeds"] if start else [])]
+        except (UserError, OSError, LookupError, TypeError):
+            return None
+        return {"settings": dict(sorted(told.items())), "seeds": seeds}
 
     def has_finished(self, config: Config) -> bool:
         """Return whether the run of this configuration has finished, and no result is missing."""
@@ -457,6 +501,11 @@ class ReadOnlyRunFolder(RunFolder):
 
     def remove(self, name: str) -> None:
         """Delete nothing."""
+
+
+def _record_of(start: str | None) -> dict[str, Any] | None:
+    """Return what a run records of its start, the folder of a run; None: there is none to read."""
+    return None if start is None else RunFolder(local_path(start)).as_start()
 
 
 def sync(path: Path) -> None:

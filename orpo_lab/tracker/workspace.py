@@ -1,8 +1,9 @@
 """A W&B workspace for comparing runs: `python -m orpo_lab workspace [--project P] [--entity E]`.
 
-The command saves a view of the project, with runs grouped by method, beta and beta schedule. Its
-charts show figures that do not depend on beta: preference accuracy against quality, the same
-figures by method, and curves that can be compared along an annealed run. Curves that cannot be
+The command saves a view of the project, with runs grouped by road, beta and beta schedule. A road
+is the method with the stages before it (`identity.road`): DPO from the base and DPO after SFT are
+two. The charts show figures that do not depend on beta: preference accuracy against quality, the
+same figures by road, and curves that can be compared along an annealed run. Curves that cannot be
 compared across methods, and settings such as beta, have sections of their own. Needs a key
 (`wandb login`) and the extra `workspace`.
 """
@@ -45,17 +46,17 @@ def save(project: str, entity: str, name: str) -> str:
         panels.ScatterPlot(x=panels.SummaryMetric(f"after.{quality}"), y=accuracy)
         for quality in MARGINS
     ]
-    by_method = [
+    by_road = [
         panels.BarPlot(
-            title=f"{figure} by method",
+            title=f"{figure} by road",
             metrics=[panels.SummaryMetric(f"after.{figure}")],
-            groupby=panels.Config("choices.method"),
+            groupby=panels.Config("road"),
         )
         for figure in (PREFERENCE, *MARGINS)
     ]
     sections = [
         workspaces.Section(name="Preference against quality", panels=pareto, is_open=True),
-        workspaces.Section(name="By method", panels=by_method, is_open=True),
+        workspaces.Section(name="By road", panels=by_road, is_open=True),
         *(
             workspaces.Section(
                 name=title,
@@ -65,7 +66,7 @@ def save(project: str, entity: str, name: str) -> str:
             for title, metrics in CURVES.items()
         ),
     ]
-    groups = [workspaces.Config(key) for key in ("choices.method", "beta", "choices.beta_schedule")]
+    groups = [workspaces.Config(key) for key in ("road", "beta", "choices.beta_schedule")]
     workspace = workspaces.Workspace(
         entity=entity,
         project=project,
