@@ -86,6 +86,9 @@ def answering(tiny: Local, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Non
 
 # Prompts
 
+HUMAN = "\n\nHuman: why?\n\nAssistant:"
+HM = [*asked("hm"), {"role": "assistant", "content": "hm?"}]
+
 
 @pytest.mark.parametrize(
     ("row", "expected"),
@@ -98,7 +101,15 @@ def answering(tiny: Local, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Non
             {"prompt": "no", "chosen": asked("why?") + ANSWER, "rejected": asked("why?") + ANSWER},
             asked("why?"),
         ),
-        ({"chosen": "why? yes", "rejected": "why? no"}, asked("why?")),
+        ({"question": "why?", "chosen": "It is so.", "rejected": "It is not."}, asked("why?")),
+        (
+            {"conversations": asked("why?"), "chosen": ANSWER[0], "rejected": ANSWER[0]},
+            asked("why?"),
+        ),
+        ({"chosen": f"{HUMAN} yes", "rejected": f"{HUMAN} no"}, asked("why?")),
+        ({"prompt": HUMAN}, asked("why?")),
+        ({"prompt": "Human: hm\n\nAssistant: hm?\n\nHuman: why?"}, [*HM, *asked("why?")]),
+        ({"context": asked("why?"), "overall_preference": -2}, asked("why?")),
         ({"prompt": {"text": "why?", "role": "prompter", "replies": []}}, asked("why?")),
         ({"prompt": "why?", "system": "Be brief."}, [BRIEF, *asked("why?")]),
         ({"instruction": "Add.", "input": "2, 3"}, asked("Add.\n2, 3")),
@@ -109,7 +120,12 @@ def answering(tiny: Local, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Non
         "messages",
         "pair",
         "conversations",
-        "shared",
+        "question of a pair",
+        "ShareGPT",
+        "transcripts",
+        "transcript",
+        "transcript that ends in a question",
+        "winner",
         "tree",
         "system",
         "input",
@@ -126,6 +142,7 @@ def test_a_row_of_any_form_gives_its_prompt(row: Any, expected: Any) -> None:
         ({"prompt": "a\0b"}, "nul_character"),
         ({"prompt": "half \ud800"}, "lone_surrogate"),
         ({"answer": "so"}, "missing_column"),
+        ({"chosen": "It is so.", "rejected": "It is not."}, "missing_column"),
         ({"prompt": "why?", "system_prompt": "Be brief."}, "ignored_column"),
         ({"prompt": 3}, "wrong_type"),
         ({"prompt": {"text": "why?", "deleted": True, "replies": []}}, "wrong_type"),

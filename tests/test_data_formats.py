@@ -255,6 +255,8 @@ def test_transcripts_become_messages_up_to_the_last_answer(
         }
         for a in range(6)
     ]
+    # Copies of the data lack the empty line before the first turn
+    rows[0] = {key: text.lstrip() for key, text in rows[0].items()}
     for part, some in (("helpful-base", rows[:3]), ("harmless-base", rows[3:])):
         (tmp_path / "hh" / part).mkdir(parents=True)
         write(tmp_path / "hh" / part / "train.jsonl.gz", some)

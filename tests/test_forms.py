@@ -537,12 +537,24 @@ def test_a_file_of_a_known_form_is_refused_with_its_preset(
         data.load(load("dataset=file", f"dataset.train_path={file}").dataset, tokenizer)
 
 
+# The user quotes what stands in the column
+MESSAGES: Row = {
+    "prompt": [user(f"Be brief. {ASKED}")],
+    "chosen": [assistant(GOOD)],
+    "rejected": [assistant(BAD)],
+}
+SAID = {"role": "system", "content": "Be brief."}
+
+
 @pytest.mark.parametrize(
     ("row", "is_lost"),
     [
         ({**PAIR, "system": "Be brief."}, True),
         ({**PAIR, "system": " "}, False),
         ({**PAIR, "system": "2 plus"}, False),
+        ({**PAIR, "system": "plus"}, True),
+        ({**MESSAGES, "system": "Be brief."}, True),
+        ({**MESSAGES, "prompt": [SAID, *MESSAGES["prompt"]], "system": "Be brief. "}, False),
         ({**PAIR, "system": {"role": "system", "content": "Be brief."}}, True),
         ({**PAIR, "system": float("nan")}, False),
         ({**PAIR, "winner": float("nan")}, False),

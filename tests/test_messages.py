@@ -99,15 +99,21 @@ def test_what_becomes_of_strings_is_said_once(read: Read, caplog: pytest.LogCapt
     assert "strings" not in caplog.text
 
 
-def test_a_transcript_in_one_text_never_becomes_one_turn(read: Read) -> None:
+@pytest.mark.parametrize("before", ["\n\n", "", "\n", " \n\n\n"])
+def test_a_transcript_in_one_text_never_becomes_one_turn(read: Read, before: str) -> None:
     rows = [
-        {**row, "prompt": f"\n\nHuman: {row['prompt']}\n\nAssistant:", "chosen": "2"}
+        {**row, "prompt": f"{before}Human: {row['prompt']}\n\nAssistant:", "chosen": "2"}
         for row in STRINGS
     ]
     with pytest.raises(UserError, match=r"line 1: the prompt is a transcript.*as_messages=false"):
         read(rows)
     plain = read(rows, as_messages="false")
-    assert "\n\nHuman: what is 3 plus 1?\n\nAssistant:2" in texts(plain)
+    assert f"{before}Human: what is 3 plus 1?\n\nAssistant:2" in texts(plain)
+
+
+def test_a_text_about_humans_is_no_transcript(read: Read) -> None:
+    rows = [{**row, "prompt": f"Human: define it. {row['prompt']}"} for row in STRINGS]
+    assert read(rows).report["train"]["num_as_messages"] > 0
 
 
 def test_strings_stay_strings_where_the_model_has_no_chat_template(

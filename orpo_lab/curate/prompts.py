@@ -21,7 +21,8 @@ from orpo_lab.curate.folder import PROMPTS, Prompt, append, held, prompt_id, rea
 from orpo_lab.data import forms
 from orpo_lab.data.faults import Fault, Tally
 from orpo_lab.data.files import Source, read_files
-from orpo_lab.data.pairs import Message, Pair, find_faults, text_of
+from orpo_lab.data.pairs import CONTEXT, Content, Message, Pair, find_faults, text_of
+from orpo_lab.data.recognise import SYSTEM
 from orpo_lab.data.rows import normalize
 from orpo_lab.errors import UserError
 
@@ -29,7 +30,9 @@ from orpo_lab.errors import UserError
 Key = tuple[tuple[str, str], ...]
 
 # Where a prompt is looked for without --column, the first that is there
-COLUMNS = ("prompt", "messages", "conversation", "question", "instruction")
+COLUMNS = (
+    *("prompt", "messages", "conversations", "conversation", "question", "instruction", "context"),
+)
 # Columns that belong to the prompt where a row has them; `input` follows an instruction
 BESIDE = ("system", "history", "input")
 # Tokens that control the model are looked for by training, which knows the model
@@ -46,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--column",
         metavar="NAME",
-        help="the column of strings or messages (default: what the two answers of a pair share, or "
-        f"the first of {', '.join(COLUMNS)} that is there)",
+        help=f"the column of strings or messages (default: the first of {', '.join(COLUMNS)} that "
+        "is there, or what the two conversations of a pair share)",
     )
     parser.add_argument(
         "--num", type=int, metavar="N", help="draw N prompts of each file (default: all)"
@@ -100,6 +103,7 @@ def read(file: str, column: str | None, source: str | None, licence: str | None)
         UserError: the file cannot be read, or holds no prompt.
     """
     rows, left_out, prompts = _open(file, column), Tally(), []
+    num_with_context = 0
     for number, row in rows.rows:
         try:
             messages = to_prompt(row, column)
@@ -108,6 +112,10 @@ def read(file: str, column: str | None, source: str | None, licence: str | None)
         else:
             name = source or Path(file).name
             prompts.append(Prompt(prompt_id(messages), messages, name, number, licence))
+            num_with_context += any(row.get(name) for name in CONTEXT)
+    if num_with_context:
+        read = " and ".join(CONTEXT)
+        print(f"{file}: {num_with_context} prompts have {read} beside them, which are not read")
     if not prompts:
         raise UserError(f"{file} holds no prompt ({left_out}); {left_out.examples()}")
     if left_out:
@@ -116,10 +124,11 @@ def read(file: str, column: str | None, source: str | None, licence: str | None)
 
 
 def _open(file: str, column: str | None) -> Source:
-    """Return the rows of a file; of a table, the columns of a pair if it has these."""
-    tried = [[column]] if column else [["chosen", "rejected"], *([name] for name in COLUMNS)]
-    if not column:
-        tried.insert(0, ["prompt", "chosen", "rejected"])
+    """Return the rows of a file; of a table, the columns that the prompt is read from."""
+    answers = ["chosen", "rejected"]
+    tried = [["prompt", *answers], *([name] for name in COLUMNS), answers]
+    if column:
+        tried = [[column]]
     for columns in tried:
         rows = read_files(file, forms.Names(tuple(columns), (*columns, *BESIDE)))
         try:
@@ -138,8 +147,8 @@ def to_prompt(row: Any, column: str | None = None) -> list[Message]:
 
     Args:
         row: a row as training reads it, or the `Fault` in its place.
-        column: the column of the prompt; None: what the answers of a pair share, or the first of
-            COLUMNS that is there.
+        column: the column of the prompt; None: the first of COLUMNS that is there, or what the two
+            conversations of a pair share.
 
     Raises:
         Fault: there is no prompt, or training would leave the prompt out.
@@ -149,28 +158,58 @@ def to_prompt(row: Any, column: str | None = None) -> list[Message]:
     if not isinstance(row, Mapping):
         raise Fault("wrong_type", "is not an object with columns")
     pair = _with_any_answers(row, column)
-    content = pair.prompt
-    messages = [{"role": "user", "content": content}] if isinstance(content, str) else [*content]
+    messages = _messages(pair.prompt)
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
-    for fault in find_faults(Pair(messages, _YES, _NO, ignored=pair.ignored), _NO_TOKENS):
+    # Which answer of the row is the better one does not matter to its prompt
+    ignored = pair.ignored if pair.ignored in SYSTEM else ""
+    for fault in find_faults(Pair(messages, _YES, _NO, ignored=ignored), _NO_TOKENS):
         raise fault
     return messages
+
+
+def _messages(prompt: Content) -> list[Message]:
+    """Return a prompt as messages; a transcript may end with a turn of either side."""
+    if not isinstance(prompt, str):
+        return [*prompt]
+    if not forms.is_transcript_text(prompt):
+        return [{"role": "user", "content": prompt}]
+    try:
+        return forms.to_messages(prompt, "the prompt")
+    except Fault as fault:
+        if fault.name != "no_answer":
+            raise
+        return forms.to_messages(f"{prompt}\n\nAssistant:", "the prompt")
 
 
 def _with_any_answers(row: Mapping[str, Any], column: str | None) -> Pair:
     """Return a pair whose prompt is the row's, read as training reads it; see `to_prompt`."""
     beside = {name: name for name in BESIDE[:2] if row.get(name)}
-    if column is None and {"chosen", "rejected"} <= row.keys():
-        return forms.to_pair(row, _columns("prompt" if "prompt" in row else None, beside))
-    name = column or next((name for name in COLUMNS if name in row), COLUMNS[0])
+    name = column or next((name for name in COLUMNS if name in row), "")
+    if column is None and name in ("", COLUMNS[0]) and {"chosen", "rejected"} <= row.keys():
+        return _of_pair(row, _columns(name or None, beside))
     if name not in row:
-        detail = f"lacks column {name} (it has {', '.join(map(str, sorted(row)[:20]))})"
+        detail = (
+            f"lacks column {name or COLUMNS[0]} (it has {', '.join(map(str, sorted(row)[:20]))})"
+        )
         raise Fault("missing_column", f"{detail}; name the right one with --column")
     if name == "instruction" and row.get("input"):
         beside["input"] = "input"
     asked, columns = {**row, name: _of_tree(row[name]) or row[name]}, _columns(name, beside)
     return forms.pair_of(asked, columns, forms.to_prompt(asked, columns), "yes", "no")
+
+
+def _of_pair(row: Mapping[str, Any], columns: PairColumns) -> Pair:
+    """Return a pair; without a prompt of its own it must be two conversations that begin alike.
+
+    Two texts may begin alike by chance, so what they share is no prompt.
+    """
+    if columns.prompt or not isinstance(row["chosen"], str):
+        return forms.to_pair(row, columns)
+    if forms.is_transcript_text(row["chosen"]):
+        return forms.from_transcripts(row, columns)
+    detail = "has no prompt beside two texts; name the column of the prompts with --column"
+    raise Fault("missing_column", detail)
 
 
 def _columns(prompt: str | None, beside: dict[str, str]) -> PairColumns:

@@ -28,14 +28,14 @@ from orpo_lab.data.pairs import (
     answer,
     check_size,
     split,
-    text_of,
     to_content,
 )
 from orpo_lab.data.ranks import Answers, choose, not_compared
 from orpo_lab.data.recognise import SYSTEM, TELLING, recognise
 
-# The beginning of a turn of a transcript, and its speaker (Bai et al. 2022, arXiv:2204.05862)
-_TURN = re.compile(r"\n\n(Human|Assistant):")
+# The beginning of a turn of a transcript, and its speaker (Bai et al. 2022, arXiv:2204.05862). The
+# first turn may lack the empty line before it, as in copies of such data
+_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 # What a label may be; the words are those of CSV files, in any case. Tables in which a label is
@@ -317,10 +317,19 @@ def _ignored(row: Mapping[str, Any], columns: Columns, prompt: Content) -> str:
         # Tables write a missing value as NaN, which is not itself
         if value in (None, "", [], {}) or value != value or name in names_of(columns).read:
             continue
-        is_used = name in SYSTEM and isinstance(value, str) and value.strip() in text_of(prompt)
-        if not is_used:
+        if not (name in SYSTEM and isinstance(value, str) and _says(prompt, value.strip())):
             return name
     return ""
+
+
+def _says(prompt: Content, system: str) -> bool:
+    """Return whether a prompt has a system message, or is a text that begins with that."""
+    if isinstance(prompt, str):
+        return prompt.lstrip().startswith(system)
+    return any(
+        message["role"] in ("system", "developer") and message.get("content", "").strip() == system
+        for message in prompt
+    )
 
 
 def from_winner(row: Any, columns: WinnerColumns) -> Pair:
@@ -441,8 +450,13 @@ def _asked(prompt: Content | None, name: str, is_transcript: bool) -> Content | 
 
 
 def is_transcript_text(prompt: Content | None) -> bool:
-    """Return whether a prompt is a text that begins as a transcript does."""
-    return isinstance(prompt, str) and bool(_TURN.match(prompt.lstrip(" ")))
+    """Return whether a prompt is a text that begins as a transcript does.
+
+    Without the empty line before its first turn a text is a transcript if a second turn follows.
+    """
+    if not isinstance(prompt, str) or not _TURN.match(prompt):
+        return False
+    return prompt.lstrip(" ").startswith("\n\n") or len(_TURN.findall(prompt)) > 1
 
 
 def value_of(row: Any, name: str, key: str) -> Any:
