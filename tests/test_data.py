@@ -306,6 +306,17 @@ def test_too_few_prompts_to_hold_out_are_refused(
         data.load(settings, tokenizer)
 
 
+def test_where_no_row_gives_a_pair_the_refusal_says_why(
+    load: Load, tokenizer: Any, tmp_path: Path
+) -> None:
+    said = [{"role": "judge", "content": "4"}]
+    rows = [{"prompt": f"{n}?", "chosen": said, "rejected": said[:1]} for n in range(9)]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    given = ("dataset=file", f"dataset.train_path={file}")
+    with pytest.raises(UserError, match=r"no train pair is left of 9 \(9 chosen_equals_rejected\)"):
+        data.load(load(*given).dataset, tokenizer)
+
+
 def test_where_too_few_pairs_fit_the_refusal_names_the_lengths(
     load: Load, tokenizer: Any, tmp_path: Path
 ) -> None:

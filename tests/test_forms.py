@@ -127,6 +127,15 @@ FORMS: dict[str, tuple[tuple[str, ...], Row, str]] = {
         },
         PROMPT,
     ),
+    "ShareGPT, capitals": (
+        SHAREGPT,
+        {
+            "conversations": [{"from": "Human", "value": ASKED}],
+            "chosen": {"from": "GPT", "value": GOOD},
+            "rejected": {"from": "Gpt", "value": BAD},
+        },
+        PROMPT,
+    ),
     "ShareGPT, several turns": (
         SHAREGPT,
         {**TALK, "conversations": [human("Hi."), gpt("Hello."), human(ASKED)]},

@@ -123,6 +123,7 @@ class Part:
             if self.held_out:
                 self.train.drop_leaks(self.held_out)
             else:
+                _check_any_left(self.train, self.train.pool)
                 self.held_out = self.train.hold_out(self.config.num_eval, encoder.encode)
                 self.held_out.name = self._said_name("held_out")
         return self.held_out

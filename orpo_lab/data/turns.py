@@ -14,7 +14,7 @@ from orpo_lab.data.faults import Fault, quote
 SPEAKERS = {"human": "user", "gpt": "assistant", "observation": "tool"}
 # ShareGPT's speaker of a turn that holds the calls of tools, as JSON
 CALLER = "function_call"
-# Those who speak in published turns
+# Those who speak in published turns, in small letters or in others
 _KNOWN = {*SPEAKERS, *SPEAKERS.values(), "system", "developer", CALLER}
 # How turns look that are written into a text: as JSON, or as Python prints them
 _BEGINNING = r"\s*\[?\s*\{\s*"
@@ -50,6 +50,9 @@ def to_message(value: Any, name: str) -> dict[str, Any]:
     role = message.get("role")
     if not isinstance(role, str):
         raise Fault("wrong_type", f"{name} holds a message without a role that is a string")
+    speaker = role.lower()
+    if speaker in _KNOWN:
+        role = speaker
     message["role"] = SPEAKERS.get(role, role)
     if isinstance(message.get("content"), list):
         message["content"] = _joined(message["content"], name)
