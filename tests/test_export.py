@@ -18,7 +18,7 @@ import yaml
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from orpo_lab.__main__ import main
 from orpo_lab.config.model import EMBEDDED, local_path
@@ -197,6 +197,9 @@ def test_an_adapter_names_its_base_on_the_hub_and_is_the_runs_own(
     card = (folder / "README.md").read_text()
     assert "base_model: org/name\nbase_model_relation: adapter\n" in card
     assert "load_in_4bit=True" in card
+    ends = GenerationConfig.from_pretrained(folder).eos_token_id
+    assert ends == [AutoTokenizer.from_pretrained(folder).eos_token_id]
+    assert f'GenerationConfig.from_pretrained("{folder.name}")' in card
 
 
 def test_the_16bit_base_is_farther_from_the_run_than_the_dequantized_one(
@@ -246,6 +249,39 @@ def test_a_run_whose_result_has_changed_since_is_refused(
     assert not (run / "export").exists()
 
 
+@pytest.mark.parametrize("content", [b"PAR1", None], ids=["cut", "gone"])
+def test_a_run_whose_scores_cannot_be_read_is_refused_by_their_name(
+    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree("qlora", run)
+    (run / "scores.parquet").unlink()
+    if content:
+        (run / "scores.parquet").write_bytes(content)
+    line = refused(capsys, str(run), "--merge")
+    assert f"{run}/scores.parquet cannot be read" in line
+
+
+def test_an_adapter_that_is_cut_off_is_refused_by_its_name(
+    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree("qlora", run)
+    file = run / "final" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert f"{file} cannot be read" in refused(capsys, str(run), "--merge")
+
+
+def test_an_export_to_a_link_goes_where_the_link_points(here: Path, tmp_path: Path) -> None:
+    disk, link = tmp_path / "disk", tmp_path / "link"
+    disk.mkdir()
+    link.symlink_to(disk)
+    main(["export", "adamw", "--to", str(link)])
+    assert link.is_symlink()
+    assert (disk / "model.safetensors").is_file()
+    assert {entry.name for entry in tmp_path.iterdir()} == {"disk", "link"}
+
+
 def test_of_a_run_that_has_not_finished_the_message_says_how_to_come_to_an_export(
     here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -269,6 +305,8 @@ def test_of_a_run_that_has_not_finished_the_message_says_how_to_come_to_an_expor
         (["qlora", "--into", "16bit"], "give --merge too"),
         (["adamw", "--into", "16bit", "--merge"], "is not quantized"),
         (["qlora", "--base", "org/name", "--dtype", "bf16"], "as it was trained"),
+        (["qlora", "--base", "/models/smol"], "--base /models/smol must be a name on the hub"),
+        (["qlora", "--base", "no name!!"], "--base no name!! must be a name on the hub"),
         (["qlora", "--private"], "--private is for --push"),
         (["qlora", "--merge", "--push", "org/name"], "HF_HUB_OFFLINE is set"),
         (["nowhere"], "nowhere is not a run folder"),
@@ -371,6 +409,15 @@ def test_paths_of_this_machine_become_names() -> None:
         "dataset.path=org/pairs",
         "+x=hf://datasets/org/name/file",
         "hydra.run.dir=/home/me/run",
+        "++hydra.searchpath=[file:///home/me/recipes]",
+        "dataset.eval_path='/home/me/My Projects/acme/eval.jsonl'",
+        "dataset.sources.math.train_path=~me/math.jsonl",
+        "start_from=file:///home/me/sft",
+        "tracker=mlflow",
+        "tracker.mlflow.uri=sqlite:////home/me/m.db",
+        "judge.url=http://10.1.2.3:8000/v1",
+        "name=mine",
+        "method.default_beta=0.3",
         "beta=0.2",
     ]
     assert without_places(overrides) == [
@@ -378,6 +425,10 @@ def test_paths_of_this_machine_become_names() -> None:
         "dataset.train_path=[a.jsonl,b.jsonl]",
         "dataset.path=org/pairs",
         "+x=hf://datasets/org/name/file",
+        "dataset.eval_path='eval.jsonl'",
+        "dataset.sources.math.train_path=math.jsonl",
+        "start_from=sft",
+        "method.default_beta=0.3",
         "beta=0.2",
     ]
 

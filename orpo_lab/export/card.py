@@ -18,6 +18,7 @@ from orpo_lab.compare.verdict import CONFIDENCE, Array, Interval
 from orpo_lab.compare.words import interval_text
 from orpo_lab.config import kind
 from orpo_lab.config.dataset import Dataset, EmbeddedDataset, HubDataset
+from orpo_lab.config.identity import policy_of
 from orpo_lab.config.mixture import MixtureDataset
 from orpo_lab.config.model import local_path
 from orpo_lab.config.quantization import Int8, Nf4, Quantization
@@ -34,6 +35,8 @@ LICENCE = ("license", "license_name", "license_link")
 UNKNOWN = "not known here"
 # A path of this machine in an override, and the last part of the path
 PLACE = re.compile(r"(?<![\w.:/-])(?:~|\.\.?)?/(?:[^\s,'\"\[\]{}()=/]*/)*([^\s,'\"\[\]{}()=/]+)")
+# One of the values of a key that says where something lies
+ITEM = re.compile(r"[^,'\"\[\]]+")
 # A file of a data set on the hub
 HUB_FILE = re.compile(r"hf://datasets/([^/@]+/[^/@]+)")
 IN_16_BITS = """
@@ -132,9 +135,24 @@ def figures(scores: dict[str, Array]) -> dict[str, Interval]:
 def without_places(overrides: list[str]) -> list[str]:
     """Return the overrides of a run with names in place of paths of this machine.
 
-    Those of Hydra say where the run's folder is, and are left out.
+    Left out are those that change nothing in the model: of Hydra, which say where the run's folder
+    is, and of groups such as `tracker` and `judge`, which name servers.
     """
-    return [PLACE.sub(r"\1", text) for text in overrides if not text.startswith("hydra")]
+    kept = []
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        root = re.split(r"[./@]", key.lstrip("+~"))[0]
+        if root == "hydra" or policy_of(root).kind == "free":
+            continue
+        is_place = policy_of(key.lstrip("+~")).kind == "location"
+        value = ITEM.sub(_last_name, value) if is_place else PLACE.sub(r"\1", value)
+        kept.append(f"{key}{equals}{value}")
+    return kept
+
+
+def _last_name(item: re.Match[str]) -> str:
+    is_here = item[0].lstrip().startswith(("/", "~", ".", "file:"))
+    return Path(item[0]).name if is_here else item[0]
 
 
 def _data(config: Dataset) -> Iterator[tuple[str, bool]]:
@@ -198,9 +216,10 @@ tokenizer = AutoTokenizer.from_pretrained("{order.place}")"""
     given = ", quantization_config=quantized" if settings else ""
     return f"""import torch
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer{imported}
+from transformers import AutoTokenizer, GenerationConfig{imported}
 
 {made}model = AutoPeftModelForCausalLM.from_pretrained(
     "{order.place}", dtype={order.dtype}{given}
 )
+model.generation_config = GenerationConfig.from_pretrained("{order.place}")
 tokenizer = AutoTokenizer.from_pretrained("{order.place}")"""

@@ -11,19 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
 
 from orpo_lab import engine
 from orpo_lab.engine.scoring import by_sequences
-from orpo_lab.errors import UserError
+from orpo_lab.errors import UserError, one_line
 from orpo_lab.evaluate import answer, measuring, score, turn_ends
 from orpo_lab.finished import FinishedRun
 from orpo_lab.model import quantization
-from orpo_lab.model.causal import without_adapters
 from orpo_lab.model.precision import resolve_device
 from orpo_lab.model.source import fetch
 from orpo_lab.records.run_folder import RunFolder
@@ -156,8 +161,7 @@ def of_folder(folder: Path, finished: FinishedRun, like: Replies) -> tuple[Repli
     if (tokenizer.get_vocab(), tokenizer.chat_template) != (own.get_vocab(), own.chat_template):
         raise UserError(f"the tokenizer of the export is not that of {finished.folder}")
     model = read(folder, finished)
-    kwargs = finished.config.dataset.template_kwargs
-    ends = _ends(model) if model is without_adapters(model) else turn_ends(model, own, kwargs)
+    ends = _ends(GenerationConfig.from_pretrained(folder))
     with torch.no_grad():
         pairs = chosen_pairs(finished)
         logps = torch.stack(by_sequences(model, tokenizer, pairs, "export"), 1)
@@ -228,7 +232,13 @@ def compare(one: Replies, other: Replies, before: Tensor, gap: float = 0.0) -> D
 def recorded(finished: FinishedRun, when: str) -> Tensor:
     """Return the log-probabilities before or after training in `scores.parquet`, [N, 2]."""
     file = finished.folder / "scores.parquet"
-    table = pq.read_table(file, filters=[("when", "=", when)], partitioning=None)
+    try:
+        table = pq.read_table(file, filters=[("when", "=", when)], partitioning=None)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(
+            f"{file} cannot be read, and the export is compared with what it holds; put it back "
+            f"({one_line(error)[:100]})"
+        ) from error
     columns = [table[name].to_pylist() for name in ("chosen_logp", "rejected_logp")]
     return torch.tensor(columns).mT[: len(chosen_pairs(finished))]
 
@@ -244,7 +254,8 @@ def check_recorded(own: Replies, finished: FinishedRun) -> None:
     if faults := found.faults(tolerance(finished.dtype)):
         raise UserError(
             f"the model in {finished.folder}/final is not the one that the run has measured: "
-            f"{faults[0]}; its files have changed since: put back what they were"
+            f"{faults[0]}; its files have changed since (put back what they were), or the run "
+            "computed in another precision, on another device"
         )
     samples = RunFolder(finished.folder).read_json("samples.json") or []
     texts = finished.tokenizer.batch_decode(own.answers, skip_special_tokens=True)
@@ -271,9 +282,9 @@ def _answers(
     return [found[number] for number in range(len(prompts))]
 
 
-def _ends(model: Any) -> list[int]:
-    """Return the tokens that end an answer, as the model's own generation settings say."""
-    own = model.generation_config.eos_token_id
+def _ends(settings: GenerationConfig) -> list[int]:
+    """Return the tokens that end an answer, as the generation settings of an export say."""
+    own = settings.eos_token_id
     return own if isinstance(own, list) else [own]
 
 

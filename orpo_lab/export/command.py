@@ -38,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("bf16", "fp16", "fp32"),
-        help="precision of a whole model's weights (default: that of its base)",
+        help="precision of a whole model's weights (default: the narrower of its base's and the "
+        "run's)",
     )
     parser.add_argument(
         "--base",
@@ -59,6 +60,9 @@ def run(options: argparse.Namespace) -> None:
         Stopped: a signal ended the export, of which nothing is left then.
     """
     target = options.to or options.run / FOLDER
+    if target.is_symlink():
+        # A rename would replace the link, and leave empty what the link points to
+        target = target.resolve()
     check_free(target)
     if options.private and not options.push:
         raise UserError("--private is for --push; leave it out")

@@ -1,6 +1,7 @@
 """Write an export beside its place, check it there, and rename it into place."""
 
 import argparse
+import copy
 import json
 import shutil
 from collections.abc import Iterator
@@ -12,8 +13,11 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError
+from transformers import GenerationConfig
 
 from orpo_lab import engine, memory
 from orpo_lab.config.identity import locations
@@ -70,6 +74,7 @@ class Order:
         is_adapter = was_adapter and not options.merge
         is_quantized = not isinstance(config.quantization, Unquantized)
         base, _, revision = (options.base or hub_name(config.model) or "").partition("@")
+        _check_name(options.base, base)
         if options.into and not (is_quantized and options.merge):
             raise UserError(
                 f"--into {options.into} chooses the base of a merge, and this run "
@@ -118,6 +123,22 @@ class Order:
             "16bit": "its base before that was quantized",
         }[self.into]
         return f"a whole model in {precision}: the adapter is merged into {base}"
+
+
+def _check_name(given: str | None, name: str) -> None:
+    """Refuse a `--base` that is no name on the hub.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        if given:
+            validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(
+            f"--base {given} must be a name on the hub, such as org/name or org/name@revision; "
+            "nobody else finds a folder of this machine"
+        ) from error
 
 
 def write(finished: FinishedRun, order: Order, target: Path) -> list[str]:
@@ -197,12 +218,17 @@ def _check_room(network: Any, finished: FinishedRun, order: Order, part: Path) -
 
 
 def _write_adapter(network: Any, finished: FinishedRun, order: Order, part: Path) -> Order:
-    """Write the adapter of a run as it is; return the order with the commit of its base."""
+    """Write the adapter of a run as it is, and what ends an answer.
+
+    Returns:
+        The order with the commit of the adapter's base.
+    """
     final = finished.folder / "final"
     shutil.copyfile(final / ADAPTER, part / ADAPTER)
     if order.base == hub_name(finished.config.model):
         commit = getattr(without_adapters(network).config, "_commit_hash", None)
         order = replace(order, revision=commit or order.revision)
+    _generation(network, finished).save_pretrained(part)
     settings = json.loads((final / CONFIG_NAME).read_text(encoding="utf-8"))
     settings |= {"base_model_name_or_path": order.base, "revision": order.revision}
     text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
@@ -211,15 +237,22 @@ def _write_adapter(network: Any, finished: FinishedRun, order: Order, part: Path
 
 
 def _write_model(network: Any, finished: FinishedRun, order: Order, part: Path) -> None:
-    """Write a whole model, whose generation settings name every token that ends an answer."""
-    kwargs = finished.config.dataset.template_kwargs
+    """Write a whole model."""
     model = merge.plain(network, order.dtype)
-    model.generation_config.eos_token_id = turn_ends(model, finished.tokenizer, kwargs)
+    model.generation_config = _generation(model, finished)
     model.config.get_text_config().use_cache = True
     try:
         model.save_pretrained(part, max_shard_size=SHARD)
     except SafetensorError as error:
         raise OSError(f"the export cannot be written: {error}") from error
+
+
+def _generation(network: Any, finished: FinishedRun) -> GenerationConfig:
+    """Return a network's generation settings, which name every token that ends an answer."""
+    found: GenerationConfig = copy.deepcopy(without_adapters(network).generation_config)
+    kwargs = finished.config.dataset.template_kwargs
+    found.eos_token_id = turn_ends(network, finished.tokenizer, kwargs)
+    return found
 
 
 def _check_replies(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -79,11 +80,14 @@ def load_adapter(adapted: PeftModel, folder: Path) -> None:
     """Load the weights of the adapters from a folder.
 
     Raises:
-        UserError: the folder holds adapters for another model.
+        UserError: the folder holds adapters for another model, or none that can be read.
     """
-    found: Any = set_peft_model_state_dict(
-        adapted, load_file(folder / ADAPTER), adapter_name=adapted.active_adapter
-    )
+    file = folder / ADAPTER
+    try:
+        weights = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read: {one_line(error)[:200]}") from error
+    found: Any = set_peft_model_state_dict(adapted, weights, adapter_name=adapted.active_adapter)
     check_loaded(adapted, found.missing_keys, found.unexpected_keys)
 
 
