@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -301,10 +302,16 @@ def test_what_was_kept_of_the_same_model_and_documents_is_not_computed_again(
     first = reached(tasks, "this")
     again = Tasks(asked(folder, "lab_choice", batch_size=1, before=False))
     assert reached(again, "this", lab_choice=first) is first
-    assert reached(tasks, "another", lab_choice=first) is not first
+    of_earlier_version = replace(first, asked=None)
+    assert reached(again, "this", lab_choice=of_earlier_version) == first
+    another = reached(tasks, "another", lab_choice=first)
+    assert another is not first
+    assert another.asked == first.asked
     for other in ({"num_documents": 3}, {"num_fewshot": 1}, {"apply_chat_template": False}):
         asked_otherwise = Tasks(asked(folder, "lab_choice", **other))
-        assert reached(asked_otherwise, "this", lab_choice=first).key != first.key
+        found = reached(asked_otherwise, "this", lab_choice=first)
+        assert found.key != first.key
+        assert found.asked != first.asked
     changed = shutil.copytree(folder, tmp_path / "changed")
     lines = (changed / "documents.jsonl").read_text().splitlines(keepends=True)
     (changed / "documents.jsonl").write_text("".join(lines[1:]))
@@ -392,6 +399,24 @@ def test_the_command_judges_a_finished_run_as_the_run_itself_does(
         assert found["lab_answer"].documents == reached["lab_answer"].documents
     assert "after training" in capsys.readouterr().out
     assert copy.read_json("summary.json") == run.read_json("summary.json")
+
+
+def test_the_command_leaves_no_figures_before_training_that_were_asked_in_another_way(
+    run: RunFolder, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = RunFolder(shutil.copytree(run.path, tmp_path / "run"))
+    task = ["--tasks", "lab_choice", "--task-path", str(folder), "--trust-task-code"]
+    main(["evaluate", str(copy.path), *task])
+    assert kept(copy, "before") == kept(run, "before")
+    assert "removed" not in capsys.readouterr().out
+    main(["evaluate", str(copy.path), *task, "--plain", "--num-documents", "5"])
+    assert kept(copy, "before").keys() == {"lab_answer"}
+    summary = copy.read_json("summary.json")
+    assert summary["after"]["harness/lab_choice/num_documents"] == 5
+    left = harness_of(summary["before"])
+    assert left
+    assert all(name.startswith("harness/lab_answer/") for name in left)
+    assert "lab_choice: removed the figures of the untrained model" in capsys.readouterr().out
 
 
 def test_nothing_is_judged_by_default(load: Load) -> None:

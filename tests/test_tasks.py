@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -87,8 +88,52 @@ def test_other_documents_have_no_change(write: Write) -> None:  # noqa: F811
     keep(place, "before", reach(scores(20)[1:]))
     keep(place, "after", reach(scores(20)))
     (figure,) = figures(place.path)
+    assert figure.before is None
     assert figure.change is None
-    assert figure.row()["change"] == figure.said == ""
+    assert figure.row()["change"] == "before: asked of other documents than after"
+    assert figure.said == ""
+
+
+def asked(how: str | None, num_wrong: int) -> dict[str, Reached]:
+    return {name: replace(one, asked=how) for name, one in reach(scores(num_wrong)).items()}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "note"),
+    [
+        ("one way", "one way", ""),
+        ("one way", "another", "before: asked in another way than after"),
+        (None, "one way", "before: not known to be asked as after (results of an earlier version)"),
+        (None, None, ""),
+    ],
+)
+def test_a_model_that_was_asked_in_another_way_is_not_compared(
+    write: Write,  # noqa: F811
+    before: str | None,
+    after: str | None,
+    note: str,
+) -> None:
+    place = RunFolder(write("a"))
+    keep(place, "before", asked(before, 28))
+    keep(place, "after", asked(after, 10))
+    (figure,) = figures(place.path)
+    assert figure.before == (None if note else 0.7)
+    assert figure.said == ("" if note else "better")
+    assert figure.note == note
+    assert note in figure.row()["change"]
+
+
+def test_seeds_that_were_asked_in_another_way_are_no_further_seeds_of_the_first(
+    write: Write,  # noqa: F811
+) -> None:
+    for seed, (how, num_wrong) in enumerate((("a", 12), ("a", 14), ("b", 30))):
+        place = RunFolder(write(f"{seed}", seed=seed))
+        keep(place, "after", asked(how, num_wrong))
+    first, other = figures(place.path.parent)
+    assert (first.num_seeds, other.num_seeds) == (2, 1)
+    assert first.after == Measure([np.array([scores(12), scores(14)])], is_share=True).interval(0)
+    assert other.after == share_interval(30, NUM)
+    assert (first.note, other.note) == ("", "asked in another way than in the first row")
 
 
 def test_a_figure_that_is_no_mean_of_documents_has_the_harness_s_standard_error(

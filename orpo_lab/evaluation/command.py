@@ -3,10 +3,12 @@
 A run of `evaluation=harness` judges itself; this command does the same for a run that has finished,
 with the same code. The figures go where those of a run go: to `harness/after.json` and
 `summary.json` of the run folder, beside the figures of other tasks. With `--before` the untrained
-model is judged, too. The run's tracker is not told.
+model is judged, too; without it, its figures on a task that was asked in another way are removed.
+The run's tracker is not told.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from orpo_lab import environment, evaluation
@@ -117,3 +119,33 @@ def _judge(place: RunFolder, asked: Harness) -> None:
         summary[when] |= figures_of(found)
         place.write_json("summary.json", summary)
         print(f"{when} training: {place.file(reached.FILES[when])}")
+    _remove_what_was_asked_otherwise(place, asked.tasks)
+
+
+def _remove_what_was_asked_otherwise(place: RunFolder, names: Sequence[str]) -> None:
+    """Remove the untrained model's figures on tasks that the trained one was asked in another way.
+
+    Args:
+        place: the run folder.
+        names: the tasks that were judged just now.
+
+    Beside the trained model's figures they would look like what training has changed.
+    """
+    before, after = kept(place, "before"), kept(place, "after")
+    others = {
+        name: one for name, one in before.items() if name in names and one.way != after[name].way
+    }
+    if not others:
+        return
+    left = {name: one for name, one in before.items() if name not in others}
+    keep(place, "before", left)
+    summary = place.read_json("summary.json")
+    gone = figures_of(others).keys()
+    figures = {name: value for name, value in summary["before"].items() if name not in gone}
+    summary["before"] = figures | figures_of(left)
+    place.write_json("summary.json", summary)
+    for name in others:
+        print(
+            f"{name}: removed the figures of the untrained model, which was asked in another way "
+            "(or it is not known how); --before judges it again"
+        )

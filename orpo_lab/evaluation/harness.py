@@ -11,8 +11,10 @@ import logging
 import math
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -76,15 +78,23 @@ class Tasks:
             name: one of the names in `evaluation.tasks`.
             which: says which model is judged; the same text stands for the same model.
         """
+        return _hash({"model": which, **self._parts(name)})
+
+    def asked_as(self, name: str) -> str:
+        """Return a hash of how a task is asked: of all in `key` but the model.
+
+        Two models' figures may be compared where it is the same.
+        """
+        return _hash(self._parts(name))
+
+    def _parts(self, name: str) -> dict[str, Any]:
         tasks = self.loaded[name]["tasks"].values()
-        parts = {
-            "model": which,
+        return {
             "version": version("lm_eval"),
             "template": self.asked.apply_chat_template,
             "tasks": [task.dump_config() for task in tasks],
             "documents": [list(islice(task.eval_docs, self.asked.num_documents)) for task in tasks],
         }
-        return hash_of(json.dumps(parts, default=str))
 
     def judge(
         self,
@@ -136,6 +146,7 @@ class Tasks:
             better=better,
             documents=[row for task, rows in found["samples"].items() for row in _rows(task, rows)],
             seconds=time.perf_counter() - start,
+            asked=self.asked_as(name),
         )
 
 
@@ -173,6 +184,8 @@ def judge_all(
     for name in tasks.loaded:
         if name in kept and kept[name].key == tasks.key(name, which):
             found[name] = kept[name]
+            if kept[name].asked is None:  # an earlier version of orpo_lab has written it
+                found[name] = replace(kept[name], asked=tasks.asked_as(name))
             continue
         try:
             with progress.Work(f"{when}: {name}", has_bar=True):
@@ -196,6 +209,11 @@ def judge_all(
         said = f"{found[name].seconds:.0f} s: {_said_of(found[name])}"
         say(f"harness, {when} training, {number}, {said}")
     return found
+
+
+def _hash(parts: dict[str, Any]) -> str:
+    # A function without a source is written with its address, another one in every process
+    return hash_of(re.sub(r" at 0x[0-9a-f]+", "", json.dumps(parts, default=str)))
 
 
 def _said_of(one: Reached) -> str:

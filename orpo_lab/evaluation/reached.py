@@ -31,6 +31,9 @@ class Reached:
     """Of every document of every task, once for each filter: `task`, `filter`, `document` (its
     number), `hash` (of its content), `prompt`, `target`, `answers` and `scores` by metric."""
     seconds: float
+    asked: str | None = None
+    """A hash of how the task was asked, whatever the model; see `harness.Tasks.asked_as`. None: an
+    earlier version of orpo_lab has written this, and kept no such hash."""
 
     def scores(self) -> dict[str, dict[str, float]]:
         """Return the scores of documents: by the figure's name, then by the document's hash."""
@@ -40,6 +43,17 @@ class Reached:
                 name = harness_name(row["task"], metric, row["filter"])
                 found.setdefault(name, {})[f"{row['document']} {row['hash']}"] = score
         return found
+
+    @property
+    def way(self) -> tuple[str | None, frozenset[tuple[str, int, str]]]:
+        """How the task was asked, and of which documents: the same figures may be compared.
+
+        Of an earlier version's results the documents alone are known. Two such results are
+        compared where the documents are the same, as the earlier version did; such a result and
+        one with a hash are not.
+        """
+        rows = self.documents
+        return self.asked, frozenset((row["task"], row["document"], row["hash"]) for row in rows)
 
 
 # By the name of the task that was asked for
@@ -54,16 +68,6 @@ def seconds_of(reached: AllReached) -> float:
 def figures_of(reached: AllReached) -> dict[str, float]:
     """Return the figures of all tasks."""
     return {name: value for one in reached.values() for name, value in one.figures.items()}
-
-
-def better_of(reached: AllReached) -> dict[str, Better]:
-    """Return the better direction of the figures of all tasks, where the harness has one."""
-    return {name: value for one in reached.values() for name, value in one.better.items()}
-
-
-def scores_of(reached: AllReached) -> dict[str, dict[str, float]]:
-    """Return the scores of the documents of all tasks; see `Reached.scores`."""
-    return {name: scores for one in reached.values() for name, scores in one.scores().items()}
 
 
 def save(reached: AllReached, file: Path) -> None:
