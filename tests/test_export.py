@@ -156,6 +156,9 @@ def test_the_card_has_a_header_for_the_hub_figures_with_intervals_and_the_comman
     assert "pairs.jsonl (not known here)" in text
     (row,) = [line for line in text.splitlines() if line.startswith("| chosen_nll")]
     assert row.count("[") == 2
+    held_out = RunFolder(Path("adamw")).read_json("data_report.json")["held_out"]["num_kept"]
+    assert f"| chosen_nll | {held_out} |" in text
+    assert "| repetition | 2 |" in text, "of the answers that were generated"
     assert "```bash\npython launch.py " in text
     assert " dataset.train_path=pairs.jsonl " in text
     assert "hydra.run.dir" not in text

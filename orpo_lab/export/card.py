@@ -79,8 +79,12 @@ def text(finished: FinishedRun, order: "Order", checks: dict[str, Difference]) -
     start = Path(config.start_from).name if config.start_from else ""
     versions = ", ".join(f"{name} {run.summary['versions'][name]}" for name in SHOWN)
     before, after = figures(run.scores_before), figures(run.scores)
-    rows = [f"| {n} | {interval_text(before[n])} | {interval_text(after[n])} |" for n in after]
-    table = "\n".join(["| held out | before | after |", "|---|---|---|", *rows])
+    rows = [
+        f"| {name} | {num} | {interval_text(before[name][1])} | {interval_text(interval)} |"
+        for name, (num, interval) in after.items()
+    ]
+    head = ["| held out | pairs | before | after |", "|---|---:|---|---|"]
+    table = "\n".join([*head, *rows])
     compared = "\n".join(f"- Against {name}: {found}." for name, found in checks.items())
     return f"""{header(fields)}# {order.name}
 
@@ -91,8 +95,8 @@ def text(finished: FinishedRun, order: "Order", checks: dict[str, Difference]) -
 - Data, with licences: {", ".join(names)}.
 - Versions of the run: {versions}.
 
-Measured on {len(run.scores["chosen_logp"])} held-out pairs, with {100 * CONFIDENCE:.0f} % intervals
-over the pairs. It is one run: what another seed would come to is not in the intervals.
+Measured on held-out pairs, with {100 * CONFIDENCE:.0f} % intervals over the pairs. It is one run:
+what another seed would come to is not in the intervals.
 
 {table}
 
@@ -118,17 +122,21 @@ This was read from its files by transformers and peft, and compared:
 """
 
 
-def figures(scores: dict[str, Array]) -> dict[str, Interval]:
+def figures(scores: dict[str, Array]) -> dict[str, tuple[int, Interval]]:
     """Return preference accuracy and the qualities of one model, with intervals over pairs.
 
     Args:
         scores: columns of `scores.parquet`, [N] each.
+
+    Returns:
+        By the figure's name the number of pairs that it was measured on, and the interval.
     """
-    found = {PREFERENCE: over_pairs(prefers(scores), is_share=True)}
+    prefer = prefers(scores)
+    found = {PREFERENCE: (len(prefer), over_pairs(prefer, is_share=True))}
     for metric in HELD_OUT:
         values = of_pairs(metric, scores) if metric.of_pair else np.empty(0)
         if len(values) and not np.isnan(values).any():
-            found[metric.name] = over_pairs(values, is_share=metric.is_share)
+            found[metric.name] = (len(values), over_pairs(values, is_share=metric.is_share))
     return found
 
 
