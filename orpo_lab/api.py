@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 
 from orpo_lab import config, environment
 from orpo_lab.config import guard
-from orpo_lab.config.command_line import NOT_COMPOSED, as_typed, explain
+from orpo_lab.config.command_line import NOT_COMPOSED, as_typed, explain, quoted
 from orpo_lab.config.folder import CONF
 from orpo_lab.errors import UserError
 from orpo_lab.records.run_folder import RunFolder
@@ -38,36 +38,46 @@ class Experiment:
     """The overrides, as given."""
 
 
-def compose(*overrides: str) -> Experiment:
+def compose(*overrides: str, config_dir: Path | str | None = None) -> Experiment:
     """Compose and check the configuration of a run.
 
     Args:
         overrides: as on the command line, `group=option` or `key=value`. Overrides of Hydra's own
             settings, such as `hydra.run.dir`, are refused: the folder is an argument of `train`.
+        config_dir: a folder with recipes and options of your own, as `--config-dir` of the command
+            line; None: there is none.
 
     Raises:
-        UserError: a key, an option or a value is unknown, or choices do not fit together; the text
-            names the key to change.
+        UserError: a key, an option or a value is unknown, choices do not fit together, or there is
+            no such folder; the text names what to change.
     """
-    composed = compose_unchecked(*overrides)
+    composed = compose_unchecked(*overrides, config_dir=config_dir)
     loaded = config.load(config.without_hydra(composed))
-    return Experiment(loaded, dict(composed.hydra.runtime.choices), list(overrides))
+    # As a run from the command line keeps it, for the command that repeats the run
+    own = [] if config_dir is None else [f"--config-dir={Path(config_dir).absolute()}"]
+    return Experiment(loaded, dict(composed.hydra.runtime.choices), [*own, *overrides])
 
 
-def compose_unchecked(*overrides: str) -> DictConfig:
+def compose_unchecked(*overrides: str, config_dir: Path | str | None = None) -> DictConfig:
     """Compose the configuration of a run with Hydra's own part; `config.load` would check it.
 
     Raises:
-        UserError: a key or an option is unknown, or the overrides are of Hydra's own settings.
+        UserError: a key or an option is unknown, the overrides are of Hydra's own settings, or
+            there is no folder `config_dir`.
     """
     given = [override for override in overrides if override.lstrip("+~").startswith("hydra")]
     if given:
         raise UserError(f"{given[0]} is for the command line; the folder is an argument of train")
+    own = []
+    if config_dir is not None:
+        if not Path(config_dir).is_dir():
+            raise UserError(f"config_dir={config_dir}: there is no such folder")
+        own = [f"hydra.searchpath=[{quoted(f'file://{Path(config_dir).absolute()}')}]"]
     config.register()
     guard.check_what_is_composed()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            return hydra.compose("config", as_typed(overrides), return_hydra_config=True)
+            return hydra.compose("config", [*own, *as_typed(overrides)], return_hydra_config=True)
     except NOT_COMPOSED as error:
         raise UserError(explain(error)) from error
 

@@ -68,6 +68,17 @@ def test_a_file_that_the_command_line_refuses_is_refused(
         compose("experiment=mine")
 
 
+def test_recipes_of_ones_own_are_read_from_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "it's my, own"
+    (folder / "experiment").mkdir(parents=True)
+    (folder / "experiment" / "mine.yaml").write_text("# @package _global_\nbeta: 0.7\n")
+    experiment = compose("experiment=mine", config_dir=folder)
+    assert experiment.config.beta == 0.7
+    assert experiment.overrides == [f"--config-dir={folder}", "experiment=mine"]
+    with pytest.raises(UserError, match="config_dir=nowhere: there is no such folder"):
+        compose(config_dir="nowhere")
+
+
 def test_a_run_gives_its_result_and_leaves_its_folder(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     result = train(compose(*SMALL), folder)

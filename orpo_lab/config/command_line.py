@@ -165,14 +165,14 @@ def _as_typed(argument: str, *, is_sweep: bool) -> str:
         value = os.path.expanduser(value)
     if _is_list_of_paths(key, value):
         paths = [os.path.expanduser(path.strip()) for path in value[1:-1].split(",")]
-        value = f"[{','.join(map(_quoted, paths))}]"
+        value = f"[{','.join(map(quoted, paths))}]"
     parsed = _parse(f"{key}={value}")
     if text_keys()[config.known_key(key)]:
         return f"{start}={_numbers_quoted(value)}" if parsed else argument
     if _is_one_path(key, value, parsed, is_sweep=is_sweep) or (parsed is None and not is_sweep):
-        return f"{start}={_quoted(value)}"
+        return f"{start}={quoted(value)}"
     if parsed is None:
-        parts = [part if _parse(f"{key}={part}") else _quoted(part) for part in value.split(",")]
+        parts = [part if _parse(f"{key}={part}") else quoted(part) for part in value.split(",")]
         return f"{start}={','.join(map(_numbers_quoted, parts))}"
     return f"{start}={_numbers_quoted(value)}"
 
@@ -214,18 +214,18 @@ def _is_one_path(key: str, value: str, parsed: Override | None, *, is_sweep: boo
 def _numbers_quoted(value: str) -> str:
     """Return a value of Hydra's grammar, with quotes around its numbers and booleans."""
 
-    def quoted(token: re.Match[str]) -> str:
+    def with_quotes(token: re.Match[str]) -> str:
         text = token[0].strip()
         parsed = _parse(f"key={text}") if text else None
         is_other = parsed is not None and isinstance(parsed.value(), bool | int | float)
-        return token[0].replace(text, _quoted(text)) if is_other else token[0]
+        return token[0].replace(text, quoted(text)) if is_other else token[0]
 
     if re.match(r"(range|interval|glob|tag)\(", value):
         return value
-    return TOKEN.sub(quoted, value)
+    return TOKEN.sub(with_quotes, value)
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """Return a text in Hydra's quotes, in which a backslash has a meaning only before a quote."""
     inner = re.sub(r"(\\*)'", r"\1\1\\'", text)
     return "'" + re.sub(r"(\\+)$", r"\1\1", inner) + "'"
