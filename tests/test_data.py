@@ -551,6 +551,20 @@ def test_columns_that_nothing_reads_are_named_and_those_that_matter_are_a_warnin
         assert "the better answer, whatever 'score' says" in caplog.text
 
 
+@pytest.mark.parametrize("is_talk", [True, False])
+def test_a_copy_of_the_conversation_is_not_called_lost(
+    load: Load, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, is_talk: bool
+) -> None:
+    row: dict[str, Any] = {"prompt": "what is 2 plus 2?"}
+    row |= {"chosen": "it is 4.", "rejected": "it is 5."}
+    if is_talk:
+        row |= {"chosen": [ASKED, RIGHT], "rejected": [ASKED, WRONG]}
+    file = write_rows(tmp_path / "rows.jsonl", [{**row, "messages": [ASKED, RIGHT]}])
+    report = data.load(jsonl(load, file), tokenizer).report["train"]
+    assert report["unread_columns"] == ["messages"]
+    assert ("What 'messages' says is LOST" in caplog.text) != is_talk
+
+
 def test_the_default_template_asks_by_the_tokens_that_are_trained(
     load: Load, tokenizer: Any, tmp_path: Path
 ) -> None:

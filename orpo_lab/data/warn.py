@@ -18,17 +18,10 @@ log = logging.getLogger(__name__)
 LARGE_SHARE = 0.1
 # The share of the rows that the proposed lengths would keep, in percent
 KEPT_PERCENT = 95
+# Columns that hold a conversation; beside pairs of conversations they are copies (UltraFeedback)
+CONVERSATIONS = ("conversations", "conversation", "messages")
 # Columns from which other tools build a prompt
-LIKELY_PROMPTS = (
-    *SYSTEM,
-    "instruction",
-    "input",
-    "context",
-    "history",
-    "conversations",
-    "conversation",
-    "messages",
-)
+LIKELY_PROMPTS = (*SYSTEM, "instruction", "input", "context", "history", *CONVERSATIONS)
 # Columns that often say which answer is better
 LIKELY_ORDERS = (*WINNER, "rank", "ranks", "score", "scores", "rating", "ratings", "label")
 
@@ -38,7 +31,10 @@ def warn_of_unread(split: Split) -> None:
     if not split.unread:
         return
     log.info("%s: the columns %s are not read", split.name, ", ".join(sorted(split.unread)[:20]))
-    if lost := _named(split, LIKELY_PROMPTS):
+    first = split.pool[0].pair if len(split.pool) else None
+    is_conversation = first is not None and isinstance(first.prompt, list) and not first.wrapped
+    copies = CONVERSATIONS if is_conversation else ()
+    if lost := _named(split, [name for name in LIKELY_PROMPTS if name not in copies]):
         log.warning(
             "WARNING: %s: What %s says is LOST, since it is no part of the prompt: name such "
             "columns in dataset.columns (system, input, history), or put them into the prompt",
