@@ -547,13 +547,14 @@ def test_the_tracker_is_told_of_the_sweep_of_what_was_before_and_of_the_end(
     metrics, several = before.file("metrics.jsonl"), load("tracker=[wandb,tensorboard]")
     with (
         pytest.raises(type(error)) if error else contextlib.nullcontext(),
-        run._tracked(several, place, {}, metrics, "a-sweep", missing),
+        run._tracked(several, place, {}, metrics, "a-sweep", missing, "sft 3fa1b2 > dpo"),
     ):
         if error:
             raise error
     assert recorder.codes == [code, code]
     assert recorder.begun["history"] == [{"step": 3, "loss": 0.5}]
     assert recorder.begun["sweep"] == "a-sweep"
+    assert recorder.begun["config"]["road"] == "sft 3fa1b2 > dpo"
 
 
 @pytest.mark.parametrize("weight", [1.0, math.nan])
