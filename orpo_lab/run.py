@@ -78,7 +78,7 @@ def train(
     environment.use_one_device(sweep.folder / CACHE if sweep else None)
     place, stop = RunFolder(folder), Stop(config.train.max_hours)
     with _said_in(place), _disk_trouble_said(place), stop.listening():
-        with _status_kept(place):
+        with _status_kept(place, stop):
             chosen = groups(choices)
             segment = place.check(
                 config,
@@ -566,18 +566,22 @@ def _measure_after(
 
 
 @contextmanager
-def _status_kept(place: RunFolder) -> Iterator[None]:
+def _status_kept(place: RunFolder, stop: Stop) -> Iterator[None]:
     """Write to `status.json` if the run is stopped or fails inside this context.
 
-    A run that has not begun to write to its folder writes no status.
+    A run that has not begun to write to its folder writes no status. A signal does not break the
+    writing off: a launcher sends signals to all its processes when it loses one, while the others
+    fail already since they have lost their peer.
     """
     try:
         yield
     except Stopped as error:
+        stop.waits = True
         if place.has_begun:
             place.set_status("stopped", error.reason, exit_code=error.exit_code)
         raise
     except BaseException as error:
+        stop.waits = True
         if place.has_begun:
             with suppress(OSError):  # a full disk does not take the status either
                 reason = one_line(f"{type(error).__name__}: {error}")

@@ -167,7 +167,8 @@ def test_jobs_on_the_machines_of_a_cluster_end_with_a_killed_sweep_and_go_on(
     command += ["dataset.num_generations=0", "hydra.sweep.dir=sweep"]
     said, folder = tmp_path / "said", tmp_path / "sweep"
     first = processes.start(said, command, at=tmp_path, fresh=True)
-    first.wait_for(lambda: len({*folder.glob("*/checkpoints/*/manifest.json")}) >= 2)
+    saved = "*/checkpoints/*/manifest.json"
+    first.wait_for(lambda: len({file.parents[2] for file in folder.glob(saved)}) == 2)
     jobs = [job for job in psutil.process_iter() if job.name().startswith("ray::job")]
     assert len({job.ppid() for job in jobs}) == 2, "a machine each"
     first.signal(signal.SIGKILL)

@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from orpo_lab.errors import UserError
 from orpo_lab.model import tokenizer, weights
 from orpo_lab.records import run_folder
 from orpo_lab.records.run_folder import RunFolder, git_commit, natural_order, versions
-from orpo_lab.stop import Stopped
+from orpo_lab.stop import Stop, Stopped
 from tests.conftest import compose_job, ours
 
 Load = Callable[..., config.Config]
@@ -374,9 +375,33 @@ def test_a_signal_right_behind_the_first_record_is_on_record(
             raise Stopped("SIGTERM")
 
     monkeypatch.setattr(RunFolder, "set_status", interrupted)
-    with pytest.raises(Stopped), run._status_kept(place):
+    with pytest.raises(Stopped), run._status_kept(place, Stop()):
         place.begin(loaded, {}, on_record)
     assert (place.status()["state"], place.status()["reason"]) == ("stopped", "SIGTERM")
+
+
+def test_a_signal_while_a_failure_is_recorded_does_not_break_the_record_off(
+    load: Load, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    place, loaded, stop = RunFolder(tmp_path), load(), Stop()
+    on_record = place.check(loaded, [], resume=None)
+    write_json = RunFolder.write_json
+
+    def interrupted(self: RunFolder, name: str, value: Any) -> None:
+        if value.get("state") == "failed":
+            os.kill(os.getpid(), signal.SIGTERM)
+        write_json(self, name, value)
+
+    def fail() -> None:
+        place.begin(loaded, {}, on_record)
+        monkeypatch.setattr(RunFolder, "write_json", interrupted)
+        raise RuntimeError("Connection closed by peer")
+
+    # As torchrun does, when another process of the run was lost
+    with pytest.raises(RuntimeError), stop.listening(), run._status_kept(place, stop):
+        fail()
+    assert place.status()["state"] == "failed"
+    assert "Connection closed by peer" in place.status()["reason"]
 
 
 def test_what_lasts_may_not_change_and_a_key_that_is_new_is_a_change(
