@@ -353,7 +353,7 @@ def trained(place: RunFolder, seed: int, *overrides: str) -> dict[str, torch.Ten
         # All weights are the base's: what is drawn is the order of the pairs alone
         ["optimizer=adamw"],
         # Hardly any learning rate: adapters stay what they began as
-        pytest.param(["optimizer=lora", "optimizer.learning_rate=1e-30"], marks=pytest.mark.slow),
+        ["optimizer=lora", "optimizer.learning_rate=1e-30"],
     ],
     ids=["order", "adapters"],
 )
