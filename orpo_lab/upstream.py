@@ -337,20 +337,21 @@ def mend_4bit_kernel() -> Any:
     """
     import bitsandbytes  # noqa: F401  (the import registers its kernels)
     import torch
+    from torch import library as operators
 
     name = "bitsandbytes::dequantize_4bit"
-    theirs = torch.library.get_kernel(name, "CPU")
+    theirs = operators.get_kernel(name, "CPU")
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
     def kernel(*arguments: Any) -> "Tensor":
         return theirs.call_boxed(keys, *arguments)
 
-    library = torch.library.Library("bitsandbytes", "IMPL")
+    replaced = operators.Library("bitsandbytes", "IMPL")
     with warnings.catch_warnings():
         # torch warns that a kernel is overridden, which is intended here
         warnings.simplefilter("ignore", UserWarning)
-        library.impl(name, dequantize_by_block(kernel), "CPU", allow_override=True)
-    return library
+        replaced.impl(name, dequantize_by_block(kernel), "CPU", allow_override=True)
+    return replaced
 
 
 @patch("lm_eval", "0.4.13", until="a run with evaluation=harness prints none of it without this")

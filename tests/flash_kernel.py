@@ -15,18 +15,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import library as operators
 
 
 @contextmanager
 def on_cpu() -> Iterator[None]:
     """Have the kernels on the CPU inside this context."""
-    library = torch.library.Library("aten", "IMPL")
-    library.impl("_flash_attention_forward", without_autocast(forward), "CPU")
-    library.impl("_flash_attention_backward", without_autocast(backward), "CPU")
+    replaced = operators.Library("aten", "IMPL")
+    replaced.impl("_flash_attention_forward", without_autocast(forward), "CPU")
+    replaced.impl("_flash_attention_backward", without_autocast(backward), "CPU")
     try:
         yield
     finally:
-        library._destroy()
+        replaced._destroy()
 
 
 def without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
