@@ -182,7 +182,6 @@ def main() -> None:
     args = parser.parse_args()
     silence()
     logging.disable(logging.WARNING)
-    shown = 0
     with tempfile.TemporaryDirectory() as temporary:
         cases: list[tuple[str, tuple[str, ...]]] = []
         written = written_forms() | (real(args.assets) if args.assets else {})
@@ -194,10 +193,10 @@ def main() -> None:
             is_of_hub = "dataset=nectar" in overrides
             source = f"dataset.path={folder}" if is_of_hub else f"dataset.train_path={file}"
             cases.append((name, (*overrides, source)))
-        for name, overrides in (*cases, *files(Path(temporary) / "files")):
+        cases += files(Path(temporary) / "files")
+        for name, overrides in cases:
             print(f"{name:36} {line(read(args.model, overrides))}", flush=True)
-            shown += 1
-    print(json.dumps({"forms": shown}))
+    print(json.dumps({"forms": len(cases)}))
 
 
 if __name__ == "__main__":

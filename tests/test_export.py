@@ -71,6 +71,12 @@ def here(runs: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
+def copied(here: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run of qlora, which a test may change."""
+    return shutil.copytree("qlora", tmp_path / "run")
+
+
+@pytest.fixture
 def export(here: Path, tmp_path: Path) -> Callable[..., Path]:
     """Export a run to a folder of the test's own."""
 
@@ -241,38 +247,32 @@ def test_a_scaled_adapter_is_refused_and_leaves_nothing(
 
 
 def test_a_run_whose_result_has_changed_since_is_refused(
-    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    copied: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = tmp_path / "run"
-    shutil.copytree("qlora", run)
-    file = run / "final" / "adapter_model.safetensors"
+    file = copied / "final" / "adapter_model.safetensors"
     save_file({name: 1.1 * weight for name, weight in load_file(file).items()}, file)
-    line = refused(capsys, str(run), "--merge")
+    line = refused(capsys, str(copied), "--merge")
     assert "is not the one that the run has measured" in line
-    assert not (run / "export").exists()
+    assert not (copied / "export").exists()
 
 
 @pytest.mark.parametrize("content", [b"PAR1", None], ids=["cut", "gone"])
 def test_a_run_whose_scores_cannot_be_read_is_refused_by_their_name(
-    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None
+    copied: Path, capsys: pytest.CaptureFixture[str], content: bytes | None
 ) -> None:
-    run = tmp_path / "run"
-    shutil.copytree("qlora", run)
-    (run / "scores.parquet").unlink()
+    (copied / "scores.parquet").unlink()
     if content:
-        (run / "scores.parquet").write_bytes(content)
-    line = refused(capsys, str(run), "--merge")
-    assert f"{run}/scores.parquet cannot be read" in line
+        (copied / "scores.parquet").write_bytes(content)
+    line = refused(capsys, str(copied), "--merge")
+    assert f"{copied}/scores.parquet cannot be read" in line
 
 
 def test_an_adapter_that_is_cut_off_is_refused_by_its_name(
-    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    copied: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = tmp_path / "run"
-    shutil.copytree("qlora", run)
-    file = run / "final" / "adapter_model.safetensors"
+    file = copied / "final" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    assert f"{file} cannot be read" in refused(capsys, str(run), "--merge")
+    assert f"{file} cannot be read" in refused(capsys, str(copied), "--merge")
 
 
 def test_an_export_to_a_link_goes_where_the_link_points(here: Path, tmp_path: Path) -> None:
@@ -286,15 +286,13 @@ def test_an_export_to_a_link_goes_where_the_link_points(here: Path, tmp_path: Pa
 
 
 def test_of_a_run_that_has_not_finished_the_message_says_how_to_come_to_an_export(
-    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    copied: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = tmp_path / "run"
-    shutil.copytree("qlora", run)
-    RunFolder(run).set_status("stopped", "SIGTERM", exit_code=75)
-    line = refused(capsys, str(run), "--merge")
+    RunFolder(copied).set_status("stopped", "SIGTERM", exit_code=75)
+    line = refused(capsys, str(copied), "--merge")
     assert line == (
-        f"error: {run} holds no result: its run is stopped; end it by the command that began it "
-        f"(choices.yaml) with resume={run}, then repeat this one"
+        f"error: {copied} holds no result: its run is stopped; end it by the command that began it "
+        f"(choices.yaml) with resume={copied}, then repeat this one"
     )
 
 

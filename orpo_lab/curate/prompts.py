@@ -114,8 +114,8 @@ def read(file: str, column: str | None, source: str | None, licence: str | None)
             prompts.append(Prompt(prompt_id(messages), messages, name, number, licence))
             num_with_context += any(row.get(name) for name in CONTEXT)
     if num_with_context:
-        read = " and ".join(CONTEXT)
-        print(f"{file}: {num_with_context} prompts have {read} beside them, which are not read")
+        unread = " or ".join(CONTEXT)
+        print(f"{file}: {num_with_context} prompts have {unread} beside them, which are not read")
     if not prompts:
         raise UserError(f"{file} holds no prompt ({left_out}); {left_out.examples()}")
     if left_out:
@@ -185,13 +185,12 @@ def _messages(prompt: Content) -> list[Message]:
 def _with_any_answers(row: Mapping[str, Any], column: str | None) -> Pair:
     """Return a pair whose prompt is the row's, read as training reads it; see `to_prompt`."""
     beside = {name: name for name in BESIDE[:2] if row.get(name)}
-    name = column or next((name for name in COLUMNS if name in row), "")
-    if column is None and name in ("", COLUMNS[0]) and {"chosen", "rejected"} <= row.keys():
-        return _of_pair(row, _columns(name or None, beside))
-    if name not in row:
-        detail = (
-            f"lacks column {name or COLUMNS[0]} (it has {', '.join(map(str, sorted(row)[:20]))})"
-        )
+    name = column or next((name for name in COLUMNS if name in row), None)
+    if column is None and name in (None, "prompt") and {"chosen", "rejected"} <= row.keys():
+        return _of_pair(row, _columns(name, beside))
+    if name is None or name not in row:
+        present = ", ".join(map(str, sorted(row)[:20]))
+        detail = f"lacks column {name or COLUMNS[0]} (it has {present})"
         raise Fault("missing_column", f"{detail}; name the right one with --column")
     if name == "instruction" and row.get("input"):
         beside["input"] = "input"

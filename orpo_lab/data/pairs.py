@@ -16,7 +16,7 @@ from typing import Any
 
 from orpo_lab.data.faults import Fault, quote
 from orpo_lab.data.recognise import SYSTEM
-from orpo_lab.data.turns import to_message, written_out
+from orpo_lab.data.turns import ROLES, to_message, written_out
 
 # Has a `role`, mostly a `content`, and other keys that a chat template may read (tool_calls, ...)
 Message = dict[str, Any]
@@ -28,7 +28,6 @@ MAX_CHARACTERS = 2**20
 MAX_DEPTH = 50
 # Columns that chat templates read in addition to the messages; the names are those of transformers
 CONTEXT = ("tools", "documents")
-ROLES = ("system", "developer", "user", "assistant", "tool")
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # Two characters of one word; scripts without spaces (from U+2E80 on) do not say where a word ends

@@ -14,8 +14,10 @@ from orpo_lab.data.faults import Fault, quote
 SPEAKERS = {"human": "user", "gpt": "assistant", "observation": "tool"}
 # ShareGPT's speaker of a turn that holds the calls of tools, as JSON
 CALLER = "function_call"
+# The names of chat templates for those who speak
+ROLES = ("system", "developer", "user", "assistant", "tool")
 # Those who speak in published turns, in small letters or in others
-_KNOWN = {*SPEAKERS, *SPEAKERS.values(), "system", "developer", CALLER}
+_KNOWN = {*SPEAKERS, *ROLES, CALLER}
 # How turns look that are written into a text: as JSON, or as Python prints them
 _BEGINNING = r"\s*\[?\s*\{\s*"
 _AS_JSON = re.compile(_BEGINNING + '"(?:role|content|from|value)"')

@@ -149,10 +149,11 @@ def without_places(overrides: list[str]) -> list[str]:
     kept = []
     for text in overrides:
         key, equals, value = text.partition("=")
-        root = re.split(r"[./@]", key.lstrip("+~"))[0]
-        if root == "hydra" or policy_of(root).kind == "free":
+        name = key.lstrip("+~")
+        group = re.split(r"[./@]", name)[0]
+        if group == "hydra" or policy_of(group).kind == "free":
             continue
-        is_place = policy_of(key.lstrip("+~")).kind == "location"
+        is_place = policy_of(name).kind == "location"
         value = ITEM.sub(_last_name, value) if is_place else PLACE.sub(r"\1", value)
         kept.append(f"{key}{equals}{value}")
     return kept
