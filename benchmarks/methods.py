@@ -19,7 +19,8 @@ earlier `OUT/grid.json` every stage has the lab's defaults.
 `--curves` trains all roads, or those that are named after it, on fewer pairs (`SIZES`) for as many
 optimizer steps as on all pairs: the compute stays the same, and pairs come again.
 
-Cost: sums over a road's stages; the peak memory is that of the largest stage. Preference accuracy
+Cost: sums over a road's stages; the peak memory is that of the largest stage. The seconds of
+training include those of the reference. Preference accuracy
 and qualities have the intervals of a comparison, over pairs and seeds. The last line of the output
 is one JSON object, which is also written to OUT/methods.json.
 """
@@ -230,7 +231,8 @@ class Bench:
         train = self.summary(stage)["train"]
         own = {
             **(train.get("reads") or self._reads(stage, train)),
-            "wall_seconds": train["wall_seconds"],
+            # Runs of before the reference was measured have no seconds of it
+            "wall_seconds": train["wall_seconds"] + train.get("reference_seconds", 0.0),
             "cpu_seconds": record["cpu_seconds"],
             "disk_bytes": _weights(self.out / stage.name),
         }

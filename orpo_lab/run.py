@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
@@ -189,7 +190,7 @@ def _train(
     if not method.reads_rejected:
         pairs = data.without_undesirable(pairs)
     if method.needs_divergence:
-        pairs = mismatched.attach(pairs, config.dataset.max_length)
+        pairs = mismatched.attach(pairs, reference.splits_of(config), config.dataset.max_length)
     steps.say_length(config, len(pairs.train))
     steps.check_dealt(config, len(pairs.held_out), devices.num_processes())
 
@@ -231,9 +232,10 @@ def _train(
     judged_before = _try_tasks_before(config, place, try_tasks, made, sweep)
     before = before.joined(reached.figures_of(judged_before), reached.seconds_of(judged_before))
     stop.check()
+    reference_seconds = 0.0
     if not (start and start.is_trained):
         compute = partial(reference.compute, config, network, tokenizer, dtype=dtype)
-        pairs = _with_reference(config, pairs, compute, start, made, sweep)
+        pairs, reference_seconds = _with_reference(config, pairs, compute, start, made, sweep)
         stop.check()
     metrics = start.path / checkpoint.METRICS if start else None
     missing = results.Missing(place)
@@ -257,6 +259,7 @@ def _train(
                 stop=stop,
                 forks=fork_steps,
                 untrained=reached.figures_of(judged_before),
+                reference_seconds=reference_seconds,
             )
 
             # Save the model first: what follows may fail or be stopped
@@ -514,11 +517,15 @@ def _with_reference(
     start: checkpoint.Checkpoint | None,
     made: checkpoint.Made,
     sweep: Sweep | None,
-) -> "Data":
+) -> "tuple[Data, float]":
     """Return the pairs with what the method compares the model with; see `engine.reference`.
 
     A checkpoint's reference is that of its own pairs and method. If these have changed since, the
     reference is computed again. Jobs of a sweep share a reference.
+
+    Returns:
+        The pairs, and the seconds in which this job has computed their reference: 0 if there is
+        none, or if it is that of a checkpoint or of another job.
     """
     import torch
 
@@ -527,18 +534,30 @@ def _with_reference(
 
     method = methods.build(config)
     if not method.needs_reference:
-        return pairs
+        return pairs, 0.0
     if start is not None and start.made.data == made.data:
-        kept = reference.kept(start.path, pairs)
+        kept = reference.kept(start.path, config, pairs)
         if kept is not None:
-            return reference.attach(pairs, kept)
+            return reference.attach(pairs, kept), 0.0
+    seconds = 0.0
+
+    def make() -> "References":
+        nonlocal seconds
+        begin = time.perf_counter()
+        computed = compute(pairs)
+        seconds = time.perf_counter() - begin
+        num = sum(map(len, computed.values()))
+        log.info("reference: computed for %d %s in %.1f s", num, config.unit, seconds)
+        return computed
+
     if sweep is None:
-        return reference.attach(pairs, compute(pairs))
-    make, name = partial(compute, pairs), "reference"
+        return reference.attach(pairs, make()), seconds
+    parts = ["reference", *reference.splits_of(config)]
     if method.needs_divergence:
-        name += "-mismatched"
-    found = sweep.once(f"{name}-{start_of(config)}", make, torch.save, reference.load)
-    return reference.attach(pairs, found)
+        parts.append("mismatched")
+    name = "-".join([*parts, start_of(config)])
+    found = sweep.once(name, make, torch.save, reference.load)
+    return reference.attach(pairs, found), seconds
 
 
 def _measure_after(

@@ -308,6 +308,7 @@ def test_a_trained_model_has_all_that_training_has_cost(tmp_path: Path) -> None:
         skipped_steps=2,
         device="cpu",
         galore_memory_bytes=None,
+        reference_seconds=4.5,
     )
     checkpoint.keep_trained(
         place, None, lambda files: files.folder.mkdir(parents=True), made, stats
@@ -315,7 +316,8 @@ def test_a_trained_model_has_all_that_training_has_cost(tmp_path: Path) -> None:
     found = checkpoint.newest_valid(place, "now")
     assert found is not None
     assert (found.step, found.made) == (7, made)
-    assert found.spent == Spent(wall_seconds=3.5, peak_memory_bytes=11, num_skipped=2)
+    expected = Spent(3.5, peak_memory_bytes=11, num_skipped=2, reference_seconds=4.5)
+    assert found.spent == expected
 
 
 def test_a_checkpoint_in_the_form_of_an_earlier_version_is_rejected_and_says_so(

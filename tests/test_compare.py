@@ -480,8 +480,10 @@ def test_the_tables_hold_the_means_of_unequal_numbers_of_seeds_and_every_runs_co
     first, *others = compared.runs
     assert first.summary is not None
     first.summary["train"]["preference_share"] = 0.25
-    shares = [run["preference share"] for run in _run_rows([first, *others])]
-    assert shares == ["0.250", *[""] * len(others)]
+    first.summary["train"]["reference_seconds"] = 4.0
+    rows = _run_rows([first, *others])
+    assert [run["preference share"] for run in rows] == ["0.250", *[""] * len(others)]
+    assert [run["wall time (s)"] for run in rows] == ["17.5", *["13.5"] * len(others)]
 
 
 def test_a_run_is_what_it_was_at_its_last_start(write: Write) -> None:

@@ -163,7 +163,14 @@ def test_a_job_begins_from_the_latest_valid_fork_and_has_all_of_it(
     trunk, anneals = planned(sweep, TRUNK, ANNEALS)
     source = run_of(sweep, trunk, "0", "failed")
     for step in (2, 5, 7, 8):
-        sealed(source, f"fork-{step}", identity(trunk), wall_seconds=9, num_skipped=1)
+        sealed(
+            source,
+            f"fork-{step}",
+            identity(trunk),
+            wall_seconds=9,
+            reference_seconds=4,
+            num_skipped=1,
+        )
     flip(source.path / "checkpoints" / "fork-7" / "weights")
     place = run_of(sweep, anneals, "1", "running")
     place.file("metrics.jsonl").unlink()

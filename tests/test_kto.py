@@ -166,7 +166,8 @@ def build(load: Load, tokenizer: Any, tmp_path: Path) -> Build:
 
 def with_reference(loaded: config.Config, model: Any, tokenizer: Any, pairs: list[Pair]) -> Any:
     given = datasets.Dataset.from_list(pairs)
-    data = mismatched.attach(Data(given, given, {}), loaded.dataset.max_length)
+    splits = reference.splits_of(loaded)
+    data = mismatched.attach(Data(given, given, {}), splits, loaded.dataset.max_length)
     found = reference.compute(loaded, model, tokenizer, data, dtype=torch.float32)
     return reference.attach(data, found).train.to_list()
 
@@ -387,7 +388,7 @@ def test_mismatched_completions_are_cut_to_fit_and_counted(
     ]
     given = datasets.Dataset.from_list(pairs)
     caplog.set_level("INFO")
-    train = mismatched.attach(Data(given, given, {}), max_length=6).train
+    train = mismatched.attach(Data(given, given, {}), ["train"], max_length=6).train
     others = [
         {"chosen_ids": [8, 9], "rejected_ids": []},
         {"chosen_ids": [3, 4], "rejected_ids": [7]},
@@ -403,9 +404,10 @@ def test_mismatched_completions_are_cut_to_fit_and_counted(
 def test_pairs_of_a_single_prompt_are_refused() -> None:
     given = datasets.Dataset.from_list([PAIRS[1]] * 3)
     with pytest.raises(UserError, match=r"method=kto .* the train pairs have a single one"):
-        mismatched.attach(Data(given, given, {}), max_length=64)
+        mismatched.attach(Data(given, given, {}), ["train"], max_length=64)
 
 
+NO_LOSS = "train.eval_steps=null"
 SMALL = [
     "method=kto",
     "optimizer=lora",
@@ -423,11 +425,15 @@ def test_a_resumed_run_reads_the_same_reference_and_is_the_same_bit_for_bit(
     load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys: Any = {"choices": {}, "overrides": []}
-    run.train(load(*SMALL), tmp_path / "whole", **keys)
+    done = run.train(load(*SMALL), tmp_path / "whole", **keys)
+    said = (tmp_path / "whole" / "run.log").read_text()
+    assert "reference: computed for 19 pairs in " in said
+    assert done.summary["train"]["reference_seconds"] > 0
     with pytest.raises(Stopped):
         run.train(load(*SMALL, "train.max_hours=1e-9"), tmp_path / "half", **keys)
     monkeypatch.setattr(reference, "compute", lambda *_, **__: pytest.fail("computed again"))
-    run.train(load(*SMALL, "resume=auto"), tmp_path / "half", **keys)
+    again = run.train(load(*SMALL, "resume=auto"), tmp_path / "half", **keys)
+    assert again.summary["train"]["reference_seconds"] > 0, "those of the first start"
     whole, half = (RunFolder(tmp_path / name).metrics() for name in ("whole", "half"))
     timing = ("runtime", "per_second")
     for mine, other in zip(whole, half, strict=True):
@@ -443,15 +449,23 @@ def test_a_single_prompt_is_refused_before_weights_are_loaded(
     monkeypatch.setattr(weights, "load_model", lambda *_, **__: pytest.fail("weights are loaded"))
     with pytest.raises(UserError, match=r"the held_out pairs have a single one .*dataset.num_eval"):
         run.train(load(*SMALL, "dataset.num_eval=1"), tmp_path, choices={}, overrides=[])
+    with pytest.raises(pytest.fail.Exception, match="weights are loaded"):
+        run.train(load(*SMALL, "dataset.num_eval=1", NO_LOSS), tmp_path, choices={}, overrides=[])
 
 
-@pytest.mark.parametrize("first", ["sft", "dpo"])
-def test_a_run_that_goes_on_by_another_method_computes_what_its_checkpoint_lacks(
-    load: Load, tmp_path: Path, first: str
+@pytest.mark.parametrize(
+    ("first", "held"),
+    [("method=sft", None), ("method=dpo", {"train", "held_out"}), (NO_LOSS, {"train"})],
+)
+def test_a_run_that_goes_on_in_another_way_computes_what_its_checkpoint_lacks(
+    load: Load, tmp_path: Path, first: str, held: set[str] | None
 ) -> None:
+    """And nothing more: without a loss of held-out pairs they get no reference."""
     keys: Any = {"choices": {}, "overrides": []}
     with pytest.raises(Stopped):
-        run.train(load(*SMALL, f"method={first}", "train.max_hours=1e-9"), tmp_path, **keys)
+        run.train(load(*SMALL, first, "train.max_hours=1e-9"), tmp_path, **keys)
+    files = list(tmp_path.rglob(reference.FILE))
+    assert (reference.load(files[0]).keys() if files else None) == held
     run.train(load(*SMALL, "resume=auto", "accept_changes=true"), tmp_path, **keys)
     assert "eval_kl" in {name for line in RunFolder(tmp_path).metrics() for name in line}
 
@@ -470,9 +484,11 @@ def test_a_sweep_shares_the_reference_of_its_jobs_by_what_it_holds(
     def of(method: str, computed: float) -> float:
         found = {split: torch.full((2, 4), computed) for split in ("train", "held_out")}
         made = Made("", "", "")
-        held = run._with_reference(
+        held, seconds = run._with_reference(
             load(f"method={method}"), pairs, lambda _: found, None, made, sweep
         )
-        return float(held.train[REFERENCE][0][0])
+        value = float(held.train[REFERENCE][0][0])
+        assert (seconds > 0) == (value == computed), "seconds count where they were spent"
+        return value
 
     assert [of("dpo", 1.0), of("kto", 2.0), of("ipo", 3.0), of("kto", 4.0)] == [1, 2, 1, 2]

@@ -222,7 +222,8 @@ def ours(load: Load, tokenizer: Any, tmp_path: Path) -> MakeLoop:
         if method.needs_reference:
             both = Data(loop.train, loop.held_out, report={})
             if method.needs_divergence:
-                both = mismatched.attach(both, loop.config.dataset.max_length)
+                splits = reference.splits_of(loop.config)
+                both = mismatched.attach(both, splits, loop.config.dataset.max_length)
             found = reference.compute(loop.config, model, tokenizer, both, dtype=torch.float32)
             loop.train = reference.attach(both, found).train
         return loop

@@ -1,6 +1,7 @@
 """The benchmark of rivals: what it chooses, and that its page shows what it has measured."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -68,3 +69,19 @@ def test_a_stage_that_two_roads_share_is_one_folder_and_other_settings_are_anoth
     other = methods.Bench(ROOT, (), {"sft": ("optimizer.learning_rate=0.003",)})
     assert other.stage(("sft", "dpo"), seed=1).name != dpo.name
     assert bench.stage(("sft", "dpo"), seed=1, size=120).name != dpo.name
+
+
+@pytest.mark.parametrize(("more", "seconds"), [({}, 10), ({"reference_seconds": 4}, 14)])
+def test_the_seconds_of_the_reference_are_seconds_of_training(
+    tmp_path: Path, more: dict[str, float], seconds: float
+) -> None:
+    bench = methods.Bench(tmp_path, (), {})
+    stage = bench.stage(("dpo",), seed=1)
+    (tmp_path / f"{stage.name}.json").write_text(json.dumps({"cpu_seconds": 20}))
+    reads = dict.fromkeys(("stages", "passes", "tokens", "forward_passes", "forward_tokens"), 1)
+    train = {"wall_seconds": 10, "peak_memory_bytes": 1, "reads": reads, **more}
+    (tmp_path / stage.name).mkdir()
+    (tmp_path / stage.name / "summary.json").write_text(json.dumps({"train": train}))
+    cost = bench.cost(stage)
+    assert cost.keys() == methods.COSTS.keys()
+    assert cost["wall_seconds"] == seconds

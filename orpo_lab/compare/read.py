@@ -69,10 +69,12 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """The run's wall time of training and evaluation, in seconds."""
+        """The run's wall time of reference, training and evaluation, in seconds."""
         assert self.summary is not None
-        evaluation = self.summary["evaluation_seconds"].values()
-        return float(self.summary["train"]["wall_seconds"] + sum(evaluation))
+        train, evaluation = self.summary["train"], self.summary["evaluation_seconds"].values()
+        # Runs of before the reference was measured have no seconds of it
+        reference = train.get("reference_seconds", 0.0)
+        return float(reference + train["wall_seconds"] + sum(evaluation))
 
 
 def find_runs(folders: Iterable[Path]) -> list[Run]:

@@ -21,22 +21,20 @@ log = logging.getLogger(__name__)
 SIDES = [*COLUMNS[1:], *MASKS]
 
 
-def attach(data: Data, max_length: int) -> Data:
-    """Return the pairs with the column MISMATCHED.
+def attach(data: Data, splits: Sequence[str], max_length: int) -> Data:
+    """Return the pairs with the column MISMATCHED in some splits.
 
     Args:
         data: tokenized pairs.
+        splits: the fields of `data` whose pairs get the column.
         max_length: the largest number of tokens of a prompt with a completion. A mismatched
             completion that does not fit loses its end.
 
     Raises:
         UserError: all pairs of a split have the same prompt.
     """
-    train, held_out = (
-        _attached(name, pairs, max_length)
-        for name, pairs in (("train", data.train), ("held_out", data.held_out))
-    )
-    return replace(data, train=train, held_out=held_out)
+    changed = {split: _attached(split, getattr(data, split), max_length) for split in splits}
+    return replace(data, **changed)
 
 
 def _attached(name: str, pairs: datasets.Dataset, max_length: int) -> datasets.Dataset:

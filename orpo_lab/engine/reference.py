@@ -25,12 +25,18 @@ from orpo_lab.training.files import Files
 from orpo_lab.training.sharded import devices_of
 
 FILE = "reference.pt"
-# Fields of `Data` whose pairs get a reference
-SPLITS = ("train", "held_out")
 
 # For each split the sums of log-probabilities of chosen and rejected tokens, [N, 2], in nats. Where
 # the pairs have mismatched completions, the sums of these follow, [N, 4]
 References = dict[str, Tensor]
+
+
+def splits_of(config: Config) -> tuple[str, ...]:
+    """Return the fields of `Data` whose loss a run computes; these pairs need a reference.
+
+    The evaluations before and after training read no reference.
+    """
+    return ("train", "held_out") if config.train.eval_steps else ("train",)
 
 
 def compute(
@@ -41,10 +47,10 @@ def compute(
     *,
     dtype: torch.dtype,
 ) -> References:
-    """Return the log-probabilities of all pairs under the model as it is now, without dropout.
+    """Return the log-probabilities under the model as it is now, without dropout.
 
     Args:
-        config: the run's configuration.
+        config: the run's configuration; `splits_of` says which pairs are read.
         model: on its device, with adapters if it has any; stays in training or evaluation mode.
         tokenizer: with a pad token.
         data: tokenized pairs.
@@ -58,7 +64,8 @@ def compute(
     model.eval()
     try:
         found = {
-            split: _sums(engine, getattr(data, split), f"reference, {split}") for split in SPLITS
+            split: _sums(engine, getattr(data, split), f"reference, {split}")
+            for split in splits_of(config)
         }
     finally:
         model.train(was_training)
@@ -80,36 +87,43 @@ def _sums(engine: SharedPrefix, pairs: datasets.Dataset, desc: str) -> Tensor:
 
 
 def attach(data: Data, references: References) -> Data:
-    """Return the pairs with the column REFERENCE."""
-    return replace(data, **{split: _joined(data, split, references) for split in SPLITS})
+    """Return the pairs with the column REFERENCE, in all splits that have references."""
 
+    def joined(split: str, sums: Tensor) -> datasets.Dataset:
+        pairs: Any = getattr(data, split)
+        return pairs.add_column(REFERENCE, sums.tolist())
 
-def _joined(data: Data, split: str, references: References) -> datasets.Dataset:
-    pairs: Any = getattr(data, split)
-    return pairs.add_column(REFERENCE, references[split].tolist())
+    return replace(data, **{split: joined(split, sums) for split, sums in references.items()})
 
 
 def save(data: Data, files: Files) -> None:
-    """Write the references of all pairs, if the pairs have any, to the files of a checkpoint."""
-    if REFERENCE in data.train.column_names:
-        references = {split: torch.tensor(getattr(data, split)[REFERENCE][:]) for split in SPLITS}
+    """Write the references that the pairs have, if any, to the files of a checkpoint."""
+    references = {
+        split: torch.tensor(pairs[REFERENCE][:])
+        for split, pairs in (("train", data.train), ("held_out", data.held_out))
+        if REFERENCE in pairs.column_names
+    }
+    if references:
         tensors.save(references, files, FILE)
 
 
-def kept(folder: Path, data: Data) -> References | None:
-    """Return the references in a checkpoint; None: the checkpoint has none that the pairs need.
+def kept(folder: Path, config: Config, data: Data) -> References | None:
+    """Return the references in a checkpoint; None: the checkpoint lacks some that the run needs.
 
-    Its run may have gone on with another method since: one without a reference, or one that reads
-    no mismatched completions.
+    The settings may have changed since: the checkpoint's method had no reference or read no
+    mismatched completions, or its run computed no loss of held-out pairs.
 
     Args:
         folder: of the checkpoint, whose pairs are those of `data`.
+        config: the run's configuration.
         data: tokenized pairs, with the column MISMATCHED if the method needs this column.
     """
     if not (folder / FILE).is_file():
         return None
     found, num_sums = load(folder / FILE), 4 if MISMATCHED in data.train.column_names else 2
-    return found if all(sums.shape[1] >= num_sums for sums in found.values()) else None
+    needed = splits_of(config)
+    has_all = all(split in found and found[split].shape[1] >= num_sums for split in needed)
+    return {split: found[split] for split in needed} if has_all else None
 
 
 def load(file: Path) -> References:

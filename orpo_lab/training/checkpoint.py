@@ -67,6 +67,8 @@ class Spent:
     num_shared: int = 0
     """Number of steps that another run has taken: this run began from its fork. Their time and
     memory are counted there."""
+    reference_seconds: float = 0.0
+    """Time in which the reference was computed; `wall_seconds` is without it."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def seal(files: Files, place: RunFolder, made: Made, spent: Spent) -> None:
 
 def _padded(spent: Spent) -> str:
     """Return JSON of a fixed width, so that checkpoints of the same step have the same size."""
-    return json.dumps(asdict(spent), allow_nan=False).ljust(160)
+    return json.dumps(asdict(spent), allow_nan=False).ljust(224)
 
 
 def keep_trained(
@@ -186,6 +188,7 @@ def keep_trained(
             stats.peak_memory_bytes,
             stats.skipped_steps,
             num_shared=stats.shared_steps,
+            reference_seconds=stats.reference_seconds,
         )
         seal(files, place, made, spent)
     return path
@@ -283,7 +286,8 @@ def adopt(fork: Checkpoint, place: RunFolder, made: Made) -> Checkpoint:
     Raises:
         UserError: the copy cannot be written.
     """
-    spent = replace(fork.spent, wall_seconds=0.0, peak_memory_bytes=0, num_shared=fork.step)
+    own = replace(fork.spent, wall_seconds=0.0, peak_memory_bytes=0, num_shared=fork.step)
+    spent = replace(own, reference_seconds=0.0)
     copy = folder(place, FORK, fork.step)
     link(fork.path, copy, made=asdict(made), spent=_padded(spent))
     place.write(METRICS, (copy / METRICS).read_text(encoding="utf-8"))

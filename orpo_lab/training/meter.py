@@ -14,10 +14,16 @@ from orpo_lab.training.checkpoint import Spent
 
 
 class Meter:
-    """Measures the cost of training; the cost before a resume is included."""
+    """Measures the cost of training; the cost before a resume is included.
 
-    def __init__(self, before: Spent) -> None:
+    Args:
+        before: the cost up to the checkpoint that the run goes on from.
+        reference_seconds: what this start of the run has spent on its reference.
+    """
+
+    def __init__(self, before: Spent, reference_seconds: float = 0.0) -> None:
         self.before = before
+        self.reference_seconds = before.reference_seconds + reference_seconds
         self.num_skipped = before.num_skipped
         self._begin = math.nan
 
@@ -38,6 +44,7 @@ class Meter:
             num_skipped=self.num_skipped,
             token_budget=token_budget,
             num_shared=self.before.num_shared,
+            reference_seconds=self.reference_seconds,
         )
 
 

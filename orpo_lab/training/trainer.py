@@ -54,6 +54,10 @@ class TrainStats:
     tokens and memory are those of the other steps."""
     num_processes: int = 1
     """Number of processes in the run's last start; memory is that of the process that took most."""
+    reference_seconds: float = 0.0
+    """Time in which the run has computed its reference, before its first step; `wall_seconds` and
+    the rates are without it. 0 if the method has no reference, or if another job of the sweep has
+    computed it. A checkpoint that holds the reference holds its seconds, too."""
 
 
 def fit(
@@ -70,6 +74,7 @@ def fit(
     stop: Stop,
     forks: frozenset[int] = frozenset(),
     untrained: dict[str, float] | None = None,
+    reference_seconds: float = 0.0,
 ) -> TrainStats:
     """Train the model in place.
 
@@ -87,6 +92,7 @@ def fit(
             wait, so that the caller can save the trained model first.
         forks: the steps after which the state is left for other jobs of a sweep.
         untrained: figures of the untrained model, for the line of metrics of step 0.
+        reference_seconds: what this start of the run has spent on its reference.
 
     Raises:
         NonFiniteError: a loss, a gradient or a weight is not finite; no checkpoint holds that step.
@@ -105,7 +111,7 @@ def fit(
         optimizers.share_of_peak(config.train, num_steps),
         may_checkpoint=config.train.gradient_checkpointing == AUTO,
     )
-    meter = Meter(start.spent if start else Spent())
+    meter = Meter(start.spent if start else Spent(), reference_seconds)
     computing = engine.build(config, model=model, tokenizer=tokenizer, devices=devices)
     computing.token_budget = meter.before.token_budget
 
@@ -168,6 +174,7 @@ def fit(
         galore_memory_bytes=updater.memory(),
         shared_steps=spent.num_shared,
         num_processes=num_processes(),
+        reference_seconds=spent.reference_seconds,
     )
 
 
