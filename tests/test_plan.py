@@ -99,6 +99,30 @@ def test_a_calibration_measures_this_machine_and_plans_take_it(
     assert f"calibrated {card.calibrated}" in capsys.readouterr().out
 
 
+def test_a_reference_and_mismatched_completions_have_their_time(load: Load) -> None:
+    """A reference is one forward pass over all pairs whose loss is computed, for KTO two passes."""
+    card = cards.named("memory_gb=24,tflops=0.01,bandwidth_gbps=1000,host_ms_per_layer=0.0001")
+    orpo, dpo, kto = (
+        of(load(f"method={method}"), card).seconds for method in ("orpo", "dpo", "kto")
+    )
+    with_loss = of(load("method=dpo", "train.eval_steps=60"), card).seconds
+    assert orpo.reference == 0 < dpo.reference
+    assert with_loss.reference == pytest.approx(dpo.reference * (600 + 40) / 600)
+    assert with_loss.evaluation == pytest.approx(2 * dpo.reference * 40 / 600)
+    assert kto.reference == pytest.approx(2 * dpo.reference)
+    batch = load().train.batch_size
+    assert kto.steps - dpo.steps == pytest.approx(120 * dpo.reference * batch / 600)
+
+
+def test_a_reference_of_an_unknown_number_of_pairs_is_refused(load: Load) -> None:
+    unknown = lengths.Lengths([(20, 30, 30)], None, 40, "given")
+    own = counted.own_config(load())
+    asked = "train.max_steps=10"
+    assert planned.plan(load(asked), own, cards.named(CARD), unknown).num_steps == 10
+    with pytest.raises(UserError, match=r"reference needs the number .*pairs=N or dataset.num_tr"):
+        planned.plan(load(asked, "method=dpo"), own, cards.named(CARD), unknown)
+
+
 def test_checkpointing_costs_a_forward_pass(load: Load) -> None:
     card = cards.named("memory_gb=24,tflops=0.01,bandwidth_gbps=1000,host_ms_per_layer=0.0001")
     without, with_ = (
@@ -162,6 +186,17 @@ def test_a_sweep_trains_what_its_jobs_share_once(load: Load) -> None:
     assert total.shared > 0
     alone = sweep.total(jobs[:1], plans)
     assert alone.seconds == pytest.approx(plans[sweep.key_of(jobs[0])].seconds.total)
+
+
+def test_jobs_of_a_sweep_share_their_reference_by_what_it_holds(load: Load) -> None:
+    jobs = [load(f"method={method}") for method in ("dpo", "ipo", "kto", "orpo")]
+    plans = {sweep.key_of(job): of(job, cards.named(CARD)) for job in jobs}
+    total = sweep.total(jobs, plans)
+    assert total.references == 2
+    seconds = [plans[sweep.key_of(job)].seconds for job in jobs]
+    alone = sum(each.total - each.steps for each in seconds)
+    saved = 3 * seconds[0].before + seconds[1].reference
+    assert total.seconds_of_others == pytest.approx(alone - saved)
 
 
 @pytest.fixture

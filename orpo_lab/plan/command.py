@@ -204,10 +204,11 @@ def _print_sweep(experiments: Sequence[Config], card: "Card", options: argparse.
     if options.json:
         print(json.dumps(figures, indent=2))
         return
+    references = f", {total.references} references" if total.references else ""
     print(
         f"{total.jobs} jobs on {card.name}, one after another: {duration(total.seconds)}\n"
         f"  {total.steps:,} steps, {total.shared:,} others are trained once for several jobs\n"
-        f"  {total.befores} evaluations before training, {total.jobs} after\n"
+        f"  {total.befores} evaluations before training, {total.jobs} after{references}\n"
         f"the largest job needs {gb(largest.memory.needed)}: "
         f"{'fits' if largest.fits else 'DOES NOT FIT'} ({gb(card.memory)})"
     )

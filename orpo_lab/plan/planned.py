@@ -87,18 +87,20 @@ def plan(
             CPU share its memory.
 
     Raises:
-        UserError: the number of steps is not known, the model cannot be adapted or projected, it
-            is of a kind that cannot be read without its weights, or there are more processes than
-            pairs.
+        UserError: the number of steps or of pairs with a reference is not known, the model cannot
+            be adapted or projected, it is of a kind that cannot be read without its weights, or
+            there are more processes than pairs.
     """
     method = methods.build(config)
     if not method.reads_rejected:
         lengths = without_rejected(lengths)
-    if config.train.max_steps is None and lengths.num_train is None:
-        raise UserError(
-            "train.num_epochs needs the number of training pairs, which is not known without the "
-            "data: give --lengths ...,pairs=N, dataset.num_train or train.max_steps"
-        )
+    if lengths.num_train is None:
+        unknown = "the number of training pairs, which is not known without the data: give"
+        given = "--lengths ...,pairs=N or dataset.num_train"
+        if config.train.max_steps is None:
+            raise UserError(f"train.num_epochs needs {unknown} {given}, or train.max_steps")
+        if method.needs_reference:
+            raise UserError(f"the time of the method's reference needs {unknown} {given}")
     check_dealt(config, lengths.num_held_out, processes)
     num_steps = count_steps(config, lengths.num_train or config.train.batch_size)
     dtype = card.dtype(config.model.dtype)
@@ -136,8 +138,8 @@ def plan(
     )
     if is_measured and card.is_gpu:
         budget = max(budget, min(int(SHARE * largest), MAX_BUDGET))
-    # With shared weights every process reads all held-out pairs
-    num_read = lengths.num_held_out if shares_weights else -(-lengths.num_held_out // processes)
+    # With shared weights every process reads all pairs that it scores
+    readers = 1 if shares_weights else processes
     seconds = time.of_run(
         config,
         own,
@@ -147,8 +149,9 @@ def plan(
         pairs=several.hand(lengths.batch(config.train.batch_size), processes),
         budget=budget,
         num_steps=num_steps,
-        num_held_out=num_read,
-        scores_prompt=method.scores_prompt,
+        num_train=-(-(lengths.num_train or 0) // readers),
+        num_held_out=-(-lengths.num_held_out // readers),
+        method=method,
         checkpointing=checkpointing,
         sent=several.exchange(config, model, card.link_gbps, processes, num_steps),
     )

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from orpo_lab import methods
 from orpo_lab.config import Config
 from orpo_lab.config.identity import identity, start_of
 from orpo_lab.plan.planned import Plan
@@ -21,6 +22,8 @@ class Total:
     """Number of steps that a job takes over from another one."""
     befores: int
     """Number of evaluations before training; jobs that start alike share one."""
+    references: int
+    """Number of references that are computed; jobs that start alike share one."""
     seconds_of_steps: float
     seconds_of_others: float
 
@@ -46,6 +49,7 @@ def total(jobs: Sequence[Config], plans: Mapping[str, Plan]) -> Total:
     different = {identity(each): each for each in jobs}
     done: list[Job] = []
     starts: set[str] = set()
+    references: set[tuple[str, bool]] = set()
     steps = shared = 0
     of_steps = others = 0.0
     for config in different.values():
@@ -58,6 +62,11 @@ def total(jobs: Sequence[Config], plans: Mapping[str, Plan]) -> Total:
         steps, shared = steps + plan.num_steps - taken, shared + taken
         of_steps += plan.seconds.steps * (1 - taken / plan.num_steps)
         others += plan.seconds.total - plan.seconds.steps
-        others -= plan.seconds.before if start_of(config) in starts else 0
-        starts.add(start_of(config))
-    return Total(len(different), steps, shared, len(starts), of_steps, others)
+        start, method = start_of(config), methods.build(config)
+        others -= plan.seconds.before if start in starts else 0
+        starts.add(start)
+        if method.needs_reference:
+            reference = (start, method.needs_divergence)
+            others -= plan.seconds.reference if reference in references else 0
+            references.add(reference)
+    return Total(len(different), steps, shared, len(starts), len(references), of_steps, others)

@@ -11,6 +11,7 @@ from orpo_lab.config import Config
 from orpo_lab.config.optimizer import Galore, Lora
 from orpo_lab.engine.packing import pack
 from orpo_lab.evaluate import TOKENS_PER_BATCH
+from orpo_lab.methods.base import Method
 from orpo_lab.model.projections import num_weights, projections
 from orpo_lab.optimizer import rank_and_gap
 from orpo_lab.optimizer.galore import NUM_PASSES, OVERSAMPLING
@@ -27,6 +28,8 @@ class Seconds:
     load: float
     before: float
     """The evaluation before training."""
+    reference: float
+    """The log-probabilities of the pairs before training, for a method that needs them."""
     steps: float
     evaluation: float
     """What `train.eval_steps` asks for."""
@@ -95,8 +98,9 @@ def of_run(
     pairs: Sequence[Sizes],
     budget: int,
     num_steps: int,
+    num_train: int,
     num_held_out: int,
-    scores_prompt: bool,
+    method: Method,
     checkpointing: bool,
     sent: Exchange,
 ) -> Seconds:
@@ -111,8 +115,9 @@ def of_run(
         pairs: sizes of the pairs of a step that one process reads.
         budget: the token budget of a micro-batch.
         num_steps: number of optimizer steps.
+        num_train: number of training pairs whose reference one process computes.
         num_held_out: number of held-out pairs that one process reads.
-        scores_prompt: whether the loss needs the prompt's log-probabilities.
+        method: of the run.
         checkpointing: whether activations are computed again in the backward pass.
         sent: what several processes exchange.
     """
@@ -122,20 +127,29 @@ def of_run(
         rate = card.rate(dtype, trains_all=work.trains_all)
         return max(flops / rate, num_layers * card.host_ms_per_layer / 1e3)
 
-    rows = [Step(tuple(pairs[i] for i in row), scores_prompt) for row in _rows(pairs, budget)]
+    mean = sum(map(sum, pairs)) / len(pairs)
+    everything = Step(tuple(pairs), method.scores_prompt)
+    per_pair = (work.forward(everything) + work.head * everything.scored) / len(pairs)
+
+    def scoring(num_pairs: int) -> float:
+        num_rows = mean * num_pairs / max(budget, mean)
+        # A forward pass takes a third of the host's time for both passes
+        computed = seconds(per_pair * num_pairs, num_rows * work.num_layers / 3)
+        return computed + num_rows * sent.of_pass
+
+    rows = _rows(pairs, budget)
+    steps = [Step(tuple(pairs[i] for i in row), method.scores_prompt) for row in rows]
     of_step = sum(
-        seconds(work.training(row, checkpointing=checkpointing), work.num_layers) for row in rows
+        seconds(work.training(step, checkpointing=checkpointing), work.num_layers) for step in steps
     ) + _update(config, model, memory, card, num_steps)
     num_passes = (3 if work.trains_all else 2) * len(rows)
     of_step += sent.of_step + num_passes * sent.of_pass
-    mean = sum(map(sum, pairs)) / len(pairs)
-    everything = Step(tuple(pairs), scores_prompt)
-    per_pair = (work.forward(everything) + work.head * everything.scored) / len(pairs)
-    # A forward pass takes a third of the host's time for both passes
-    num_rows = mean * num_held_out / max(budget, mean)
-    scoring = seconds(per_pair * num_held_out, num_rows * work.num_layers / 3)
-    scoring += num_rows * sent.of_pass
-    evaluation = scoring + _answers(config, memory, card, work, num_held_out, sent)
+    # Mismatched pairs are as long as others, and have no backward pass
+    of_step += method.needs_divergence * scoring(len(pairs))
+    loss_passes = 1 + method.needs_divergence
+    num_referred = num_train + num_held_out * bool(config.train.eval_steps)
+    reference = method.needs_reference * loss_passes * scoring(num_referred)
+    evaluation = scoring(num_held_out) + _answers(config, memory, card, work, num_held_out, sent)
     saves = num_steps // config.train.save_steps if config.train.save_steps else 0
     evaluations = num_steps // config.train.eval_steps if config.train.eval_steps else 0
     state = memory.trained + memory.moments + memory.bases
@@ -143,8 +157,9 @@ def of_run(
     return Seconds(
         load=loaded / 1e9 / card.load_gbps,
         before=evaluation,
+        reference=reference,
         steps=of_step * num_steps,
-        evaluation=scoring * evaluations,
+        evaluation=loss_passes * scoring(num_held_out) * evaluations,
         saving=(saves * state + memory.trained) / 1e9 / card.save_gbps,
         after=evaluation,
     )

@@ -23,6 +23,7 @@ MEMORY = {
 TIME = {
     "load": "load",
     "before": "evaluate before",
+    "reference": "compute reference",
     "steps": "steps",
     "evaluation": "evaluate on the way",
     "saving": "save",
@@ -62,7 +63,11 @@ def text(plan: Plan, config: Config, lower: Sequence[tuple[str, str]]) -> list[s
         f"time on {on} ({rate}), {plan.num_steps:,} steps of {config.train.batch_size} "
         f"{config.unit} of {plan.lengths.mean_tokens:,.0f} tokens, in micro-batches of up to "
         f"{plan.budget:,}",
-        *(f"  {what:22}{duration(getattr(seconds, name)):>12}" for name, what in TIME.items()),
+        *(
+            f"  {what:22}{duration(took):>12}"
+            for name, what in TIME.items()
+            if (took := getattr(seconds, name))
+        ),
         f"  {'together':22}{duration(seconds.total):>12}",
         f"lengths: {plan.lengths.source}",
     ]
