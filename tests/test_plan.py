@@ -107,11 +107,53 @@ def test_a_reference_and_mismatched_completions_have_their_time(load: Load) -> N
     )
     with_loss = of(load("method=dpo", "train.eval_steps=60"), card).seconds
     assert orpo.reference == 0 < dpo.reference
-    assert with_loss.reference == pytest.approx(dpo.reference * (600 + 40) / 600)
-    assert with_loss.evaluation == pytest.approx(2 * dpo.reference * 40 / 600)
+    a_pair = dpo.reference / 600
+    assert with_loss.reference == pytest.approx(a_pair * (600 + 40))
+    assert with_loss.evaluation == pytest.approx(2 * 40 * a_pair)
     assert kto.reference == pytest.approx(2 * dpo.reference)
     batch = load().train.batch_size
-    assert kto.steps - dpo.steps == pytest.approx(120 * dpo.reference * batch / 600)
+    assert kto.steps - dpo.steps == pytest.approx(120 * batch * a_pair)
+    kto_loss = of(load("method=kto", "train.eval_steps=60"), card).seconds
+    assert kto_loss.evaluation == pytest.approx(2 * with_loss.evaluation), "mismatched pairs too"
+    halves = of(load("method=dpo"), card, processes=2).seconds
+    assert halves.reference == pytest.approx(dpo.reference / 2)
+
+
+def test_the_evaluation_of_a_plan_does_not_depend_on_the_loss(load: Load) -> None:
+    """Both completions are scored, and the prompt is not, whatever the method reads."""
+    card = cards.named("memory_gb=24,tflops=0.01,bandwidth_gbps=1000,host_ms_per_layer=0.0001")
+    given = [of(load(f"method={method}"), card).seconds for method in ("orpo", "dpo", "sft")]
+    assert given[0].before == pytest.approx(given[1].before) == pytest.approx(given[2].before)
+    assert given[2].steps < given[1].steps
+
+
+def test_single_completions_count_as_the_pairs_that_a_method_reads(
+    load: Load, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"{n % 4} + 2 =", "completion": f" {n}", "label": n < 4} for n in range(12)]
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps(rows))
+    held = tmp_path / "held.jsonl"
+    held.write_text(json.dumps({"prompt": "9 + 2 =", "chosen": " 11", "rejected": " 12"}) + "\n")
+    given = [
+        "dataset=unpaired",
+        f"dataset.train_path={file}",
+        f"dataset.eval_path={held}",
+        "dataset.as_messages=false",
+        "train.max_steps=null",
+        "train.num_epochs=1",
+        "train.batch_size=1",
+        "dataset.num_train=null",
+        "dataset.num_eval=1",
+    ]
+    steps = {}
+    for method in ("kto", "dpo", "sft"):
+        loaded = load(f"method={method}", *given)
+        own = counted.own_config(loaded)
+        found = lengths.of(loaded, own)
+        assert found.source.startswith("measured"), found.source
+        steps[method] = planned.plan(loaded, own, cards.named(CARD), found).num_steps
+    assert steps == {"kto": 12, "dpo": 4, "sft": 4}
 
 
 def test_a_reference_of_an_unknown_number_of_pairs_is_refused(load: Load) -> None:
@@ -186,6 +228,13 @@ def test_a_sweep_trains_what_its_jobs_share_once(load: Load) -> None:
     assert total.shared > 0
     alone = sweep.total(jobs[:1], plans)
     assert alone.seconds == pytest.approx(plans[sweep.key_of(jobs[0])].seconds.total)
+
+
+def test_of_jobs_that_come_to_one_run_the_first_is_planned(load: Load) -> None:
+    jobs = [load("method=dpo", f"train.eval_steps={steps}") for steps in (30, "null")]
+    plans = {sweep.key_of(job): of(job, cards.named(CARD)) for job in jobs}
+    seconds = [sweep.total(some, plans).seconds for some in (jobs, jobs[:1], jobs[::-1], jobs[1:])]
+    assert seconds[0] == seconds[1] > seconds[2] == seconds[3]
 
 
 def test_jobs_of_a_sweep_share_their_reference_by_what_it_holds(load: Load) -> None:

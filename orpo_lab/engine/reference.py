@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from orpo_lab import methods
 from orpo_lab.config import Config
+from orpo_lab.config.identity import start_of
 from orpo_lab.data import Data
 from orpo_lab.engine import mismatched, scoring, shared_prefix
 from orpo_lab.engine.base import MISMATCHED, REFERENCE
@@ -37,6 +39,17 @@ def splits_of(config: Config) -> tuple[str, ...]:
     The evaluations before and after training read no reference.
     """
     return ("train", "held_out") if config.train.eval_steps else ("train",)
+
+
+def name_of(config: Config) -> str:
+    """Return a name of a run's references that is the same for the jobs of a sweep that share them.
+
+    The method needs a reference.
+    """
+    parts = ["reference", *splits_of(config)]
+    if methods.build(config).needs_divergence:
+        parts.append("mismatched")
+    return "-".join([*parts, start_of(config)])
 
 
 def compute(
@@ -127,6 +140,6 @@ def kept(folder: Path, config: Config, data: Data) -> References | None:
 
 
 def load(file: Path) -> References:
-    """Read what `save` or `torch.save` has written."""
+    """Read what `save` has written."""
     found: References = torch.load(file, map_location="cpu", weights_only=True)
     return found

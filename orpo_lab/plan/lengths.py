@@ -118,14 +118,19 @@ def of(config: Config, own: PretrainedConfig) -> Lengths:
         tokenizer = load_tokenizer(config.model, own)
         makes_pairs = not config.method.reads_unpaired
         with progress.titled("", is_shared=True):  # which shows no bar
-            found = of_data(data.load(few, tokenizer, makes_pairs=makes_pairs))
+            read = data.load(few, tokenizer, makes_pairs=makes_pairs)
     except UserError as error:
         return assumed(config, f"the data cannot be read: {error}")
     finally:
         logger.setLevel(level)
+    found = of_data(read)
+    asked, report = config.dataset.num_train, read.report["train"]
+    num_pairs = report["num_kept"] + report["num_not_drawn"]
+    # Embedded pairs are as many as are asked for
+    num_train = min(asked or num_pairs, num_pairs) if files else asked
     return replace(
         found,
-        num_train=config.dataset.num_train or _num_rows(config),
+        num_train=num_train,
         num_held_out=_num_held_out(config),
         source=f"measured on {len(found.pairs)} pairs",
     )
@@ -154,14 +159,13 @@ def _files(config: Config) -> list[Path] | None:
     return None
 
 
-def _num_rows(config: Config) -> int | None:
-    """Return the number of rows of JSON lines; None: the files are of another form."""
-    files = _files(config)
-    if not files or any(file.suffix != ".jsonl" for file in files):
-        return None
-    return sum(file.read_bytes().count(b"\n") for file in files)
-
-
 def without_rejected(lengths: Lengths) -> Lengths:
-    """Return the lengths for a method that reads no rejected completion."""
-    return replace(lengths, pairs=[(p, c, 0) for p, c, _ in lengths.pairs])
+    """Return the lengths for a method that reads no rejected completion.
+
+    Single completions that are rejected are left out, as `data.without_undesirable` does.
+    """
+    pairs = [(p, c, 0) for p, c, _ in lengths.pairs if c]
+    num = lengths.num_train
+    if num is not None:
+        num = round(num * len(pairs) / len(lengths.pairs))
+    return replace(lengths, pairs=pairs, num_train=num)

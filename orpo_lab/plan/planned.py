@@ -91,7 +91,7 @@ def plan(
             be adapted or projected, it is of a kind that cannot be read without its weights, or
             there are more processes than pairs.
     """
-    method = methods.build(config)
+    method, scored = methods.build(config), lengths.pairs
     if not method.reads_rejected:
         lengths = without_rejected(lengths)
     if lengths.num_train is None:
@@ -100,7 +100,10 @@ def plan(
         if config.train.max_steps is None:
             raise UserError(f"train.num_epochs needs {unknown} {given}, or train.max_steps")
         if method.needs_reference:
-            raise UserError(f"the time of the method's reference needs {unknown} {given}")
+            raise UserError(
+                f"the time of the method's reference needs {unknown} {given} (lengths are "
+                f"{lengths.source})"
+            )
     check_dealt(config, lengths.num_held_out, processes)
     num_steps = count_steps(config, lengths.num_train or config.train.batch_size)
     dtype = card.dtype(config.model.dtype)
@@ -147,6 +150,7 @@ def plan(
         card=card,
         memory=found,
         pairs=several.hand(lengths.batch(config.train.batch_size), processes),
+        scored=scored,
         budget=budget,
         num_steps=num_steps,
         num_train=-(-(lengths.num_train or 0) // readers),

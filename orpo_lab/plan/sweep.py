@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from orpo_lab import methods
 from orpo_lab.config import Config
 from orpo_lab.config.identity import identity, start_of
+from orpo_lab.engine import reference
 from orpo_lab.plan.planned import Plan
 from orpo_lab.sweep.forks import MIN_SHARE, Job, num_shared
 
@@ -46,10 +47,12 @@ def total(jobs: Sequence[Config], plans: Mapping[str, Plan]) -> Total:
         jobs: the configurations of its jobs.
         plans: of each of them, by `key_of`.
     """
-    different = {identity(each): each for each in jobs}
+    different: dict[str, Config] = {}
+    for each in jobs:
+        different.setdefault(identity(each), each)  # of equal jobs a sweep runs the first
     done: list[Job] = []
     starts: set[str] = set()
-    references: set[tuple[str, bool]] = set()
+    references: set[str] = set()
     steps = shared = 0
     of_steps = others = 0.0
     for config in different.values():
@@ -62,11 +65,11 @@ def total(jobs: Sequence[Config], plans: Mapping[str, Plan]) -> Total:
         steps, shared = steps + plan.num_steps - taken, shared + taken
         of_steps += plan.seconds.steps * (1 - taken / plan.num_steps)
         others += plan.seconds.total - plan.seconds.steps
-        start, method = start_of(config), methods.build(config)
+        start = start_of(config)
         others -= plan.seconds.before if start in starts else 0
         starts.add(start)
-        if method.needs_reference:
-            reference = (start, method.needs_divergence)
-            others -= plan.seconds.reference if reference in references else 0
-            references.add(reference)
+        if methods.build(config).needs_reference:
+            shared_as = reference.name_of(config)
+            others -= plan.seconds.reference if shared_as in references else 0
+            references.add(shared_as)
     return Total(len(different), steps, shared, len(starts), len(references), of_steps, others)

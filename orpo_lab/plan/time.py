@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -96,6 +97,7 @@ def of_run(
     card: Card,
     memory: Memory,
     pairs: Sequence[Sizes],
+    scored: Sequence[Sizes],
     budget: int,
     num_steps: int,
     num_train: int,
@@ -113,6 +115,7 @@ def of_run(
         card: what the run computes on.
         memory: of the run.
         pairs: sizes of the pairs of a step that one process reads.
+        scored: sizes like those of the pairs that are scored before and after training.
         budget: the token budget of a micro-batch.
         num_steps: number of optimizer steps.
         num_train: number of training pairs whose reference one process computes.
@@ -127,15 +130,16 @@ def of_run(
         rate = card.rate(dtype, trains_all=work.trains_all)
         return max(flops / rate, num_layers * card.host_ms_per_layer / 1e3)
 
-    mean = sum(map(sum, pairs)) / len(pairs)
-    everything = Step(tuple(pairs), method.scores_prompt)
-    per_pair = (work.forward(everything) + work.head * everything.scored) / len(pairs)
-
-    def scoring(num_pairs: int) -> float:
-        num_rows = mean * num_pairs / max(budget, mean)
+    def reading(some: Step, num_pairs: int) -> float:
+        """Return the time of a forward pass over a number of pairs like some others."""
+        num_like = num_pairs / len(some.sizes)
+        num_rows = some.tokens * num_like / max(budget, some.tokens / len(some.sizes))
+        flops = (work.forward(some) + work.head * some.scored) * num_like
         # A forward pass takes a third of the host's time for both passes
-        computed = seconds(per_pair * num_pairs, num_rows * work.num_layers / 3)
-        return computed + num_rows * sent.of_pass
+        return seconds(flops, num_rows * work.num_layers / 3) + num_rows * sent.of_pass
+
+    # Scoring reads both completions and needs nothing of the prompt, whatever the method's loss
+    scoring = partial(reading, Step(tuple(scored), False))
 
     rows = _rows(pairs, budget)
     steps = [Step(tuple(pairs[i] for i in row), method.scores_prompt) for row in rows]
@@ -146,9 +150,10 @@ def of_run(
     of_step += sent.of_step + num_passes * sent.of_pass
     # Mismatched pairs are as long as others, and have no backward pass
     of_step += method.needs_divergence * scoring(len(pairs))
-    loss_passes = 1 + method.needs_divergence
+    of_losses = reading(Step(tuple(pairs), method.scores_prompt), num_held_out)
+    of_losses += method.needs_divergence * scoring(num_held_out)
     num_referred = num_train + num_held_out * bool(config.train.eval_steps)
-    reference = method.needs_reference * loss_passes * scoring(num_referred)
+    reference = method.needs_reference * (1 + method.needs_divergence) * scoring(num_referred)
     evaluation = scoring(num_held_out) + _answers(config, memory, card, work, num_held_out, sent)
     saves = num_steps // config.train.save_steps if config.train.save_steps else 0
     evaluations = num_steps // config.train.eval_steps if config.train.eval_steps else 0
@@ -159,7 +164,7 @@ def of_run(
         before=evaluation,
         reference=reference,
         steps=of_step * num_steps,
-        evaluation=loss_passes * scoring(num_held_out) * evaluations,
+        evaluation=of_losses * evaluations,
         saving=(saves * state + memory.trained) / 1e9 / card.save_gbps,
         after=evaluation,
     )
