@@ -127,6 +127,18 @@ class Evaluation:
             "repetition": [answer.repetition for answer in answers] + unanswered,
         }
 
+    def guessed(self, guesses: length_bias.Array | None) -> "Evaluation":
+        """Return the evaluation with the guesses by length of a run's own data.
+
+        No model changes the guesses. The training pairs do, which depend on the method.
+
+        Args:
+            guesses: see `Data.length_guess`.
+        """
+        own = {name: value for name, value in self.metrics.items() if name != metrics.LENGTH_GUESS}
+        listed = None if guesses is None else guesses.tolist()
+        return replace(self, metrics=own | guess_metrics(guesses), length_guess=listed)
+
     def joined(self, figures: dict[str, float], seconds: float) -> "Evaluation":
         """Return the evaluation with more figures of the same model, and the time they took."""
         return replace(self, metrics=self.metrics | figures, seconds=self.seconds + seconds)
@@ -191,15 +203,13 @@ def evaluate(
             check=right_answers.build(asks),
             desc=desc,
         )
-    guesses = data.length_guess
-    figures = preference_metrics(scores) | guess_metrics(guesses) | generation_metrics(generations)
+    figures = preference_metrics(scores) | generation_metrics(generations)
     for part in (WORDING, SOURCE):
         if part in data.held_out.column_names:
             figures[f"by_{part}"] = by_part(data.held_out[part][:], scores, generations)
     _say_cut(generations, desc)
     seconds = time.perf_counter() - start
-    listed = None if guesses is None else guesses.tolist()
-    return Evaluation(figures, scores, generations, seconds, listed)
+    return Evaluation(figures, scores, generations, seconds).guessed(data.length_guess)
 
 
 @contextlib.contextmanager

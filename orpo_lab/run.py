@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import date
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from orpo_lab.training.files import Files
 
 log = logging.getLogger("orpo_lab")
+
+# Groups and keys of the configuration that change what steps do, and nothing else
+OF_STEPS = ("method", "beta", "beta_end", "beta_schedule", "optimizer", "seed")
 
 
 @dataclass(frozen=True)
@@ -215,9 +218,11 @@ def _train(
     if sharded.is_asked(config):
         sharded.shard(network, device)
     _check_made(start, made, accept_changes=config.accept_changes)
+    num_steps = steps.count_steps(config, len(pairs.train))
+    _check_steps_left(start, num_steps, segment["changes"])
     fork_steps: frozenset[int] = frozenset()
     if sweep:
-        forks, num_steps = Forks(sweep), steps.count_steps(config, len(pairs.train))
+        forks = Forks(sweep)
         start = forks.begin(config, place, made, start, num_steps, stop)
         fork_steps = forks.steps(config)
         forks.release()
@@ -226,7 +231,7 @@ def _train(
 
     # Evaluation, training, evaluation
     measure = partial(evaluate, network, tokenizer, pairs, config, dtype=dtype)
-    before = _measure_before(config, measure, sweep)
+    before = _measure_before(config, measure, pairs, sweep)
     stop.check()
     try_tasks = partial(judge_all, tasks, network, tokenizer, config, dtype=dtype)
     judged_before = _try_tasks_before(config, place, try_tasks, made, sweep)
@@ -413,6 +418,22 @@ def _check_made(
         )
 
 
+def _check_steps_left(
+    start: checkpoint.Checkpoint | None, num_steps: int, changes: Iterable[str]
+) -> None:
+    """Check that settings of training have not changed after the run's last step.
+
+    Raises:
+        UserError: they have, so the run's results would name settings that trained nothing.
+    """
+    late = [key for key in changes if key.split(".")[0] in OF_STEPS]
+    if start is not None and start.step >= num_steps and late:
+        raise UserError(
+            f"{', '.join(late)} cannot change any more: the run has taken its {start.step} steps; "
+            "raise train.max_steps to train on, or begin another run from this one with start_from"
+        )
+
+
 def _load_data(config: Config, tokenizer: Any, sweep: Sweep | None, *, today: date) -> "Data":
     """Return the tokenized pairs; a sweep tokenizes once for all jobs with the same data.
 
@@ -441,21 +462,24 @@ def _load_data(config: Config, tokenizer: Any, sweep: Sweep | None, *, today: da
 
 
 def _measure_before(
-    config: Config, measure: Callable[..., "Evaluation"], sweep: Sweep | None
+    config: Config, measure: Callable[..., "Evaluation"], pairs: "Data", sweep: Sweep | None
 ) -> "Evaluation":
     """Return the untrained model's evaluation, which jobs of a sweep share.
 
     A sweep makes one for each base model, start, data, quantization, kind of optimizer and kind of
     engine. Adapters of any rank and seed share it: new adapters do not change what the base model
     computes. An earlier run's adapter is the exception: its shape decides whether it is merged.
-    Engines do not share it: each reads pairs in its own way, before and after training.
+    Engines do not share it: each reads pairs in its own way, before and after training. The guesses
+    by length are the run's own: methods read other training pairs of the same rows.
     """
     from orpo_lab.evaluate import Evaluation
 
     if sweep is None:
         return measure(desc="before")
     name = f"before-{start_of(config)}"
-    return sweep.once(name, lambda: measure(desc="before"), Evaluation.save, Evaluation.restore)
+    make = partial(measure, desc="before")
+    found = sweep.once(name, make, Evaluation.save, Evaluation.restore)
+    return found.guessed(pairs.length_guess)
 
 
 def _try_tasks_before(
@@ -524,39 +548,34 @@ def _with_reference(
     reference is computed again. Jobs of a sweep share a reference.
 
     Returns:
-        The pairs, and the seconds in which this job has computed their reference: 0 if there is
-        none, or if it is that of a checkpoint or of another job.
+        The pairs, and the seconds in which their reference was computed, by this job or by the job
+        that shares it: 0 if there is no reference, or if it is a checkpoint's.
     """
     import torch
 
     from orpo_lab import methods
     from orpo_lab.engine import reference
 
-    method = methods.build(config)
-    if not method.needs_reference:
+    if not methods.build(config).needs_reference:
         return pairs, 0.0
     if start is not None and start.made.data == made.data:
         kept = reference.kept(start.path, config, pairs)
         if kept is not None:
             return reference.attach(pairs, kept), 0.0
-    seconds = 0.0
 
-    def make() -> "References":
-        nonlocal seconds
+    def make() -> "tuple[References, float]":
         begin = time.perf_counter()
         computed = compute(pairs)
         seconds = time.perf_counter() - begin
         num = sum(map(len, computed.values()))
         log.info("reference: computed for %d %s in %.1f s", num, config.unit, seconds)
-        return computed
+        return computed, seconds
 
     if sweep is None:
-        return reference.attach(pairs, make()), seconds
-    parts = ["reference", *reference.splits_of(config)]
-    if method.needs_divergence:
-        parts.append("mismatched")
-    name = "-".join([*parts, start_of(config)])
-    found = sweep.once(name, make, torch.save, reference.load)
+        found, seconds = make()
+    else:
+        load = partial(torch.load, map_location="cpu", weights_only=True)
+        found, seconds = sweep.once(reference.name_of(config), make, torch.save, load)
     return reference.attach(pairs, found), seconds
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -218,8 +219,10 @@ def test_pairs_are_scored_in_smaller_rows_when_memory_runs_out(
     with pytest.raises(torch.OutOfMemoryError):
         score_as("shared_prefix", network, pairs)
     monkeypatch.setattr(shared_prefix, "scored_logps", broken)
+    caplog.clear()
     with pytest.raises(RuntimeError, match="something else"):
         score_as("shared_prefix", network, pairs)
+    assert "out of memory" not in caplog.text
 
 
 def broken(*_: Any) -> torch.Tensor:
@@ -232,14 +235,37 @@ def test_engines_of_a_sweep_do_not_share_the_untrained_models_evaluation(
     sweep = Sweep(tmp_path)
     (sweep.folder / CACHE).mkdir()
     made: list[str] = []
+    pairs: Any = SimpleNamespace(length_guess=None)
 
     def measure(desc: str) -> Evaluation:
         made.append(desc)
         return Evaluation({}, Scores(*[torch.zeros(1)] * 3), [], 0.0)
 
     for overrides in (("beta=0.1",), ("beta=0.2",), ("engine=trl",), ("engine=trl", "seed=1")):
-        run._measure_before(load(*overrides), measure, sweep)
+        run._measure_before(load(*overrides), measure, pairs, sweep)
     assert made == ["before"] * 2
+
+
+def test_jobs_that_share_an_evaluation_have_their_own_guesses_by_length(
+    load: Load, tmp_path: Path
+) -> None:
+    """Of the same rows, methods read other training pairs, which fix the rule of the guess."""
+    sweep = Sweep(tmp_path)
+    (sweep.folder / CACHE).mkdir()
+
+    def before(method: str, guesses: list[float] | None) -> tuple[Any, Any]:
+        array = None if guesses is None else np.array(guesses)
+        pairs: Any = SimpleNamespace(length_guess=array)
+
+        def measure(desc: str) -> Evaluation:
+            return Evaluation({}, Scores(*[torch.zeros(2)] * 3), [], 0.0).guessed(array)
+
+        found = run._measure_before(load(f"method={method}"), measure, pairs, sweep)
+        return found.length_guess, found.metrics.get("length_guess_accuracy")
+
+    assert before("kto", [1, 0.5]) == ([1, 0.5], 0.75)
+    assert before("sft", None) == (None, None)
+    assert before("dpo", [0, 0.5]) == ([0, 0.5], 0.25)
 
 
 class Largest(TorchDispatchMode):
@@ -520,16 +546,20 @@ def test_evaluation_leaves_the_mode_and_the_random_state_alone(
         assert halves[name]["generated_tokens"] == tokens / len(answers)
 
 
+@EACH_ENGINE
 def test_the_arithmetic_is_that_of_training(
-    load: Load, build_model: Any, tokenizer: Any, score_as: Any, pairs: data.Data
+    load: Load, build_model: Any, tokenizer: Any, score_as: Any, pairs: data.Data, which: str
 ) -> None:
-    loaded = load("dataset.num_generations=0", "optimizer=lora", "model.dtype=fp32")
+    loaded = load(
+        "dataset.num_generations=0", "optimizer=lora", "model.dtype=fp32", f"engine={which}"
+    )
     network = build_model(loaded).eval()
     found = evaluate(network, tokenizer, pairs, loaded, dtype=torch.bfloat16, desc="test")
     assert not network.training
-    rounded = score_as("shared_prefix", network, pairs.held_out, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = score_as(which, network, pairs.held_out, torch.bfloat16)
     assert torch.equal(found.scores.chosen_logps, rounded.chosen_logps)
-    exact = score_as("shared_prefix", network, pairs.held_out)
+    exact = score_as(which, network, pairs.held_out)
     assert not torch.equal(found.scores.chosen_logps, exact.chosen_logps)
 
 

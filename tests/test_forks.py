@@ -183,8 +183,8 @@ def test_a_job_begins_from_the_latest_valid_fork_and_has_all_of_it(
     again = checkpoint.newest_valid(place, identity(anneals))
     assert again == start
     assert again.made.config_hash == identity(anneals)
-    spent = checkpoint.Spent(num_skipped=1, num_shared=5)
-    assert again.spent == spent, "seconds count where they were spent"
+    spent = checkpoint.Spent(num_skipped=1, num_shared=5, reference_seconds=4)
+    assert again.spent == spent, "seconds of shared steps count where they were spent"
 
 
 @pytest.mark.parametrize(("own", "begun_from"), [(3, "fork-7"), (8, "checkpoint-8")])

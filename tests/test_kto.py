@@ -26,7 +26,7 @@ from orpo_lab.metrics import PREFERENCE_SHARE
 from orpo_lab.model import weights
 from orpo_lab.model.adapter import attach
 from orpo_lab.records.run_folder import RunFolder
-from orpo_lab.stop import Stopped
+from orpo_lab.stop import Stop, Stopped
 from orpo_lab.sweep.folder import Sweep
 from orpo_lab.training.checkpoint import Made
 from orpo_lab.training.loop import Loop, add_gradients
@@ -481,14 +481,48 @@ def test_a_sweep_shares_the_reference_of_its_jobs_by_what_it_holds(
     )
     pairs = Data(train=rows, held_out=rows, report={})
 
-    def of(method: str, computed: float) -> float:
+    def of(method: str, computed: float, *overrides: str) -> tuple[float, float]:
         found = {split: torch.full((2, 4), computed) for split in ("train", "held_out")}
         made = Made("", "", "")
         held, seconds = run._with_reference(
-            load(f"method={method}"), pairs, lambda _: found, None, made, sweep
+            load(f"method={method}", *overrides), pairs, lambda _: found, None, made, sweep
         )
-        value = float(held.train[REFERENCE][0][0])
-        assert (seconds > 0) == (value == computed), "seconds count where they were spent"
-        return value
+        return float(held.train[REFERENCE][0][0]), seconds
 
-    assert [of("dpo", 1.0), of("kto", 2.0), of("ipo", 3.0), of("kto", 4.0)] == [1, 2, 1, 2]
+    dpo, kto, ipo, again = of("dpo", 1.0), of("kto", 2.0), of("ipo", 3.0), of("kto", 4.0)
+    with_loss = of("dpo", 5.0, "train.eval_steps=10")
+    assert [value for value, _ in (dpo, kto, ipo, again, with_loss)] == [1, 2, 1, 2, 5]
+    assert ipo[1] == dpo[1] > 0, "all that share a reference have its time"
+
+
+def test_a_line_of_metrics_holds_no_step_of_another_method(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """KTO and CPO log as many terms: sums of both would be added without an error."""
+    keys: Any = {"choices": {}, "overrides": []}
+    few = [*SMALL, NO_LOSS, "train.max_steps=4", "train.logging_steps=4"]
+    reasons = iter(["", "", "enough"])
+    monkeypatch.setattr(Stop, "reason", lambda _: next(reasons, ""))
+    with pytest.raises(Stopped):
+        run.train(load(*few), tmp_path, **keys)
+    run.train(load(*few, "method=cpo", "resume=auto", "accept_changes=true"), tmp_path, **keys)
+    place = RunFolder(tmp_path)
+    line = next(line for line in place.metrics() if line["step"] == 4)
+    assert line["logps/chosen"] < 0, "a log-probability"
+    assert (
+        "the metrics of the last 2 steps before step 3 are left out"
+        in (tmp_path / "run.log").read_text()
+    )
+    card = (tmp_path / "final" / "README.md").read_text()
+    assert "resumed with changes of" in card
+    assert "method" in card.partition("resumed with changes of")[2].partition(";")[0]
+
+
+def test_a_run_without_a_step_left_takes_no_other_method(load: Load, tmp_path: Path) -> None:
+    keys: Any = {"choices": {}, "overrides": []}
+    few = [*SMALL, NO_LOSS, "train.save_steps=2", "resume=auto", "accept_changes=true"]
+    run.train(load(*few), tmp_path, **keys)
+    with pytest.raises(UserError, match=r"method, .*cannot change any more.* 2 steps.*start_"):
+        run.train(load(*few, "method=cpo"), tmp_path, **keys)
+    again = run.train(load(*few, "dataset.num_eval=2"), tmp_path, **keys)
+    assert again.summary["train"]["steps"] == 2, "evaluations may change"

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -589,18 +589,19 @@ def test_jobs_share_what_does_not_depend_on_where_they_differ(
 ) -> None:
     names: list[str] = []
     report = {split: {"fingerprint": split} for split in ("train", "held_out")}
-    pairs = data.Data(None, None, report)
+    untouched: Any = SimpleNamespace(length_guess=None)
+    shared: Any = SimpleNamespace(guessed=lambda guesses: None, report=report)
 
     def once(sweep: Sweep, name: str, *rest: Any) -> Any:
         names.append(name)
-        return pairs
+        return shared
 
     monkeypatch.setattr(Sweep, "once", once)
 
     def asked(*overrides: str) -> tuple[str, ...]:
         names.clear()
         run._load_data(load(*overrides), None, sweep, today=date.today())
-        run._measure_before(load(*overrides), fails, sweep)
+        run._measure_before(load(*overrides), fails, untouched, sweep)
         return tuple(names)
 
     plain = asked()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -318,6 +319,7 @@ def test_jobs_of_a_sweep_share_the_evaluation_of_one_start(
         made += 1
         return Evaluation({}, Scores(*[torch.zeros(1)] * 3), [], 0.0)
 
+    pairs: Any = SimpleNamespace(length_guess=None)
     lora, adamw = (f"start_from={named(earlier, name)[0]}" for name in ("lora", "adamw"))
     jobs: list[tuple[int, list[str]]] = [
         (1, []),
@@ -329,7 +331,7 @@ def test_jobs_of_a_sweep_share_the_evaluation_of_one_start(
         (5, [lora, "optimizer=adamw"]),
     ]
     for num, overrides in jobs:
-        run._measure_before(load("optimizer=lora", *overrides), measure, sweep)
+        run._measure_before(load("optimizer=lora", *overrides), measure, pairs, sweep)
         assert made == num
 
 

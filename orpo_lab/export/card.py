@@ -88,7 +88,7 @@ def text(finished: FinishedRun, order: "Order", checks: dict[str, Difference]) -
     compared = "\n".join(f"- Against {name}: {found}." for name, found in checks.items())
     return f"""{header(fields)}# {order.name}
 
-{base}, {training_said(config, run.summary["train"]["steps"], start)}
+{base}, {training_said(config, run.summary, start)}
 
 - This is {order.words}.
 - Base: {base} (licence: {licence.get("license", UNKNOWN)}).

@@ -60,7 +60,7 @@ def model_card(
     fields = {"base_model": on_hub, "library_name": library, "tags": [kind(config.method), LAB]}
     return f"""{header(fields)}# {name}
 
-{base}, {training_said(config, summary["train"]["steps"], start)}
+{base}, {training_said(config, summary, start)}
 The whole configuration stands in `config.yaml` of the run folder.{moved}
 
 {figures}
@@ -97,12 +97,12 @@ def base_name(model: Model) -> str:
     return redact(local_path(model.path).resolve().name)
 
 
-def training_said(config: Config, num_steps: int, start: str = "") -> str:
+def training_said(config: Config, summary: dict[str, Any], start: str = "") -> str:
     """Return how a model was trained, as the end of a sentence that begins with its base.
 
     Args:
         config: the run's configuration.
-        num_steps: number of optimizer steps.
+        summary: the content of `summary.json`.
         start: what the run started from, in words; empty: from `model.path` alone.
     """
     beta = f"beta {config.beta:g}, " if config.method.reads_beta else ""
@@ -111,10 +111,12 @@ def training_said(config: Config, num_steps: int, start: str = "") -> str:
         end = f" to {config.beta_end:g}" if config.beta_schedule.reads_beta_end else ""
         beta = f"beta {config.beta:g}{end} ({schedule}), "
     began = f" It began with another run's result: {redact(start)}." if start else ""
+    keys = sorted({key for changes in summary.get("changes", []) for key in changes})
+    changed = f" It was resumed with changes of {', '.join(keys)}; before, other values held."
     code = " Code that comes with it was run." if config.model.trust_remote_code else ""
     return f"""trained with {config.method.title} by orpo_lab:
-{beta}{num_steps} steps of {config.train.batch_size} {config.unit}, seed
-{config.seed}.{began}{code}{_template_said(config)}"""
+{beta}{summary["train"]["steps"]} steps of {config.train.batch_size} {config.unit}, seed
+{config.seed}.{began}{changed if keys else ""}{code}{_template_said(config)}"""
 
 
 def _template_said(config: Config) -> str:

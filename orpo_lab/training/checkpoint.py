@@ -286,8 +286,7 @@ def adopt(fork: Checkpoint, place: RunFolder, made: Made) -> Checkpoint:
     Raises:
         UserError: the copy cannot be written.
     """
-    own = replace(fork.spent, wall_seconds=0.0, peak_memory_bytes=0, num_shared=fork.step)
-    spent = replace(own, reference_seconds=0.0)
+    spent = replace(fork.spent, wall_seconds=0.0, peak_memory_bytes=0, num_shared=fork.step)
     copy = folder(place, FORK, fork.step)
     link(fork.path, copy, made=asdict(made), spent=_padded(spent))
     place.write(METRICS, (copy / METRICS).read_text(encoding="utf-8"))

@@ -24,7 +24,7 @@ from orpo_lab.training.devices import gathered, is_first, num_processes
 from orpo_lab.training.finite import FiniteCheck
 from orpo_lab.training.lines import Lines
 from orpo_lab.training.loop import Loop
-from orpo_lab.training.meter import Meter
+from orpo_lab.training.meter import Meter, Since
 from orpo_lab.training.preference import PreferenceMeter
 from orpo_lab.training.sharded import devices_of
 from orpo_lab.training.state import State
@@ -55,9 +55,9 @@ class TrainStats:
     num_processes: int = 1
     """Number of processes in the run's last start; memory is that of the process that took most."""
     reference_seconds: float = 0.0
-    """Time in which the run has computed its reference, before its first step; `wall_seconds` and
-    the rates are without it. 0 if the method has no reference, or if another job of the sweep has
-    computed it. A checkpoint that holds the reference holds its seconds, too."""
+    """Time in which the run's reference was computed, before the first step; `wall_seconds` and the
+    rates are without it. Jobs of a sweep that share a reference all have its time, as with the
+    evaluation before training. 0 if no method of the run had a reference."""
 
 
 def fit(
@@ -139,6 +139,14 @@ def fit(
         state.step = start.step
     elif start is not None:
         state.load(start.path)
+        if start.made.config_hash != made.config_hash and state.since.num_steps:
+            log.warning(
+                "the metrics of the last %d steps before step %d are left out: a line of metrics "
+                "is a mean over steps of equal settings, and settings have changed",
+                state.since.num_steps,
+                state.step,
+            )
+            state.since = Since()
     meter.start()
     reason = ""
     if state.step < num_steps:
