@@ -20,9 +20,9 @@ earlier `OUT/grid.json` every stage has the lab's defaults.
 optimizer steps as on all pairs: the compute stays the same, and pairs come again.
 
 Cost: sums over a road's stages; the peak memory is that of the largest stage. The seconds of
-training include those of the reference. Preference accuracy
-and qualities have the intervals of a comparison, over pairs and seeds. The last line of the output
-is one JSON object, which is also written to OUT/methods.json.
+training include those of the reference. Preference accuracy and qualities have the intervals of a
+comparison, over pairs and seeds. The last line of the output is one JSON object, which is also
+written to OUT/methods.json.
 """
 
 import argparse

@@ -196,6 +196,8 @@ def _train(
         pairs = mismatched.attach(pairs, reference.splits_of(config), config.dataset.max_length)
     steps.say_length(config, len(pairs.train))
     steps.check_dealt(config, len(pairs.held_out), devices.num_processes())
+    num_steps = steps.count_steps(config, len(pairs.train))
+    _check_steps_left(start, num_steps, segment["changes"])
 
     # Refuse what does not fit
     planned = check.before_loading(config, model_config, pairs, devices.num_processes())
@@ -218,8 +220,6 @@ def _train(
     if sharded.is_asked(config):
         sharded.shard(network, device)
     _check_made(start, made, accept_changes=config.accept_changes)
-    num_steps = steps.count_steps(config, len(pairs.train))
-    _check_steps_left(start, num_steps, segment["changes"])
     fork_steps: frozenset[int] = frozenset()
     if sweep:
         forks = Forks(sweep)
@@ -238,7 +238,7 @@ def _train(
     before = before.joined(reached.figures_of(judged_before), reached.seconds_of(judged_before))
     stop.check()
     reference_seconds = 0.0
-    if not (start and start.is_trained):
+    if start is None or start.step < num_steps:
         compute = partial(reference.compute, config, network, tokenizer, dtype=dtype)
         pairs, reference_seconds = _with_reference(config, pairs, compute, start, made, sweep)
         stop.check()

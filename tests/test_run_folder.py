@@ -218,7 +218,8 @@ def test_a_start_that_fails_before_its_first_step_leaves_a_finished_run_as_it_wa
     from orpo_lab import run
     from orpo_lab.training import checkpoint
 
-    found = checkpoint.Checkpoint(here / "run", checkpoint.Made("", "", ""), checkpoint.Spent(), {})
+    path = here / "run" / "checkpoints" / "checkpoint-2"
+    found = checkpoint.Checkpoint(path, checkpoint.Made("", "", ""), checkpoint.Spent(), {})
     monkeypatch.setattr(run, "_find_start", lambda *_: found)
     monkeypatch.setattr(run, "_check_made", lambda *_, **__: None)
     monkeypatch.setattr(run, "_check_steps_left", lambda *_: None)

@@ -25,6 +25,7 @@ from orpo_lab.config.method import METHODS, Method
 from orpo_lab.config.mixture import SOURCES
 from orpo_lab.errors import UserError
 from orpo_lab.metrics import CHECKED, HELD_OUT, HeldOutMetric, qualities_among
+from orpo_lab.records.run_folder import changed_keys
 
 # For the model, the data and the start of a run: the keys that say where these are
 PLACES = {
@@ -401,8 +402,7 @@ def _changed(runs: Sequence[Run]) -> list[str]:
     changed = []
     for run in runs:
         assert run.summary is not None
-        keys = sorted({key for start in run.summary.get("changes", []) for key in start})
-        if keys:
+        if keys := changed_keys(run.summary):
             changed.append(f"{run.folder.name} was resumed with changes of {', '.join(keys)}")
     return changed
 

@@ -139,7 +139,7 @@ def of_run(
         return seconds(flops, num_rows * work.num_layers / 3) + num_rows * sent.of_pass
 
     # Scoring reads both completions and needs nothing of the prompt, whatever the method's loss
-    scoring = partial(reading, Step(tuple(scored), False))
+    scoring = partial(reading, Step(tuple(scored), prompt_is_scored=False))
 
     rows = _rows(pairs, budget)
     steps = [Step(tuple(pairs[i] for i in row), method.scores_prompt) for row in rows]

@@ -9,7 +9,7 @@ from orpo_lab.config.beta_schedule import Constant
 from orpo_lab.config.model import BASE, EMBEDDED, Model, local_path
 from orpo_lab.config.optimizer import Lora
 from orpo_lab.metrics import HELD_OUT, harness_figures, harness_said
-from orpo_lab.records.run_folder import RunFolder
+from orpo_lab.records.run_folder import RunFolder, changed_keys
 from orpo_lab.redaction import redact
 
 # The tag of every card
@@ -111,7 +111,7 @@ def training_said(config: Config, summary: dict[str, Any], start: str = "") -> s
         end = f" to {config.beta_end:g}" if config.beta_schedule.reads_beta_end else ""
         beta = f"beta {config.beta:g}{end} ({schedule}), "
     began = f" It began with another run's result: {redact(start)}." if start else ""
-    keys = sorted({key for changes in summary.get("changes", []) for key in changes})
+    keys = changed_keys(summary)
     changed = f" It was resumed with changes of {', '.join(keys)}; before, other values held."
     code = " Code that comes with it was run." if config.model.trust_remote_code else ""
     return f"""trained with {config.method.title} by orpo_lab:

@@ -548,6 +548,15 @@ def naming(file: Path) -> Iterator[None]:
         raise
 
 
+def changed_keys(summary: dict[str, Any]) -> list[str]:
+    """Return the keys that were changed in a run when it was resumed, in alphabetical order.
+
+    Args:
+        summary: the content of the run's `summary.json`.
+    """
+    return sorted({key for changes in summary.get("changes", []) for key in changes})
+
+
 def natural_order(path: Path) -> list[tuple[int, str]]:
     """Return a sort key: numbers in a name sort by value, so that job 10 comes after job 9."""
     parts = re.findall(r"\d+|\D+", path.name)
