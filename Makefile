@@ -1,6 +1,8 @@
 # make run [ARGS="optimizer=galore beta=0.2"]   the main job, on the embedded default
 # make test                                     the quick tests
 # make check                                    what CI runs, less the slow tests
+# make test-slow                                the slow tests that CI runs
+# make test-long                                the slow tests that CI does not run: before a release
 # make dist                                     wheel and source distribution, in dist/
 # make lower-bounds                             the default run with the lowest declared versions
 # make faults [FAULTS="--family kills"]         make every fault happen and judge what comes of it
@@ -9,8 +11,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 FAULTS ?=
+# A slow test that hangs names itself, and the others go on
+NO_HANG := -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
 
-.PHONY: install run test test-slow check lint dist lower-bounds tiny audit faults ckpt-chaos
+.PHONY: install run test test-slow test-long check lint dist lower-bounds tiny audit faults ckpt-chaos
 install: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -25,7 +29,10 @@ test: install
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
 test-slow: install
-	$(BIN)/python -m pytest -m slow -n 2 --dist worksteal
+	$(BIN)/python -m pytest -m "slow and not long" -n 2 --dist worksteal $(NO_HANG)
+
+test-long: install
+	$(BIN)/python -m pytest -m "slow and long" -n 2 --dist worksteal $(NO_HANG)
 
 lint: install
 	$(BIN)/ruff check .

@@ -16,7 +16,7 @@ import subprocess
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +36,19 @@ from tests import endpoint_server
 ROOT = Path(__file__).parents[1]
 GROUPS = {folder.name for folder in (ROOT / "conf").iterdir() if folder.is_dir()}
 # Those whose jobs are processes of this machine, two at a time where it has two cores
-EACH_LAUNCHER = pytest.mark.parametrize(
-    "launcher",
-    [
-        ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
-        ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10"],
-        ["hydra/launcher=ray"],
-    ],
-    ids=["joblib", "submitit", "ray"],
-)
+LAUNCHERS = {
+    "joblib": ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
+    "submitit": ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10"],
+    "ray": ["hydra/launcher=ray"],
+}
 silence()
+
+
+def each_launcher(*, long: Container[str]) -> pytest.MarkDecorator:
+    """Run a slow test with every launcher; with those named in `long` it is a long test."""
+    marks = {name: [pytest.mark.long] * (name in long) for name in LAUNCHERS}
+    params = [pytest.param(LAUNCHERS[name], id=name, marks=marks[name]) for name in LAUNCHERS]
+    return pytest.mark.parametrize("launcher", params)
 
 
 def compose_config(*overrides: str) -> DictConfig:

@@ -193,6 +193,7 @@ def test_generated_rows_never_train_on_garbage(load: Load, tokenizer: Any) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_thousands_of_generated_rows_never_train_on_garbage(load: Load, tokenizer: Any) -> None:
     counts = run_examples(load, tokenizer, num_examples=600)
     assert counts["rows"] - counts["refused"] >= 2000

@@ -156,6 +156,7 @@ def test_the_readmes_code_loads_final_and_prints_an_answer_alone(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_readmes_code_prints_the_right_answer_after_the_default_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,6 +168,7 @@ def test_the_readmes_code_prints_the_right_answer_after_the_default_run(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_notebook_runs_from_top_to_bottom(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

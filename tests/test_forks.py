@@ -345,6 +345,7 @@ def test_forked_runs_equal_whole_runs_bit_for_bit_and_when_killed_in_trunk_and_b
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_jobs_in_processes_of_their_own_share_their_steps(launch: Launch, tmp_path: Path) -> None:
     jobs = (*SWEEP, "optimizer=lora", *SHORT)
     launcher = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")

@@ -222,6 +222,7 @@ def test_what_cannot_be_run_ends_in_one_line(launch: Launch) -> None:
 
 # The hub's client asks again for most of a minute; what follows is tried on a hub that is offline
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_unreachable_hub_is_one_line_with_and_without_offline_mode(launch: Launch) -> None:
     online = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
     arguments = ("model=hub", "model.path=org/name", "tracker=none")

@@ -390,6 +390,7 @@ def test_a_peak_is_that_of_the_largest_phase() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_tables_of_the_docs_are_those_of_the_command() -> None:
     said = (ROOT / "docs" / "hardware.md").read_text()
     assert all(line in said for line in plan_tables.tables())

@@ -87,7 +87,13 @@ def test_a_process_that_reads_a_run_folder_changes_nothing_in_it(tmp_path: Path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "num"), [("qlora", 2), ("galore", 2), ("galore layerwise 8 bits", 4), ("kto", 2)]
+    ("name", "num"),
+    [
+        ("qlora", 2),
+        ("galore", 2),
+        pytest.param("galore layerwise 8 bits", 4, marks=pytest.mark.long),
+        pytest.param("kto", 2, marks=pytest.mark.long),
+    ],
 )
 def test_several_processes_train_what_one_trains(tmp_path: Path, name: str, num: int) -> None:
     for each in (1, num):
@@ -164,7 +170,13 @@ def wait_for_checkpoint(run: subprocess.Popen[str], place: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["a process is killed", "the launcher is asked to stop"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "a process is killed",
+        pytest.param("the launcher is asked to stop", marks=pytest.mark.long),
+    ],
+)
 def test_a_run_that_ends_early_goes_on_in_one_process(tmp_path: Path, what: str) -> None:
     place = tmp_path / "run"
     run = start(place)

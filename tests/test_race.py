@@ -30,7 +30,7 @@ from orpo_lab.records.run_folder import RunFolder
 from orpo_lab.sweep.folder import Sweep
 from orpo_lab.sweep.jobs import Jobs
 from orpo_lab.sweep.race import Race, _look, entrants_of
-from tests.conftest import EACH_LAUNCHER, ROOT
+from tests.conftest import ROOT, each_launcher
 from tests.test_sweep import SHORT, SWEEP, checksums, states
 from tests.test_verdict import at_most, runs_alone
 
@@ -153,6 +153,7 @@ def test_a_race_takes_fewer_runs_than_the_grid_and_names_the_leader() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", race_situations())
 def test_races_keep_what_the_verdict_promises(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(benchmark, "NUM_SWEEPS", 200)
@@ -296,7 +297,7 @@ def configs(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@EACH_LAUNCHER
+@each_launcher(long=("submitit", "ray"))
 def test_failed_runs_are_counted_and_neither_repeated_nor_replaced(
     launch: Launch, tmp_path: Path, launcher: list[str]
 ) -> None:

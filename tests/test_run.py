@@ -241,6 +241,7 @@ def test_every_recipe_runs_on_a_small_local_model(
 
 
 @SLOW
+@pytest.mark.long
 @pytest.mark.parametrize(
     "overrides",
     [["optimizer=galore"], ["optimizer=galore_8bit", "optimizer.layerwise=true"]],
@@ -277,6 +278,7 @@ def test_the_main_job_learns(launch: Launch, tmp_path: Path, overrides: list[str
 
 
 @SLOW
+@pytest.mark.long
 def test_beta_trades_preference_against_quality(launch: Launch, tmp_path: Path) -> None:
     free = {}
     for beta in ("0", "0.1", "1"):

@@ -135,6 +135,7 @@ def test_trials_finish_fail_and_go_on_in_their_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_trial_that_falls_behind_is_stopped(tmp_path: Path) -> None:
     """With hardly any learning rate accuracy stays where it is, below the median of the others."""
     arguments = [*SHORT, "train.max_steps=10", "train.eval_steps=5", "dataset.num_train=480"]

@@ -117,7 +117,14 @@ def test_the_model_that_is_measured_is_the_model_that_is_saved() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["adamw", "lora", "qlora"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adamw",
+        pytest.param("lora", marks=pytest.mark.long),
+        pytest.param("qlora", marks=pytest.mark.long),
+    ],
+)
 def test_processes_that_share_the_weights_train_what_one_trains(tmp_path: Path, name: str) -> None:
     one, two = tmp_path / "1", tmp_path / "2"
     bench.run(one, 1, *bench.RUNS[name])
@@ -141,7 +148,7 @@ def test_processes_that_share_the_weights_train_what_one_trains(tmp_path: Path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.long)])
 def test_a_run_goes_on_with_another_number_of_processes(
     tmp_path: Path, before: int, after: int
 ) -> None:

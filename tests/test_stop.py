@@ -13,7 +13,7 @@ import pytest
 from orpo_lab.records.run_folder import RunFolder
 from orpo_lab.stop import BUDGET, SIGNALS, SWEEP_PROCESS, Stop, Stopped
 from orpo_lab.sweep.folder import Sweep
-from tests.conftest import EACH_LAUNCHER, ROOT
+from tests.conftest import ROOT, each_launcher
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +113,7 @@ def test_a_job_saves_and_its_process_ends_when_the_sweeps_process_is_killed() ->
 
 
 @pytest.mark.slow
-@EACH_LAUNCHER
+@each_launcher(long=("submitit",))
 def test_a_signal_reaches_the_jobs_of_a_launcher_and_all_of_them_are_saved(
     tmp_path: Path, launcher: list[str]
 ) -> None:

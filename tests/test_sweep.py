@@ -26,7 +26,7 @@ from orpo_lab.records.run_folder import LOCK, RunFolder
 from orpo_lab.sweep.folder import CACHE, Sweep, fresh_folder
 from orpo_lab.sweep.jobs import Jobs
 from orpo_lab.training import checkpoint
-from tests.conftest import EACH_LAUNCHER, ROOT
+from tests.conftest import ROOT, each_launcher
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 Load = Callable[..., config.Config]
@@ -364,6 +364,7 @@ ONE_AT_A_TIME = {
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("launcher", ONE_AT_A_TIME)
 def test_a_sweep_whose_driver_is_killed_goes_on_and_runs_each_configuration_once(
     tmp_path: Path, launcher: str
@@ -462,7 +463,7 @@ def test_a_signal_stops_the_sweep_after_recording(tmp_path: Path, number: int) -
 
 
 @pytest.mark.slow
-@EACH_LAUNCHER
+@each_launcher(long=("joblib", "ray"))
 def test_jobs_in_processes_of_their_own_run_once_and_are_told_at_the_end(
     launch: Launch, tmp_path: Path, launcher: list[str]
 ) -> None:

@@ -56,6 +56,7 @@ def test_few_sweeps_name_a_winner_that_is_not_the_best(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", situations())
 def test_no_situation_names_more_false_winners_than_promised(name: str) -> None:
     situation = situations()[name]
