@@ -41,6 +41,7 @@ LAUNCHERS = {
     "submitit": ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10"],
     "ray": ["hydra/launcher=ray"],
 }
+GIVEN_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
 silence()
 
 
@@ -213,10 +214,13 @@ def flash_kernel() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let new processes see all devices: an earlier run of this process has left itself one."""
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+@pytest.fixture(autouse=True)
+def _given_gpus() -> None:
+    """Begin with the GPUs that the tests were given: a run in this process leaves itself one."""
+    if GIVEN_GPUS is None:
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = GIVEN_GPUS
 
 
 @pytest.fixture(autouse=True)

@@ -25,8 +25,6 @@ from orpo_lab.training.devices import dealt
 from orpo_lab.training.steps import check_dealt
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.usefixtures("all_devices")
-
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 LONG = (
     *("train.max_steps=400", "train.save_steps=2", "optimizer=adamw"),

@@ -17,8 +17,6 @@ from orpo_lab.records.results import round_weights
 from orpo_lab.training import sharded
 from orpo_lab.training.parts import is_sharded, local, whole
 
-pytestmark = pytest.mark.usefixtures("all_devices")
-
 FULL = "train.sharding=full"
 CPU = torch.device("cpu")
 
