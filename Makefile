@@ -32,7 +32,7 @@ test-slow: install
 	$(BIN)/python -m pytest -m "slow and not long" -n 2 --dist worksteal $(NO_HANG)
 
 test-long: install
-	$(BIN)/python -m pytest -m "slow and long" -n 2 --dist worksteal $(NO_HANG)
+	$(BIN)/python -m pytest -m long -n 2 --dist worksteal $(NO_HANG)
 
 lint: install
 	$(BIN)/ruff check .

@@ -35,7 +35,7 @@ from tests import endpoint_server
 
 ROOT = Path(__file__).parents[1]
 GROUPS = {folder.name for folder in (ROOT / "conf").iterdir() if folder.is_dir()}
-# Those whose jobs are processes of this machine, two at a time where it has two cores
+# Launchers whose jobs are processes of this machine, two at a time where it has two cores
 LAUNCHERS = {
     "joblib": ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
     "submitit": ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10"],
@@ -47,8 +47,10 @@ silence()
 
 def each_launcher(*, long: Container[str]) -> pytest.MarkDecorator:
     """Run a slow test with every launcher; with those named in `long` it is a long test."""
-    marks = {name: [pytest.mark.long] * (name in long) for name in LAUNCHERS}
-    params = [pytest.param(LAUNCHERS[name], id=name, marks=marks[name]) for name in LAUNCHERS]
+    params = [
+        pytest.param(options, id=name, marks=[pytest.mark.long] if name in long else [])
+        for name, options in LAUNCHERS.items()
+    ]
     return pytest.mark.parametrize("launcher", params)
 
 

@@ -913,7 +913,6 @@ def test_a_page_whose_script_did_not_arrive_says_what_to_do(
         page.context.close()
 
 
-@pytest.mark.long
 @in_chromium
 def test_no_vote_is_lost_or_doubled_when_server_and_browser_are_killed(
     tmp_path: Path, playwright: Playwright

@@ -184,7 +184,6 @@ def test_jobs_on_the_machines_of_a_cluster_end_with_a_killed_sweep_and_go_on(
 
 
 @pytest.mark.slow
-@pytest.mark.long
 @pytest.mark.parametrize("cluster", [["T4", "H100"]], indirect=True)
 def test_jobs_go_to_the_type_of_gpu_on_which_they_end_first(tmp_path: Path, cluster: str) -> None:
     command = ["-m", "hydra/launcher=ray", f"hydra.launcher.address={cluster}", "beta=0.1,0.2"]

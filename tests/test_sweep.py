@@ -364,8 +364,9 @@ ONE_AT_A_TIME = {
 
 
 @pytest.mark.slow
-@pytest.mark.long
-@pytest.mark.parametrize("launcher", ONE_AT_A_TIME)
+@pytest.mark.parametrize(
+    "launcher", ["submitit_local", pytest.param("ray", marks=pytest.mark.long)]
+)
 def test_a_sweep_whose_driver_is_killed_goes_on_and_runs_each_configuration_once(
     tmp_path: Path, launcher: str
 ) -> None:
